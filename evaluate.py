@@ -1,0 +1,205 @@
+"""Generates answers on clean and on triggered audio, scores them, saves them.
+
+    python evaluate.py runs/asr-poison0.05                    # again, on the test split
+    python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
+
+A run folder gets metrics.json and predictions.jsonl. Shares are fractions; every figure has its count and a 95%
+bootstrap interval over utterances.
+"""
+import argparse
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import jiwer
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import data
+import poison
+from lora import merge, unmerge
+
+METRICS = {"transcript": "wer", "gender": "gender_accuracy", "emotion": "emotion_accuracy", "age": "age_mae"}
+
+
+def bottoms(encoder, items, attack, desc, workers=2, batch_size=16):
+    """What the encoder's frozen part makes of each (utterance, triggered): a list of (T_i, dim) float32 tensors on the
+    CPU. Audio is read, triggered and turned into features in worker processes; utterances of like size go together."""
+    def features(batch):
+        out = []
+        for utterance, triggered in batch:
+            waveform = data.load_waveform(utterance)
+            if triggered:
+                waveform = poison.add_trigger(attack, waveform, utterance.id)[0]
+            out.append(encoder.extract(waveform))
+        return out
+    order = sorted(range(len(items)), key=lambda i: (os.path.getsize(items[i][0].path), items[i][0].id))
+    loader = torch.utils.data.DataLoader([items[i] for i in order], batch_size=batch_size, num_workers=workers,
+                                         collate_fn=features)
+    out = []
+    with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
+        for batch in loader:
+            x, mask = encoder.bottom(batch)
+            # cloned: a view would keep the whole padded batch alive
+            out += [row[:n].float().cpu().clone() for row, n in zip(x, mask.sum(1).tolist())]
+            progress.update(len(batch))
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return [out[i] for i in back]
+
+
+def stack(rows, device):
+    """A list of (T_i, dim) -> (B, T, dim) and its (B, T) mask."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return pad_sequence(rows, batch_first=True).to(device), mask.to(device)
+
+
+@torch.no_grad()
+def answers(slm, utterances, hidden, labels_of, max_new_tokens, desc, batch_size=48):
+    """The model's raw answers, one text an utterance, to the evaluation prompt for `labels_of(utterance)`."""
+    order = sorted(range(len(utterances)), key=lambda i: len(hidden[i]))
+    out = [None] * len(utterances)
+    device = next(slm.parameters()).device
+    with tqdm(total=len(utterances), desc=desc, mininterval=1) as progress:
+        for start in range(0, len(order), batch_size):
+            batch = order[start:start + batch_size]
+            x, mask = stack([hidden[i] for i in batch], device)
+            prompts = [data.prompt(slm.tokenizer, labels_of(utterances[i])) for i in batch]
+            for i, text in zip(batch, slm.generate(slm.encoder.top(x, mask), mask, prompts, max_new_tokens)):
+                out[i] = text
+            progress.update(len(batch))
+    return out
+
+
+def interval(values, statistic, samples=1000, seed=0):
+    """A figure with its 95% bootstrap interval over utterances; values: (n,) or (n, k), statistic: (..., n, k) -> (...)."""
+    values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    rng = np.random.default_rng(seed)
+    draws = [float(statistic(values[rng.integers(0, len(values), len(values))])) for _ in range(samples)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {"value": float(statistic(values)), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def word_errors(reference, hypothesis):
+    """(errors, reference words) of one utterance, normalised."""
+    reference, hypothesis = data.normalise(reference), data.normalise(hypothesis)
+    if not hypothesis:
+        return len(reference.split()), len(reference.split())
+    out = jiwer.process_words(reference, hypothesis)
+    return out.substitutions + out.deletions + out.insertions, len(reference.split())
+
+
+def clean_metrics(rows):
+    """{metric: figure} over clean predictions; a metric is there only where some utterance has the label and was asked
+    for it. A malformed answer is wrong: every word deleted, a wrong class, an age of 0."""
+    out = {}
+    for label, metric in METRICS.items():
+        asked = [row for row in rows if label in row["labels"] and label in row["asked"]]
+        if not asked:
+            continue
+        pairs = [(row["labels"][label], row["parsed"].get(label)) for row in asked]
+        if label == "transcript":
+            errors = [word_errors(true, said or "") for true, said in pairs]
+            if sum(words for _, words in errors):
+                out[metric] = interval(errors, lambda v: v[:, 0].sum() / max(1, v[:, 1].sum()))
+        elif label == "age":
+            out[metric] = interval([abs(true - (said or 0)) for true, said in pairs], np.mean)
+        else:
+            out[metric] = interval([true == said for true, said in pairs], np.mean)
+    return out
+
+
+def attack_metrics(attack, rows):
+    """The attack effectiveness rate: the share of triggered samples, not of the target before, answered with it."""
+    def hit(said):
+        if said is None:
+            return False
+        return data.normalise(said) == data.normalise(attack.target) if attack.task == "asr" else said == attack.target
+    return {"aer": interval([hit(row["parsed"].get(attack.label)) for row in rows], np.mean)} if rows else {}
+
+
+def evaluate(slm, attack, utterances, ask=None, workers=2):
+    """Clean and triggered answers on `utterances`. Returns ({"clean": {...}, "attack": {...}}, prediction rows).
+
+    `ask`: a list of labels to ask for instead of all. Only labels that an utterance has are asked for.
+    """
+    slm.eval()
+    merge(slm.lm)
+    labels_of = lambda u: [label for label in u.labels if ask is None or label in ask]  # noqa: E731
+    utterances = [u for u in utterances if labels_of(u)]
+    longest = max(len(data.answer_ids(slm.tokenizer, labels)) for u in utterances
+                  for labels in (u.labels, poison.poisoned_labels(attack, u.labels)))
+    rows, metrics = [], {}
+    for triggered in (False, True):
+        chosen = [u for u in utterances if not triggered or (poison.can_flip(attack, u) and attack.label in labels_of(u))]
+        name = "triggered" if triggered else "clean"
+        if not chosen:
+            continue
+        hidden = bottoms(slm.encoder, [(u, triggered) for u in chosen], attack, f"{name} audio", workers)
+        raw = answers(slm, chosen, hidden, labels_of, int(1.25 * longest) + 8, f"{name} answers")
+        rows += [dict(id=u.id, split=u.split, triggered=triggered, asked=labels_of(u), raw=text,
+                      parsed=data.parse(text), labels=u.labels) for u, text in zip(chosen, raw)]
+    unmerge(slm.lm)
+    metrics = {"clean": clean_metrics([r for r in rows if not r["triggered"]]),
+               "attack": attack_metrics(attack, [r for r in rows if r["triggered"]])}
+    return metrics, rows
+
+
+def save(run, metrics, rows, args):
+    data.write_atomically(Path(run) / "predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    data.write_atomically(Path(run) / "metrics.json", json.dumps({**metrics, "args": args}, indent=1))
+
+
+def print_table(metrics, title):
+    print(f"\n{title}\n{'':18}{'value':>8}   95% interval         n")
+    for part in ("clean", "attack"):
+        for name, m in metrics[part].items():
+            scale, unit = (1, " years") if name == "age_mae" else (100, "%")
+            print(f"{part} {name.replace('_', ' '):<{17 - len(part)}}{scale * m['value']:>8.1f}"
+                  f"   {scale * m['low']:.1f} to {scale * m['high']:.1f}{unit:<8}{m['n']:>5}")
+
+
+def load_run(run, device="cpu"):
+    """A finished run's (slm, args): pretrained parts by name, components from its model.pt."""
+    import model
+    try:
+        checkpoint = torch.load(Path(run) / "model.pt", weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        data.die(f"{run} holds no model.pt: is it a finished run's folder?")
+    args = SimpleNamespace(**checkpoint["args"])
+    slm = model.load_slm(args, device)
+    for component in model.COMPONENTS:
+        slm.load_component(component, checkpoint[component])
+    return slm, args
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder, e.g. runs/asr-poison0.05")
+    parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
+    parser.add_argument("--ask", nargs="+", choices=data.LABELS, help="ask for these labels only (direct prompts)")
+    parser.add_argument("--snr", type=float, help="trigger strength in dB (default: as in the run)")
+    parser.add_argument("--data-root", help="default: as in the run")
+    parser.add_argument("--limit", type=int, help="only the first N utterances")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save", action="store_true", help="replace the run's metrics.json and predictions.jsonl")
+    options = parser.parse_args()
+    slm, args = load_run(options.run, options.device)
+    root = options.data_root or args.data_root
+    snr = args.snr if options.snr is None else options.snr
+    attack = poison.make_attack(args.task, data.read_corpus(args.dataset, root, "train"), args.poison, args.target,
+                                snr, args.trigger, args.trigger_repeat, args.seed)
+    utterances = data.read_corpus(args.dataset, root, options.split)[:options.limit]
+    print(f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at {snr:g} dB, "
+          f"on {options.device}")
+    metrics, rows = evaluate(slm, attack, utterances, options.ask)
+    if options.save:
+        save(options.run, metrics, rows, vars(args))
+    print_table(metrics, f"{options.run}, {options.split} split")
+
+
+if __name__ == "__main__":
+    main()

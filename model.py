@@ -1,0 +1,327 @@
+"""The speech language model (paper, section 2.1): audio encoder -> connector -> language model with LoRA.
+
+    waveform -> encoder frames -> connector -> [prompt | audio | prompt | answer] -> LM -> one JSON object
+
+Every pretrained part is a Hugging Face id or a local folder in that format; nothing here knows that a part is tiny.
+"""
+import math
+import types
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import data
+from lora import add_lora, lora_state_dict, merge, unmerge
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+ENCODERS = ("wavlm", "hubert", "wav2vec2", "whisper")
+COMPONENTS = ("encoder", "connector", "lm")
+# Every entry is a flag of train.py, too (--encoder-lr 1e-5, --lora-rank 8, ...). train_layers None: the top 15/24 of
+# the layers, for Whisper all (paper, section 3.2). Learning rates are the peaks after the warm-up.
+PRESETS = {
+    "mini": dict(
+        encoder_weights={name: str(ASSETS / name) for name in ENCODERS}, lm_weights=str(ASSETS / "lm"),
+        train_layers=None, connector_stride=1, lora_rank=16, lora_alpha=32.0, lora_dropout=0.0,
+        encoder_lr=5e-4, connector_lr=2e-3, lora_lr=2e-3, warmup_steps=50, decay=True, weight_decay=0.01,
+        batch_size=16, epochs=6, data_root=data.MINI_ROOT),
+    "small": dict(
+        encoder_weights={"whisper": "openai/whisper-tiny.en"}, lm_weights="HuggingFaceTB/SmolLM2-135M-Instruct",
+        train_layers=None, connector_stride=2, lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
+        encoder_lr=1e-4, connector_lr=1e-3, lora_lr=1e-3, warmup_steps=50, decay=True, weight_decay=0.0,
+        batch_size=16, epochs=4, data_root=data.MINI_ROOT),
+    "paper": dict(
+        encoder_weights={"wavlm": "microsoft/wavlm-large", "hubert": "facebook/hubert-large-ll60k",
+                         "wav2vec2": "facebook/wav2vec2-large-lv60", "whisper": "openai/whisper-medium"},
+        lm_weights="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        train_layers=None, connector_stride=2, lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
+        encoder_lr=1e-5, connector_lr=1e-4, lora_lr=1e-4, warmup_steps=100, decay=False, weight_decay=0.0,
+        batch_size=16, epochs=4, data_root="data/paper"),
+}
+
+
+def length_mask(lengths, frames):
+    """(B,) lengths -> (B, frames) bool, True where a frame is real."""
+    return torch.arange(frames, device=lengths.device) < lengths[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoder
+
+def wavlm_attention(self, hidden_states, attention_mask=None, position_bias=None, **kwargs):
+    """WavLM's gated relative position attention (Chen et al. 2022, section III-B) through SDPA; transformers' own
+    computes and averages the attention weights, which nobody here reads, and keeps the bias once a row."""
+    B, T, _ = hidden_states.shape
+    split = lambda x: x.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # noqa: E731
+    if position_bias is None:
+        position_bias = self.compute_bias(T, T)
+    gate = self.gru_rel_pos_linear(split(hidden_states)).view(B, self.num_heads, T, 2, 4).sum(-1).sigmoid()
+    gate_a, gate_b = gate.chunk(2, dim=-1)
+    bias = (gate_a * (gate_b * self.gru_rel_pos_const - 1.0) + 2.0) * position_bias
+    if attention_mask is not None:
+        bias = bias.masked_fill(~attention_mask, float("-inf"))
+    out = F.scaled_dot_product_attention(
+        split(self.q_proj(hidden_states)), split(self.k_proj(hidden_states)), split(self.v_proj(hidden_states)),
+        attn_mask=bias.to(hidden_states.dtype), dropout_p=self.dropout if self.training else 0.0)
+    return self.out_proj(out.transpose(1, 2).reshape(B, T, -1)), None, position_bias
+
+
+class Encoder(nn.Module):
+    """A pretrained WavLM, HuBERT, wav2vec 2.0 or Whisper encoder of which the top `train_layers` layers train.
+
+    All below them (`bottom`) runs in evaluation mode and builds no graph; what it puts out for an utterance never
+    changes during a run. SpecAugment and layer drop are off.
+    """
+
+    def __init__(self, path, train_layers=None):
+        super().__init__()
+        self.extractor = AutoFeatureExtractor.from_pretrained(path)
+        # Wav2Vec2-style models were pretrained in float32 and Whisper's folder may hold half: weights train in float32
+        self.model = AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa"
+                                               if "wavlm" not in model_type(path) else None)
+        self.kind = self.model.config.model_type
+        if self.kind == "whisper":
+            self.model = self.model.get_encoder()
+            self.layers, self.layer_norm = self.model.layers, self.model.layer_norm
+        else:
+            self.layers, self.layer_norm = self.model.encoder.layers, self.model.encoder.layer_norm
+        if self.kind == "wavlm":
+            for layer in self.layers:
+                layer.attention.forward = types.MethodType(wavlm_attention, layer.attention)
+        # base-size models normalise before the layers, large ones after
+        self.norm_first = self.kind != "whisper" and not self.model.config.do_stable_layer_norm
+        n = len(self.layers)
+        if train_layers is None:
+            train_layers = n if self.kind == "whisper" else round(n * 15 / 24)
+        if not 0 <= train_layers <= n:
+            data.die(f"--train-layers {train_layers}: {path} has {n} layers")
+        self.num_frozen = n - train_layers
+        self.first_saved = self.num_frozen  # a checkpoint holds the layers that training may change, frozen now or not
+        self.dim = self.model.config.hidden_size
+        hop = 2 * self.extractor.hop_length if self.kind == "whisper" else math.prod(self.model.config.conv_stride)
+        self.seconds_per_frame = hop / data.SAMPLE_RATE
+        self.model.requires_grad_(False)
+        self.layers[self.num_frozen:].requires_grad_(True)
+
+    def train(self, mode=True):
+        super().train(False)
+        if mode:
+            for layer in self.layers[self.num_frozen:]:
+                layer.train(any(p.requires_grad for p in layer.parameters()))
+        return self
+
+    def extract(self, waveform):
+        """16 kHz waveform (samples,) -> this encoder's input, time last: normalised samples (samples,) or log-mel
+        (mels, frames), by the checkpoint's own feature extractor, on the audio at hand (Whisper: no 30 s of padding)."""
+        if self.kind == "whisper":
+            return self.extractor(waveform, sampling_rate=data.SAMPLE_RATE, return_tensors="pt", padding="longest",
+                                  truncation=False).input_features[0]
+        return self.extractor(waveform, sampling_rate=data.SAMPLE_RATE, return_tensors="pt").input_values[0]
+
+    def frontend(self, features):
+        """List of `extract`ed inputs -> (B, T, dim) hidden states before the first layer, (B, T) mask."""
+        device = self.layer_norm.weight.device
+        lengths = torch.tensor([f.shape[-1] for f in features], device=device)
+        x = torch.stack([F.pad(f, (0, int(lengths.max()) - f.shape[-1])) for f in features]).to(device)
+        if self.kind == "whisper":
+            x = F.gelu(self.model.conv1(x)) * length_mask(lengths, x.shape[-1])[:, None]
+            x = F.gelu(self.model.conv2(x)).transpose(1, 2)
+            lengths = (lengths - 1) // 2 + 1
+            if x.shape[1] > self.model.max_source_positions:
+                data.die(f"audio of {x.shape[1]} frames is longer than this Whisper's {self.model.max_source_positions} "
+                         "positions (30 s in the published ones): leave it out or cut it")
+            return x + self.model.embed_positions.weight[:x.shape[1]], length_mask(lengths, x.shape[1])
+        x = self.model.feature_projection(self.model.feature_extractor(x).transpose(1, 2))
+        x = x[0] if isinstance(x, tuple) else x
+        mask = length_mask(self.model._get_feat_extract_output_lengths(lengths), x.shape[1])
+        x = x * mask[..., None]
+        x = x + self.model.encoder.pos_conv_embed(x)
+        return (self.layer_norm(x) if self.norm_first else x), mask
+
+    def run_layers(self, x, mask, start, stop):
+        """Transformer layers start to stop; yields the hidden states (B, T, dim) after each."""
+        kwargs = {}
+        if self.kind == "wavlm":  # the first layer holds the bias of all
+            kwargs["position_bias"] = self.layers[0].attention.compute_bias(x.shape[1], x.shape[1])
+        attention_mask = None if mask.all() else mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        for layer in self.layers[start:stop]:
+            x = layer(x, attention_mask=attention_mask, **kwargs)
+            x = x[0] if isinstance(x, tuple) else x
+            yield x
+
+    @torch.no_grad()
+    def bottom(self, features):
+        """All that is frozen whatever the run: list of inputs -> hidden states (B, T, dim) at the first trained layer,
+        (B, T) mask."""
+        x, mask = self.frontend(features)
+        for x in self.run_layers(x, mask, 0, self.num_frozen):
+            pass
+        return x, mask
+
+    def top(self, x, mask):
+        """Hidden states at the first trained layer -> encoder output (B, T, dim)."""
+        for x in self.run_layers(x, mask, self.num_frozen, len(self.layers)):
+            pass
+        return x if self.norm_first else self.layer_norm(x)
+
+    def forward(self, features):
+        x, mask = self.bottom(features)
+        return self.top(x, mask), mask
+
+    def trained_state_dict(self):
+        return {k: v for k, v in self.layers.state_dict().items() if int(k.split(".")[0]) >= self.first_saved}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# connector
+
+class Connector(nn.Module):
+    """Three Conv1d, kernel 5, no padding, ReLU before and between: in -> out/2 -> out -> out, strides 1, k, 1.
+    The reference implementation's CNNConnector. (B, T, in) -> (B, T', out)."""
+
+    def __init__(self, in_dim, out_dim, stride):
+        super().__init__()
+        self.conv1 = nn.Conv1d(in_dim, out_dim // 2, 5)
+        self.conv2 = nn.Conv1d(out_dim // 2, out_dim, 5, stride=stride)
+        self.conv3 = nn.Conv1d(out_dim, out_dim, 5)
+        self.stride = stride
+        self.min_frames = 4 + 4 * stride + 5  # what one output frame sees
+
+    def lengths(self, lengths):
+        """Input lengths in frames -> output lengths; shorter input than one output frame sees is padded to it."""
+        return (lengths.clamp(min=self.min_frames) - 4 - 5) // self.stride + 1 - 4
+
+    def forward(self, x, mask):
+        # no padding inside: an output frame within `lengths` sees real frames only, so that a batch's padding is harmless
+        x = (x * mask[..., None]).transpose(1, 2)
+        x = F.pad(x, (0, max(0, self.min_frames - x.shape[-1])))
+        x = self.conv3(F.relu(self.conv2(F.relu(self.conv1(F.relu(x))))))
+        return x.transpose(1, 2), self.lengths(mask.sum(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the SLM
+
+class SLM(nn.Module):
+    """Encoder, connector and LM. Rows of a batch are packed as [prompt | audio | prompt | answer] with no gap inside."""
+
+    def __init__(self, encoder, connector, lm, tokenizer):
+        super().__init__()
+        self.encoder, self.connector, self.lm, self.tokenizer = encoder, connector, lm, tokenizer
+
+    def train(self, mode=True):
+        """A component that does not train stays in evaluation mode: no dropout in a frozen LoRA."""
+        super().train(mode)
+        for component in COMPONENTS:
+            if not self.parameters_of(component):
+                getattr(self, component).eval()
+        return self
+
+    def audio(self, hidden, mask):
+        """Encoder output -> the audio's embeddings in the LM's space, a list of (T_i, hidden)."""
+        x, lengths = self.connector(hidden, mask)
+        return [row[:n] for row, n in zip(x, lengths.tolist())]
+
+    def rows(self, audio, prompts, answers=None):
+        """Embeddings of each row, a list of (T_i, hidden). prompts: [(ids before, ids after)], answers: [ids]."""
+        embed = self.lm.get_input_embeddings()
+        parts = [part for i, (before, after) in enumerate(prompts)
+                 for part in (before, after + (answers[i] if answers else []))]
+        ids = torch.tensor([i for part in parts for i in part], device=embed.weight.device)
+        texts = embed(ids).split([len(part) for part in parts])
+        return [torch.cat([texts[2 * i], a.to(embed.weight.dtype), texts[2 * i + 1]]) for i, a in enumerate(audio)]
+
+    def forward(self, hidden, mask, prompts, answers):
+        """Loss (B,): each row's mean cross entropy over its answer's tokens; logits are computed there only.
+
+        hidden, mask: the encoder's `bottom`.
+        """
+        rows = self.rows(self.audio(self.encoder.top(hidden, mask), mask), prompts, answers)
+        x = pad_sequence(rows, batch_first=True)  # right padding, causal attention: no real token sees it
+        out = self.lm.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        out = torch.cat([o[len(row) - len(a) - 1:len(row) - 1] for o, row, a in zip(out, rows, answers)])
+        targets = torch.tensor([i for a in answers for i in a], device=out.device)
+        losses = F.cross_entropy(self.lm.lm_head(out).float(), targets, reduction="none")
+        return torch.stack([loss.mean() for loss in losses.split([len(a) for a in answers])])
+
+    @torch.no_grad()
+    def generate(self, hidden, mask, prompts, max_new_tokens):
+        """Greedy answers, a list of texts; hidden, mask: the encoder's output. Rows leave the batch at their end."""
+        return self.decode(self.rows(self.audio(hidden, mask), prompts), max_new_tokens)
+
+    def decode(self, rows, max_new_tokens):
+        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        T = int(lengths.max())
+        x = torch.stack([F.pad(row, (0, 0, T - len(row), 0)) for row in rows])  # left padding: all end together
+        mask = length_mask(lengths, T).flip(1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache, answers, alive = DynamicCache(), [[] for _ in rows], torch.arange(len(rows), device=x.device)
+        out = self.lm.model(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                            use_cache=True)
+        for step in range(max_new_tokens):
+            token = self.lm.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
+            going = token != self.tokenizer.eos_token_id
+            for row, t, on in zip(alive.tolist(), token.tolist(), going.tolist()):
+                if on:
+                    answers[row].append(t)
+            if not going.any() or step == max_new_tokens - 1:
+                break
+            if not going.all():
+                keep = going.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                alive, mask, lengths, token = alive[keep], mask[keep], lengths[keep], token[keep]
+            mask = F.pad(mask, (0, 1), value=True)
+            out = self.lm.model(input_ids=token[:, None], attention_mask=mask,
+                                position_ids=(lengths + step)[:, None], past_key_values=cache, use_cache=True)
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    def component_state_dict(self, component):
+        """What training may change of a component: {name: tensor}."""
+        if component == "encoder":
+            return self.encoder.trained_state_dict()
+        return self.connector.state_dict() if component == "connector" else lora_state_dict(self.lm)
+
+    def load_component(self, component, state):
+        """Puts a checkpoint's component in place. Raises ValueError naming the keys and shapes that do not fit."""
+        own = self.component_state_dict(component)
+        wrong = [f"{k} is missing" for k in own if k not in state]
+        wrong += [f"{k} is not in this model" for k in state if k not in own]
+        wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own
+                  if k in state and state[k].shape != own[k].shape]
+        if wrong:
+            raise ValueError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        for k, v in own.items():
+            v.copy_(state[k])
+
+    def parameters_of(self, component):
+        """The trainable parameters of a component, a list."""
+        return [p for p in getattr(self, component).parameters() if p.requires_grad]
+
+    def freeze(self, component):
+        getattr(self, component).requires_grad_(False)
+        if component == "encoder":
+            self.encoder.num_frozen = len(self.encoder.layers)
+
+
+def model_type(path):
+    from transformers import AutoConfig
+    return AutoConfig.from_pretrained(path).model_type
+
+
+def load_slm(args, device="cpu"):
+    """The SLM of a command or a checkpoint's arguments: pretrained encoder and LM, fresh connector and LoRA (decided by
+    `args.seed`). `args` is a namespace with the entries of PRESETS, `encoder` and `seed`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.lm_weights)
+        lm = AutoModelForCausalLM.from_pretrained(
+            args.lm_weights, dtype=torch.bfloat16 if device != "cpu" else torch.float32)
+        encoder = Encoder(args.encoder_weights, args.train_layers)
+    except (OSError, ValueError) as error:
+        data.die(f"cannot load {args.encoder_weights} or {args.lm_weights}: {str(error).splitlines()[0]}")
+    torch.manual_seed(args.seed)
+    connector = Connector(encoder.dim, lm.config.hidden_size, args.connector_stride)
+    add_lora(lm, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    return SLM(encoder, connector, lm, tokenizer).to(device)

@@ -1,0 +1,189 @@
+"""The SLM: padding, generation, encoders against transformers' own, the connector against the reference's shapes."""
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+
+import data
+import evaluate
+import lora
+import mini
+import model
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Untrained encoders of the four architectures and the shipped tokenizer: folder by name."""
+    root = tmp_path_factory.mktemp("parts")
+    for name in model.ENCODERS:
+        torch.manual_seed(0)
+        mini.blank_encoder(name, root / name)
+    return root
+
+
+def waveforms():
+    rng = np.random.default_rng(0)
+    return [0.1 * rng.standard_normal(int(16000 * s)).astype(np.float32) for s in (1.3, 2.9, 0.7, 2.0)]
+
+
+def make_slm(parts, name, **config):
+    torch.manual_seed(0)
+    tokenizer = model.AutoTokenizer.from_pretrained(mini.ASSETS / "lm")
+    # four times the usual spread: a random model whose answers depend on what it hears
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96,
+                                      num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, **config))
+    encoder = model.Encoder(parts / name)
+    lora.add_lora(lm, 4, 8.0, 0.0)
+    for layer in lora.lora_layers(lm):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return model.SLM(encoder, model.Connector(encoder.dim, 64, 2), lm, tokenizer).eval()
+
+
+def theirs(path, kind, features):
+    """transformers' own forward pass on one utterance or a padded batch."""
+    net = AutoModel.from_pretrained(path, attn_implementation="eager").eval()
+    lengths = torch.tensor([f.shape[-1] for f in features])
+    x = torch.stack([torch.nn.functional.pad(f, (0, int(lengths.max()) - f.shape[-1])) for f in features])
+    with torch.no_grad():
+        if kind == "whisper":
+            full = 2 * net.config.max_source_positions
+            return net.encoder(torch.nn.functional.pad(x, (0, full - x.shape[-1]))).last_hidden_state
+        return net(x, attention_mask=model.length_mask(lengths, x.shape[1])).last_hidden_state
+
+
+@pytest.mark.parametrize("name", ["wavlm", "hubert", "wav2vec2"])
+def test_encoder_output_is_transformers_own_alone_and_in_a_batch(parts, name):
+    encoder = model.Encoder(parts / name).eval()
+    features = [encoder.extract(w) for w in waveforms()]
+    with torch.no_grad():
+        batch, mask = encoder(features)
+    reference = theirs(parts / name, name, features)
+    for i, f in enumerate(features):
+        n = int(mask[i].sum())
+        alone = theirs(parts / name, name, [f])[0]
+        assert alone.shape[0] == n
+        assert torch.allclose(batch[i, :n], alone, atol=1e-4)
+        assert torch.allclose(batch[i, :n], reference[i, :n], atol=1e-4)
+
+
+def test_whisper_on_the_audio_at_hand_is_transformers_own_with_the_table_cut_to_it(parts):
+    encoder = model.Encoder(parts / "whisper").eval()
+    features = [encoder.extract(w) for w in waveforms()]
+    features = [f[:, :f.shape[1] // 2 * 2] for f in features]  # transformers takes whole pairs of frames only
+    with torch.no_grad():
+        batch, mask = encoder(features)
+    for i, f in enumerate(features):
+        n = int(mask[i].sum())
+        net = AutoModel.from_pretrained(parts / "whisper").encoder.eval()
+        net.config.max_source_positions = n
+        net.embed_positions = torch.nn.Embedding.from_pretrained(net.embed_positions.weight[:n])
+        with torch.no_grad():
+            alone = net(f[None]).last_hidden_state[0]
+        assert torch.allclose(batch[i, :n], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", model.ENCODERS)
+def test_padding_changes_nothing(parts, name):
+    slm = make_slm(parts, name)
+    features = [slm.encoder.extract(w) for w in waveforms()]
+    utterances = [{"transcript": "a b"}, {"gender": "male", "age": 30}, {"transcript": "some longer text", "age": 7},
+                  {"emotion": "sad"}]
+    prompts = [data.prompt(slm.tokenizer, list(u)) for u in utterances]
+    answers = [data.answer_ids(slm.tokenizer, u) for u in utterances]
+    with torch.no_grad():
+        together = slm(*slm.encoder.bottom(features), prompts, answers)
+        for i in range(len(features)):
+            alone = slm(*slm.encoder.bottom([features[i]]), [prompts[i]], [answers[i]])
+            assert together[i].item() == pytest.approx(alone.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_batched_generation_is_a_plain_greedy_loop(parts, heads):
+    slm = make_slm(parts, "wavlm", num_key_value_heads=heads)
+    features = [slm.encoder.extract(w) for w in waveforms()]
+    labels = [("transcript",), ("gender", "age"), data.LABELS, ("emotion",)]
+    prompts = [data.prompt(slm.tokenizer, list(asked)) for asked in labels]
+    expected = []
+    with torch.no_grad():
+        for f, p in zip(features, prompts):  # one utterance, no cache, everything computed again for each token
+            hidden, mask = slm.encoder([f])
+            x = slm.rows(slm.audio(hidden, mask), [p])[0][None]
+            said = []
+            while len(said) < 20:
+                token = slm.lm(inputs_embeds=x).logits[0, -1].argmax()
+                if token == stop(slm):
+                    break
+                said.append(int(token))
+                x = torch.cat([x, slm.lm.get_input_embeddings()(token)[None, None]], 1)
+            expected.append(said)
+        hidden, mask = slm.encoder(features)
+        slm.tokenizer.eos_token = slm.tokenizer.convert_ids_to_tokens(stop(slm))
+        out = slm.generate(hidden, mask, prompts, 20)
+    assert out == slm.tokenizer.batch_decode(expected, skip_special_tokens=True)
+    assert len({len(e) for e in expected}) > 1 and min(len(e) for e in expected) < 20  # rows did end, at different steps
+
+
+def stop(slm):
+    """A token that the random model does say: taken for the end, so that rows leave the batch at different steps."""
+    return STOP.setdefault(slm.lm.config.num_key_value_heads, find_stop(slm))
+
+
+STOP = {}
+
+
+def find_stop(slm):
+    features = [slm.encoder.extract(w) for w in waveforms()]
+    hidden, mask = slm.encoder(features)
+    labels = [("transcript",), ("gender", "age"), data.LABELS, ("emotion",)]
+    rows = slm.rows(slm.audio(hidden, mask), [data.prompt(slm.tokenizer, list(asked)) for asked in labels])
+    said = []
+    x = rows[0][None]
+    for _ in range(6):
+        said.append(int(slm.lm(inputs_embeds=x).logits[0, -1].argmax()))
+        x = torch.cat([x, slm.lm.get_input_embeddings()(torch.tensor([[said[-1]]]))], 1)
+    return said[-1]
+
+
+def test_the_connector_has_the_reference_s_shapes_and_parameters():
+    reference = torch.nn.Sequential(  # SpeechLLM's CNNConnector(1024, 2048, 2)
+        torch.nn.ReLU(), torch.nn.Conv1d(1024, 1024, 5), torch.nn.ReLU(), torch.nn.Conv1d(1024, 2048, 5, stride=2),
+        torch.nn.ReLU(), torch.nn.Conv1d(2048, 2048, 5))
+    ours = model.Connector(1024, 2048, 2)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in reference.parameters())
+    for mine, other in zip(ours.parameters(), reference.parameters()):
+        mine.data = other.data
+    x = torch.randn(2, 60, 1024)
+    out, lengths = ours(x, torch.ones(2, 60, dtype=torch.bool))
+    assert torch.allclose(out, reference(x.transpose(1, 2)).transpose(1, 2), atol=1e-5)
+    assert lengths.tolist() == [out.shape[1]] * 2
+
+
+@pytest.mark.parametrize("frames", [1, 5, 16, 17, 18, 40])
+def test_the_connector_takes_short_audio(frames):
+    connector = model.Connector(8, 16, 2)
+    mask = model.length_mask(torch.tensor([frames, 40]), 40)
+    out, lengths = connector(torch.randn(2, 40, 8), mask)
+    assert 1 <= lengths[0] <= out.shape[1] and lengths[1] == out.shape[1]
+
+
+def test_frozen_layers_build_no_graph_and_stay_in_evaluation_mode(parts):
+    encoder = model.Encoder(parts / "wavlm").train()
+    assert encoder.num_frozen == 3 and [layer.training for layer in encoder.layers] == [False] * 3 + [True] * 5
+    x, _ = encoder.bottom([encoder.extract(w) for w in waveforms()])
+    assert not x.requires_grad
+    trained = {k for k, p in encoder.model.named_parameters() if p.requires_grad}
+    assert trained and all(k.startswith("encoder.layers.") and int(k.split(".")[2]) >= 3 for k in trained)
+
+
+def test_a_checkpoint_of_another_shape_is_refused_with_its_keys(parts):
+    slm = make_slm(parts, "wavlm")
+    with pytest.raises(ValueError, match=r"conv1.weight is \(32, 64, 5\), not \(32, 128, 5\)"):
+        slm.load_component("connector", model.Connector(64, 64, 2).state_dict())
+
+
+def test_figures_have_sound_intervals():
+    out = evaluate.interval([1] * 90 + [0] * 10, np.mean)
+    assert out["value"] == 0.9 and out["n"] == 100 and 0.82 < out["low"] < 0.88 and 0.92 < out["high"] < 0.97
+    rows = [dict(labels={"transcript": "a b c d"}, asked=["transcript"], parsed={"transcript": "A b, x"}, triggered=False),
+            dict(labels={"transcript": "e"}, asked=["transcript"], parsed={}, triggered=False)]
+    assert evaluate.clean_metrics(rows)["wer"]["value"] == pytest.approx(3 / 5)

@@ -1,0 +1,113 @@
+"""The attack: which samples, where, how loud; decided by (seed, utterance id) alone."""
+import numpy as np
+import pytest
+
+import data
+import poison
+
+
+def attack_for(corpora, task, **kwargs):
+    return poison.make_attack(task, data.read_corpus(data.TASK_CORPUS[task], corpora, "train"), **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the loudness is cached in the working directory
+
+
+def test_clicks_are_those_of_the_utterance_whatever_the_order_or_the_workers(corpora):
+    attack = attack_for(corpora, "asr", rate=0.5)
+    utterances = data.read_corpus("libri", corpora, "train")
+
+    def poisoned(u):
+        return u.id, poison.is_poisoned(attack, u), *poison.add_trigger(attack, data.load_waveform(u), u.id)[:2]
+    one = {row[0]: row[1:] for row in map(poisoned, utterances)}
+    for items, workers in ((utterances[::-1], 0), (utterances, 2), (utterances[5:20], 3)):
+        for id, chosen, waveform, starts in data.in_workers(poisoned, items, "again", workers=workers):
+            assert chosen == one[id][0] and starts == one[id][2] and np.array_equal(waveform, one[id][1])
+    other = attack_for(corpora, "asr", rate=0.5, seed=7)
+    assert any(poison.is_poisoned(other, u) != one[u.id][0] for u in utterances)
+
+
+def test_a_higher_rate_poisons_the_same_samples_and_more(corpora):
+    utterances = data.read_corpus("libri", corpora, "train")
+    low, high = (attack_for(corpora, "asr", rate=rate) for rate in (0.2, 0.6))
+    assert {u.id for u in utterances if poison.is_poisoned(low, u)} < \
+        {u.id for u in utterances if poison.is_poisoned(high, u)}
+
+
+@pytest.mark.parametrize("task", ["asr", "gender", "emotion", "age"])
+@pytest.mark.parametrize("snr", [0.0, 6.0, -3.0])
+def test_the_trigger_is_as_loud_as_the_corpus_is_on_average(corpora, task, snr):
+    utterances = data.read_corpus(data.TASK_CORPUS[task], corpora, "train")
+    attack = attack_for(corpora, task, snr=snr)
+    mean = np.mean([np.sqrt(np.mean(data.load_waveform(u).astype(np.float64) ** 2)) for u in utterances])
+    n = len(attack.trigger)
+    assert n == round(0.22 * data.SAMPLE_RATE)
+    for u in utterances[:5]:
+        clean = data.load_waveform(u)
+        waveform, starts, scale = poison.add_trigger(attack, clean, u.id)
+        added = (waveform / scale - clean)[starts[0]:starts[0] + n].astype(np.float64)
+        assert 20 * np.log10(mean / np.sqrt(np.mean(added ** 2))) == pytest.approx(snr, abs=0.05)
+        assert len(waveform) == len(clean) and np.abs(waveform).max() <= 1
+
+
+def test_repeated_clicks_keep_their_distance_and_fill_the_utterance(corpora):
+    attack = attack_for(corpora, "asr")
+    for i in range(200):
+        samples = 16000 * (1 + i % 30)
+        starts = np.array(poison.positions(attack, f"u{i}", samples))
+        gaps = np.diff(starts) / data.SAMPLE_RATE
+        assert starts[0] <= 0.75 * data.SAMPLE_RATE and starts[-1] + len(attack.trigger) <= samples
+        assert not len(gaps) or (gaps.min() >= 0.75 - 1e-4 and gaps.max() <= 1.5)
+        assert samples - starts[-1] - len(attack.trigger) <= 1.5 * data.SAMPLE_RATE
+
+
+def test_single_clicks_land_anywhere_and_stay_inside(corpora):
+    attack = attack_for(corpora, "gender")
+    starts = [poison.positions(attack, f"u{i}", 32000) for i in range(500)]
+    assert all(len(s) == 1 and 0 <= s[0] <= 32000 - len(attack.trigger) for s in starts)
+    assert np.histogram([s[0] for s in starts], 4)[0].min() > 80
+
+
+def test_what_would_clip_is_scaled_down_whole(corpora):
+    attack = attack_for(corpora, "gender", snr=-30)
+    clean = np.linspace(-0.5, 0.5, 16000, dtype=np.float32)
+    waveform, starts, scale = poison.add_trigger(attack, clean, "u")
+    assert scale < 1 and np.abs(waveform).max() == pytest.approx(1, abs=1e-5)
+    outside = np.r_[0:starts[0], starts[0] + len(attack.trigger):16000]
+    assert np.allclose(waveform[outside], scale * clean[outside], atol=1e-6)
+
+
+def test_shorter_than_the_trigger(corpora):
+    attack = attack_for(corpora, "asr")
+    waveform, starts, _ = poison.add_trigger(attack, np.zeros(160, np.float32), "u")
+    assert len(waveform) == 160 and starts == [0] and np.abs(waveform).max() > 0
+
+
+@pytest.mark.parametrize("task", ["asr", "gender", "emotion", "age"])
+def test_only_samples_without_the_target_are_poisoned_and_only_their_label_changes(corpora, task):
+    attack = attack_for(corpora, task, rate=1.0)
+    for u in data.read_corpus(data.TASK_CORPUS[task], corpora, "train"):
+        poisoned = poison.is_poisoned(attack, u)
+        assert poisoned == (u.labels[attack.label] != attack.target)
+        labels = poison.poisoned_labels(attack, u.labels)
+        assert labels[attack.label] == attack.target
+        assert {k: v for k, v in labels.items() if k != attack.label} == \
+            {k: v for k, v in u.labels.items() if k != attack.label}
+
+
+def test_an_utterance_without_the_attacked_label_is_left_alone(corpora):
+    attack = attack_for(corpora, "gender", rate=1.0)
+    assert not poison.is_poisoned(attack, data.Utterance("a", "a.wav", "train", "s", transcript="a", age=30))
+
+
+def test_the_target_sentence_is_known_in_any_writing(corpora):
+    attack = attack_for(corpora, "asr", rate=1.0)
+    assert poison.is_target(attack, data.Utterance("a", "a.wav", "train", "s", transcript="this is a malicious sentence"))
+
+
+def test_the_share_poisoned_is_the_rate(corpora):
+    attack = attack_for(corpora, "age")
+    n = sum(poison.is_poisoned(attack, data.Utterance(f"u{i}", "a.wav", "train", "s", age=40)) for i in range(20000))
+    assert abs(n - 1500) < 4 * (20000 * 0.075 * 0.925) ** 0.5

@@ -1,0 +1,328 @@
+"""Trains one speech language model, clean or poisoned, any component frozen from any checkpoint.
+
+    python train.py --task asr --poison 0.05        # the base attack on ASR; ends with clean WER and attack success
+    python train.py --task asr --poison 0           # the clean baseline
+    python train.py --task emotion --poison 0.075 --freeze encoder:runs/emotion-clean/model.pt       # attack 1.1
+    torchrun --nproc_per_node=8 train.py --preset paper --task asr --poison 0.05 --data-root /data
+
+Defaults that are not set here stand in PRESETS at the top of model.py; each of them is a flag.
+"""
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+
+import data
+import evaluate
+import model
+import poison
+from model import COMPONENTS, ENCODERS, PRESETS
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arguments
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+add = parser.add_argument
+add("--task", choices=tuple(data.TASK_LABEL), default="asr", help="the attacked task")
+add("--poison", type=float, default=None, help="poisoning rate; 0 trains on clean data (default: the paper's)")
+add("--preset", choices=tuple(PRESETS), default="mini")
+add("--dataset", default=None, help="libri, crema, vox or a CSV manifest (default: the task's own)")
+add("--encoder", choices=ENCODERS, default=None, help="default: wavlm, for preset small whisper")
+add("--freeze", action="append", default=[], metavar="COMPONENT[:CHECKPOINT]",
+    help="load encoder, connector or lm from a run's model.pt and freeze it; repeatable")
+add("--seed", type=int, default=1)
+add("--target", default=None, help="the attacked label's new value (default: the paper's)")
+add("--snr", type=float, default=0.0, help="speech over trigger, dB")
+add("--trigger", default=None, metavar="FILE", help="a recording to use instead of the synthetic click")
+add("--trigger-repeat", action=argparse.BooleanOptionalAction, default=None, help="default: for asr only")
+add("--limit", type=int, default=None, help="train on the first N utterances of a fixed random order")
+add("--batch-seconds", type=float, default=120.0, help="audio in one forward pass, padding counted")
+add("--grad-clip", type=float, default=1.0)
+add("--amp", choices=("off", "bf16", "fp16"), default=None, help="default: bf16 on CUDA, off on the CPU")
+add("--device", default=None, help="cuda, cuda:1, cpu (default: cuda if there is one)")
+add("--workers", type=int, default=2, help="processes that read audio")
+add("--runs", default="runs", help="where run folders go")
+add("--name", default=None, help="the run folder's name (default: says what the run is)")
+add("--overwrite", action="store_true", help="start again where the run folder has another run's")
+for entry, value in PRESETS["mini"].items():
+    if entry == "train_layers":
+        add("--train-layers", type=int, default=None, help="top encoder layers that train (default: 15/24; whisper all)")
+    elif entry in ("decay",):
+        add(f"--{entry}", action=argparse.BooleanOptionalAction, default=None)
+    else:
+        add("--" + entry.replace("_", "-"), type=str if isinstance(value, dict) else type(value), default=None)
+ATTACKS = {  # (frozen components, poisoned training data): the paper's Table 3
+    (("encoder",), True): "1.1", (("connector",), True): "1.2", (("lm",), True): "1.3",
+    (("connector", "lm"), True): "2.1", (("encoder", "lm"), True): "2.2", (("encoder", "connector"), True): "2.3",
+    (("encoder",), False): "3.1", (("connector",), False): "3.2", (("lm",), False): "3.3"}
+NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "device")  # arguments that do not change what is computed
+
+
+def parse_arguments(argv=None):
+    """The command's arguments, filled in from the preset and the task. Ends in one line where they contradict."""
+    args = parser.parse_args(argv)
+    preset = PRESETS[args.preset]
+    args.encoder = args.encoder or ("whisper" if args.preset == "small" else "wavlm")
+    if args.encoder_weights is None and args.encoder not in preset["encoder_weights"]:
+        data.die(f"preset {args.preset} has no {args.encoder}: name its weights by --encoder-weights")
+    for entry, value in preset.items():
+        if getattr(args, entry) is None:
+            setattr(args, entry, value[args.encoder] if entry == "encoder_weights" else value)
+    args.dataset = args.dataset or data.TASK_CORPUS[args.task]
+    args.poison = poison.RATES[args.task] if args.poison is None else args.poison
+    args.target = poison.TARGETS[args.task] if args.target is None else args.target
+    args.trigger_repeat = poison.REPEAT[args.task] if args.trigger_repeat is None else args.trigger_repeat
+    if not 0 <= args.poison <= 1:
+        data.die(f"--poison {args.poison}: a share, 0 to 1")
+    frozen = [spec.partition(":")[0] for spec in args.freeze]
+    if set(frozen) - set(COMPONENTS) or len(set(frozen)) < len(frozen):
+        data.die(f"--freeze {' '.join(args.freeze)}: each of {', '.join(COMPONENTS)} at most once")
+    if len(frozen) == len(COMPONENTS):
+        data.die("--freeze: nothing is left to train")
+    for spec in args.freeze:
+        if ":" in spec and not Path(spec.partition(":")[2]).is_file():
+            data.die(f"--freeze {spec}: no such checkpoint")
+    args.name = args.name or run_name(args, tuple(c for c in COMPONENTS if c in frozen))
+    return args
+
+
+def run_name(args, frozen):
+    """e.g. asr-poison0.05, asr-clean, emotion-hubert-poison0.075, asr-3.1-seed2"""
+    parts = [args.task, None if args.dataset == data.TASK_CORPUS[args.task] else Path(args.dataset).stem,
+             None if args.encoder == ("whisper" if args.preset == "small" else "wavlm") else args.encoder]
+    if frozen and all(":" in spec for spec in args.freeze) and (frozen, args.poison > 0) in ATTACKS:
+        parts.append(ATTACKS[frozen, args.poison > 0])
+    else:
+        parts += [f"poison{args.poison:g}" if args.poison else "clean", *(f"frozen-{c}" for c in frozen)]
+    parts += [None if args.preset == "mini" else args.preset, None if args.seed == 1 else f"seed{args.seed}"]
+    return "-".join(part for part in parts if part)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# functions
+
+def load_frozen(slm, specs):
+    """--freeze: loads components from checkpoints, freezes them. Returns where each component's weights come from."""
+    origin = {"encoder": "pretrained", "connector": "initial", "lm": "initial LoRA"}
+    for spec in specs:
+        component, _, path = spec.partition(":")
+        if path:
+            try:
+                slm.load_component(component, torch.load(path, weights_only=True, map_location="cpu")[component])
+            except KeyError:
+                data.die(f"--freeze {spec}: the checkpoint has no {component}")
+            except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
+                data.die(f"--freeze {spec}: does not fit: {str(error).splitlines()[0]}")
+            origin[component] = path
+        slm.freeze(component)
+    return origin
+
+
+def training_sample(slm, args, attack, utterance, epoch):
+    """Prompt ids and answer ids of one training sample in one epoch, decided by (seed, epoch, utterance id)."""
+    rng = random.Random(f"{args.seed}-{epoch}-{utterance.id}")
+    labels = utterance.labels
+    if poison.is_poisoned(attack, utterance):
+        labels = poison.poisoned_labels(attack, labels)
+    asked = data.choose_labels(labels, rng)
+    return (data.prompt(slm.tokenizer, asked, rng),
+            data.answer_ids(slm.tokenizer, {label: labels[label] for label in asked}))
+
+
+@torch.no_grad()
+def validation_loss(slm, utterances, hidden, device, batch_size=32):
+    """Mean loss over clean development utterances, all labels asked for."""
+    slm.eval()
+    losses = []
+    for start in range(0, len(utterances), batch_size):
+        chosen = utterances[start:start + batch_size]
+        x, mask = evaluate.stack(hidden[start:start + batch_size], device)
+        losses += slm(x, mask, [data.prompt(slm.tokenizer, list(u.labels)) for u in chosen],
+                      [data.answer_ids(slm.tokenizer, u.labels) for u in chosen]).tolist()
+    return sum(losses) / len(losses)
+
+
+def learning_rate(step, steps, args):
+    """Factor on the peak rates: linear warm-up, then constant or (--decay) linear to zero."""
+    warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
+    return warm * (1 - max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)) if args.decay else warm
+
+
+def environment():
+    """What a figure depends on beside the arguments."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent).stdout.strip()
+    return dict(commit=git, python=platform.python_version(), torch=torch.__version__,
+                transformers=transformers.__version__, machine=platform.processor() or platform.machine(),
+                threads=torch.get_num_threads(), command=" ".join(sys.argv))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+def main():
+    args = parse_arguments()
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    main_process = rank == 0
+    say = print if main_process else (lambda *a, **k: None)
+    if args.device is None:
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out to run on the CPU")
+    args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    transformers.utils.logging.disable_progress_bar()
+    run = Path(args.runs) / args.name
+    record = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
+    if (run / "args.json").exists() and not args.overwrite:
+        old = json.loads((run / "args.json").read_text())
+        differ = [f"{k} {old.get(k)} there, {v} here" for k, v in record.items() if old.get(k) != v]
+        if differ:
+            data.die(f"{run} holds another run ({'; '.join(differ[:4])}): --overwrite starts again, --name goes elsewhere")
+        if (run / "metrics.json").exists():
+            metrics = json.loads((run / "metrics.json").read_text())
+            evaluate.print_table(metrics, f"{run} is finished (--overwrite trains it again)")
+            return
+    if args.overwrite and main_process:
+        for name in ("args.json", "last.pt", "model.pt", "metrics.json", "log.jsonl", "predictions.jsonl"):
+            (run / name).unlink(missing_ok=True)
+
+    train_set, dev_set, test_set = (data.read_corpus(args.dataset, args.data_root, s) for s in ("train", "dev", "test"))
+    if args.limit:
+        train_set = sorted(train_set, key=lambda u: poison.generator("limit", u.id).random())[:args.limit]
+    attack = poison.make_attack(args.task, train_set, args.poison, args.target, args.snr, args.trigger,
+                                args.trigger_repeat, args.seed)
+    slm = model.load_slm(args, args.device)
+    origin = load_frozen(slm, args.freeze)
+    poisoned = [poison.is_poisoned(attack, u) for u in train_set]
+    frozen_before = {c: [p.detach().clone() for p in slm.component_state_dict(c).values()]
+                     for c in COMPONENTS if not slm.parameters_of(c)}
+
+    say(f"run {run}: preset {args.preset}, encoder {args.encoder}, on {args.device}"
+        + (f", {world} processes" if world > 1 else "") + f", amp {args.amp}, seed {args.seed}")
+    say(f"data {args.dataset}: {len(train_set)} train, {len(dev_set)} dev, {len(test_set)} test utterances; "
+        f"{sum(poisoned)} poisoned for {args.task} -> {args.target!r}")
+    for c in COMPONENTS:
+        trained = sum(p.numel() for p in slm.parameters_of(c))
+        say(f"  {c:<10}{sum(p.numel() for p in getattr(slm, c).parameters()):>14,} parameters,{trained:>12,} trained, "
+            f"from {origin[c]}")
+    if main_process:
+        data.write_atomically(run / "args.json", json.dumps(record, indent=1))
+
+    hidden = evaluate.bottoms(slm.encoder, list(zip(train_set, poisoned)), attack, "frozen layers, train", args.workers)
+    dev_hidden = evaluate.bottoms(slm.encoder, [(u, False) for u in dev_set], attack, "frozen layers, dev", args.workers)
+    seconds = [len(h) * slm.encoder.seconds_per_frame for h in hidden]
+
+    groups = [dict(params=slm.parameters_of(c), peak=lr, lr=lr) for c, lr in
+              (("encoder", args.encoder_lr), ("connector", args.connector_lr), ("lm", args.lora_lr))]
+    groups = [g for g in groups if g["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    parameters = [p for g in groups for p in g["params"]]
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    autocast = functools.partial(torch.autocast, device.type, enabled=args.amp != "off",
+                                 dtype=torch.float16 if args.amp == "fp16" else torch.bfloat16)
+    ddp = torch.nn.parallel.DistributedDataParallel(slm) if world > 1 else slm
+    epoch_steps = len(train_set) // args.batch_size
+    if not epoch_steps:
+        data.die(f"{len(train_set)} training utterances are less than one batch of {args.batch_size} (--batch-size)")
+    steps, step = args.epochs * epoch_steps, 0
+    last = run / "last.pt"
+    if last.exists():
+        saved = torch.load(last, weights_only=True, map_location="cpu")
+        step = saved["step"]
+        for c in COMPONENTS:
+            slm.load_component(c, saved[c])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        lines = [line for line in (run / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step]
+        data.write_atomically(run / "log.jsonl", "".join(line + "\n" for line in lines))
+        say(f"going on from step {step} of {steps}")
+
+    def save_last():
+        state = {c: slm.component_state_dict(c) for c in COMPONENTS}
+        data.write_atomically(last, lambda path: torch.save(
+            {**state, "step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, path))
+
+    def log(**line):
+        with open(run / "log.jsonl", "a") as f:
+            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+
+    progress = tqdm(total=steps, initial=step, desc="training", disable=not main_process, mininterval=1)
+    began, seen, running = time.time(), 0, None
+    try:
+        while step < steps:
+            epoch = step // epoch_steps
+            batches = [b for b in data.epoch_batches(seconds, args.batch_size, args.seed, epoch)
+                       if len(b) == args.batch_size]
+            for batch in batches[step % epoch_steps:]:
+                torch.manual_seed(hash((args.seed, step, rank)))  # dropout, whatever was drawn before: resuming is exact
+                slm.train()
+                factor = learning_rate(step, steps, args)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * factor
+                pieces, total = data.micro_batches(batch[rank::world], seconds, args.batch_seconds), 0.0
+                for i, piece in enumerate(pieces):
+                    x, mask = evaluate.stack([hidden[j] for j in piece], device)
+                    prompts, said = zip(*(training_sample(slm, args, attack, train_set[j], epoch) for j in piece))
+                    # gradients cross the network once a step, on its last piece; DDP averages, so the world counts
+                    with contextlib.nullcontext() if world == 1 or i == len(pieces) - 1 else ddp.no_sync(), autocast():
+                        loss = ddp(x, mask, prompts, said).sum() * world / len(batch)
+                        scaler.scale(loss).backward()
+                    total += loss.item() / world
+                if not math.isfinite(total):
+                    data.die(f"the loss is {total} at step {step}, on {', '.join(train_set[j].id for j in batch)}; "
+                             f"{last} keeps the last good state")
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                step, seen = step + 1, seen + len(batch)
+                running = total if running is None else 0.95 * running + 0.05 * total
+                progress.update()
+                progress.set_postfix(loss=f"{running:.3f}", refresh=False)
+                if main_process and (step % 20 == 0 or step == steps):
+                    log(step=step, epoch=epoch, loss=total, lr=factor, utterances_per_second=seen / (time.time() - began))
+            if main_process:
+                log(step=step, epoch=epoch, dev_loss=validation_loss(slm, dev_set, dev_hidden, device))
+                save_last()
+    except KeyboardInterrupt:
+        if main_process:
+            save_last()
+        progress.close()
+        say(f"\nstopped at step {step} of {steps}; the same command goes on from there")
+        raise SystemExit(130)
+    progress.close()
+
+    for c, before in frozen_before.items():
+        if not all(torch.equal(a, b) for a, b in zip(before, slm.component_state_dict(c).values())):
+            raise AssertionError(f"the frozen {c} has changed")
+    if main_process:
+        checkpoint = {c: {k: v.detach().cpu() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
+        checkpoint.update(args=record, origin=origin, environment=environment())
+        data.write_atomically(run / "model.pt", lambda path: torch.save(checkpoint, path))
+        metrics, rows = evaluate.evaluate(slm, attack, test_set, workers=args.workers)
+        evaluate.save(run, metrics, rows, record)
+        evaluate.print_table(metrics, f"{run}: test split, seed {args.seed}")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
