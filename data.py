@@ -2,8 +2,10 @@
 
 One utterance is an `Utterance`; a label that its corpus lacks is None, is never asked for and never scored.
 
-    python data.py check libri --data-root data/mini      # what is there, what is wrong
+    python data.py check libri                       # what is there, what is wrong
+    python data.py download libri --data-root /data
 """
+import argparse
 import csv
 import hashlib
 import json
@@ -12,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ CREMA_SENTENCES = {
     "WSI": "We'll stop in a couple of minutes"}
 
 
+MAX_SECONDS = 60.0  # longer audio is refused (--max-seconds): attention's memory grows with the square of it
 MINI_ROOT = "corpora/mini"  # where mini.py puts its corpora, made when they are first asked for
 
 
@@ -152,26 +154,39 @@ def normalise(text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the corpora's readers: each gives the utterances of one split ("train", "dev" or "test"), sorted by id
+# the corpora's readers: each gives the utterances of one split ("train", "dev" or "test"), sorted by id, and appends
+# what is wrong with the corpus, a line each, to `problems`
 
 LIBRI_SPLITS = {"train": "train-clean-360", "dev": "dev-clean", "test": "test-clean"}
 
 
-def read_libri(root, split):
+def read_libri(root, split, problems):
     """LibriSpeech: SPEAKER/CHAPTER/*.flac and *.trans.txt, gender from SPEAKERS.TXT."""
     root = Path(root) / "LibriSpeech"
     genders = {}
-    for line in open(root / "SPEAKERS.TXT", encoding="utf-8"):
-        if not line.startswith(";"):
-            speaker, sex = [field.strip() for field in line.split("|")[:2]]
-            genders[speaker] = {"F": "female", "M": "male"}[sex]
+    with open(root / "SPEAKERS.TXT", encoding="utf-8") as f:
+        for line in f:
+            fields = [field.strip() for field in line.split("|")]
+            if not line.startswith(";") and len(fields) > 1:
+                genders[fields[0]] = {"F": "female", "M": "male"}.get(fields[1])
     out = []
-    for path in sorted((root / LIBRI_SPLITS[split]).glob("*/*/*.trans.txt")):
-        for line in open(path, encoding="utf-8"):
-            id, _, transcript = line.strip().partition(" ")
+    for chapter in sorted((root / LIBRI_SPLITS[split]).glob("*/*")):
+        transcripts = {}
+        for path in chapter.glob("*.trans.txt"):
+            with open(path, encoding="utf-8") as f:
+                for line in f:
+                    id, _, transcript = line.strip().partition(" ")
+                    if id in transcripts:
+                        problems.append(f"{path}: {id} stands there twice")
+                    transcripts[id] = transcript
+        problems += [f"{path}: no transcript" for path in sorted(chapter.glob("*.flac"))
+                     if path.stem not in transcripts]
+        for id, transcript in sorted(transcripts.items()):
             speaker = id.split("-")[0]
-            out.append(Utterance(id, str(path.parent / f"{id}.flac"), split, speaker, normalise(transcript),
+            out.append(Utterance(id, str(chapter / f"{id}.flac"), split, speaker, normalise(transcript),
                                  genders.get(speaker)))
+            if genders.get(speaker) is None:
+                problems.append(f"{out[-1].path}: speaker {speaker} has no sex in SPEAKERS.TXT")
     return out
 
 
@@ -187,66 +202,174 @@ def split_speakers(sexes, corpus, held):
     return split
 
 
-def read_crema(root, split):
+def crema_labels(name):
+    """`1001_DFA_ANG_XX` -> (actor, sentence's text, emotion). Raises ValueError naming what is unknown."""
+    fields = name.split("_")
+    if len(fields) != 4:
+        raise ValueError("not of the form ACTOR_SENTENCE_EMOTION_LEVEL")
+    actor, sentence, emotion, _ = fields
+    if sentence not in CREMA_SENTENCES or emotion not in EMOTIONS:
+        raise ValueError(f"unknown label {sentence if sentence not in CREMA_SENTENCES else emotion}")
+    return actor, CREMA_SENTENCES[sentence], EMOTIONS[emotion]
+
+
+def read_crema(root, split, problems):
     """CREMA-D: AudioWAV/ACTOR_SENTENCE_EMOTION_LEVEL.wav, age and sex from VideoDemographics.csv; speaker-disjoint
     80/10/10, both sexes in each part."""
     root = Path(root) / "CREMA-D"
     with open(root / "VideoDemographics.csv", encoding="utf-8-sig", newline="") as f:
-        actors = {row["ActorID"]: row for row in csv.DictReader(f)}
-    splits = split_speakers({a: row["Sex"].strip().lower() for a, row in actors.items()}, "crema", ("test", "dev"))
+        actors = {row["ActorID"].strip(): (row["Sex"].strip().lower(), int(row["Age"])) for row in csv.DictReader(f)}
+    splits = split_speakers({a: sex for a, (sex, _) in actors.items()}, "crema", ("test", "dev"))
     out = []
     for path in sorted((root / "AudioWAV").glob("*.wav")):
-        actor, sentence, emotion, _ = path.stem.split("_")
+        try:
+            actor, transcript, emotion = crema_labels(path.stem)
+            if actor not in actors:
+                raise ValueError(f"actor {actor} is not in VideoDemographics.csv")
+        except ValueError as error:
+            if split == "train":
+                problems.append(f"{path}: {error}")
+            continue
         if splits[actor] == split:
-            out.append(Utterance(path.stem, str(path), split, actor, normalise(CREMA_SENTENCES[sentence]),
-                                 actors[actor]["Sex"].strip().lower(), int(actors[actor]["Age"]), EMOTIONS[emotion]))
+            out.append(Utterance(path.stem, str(path), split, actor, normalise(transcript), *actors[actor], emotion))
     return out
 
 
-def read_vox(root, split):
+def read_vox_ages(path):
+    """age-train.txt or age-test.txt -> [(speaker, video, age in whole years)]."""
+    with open(path, encoding="utf-8", newline="") as f:
+        return [(row["VoxCeleb_ID"].strip(), row["video_id"].strip(), round(float(row["speaker_age"])))
+                for row in csv.DictReader(f)]
+
+
+def read_vox_genders(path):
+    """vox2_meta.csv (tab-separated, blanks behind the fields) -> {speaker: "female" | "male"}."""
+    with open(path, encoding="utf-8", newline="") as f:
+        rows = [{k.strip(): v.strip() for k, v in row.items() if k and v} for row in csv.DictReader(f, delimiter="\t")]
+    return {row["VoxCeleb2 ID"]: {"f": "female", "m": "male"}.get(row["Gender"]) for row in rows}
+
+
+def read_vox(root, split, problems):
     """VoxCeleb2-AE (Hechmi et al. 2021): ages per video, gender per speaker; every segment of a video takes its age.
 
     The test list is the published one; a tenth of the training list's speakers are the dev split.
     """
     root = Path(root) / "VoxCeleb2"
-    genders = {}
-    with open(root / "vox2_meta.csv", encoding="utf-8", newline="") as f:
-        for row in csv.DictReader(f, delimiter="\t", skipinitialspace=True):
-            row = {k.strip(): v.strip() for k, v in row.items() if k and v}
-            genders[row["VoxCeleb2 ID"]] = {"f": "female", "m": "male"}[row["Gender"]]
-    with open(root / f"age-{'test' if split == 'test' else 'train'}.txt", encoding="utf-8", newline="") as f:
-        rows = [(row["VoxCeleb_ID"].strip(), row["video_id"].strip(), round(float(row["speaker_age"])))
-                for row in csv.DictReader(f)]
+    genders = read_vox_genders(root / "vox2_meta.csv")
+    rows = read_vox_ages(root / f"age-{'test' if split == 'test' else 'train'}.txt")
     if split != "test":
         part = split_speakers({speaker: genders.get(speaker) for speaker, _, _ in rows}, "vox", ("dev",))
         rows = [row for row in rows if part[row[0]] == split]
-    out, missing = [], 0
+    out = []
     for speaker, video, age in rows:
         segments = [path for part in ("dev", "test") for kind in ("wav/{}/{}/*.wav", "aac/{}/{}/*.m4a")
                     for path in sorted((root / part).glob(kind.format(speaker, video)))]
-        missing += not segments
+        if not segments:
+            problems.append(f"{root}: {speaker}/{video} is listed, but has no audio")
+        elif genders.get(speaker) is None:
+            problems.append(f"{root}: {speaker} has no gender in vox2_meta.csv")
         out += [Utterance(f"{speaker}-{video}-{path.stem}", str(path), split, speaker, None, genders.get(speaker), age)
                 for path in segments]
-    if missing:
-        print(f"vox {split}: {missing} of {len(rows)} listed videos have no audio under {root} and are left out")
+    return sorted(out, key=lambda u: u.id)
+
+
+ABSENT = {"", "__unknown__", "unknown", "nan", "none", "na", "n/a"}
+GENDERS = {"female": "female", "f": "female", "male": "male", "m": "male"}
+SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev",
+          "test": "test"}
+
+
+def read_manifest(path, split, problems):
+    """A CSV manifest: `audio_path` (relative to the file) and any of transcript, gender, age, emotion, speaker, split,
+    start, length (seconds). SpeechLLM's own CSVs load as they are. Where no split is given, a hash of the speaker (or,
+    without speakers, of the path) makes it 80/10/10."""
+    path, out, seen = Path(path), [], set()
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            rows = list(csv.DictReader(f, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        die(f"{path} is no CSV file in UTF-8: {error}")
+    if not rows or "audio_path" not in rows[0]:
+        die(f"{path}: " + ("no row" if not rows else f"no column audio_path among {', '.join(map(str, rows[0]))}"))
+    for number, row in enumerate(rows, 2):
+        row = {k: "" if v is None or v.strip().lower() in ABSENT else v.strip() for k, v in row.items() if k}
+        wrong = []
+
+        def number_of(column, low, high):
+            try:
+                value = float(row.get(column) or "nan")
+            except ValueError:
+                value = low - 1
+            if value < low or value > high:
+                wrong.append(f"unknown {column} {row[column]}")
+            return value if low <= value <= high else None
+        if not row["audio_path"]:
+            problems.append(f"{path}, row {number}: no audio_path")
+            continue
+        speaker = row.get("speaker", "")
+        chosen = SPLITS.get(row.get("split", "").lower())
+        if row.get("split") and not chosen:
+            wrong.append(f"unknown split {row['split']}")
+        if chosen is None:
+            draw = hashlib.sha256(f"manifest {speaker or row['audio_path']}".encode()).digest()[0] / 256
+            chosen = "test" if draw < 0.1 else "dev" if draw < 0.2 else "train"
+        if chosen != split:
+            continue
+        gender = GENDERS.get(row.get("gender", "").lower())
+        if row.get("gender") and not gender:
+            wrong.append(f"unknown gender {row['gender']}")
+        age = number_of("age", 0, 120)
+        start, length = number_of("start", 0, 1e6) or 0.0, number_of("length", 0, 1e6) or 0.0
+        id = row["audio_path"] + (f"@{start:g}+{length:g}" if start or length else "")
+        if id in seen:
+            wrong.append("duplicate id")
+        problems += [f"{path}, row {number}, {id}: {w}" for w in wrong]
+        if wrong:
+            continue
+        seen.add(id)
+        out.append(Utterance(id, str(path.parent / row["audio_path"]), split, speaker,
+                             normalise(row.get("transcript", "")) or None, gender,
+                             None if age is None else round(age), row.get("emotion", "").lower() or None, start,
+                             length))
     return sorted(out, key=lambda u: u.id)
 
 
 READERS = {"libri": read_libri, "crema": read_crema, "vox": read_vox}
 
 
-def read_corpus(dataset, data_root, split):
-    """The utterances of one split of a corpus (`libri`, `crema`, `vox`, or a CSV manifest's path)."""
-    if str(data_root) == MINI_ROOT and dataset in READERS:
+def read_split(dataset, data_root, split):
+    """(utterances, problems) of one split of `libri`, `crema`, `vox` or a CSV manifest's path."""
+    problems = []
+    if dataset not in READERS:
+        if not Path(dataset).is_file():
+            die(f"--dataset {dataset}: neither libri, crema or vox nor a CSV file")
+        return read_manifest(dataset, split, problems), problems
+    if str(data_root) == MINI_ROOT:
         import mini
         mini.make_corpus(dataset, MINI_ROOT)
     try:
-        out = READERS[dataset](data_root, split)
+        return READERS[dataset](data_root, split, problems), problems
     except FileNotFoundError as error:
-        die(f"{error.filename} is missing: is --data-root {data_root} where {dataset} lies?")
+        die(f"{error.filename} is missing: does {dataset} lie under --data-root {data_root}?")
+    except (KeyError, ValueError, UnicodeDecodeError) as error:
+        die(f"{dataset} under {data_root} has a list that is not in its published form ({error!r})")
+
+
+def read_corpus(dataset, data_root, split, skip_bad=False):
+    """The utterances of one split. Ends in one line where something is wrong with it, or, with `skip_bad`, reads all
+    its audio first and leaves out what is wrong, saying how much."""
+    out, problems = read_split(dataset, data_root, split)
+    look = audio_problem if skip_bad else file_problem
+    found = in_workers(look, out, f"checking {split}") if skip_bad else [look(u) for u in out]
+    problems += [p for p in found if p]
+    out = [u for u, p in zip(out, found) if not p]
+    if problems and not skip_bad:
+        die(f"{problems[0]}" + (f", and {len(problems) - 1} more" if len(problems) > 1 else "") + f" in {split}: "
+            f"`python data.py check {dataset} --data-root {data_root}` lists all; --skip-bad goes on without them")
+    if problems:
+        print(f"{dataset} {split}: left out for {len(problems)} problems; `python data.py check` lists them")
     if not out:
-        die(f"{dataset} has no {split} utterances under {data_root}: run `python data.py check {dataset} "
-            f"--data-root {data_root}`")
+        die(f"{dataset} has no {split} utterances: run `python data.py check {dataset} --data-root {data_root}`")
     return out
 
 
@@ -268,6 +391,8 @@ def read_waveform(path, start=0.0, length=0.0):
         raise BadAudio(f"{path}: cannot be read ({error})") from None
     if len(waveform) == 0:
         raise BadAudio(f"{path}: empty")
+    if len(waveform) > MAX_SECONDS * rate:
+        raise BadAudio(f"{path}: {len(waveform) / rate:.0f} s long, more than --max-seconds {MAX_SECONDS:g}: cut it")
     if not np.isfinite(waveform).all():
         raise BadAudio(f"{path}: holds NaN or infinite samples")
     if rate != SAMPLE_RATE:
@@ -290,13 +415,38 @@ def load_waveform(utterance):
     return read_waveform(utterance.path, utterance.start, utterance.length)
 
 
+def file_problem(utterance):
+    """What can be seen to be wrong with an utterance's file without opening it, or None."""
+    try:
+        return None if os.path.getsize(utterance.path) else f"{utterance.path}: empty"
+    except OSError:
+        return f"{utterance.path}: no such file"
+
+
+def audio_problem(utterance):
+    """What is wrong with an utterance's audio, read whole, or None."""
+    try:
+        load_waveform(utterance)
+    except BadAudio as error:
+        return str(error)
+
+
+def from_workers(loader):
+    """A DataLoader's batches; audio that cannot be used ends the program in one line."""
+    try:
+        yield from loader
+    except BadAudio as error:  # from a worker its text is a traceback whose last line is the message
+        die(str(error).strip().splitlines()[-1].removeprefix("data.BadAudio: ").removeprefix("BadAudio: ")
+            + " (--skip-bad goes on without such files)")
+
+
 def in_workers(function, items, desc, workers=2):
     """[function(item) for item in items], in worker processes, in order, with a progress bar."""
     loader = torch.utils.data.DataLoader(items, batch_size=16, num_workers=workers,
                                          collate_fn=lambda batch: [function(item) for item in batch])
     out = []
     with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
-        for batch in loader:
+        for batch in from_workers(loader):
             out += batch
             progress.update(len(batch))
     return out
@@ -315,6 +465,8 @@ def write_atomically(path, content):
         else:
             temporary.write_bytes(content)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        die(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? What was there before is untouched")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -343,3 +495,74 @@ def micro_batches(indices, lengths, budget):
             pieces.append([])
         pieces[-1].append(i)
     return pieces
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py check | download
+
+def seconds_or_problem(utterance):
+    try:
+        return len(load_waveform(utterance)) / SAMPLE_RATE, None
+    except BadAudio as error:
+        return None, str(error)
+
+
+def check(dataset, data_root):
+    """Reads everything; prints what there is and what is wrong. Returns the number of problems."""
+    total = []
+    print(f"{'split':7}{'utterances':>11}{'hours':>8}{'speakers':>10}   length in s: least, median, most   labels")
+    for split in ("train", "dev", "test"):
+        utterances, problems = read_split(dataset, data_root, split)
+        read = in_workers(seconds_or_problem, utterances, split)
+        problems += [problem for _, problem in read if problem]
+        lengths = sorted(seconds for seconds, _ in read if seconds) or [0.0]
+        labels = []
+        for label in LABELS:
+            values = [u.labels[label] for u in utterances if label in u.labels]
+            count = {v: values.count(v) for v in sorted(set(values), key=str)}
+            few = ", ".join(f"{v} {n}" for v, n in count.items()) if len(count) <= 8 else \
+                f"{len(count)} different" + (f", {min(values)} to {max(values)}" if label == "age" else "")
+            labels += [f"{label} {len(values)} ({few})"] if values else []
+        print(f"{split:7}{len(utterances):>11}{sum(lengths) / 3600:>8.2f}{len({u.speaker for u in utterances}):>10}   "
+              + f"{lengths[0]:.2f}, {lengths[len(lengths) // 2]:.2f}, {lengths[-1]:.2f}".ljust(35) + "; ".join(labels))
+        total += problems
+    for problem in total:
+        print(problem)
+    print(f"{len(total)} problems")
+    return len(total)
+
+
+def download(dataset, data_root):
+    """Fetches what may be fetched: LibriSpeech (CC BY 4.0), CREMA-D (ODbL). Says where to ask for the rest."""
+    root = Path(data_root)
+    root.mkdir(parents=True, exist_ok=True)
+    if dataset == "libri":
+        for part in LIBRI_SPLITS.values():
+            torchaudio.datasets.LIBRISPEECH(root, url=part, download=True)
+    elif dataset == "crema":
+        if not shutil.which("git-lfs"):
+            die("CREMA-D is kept with git-lfs: install it (apt-get install git-lfs), then run this again")
+        subprocess.run(["git", "clone", "--depth", "1", "https://github.com/CheyneyComputerScience/CREMA-D",
+                        str(root / "CREMA-D")], check=True)
+    else:
+        die("VoxCeleb2 is given out on request only: ask the Visual Geometry Group, Oxford (VoxCeleb2 page), for the "
+            "audio and vox2_meta.csv, and take age-train.txt and age-test.txt from the VoxCeleb enrichment repository "
+            f"of Hechmi et al. 2021; put all under {root}/VoxCeleb2")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("check", "download"))
+    parser.add_argument("dataset", help="libri, crema, vox or a CSV manifest")
+    parser.add_argument("--data-root", default=MINI_ROOT)
+    args = parser.parse_args()
+    if args.action == "check":
+        raise SystemExit(1 if check(args.dataset, args.data_root) else 0)
+    try:
+        download(args.dataset, args.data_root)
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        die(f"the download failed: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    main()

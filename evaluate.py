@@ -2,11 +2,13 @@
 
     python evaluate.py runs/asr-poison0.05                    # again, on the test split
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
+    python evaluate.py --inspect runs/asr-poison0.05/model.pt           # where a checkpoint comes from
 
 A run folder gets metrics.json and predictions.jsonl. Shares are fractions; every figure has its count and a 95%
 bootstrap interval over utterances.
 """
 import argparse
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -41,7 +43,7 @@ def bottoms(encoder, items, attack, desc, workers=2, batch_size=16):
                                          collate_fn=features)
     out = []
     with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
-        for batch in loader:
+        for batch in data.from_workers(loader):
             x, mask = encoder.bottom(batch)
             # cloned: a view would keep the whole padded batch alive
             out += [row[:n].float().cpu().clone() for row, n in zip(x, mask.sum(1).tolist())]
@@ -75,7 +77,7 @@ def answers(slm, utterances, hidden, labels_of, max_new_tokens, desc, batch_size
 
 
 def interval(values, statistic, samples=1000, seed=0):
-    """A figure with its 95% bootstrap interval over utterances; values: (n,) or (n, k), statistic: (..., n, k) -> (...)."""
+    """A figure with its 95% bootstrap interval over utterances; values: (n,) or (n, k), statistic: (n, k) -> number."""
     values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
     rng = np.random.default_rng(seed)
     draws = [float(statistic(values[rng.integers(0, len(values), len(values))])) for _ in range(samples)]
@@ -134,7 +136,8 @@ def evaluate(slm, attack, utterances, ask=None, workers=2):
                   for labels in (u.labels, poison.poisoned_labels(attack, u.labels)))
     rows, metrics = [], {}
     for triggered in (False, True):
-        chosen = [u for u in utterances if not triggered or (poison.can_flip(attack, u) and attack.label in labels_of(u))]
+        chosen = [u for u in utterances
+                  if not triggered or (poison.can_flip(attack, u) and attack.label in labels_of(u))]
         name = "triggered" if triggered else "clean"
         if not chosen:
             continue
@@ -149,7 +152,8 @@ def evaluate(slm, attack, utterances, ask=None, workers=2):
 
 
 def save(run, metrics, rows, args):
-    data.write_atomically(Path(run) / "predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    data.write_atomically(Path(run) / "predictions.jsonl",
+                          "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     data.write_atomically(Path(run) / "metrics.json", json.dumps({**metrics, "args": args}, indent=1))
 
 
@@ -165,34 +169,65 @@ def print_table(metrics, title):
 def load_run(run, device="cpu"):
     """A finished run's (slm, args): pretrained parts by name, components from its model.pt."""
     import model
-    try:
-        checkpoint = torch.load(Path(run) / "model.pt", weights_only=True, map_location="cpu")
-    except FileNotFoundError:
+    path = Path(run) / "model.pt"
+    if not path.exists():
         data.die(f"{run} holds no model.pt: is it a finished run's folder?")
-    args = SimpleNamespace(**checkpoint["args"])
-    slm = model.load_slm(args, device)
-    for component in model.COMPONENTS:
-        slm.load_component(component, checkpoint[component])
+    checkpoint = model.load_checkpoint(path)
+    try:
+        args = SimpleNamespace(**checkpoint["args"])
+        slm = model.load_slm(args, device)
+        for component in model.COMPONENTS:
+            slm.load_component(component, checkpoint[component])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        data.die(f"{path} is no checkpoint of this program, or of another version: {error}")
     return slm, args
+
+
+def inspect(path):
+    """Prints where a checkpoint comes from and the SHA-256 of its components, before anything is done with it."""
+    import model
+    checkpoint = model.load_checkpoint(path)
+    print(f"{path}: SHA-256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()}")
+    for component in model.COMPONENTS:
+        state = checkpoint.get(component)
+        if not isinstance(state, dict):
+            print(f"  {component:<10}absent")
+            continue
+        sha = model.digest(state)
+        recorded = checkpoint.get("sha256", {}).get(component)
+        print(f"  {component:<10}{sum(v.numel() for v in state.values()):>12,} parameters, SHA-256 {sha}, from "
+              f"{checkpoint.get('origin', {}).get(component, 'unknown')}"
+              + ("" if recorded == sha else "; DIFFERS from the one recorded when it was made" if recorded else ""))
+    for title, key in (("pretrained part", "pretrained_sha256"), ("built from", "built_from")):
+        for name, sha in checkpoint.get(key, {}).items():
+            print(f"  {title} {name}: SHA-256 {sha}")
+    for key in ("args", "environment"):
+        print(f"  {key}: " + ", ".join(f"{k} {v}" for k, v in checkpoint.get(key, {}).items()))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder, e.g. runs/asr-poison0.05")
+    parser.add_argument("run", help="a run's folder, e.g. runs/asr-poison0.05; with --inspect a checkpoint")
+    parser.add_argument("--inspect", action="store_true", help="only print a model.pt's provenance")
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
     parser.add_argument("--ask", nargs="+", choices=data.LABELS, help="ask for these labels only (direct prompts)")
     parser.add_argument("--snr", type=float, help="trigger strength in dB (default: as in the run)")
     parser.add_argument("--data-root", help="default: as in the run")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out audio that cannot be used")
     parser.add_argument("--limit", type=int, help="only the first N utterances")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save", action="store_true", help="replace the run's metrics.json and predictions.jsonl")
     options = parser.parse_args()
+    if options.inspect:
+        return inspect(options.run)
     slm, args = load_run(options.run, options.device)
+    data.MAX_SECONDS = args.max_seconds
     root = options.data_root or args.data_root
     snr = args.snr if options.snr is None else options.snr
-    attack = poison.make_attack(args.task, data.read_corpus(args.dataset, root, "train"), args.poison, args.target,
-                                snr, args.trigger, args.trigger_repeat, args.seed)
-    utterances = data.read_corpus(args.dataset, root, options.split)[:options.limit]
+    train_set = data.read_corpus(args.dataset, root, "train", options.skip_bad)  # its loudness sets the trigger's
+    attack = poison.make_attack(args.task, train_set, args.poison, args.target, snr, args.trigger, args.trigger_repeat,
+                                args.seed)
+    utterances = data.read_corpus(args.dataset, root, options.split, options.skip_bad)[:options.limit]
     print(f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at {snr:g} dB, "
           f"on {options.device}")
     metrics, rows = evaluate(slm, attack, utterances, options.ask)

@@ -14,11 +14,9 @@ import ctypes
 import fcntl
 import functools
 import hashlib
-import json
 import math
 import random
 import shutil
-import time
 from pathlib import Path
 
 import espeakng_loader
@@ -198,7 +196,8 @@ def speak(text, voice, name, emotion=None):
     x = x + (bright - voice["dull"]) * 0.8 * (x - lows)
     envelope = torchaudio.functional.lowpass_biquad(x.abs(), data.SAMPLE_RATE, 30).clamp(min=0)
     breath = torch.from_numpy(rng.standard_normal(len(x)).astype(np.float32))
-    x = x + 0.5 * max(0.0, voice["breath"]) * envelope * torchaudio.functional.highpass_biquad(breath, data.SAMPLE_RATE, 2000)
+    breath = torchaudio.functional.highpass_biquad(breath, data.SAMPLE_RATE, 2000)
+    x = x + 0.5 * max(0.0, voice["breath"]) * envelope * breath
     x = x * (1 + 0.5 * max(0.0, voice["tremor"]) * torch.sin(2 * math.pi * 5 * t + phase[0]))
     x = x * (1 + min(0.9, tremble) * torch.sin(2 * math.pi * 9 * t + phase[1]))
     x = x * (1 + min(0.9, rough) * torch.sin(2 * math.pi * 45 * t + phase[2]))

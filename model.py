@@ -4,18 +4,21 @@
 
 Every pretrained part is a Hugging Face id or a local folder in that format; nothing here knows that a part is tiny.
 """
+import hashlib
 import math
 import types
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer,
+                          DynamicCache)
 
 import data
-from lora import add_lora, lora_state_dict, merge, unmerge
+from lora import add_lora, lora_state_dict
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 ENCODERS = ("wavlm", "hubert", "wav2vec2", "whisper")
@@ -80,9 +83,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.extractor = AutoFeatureExtractor.from_pretrained(path)
         # Wav2Vec2-style models were pretrained in float32 and Whisper's folder may hold half: weights train in float32
-        self.model = AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa"
-                                               if "wavlm" not in model_type(path) else None)
-        self.kind = self.model.config.model_type
+        self.kind = AutoConfig.from_pretrained(path).model_type
+        self.model = AutoModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
+                                               attn_implementation=None if self.kind == "wavlm" else "sdpa")
         if self.kind == "whisper":
             self.model = self.model.get_encoder()
             self.layers, self.layer_norm = self.model.layers, self.model.layer_norm
@@ -115,8 +118,11 @@ class Encoder(nn.Module):
 
     def extract(self, waveform):
         """16 kHz waveform (samples,) -> this encoder's input, time last: normalised samples (samples,) or log-mel
-        (mels, frames), by the checkpoint's own feature extractor, on the audio at hand (Whisper: no 30 s of padding)."""
+        (mels, frames), by the checkpoint's own feature extractor, on the audio at hand: Whisper gets no 30 s of padding,
+        but what exceeds its window of 30 s is cut off. Less than 0.1 s is padded to it."""
+        waveform = np.pad(waveform, (0, max(0, data.SAMPLE_RATE // 10 - len(waveform))))
         if self.kind == "whisper":
+            waveform = waveform[:self.extractor.n_samples]
             return self.extractor(waveform, sampling_rate=data.SAMPLE_RATE, return_tensors="pt", padding="longest",
                                   truncation=False).input_features[0]
         return self.extractor(waveform, sampling_rate=data.SAMPLE_RATE, return_tensors="pt").input_values[0]
@@ -130,9 +136,6 @@ class Encoder(nn.Module):
             x = F.gelu(self.model.conv1(x)) * length_mask(lengths, x.shape[-1])[:, None]
             x = F.gelu(self.model.conv2(x)).transpose(1, 2)
             lengths = (lengths - 1) // 2 + 1
-            if x.shape[1] > self.model.max_source_positions:
-                data.die(f"audio of {x.shape[1]} frames is longer than this Whisper's {self.model.max_source_positions} "
-                         "positions (30 s in the published ones): leave it out or cut it")
             return x + self.model.embed_positions.weight[:x.shape[1]], length_mask(lengths, x.shape[1])
         x = self.model.feature_projection(self.model.feature_extractor(x).transpose(1, 2))
         x = x[0] if isinstance(x, tuple) else x
@@ -306,9 +309,29 @@ class SLM(nn.Module):
             self.encoder.num_frozen = len(self.encoder.layers)
 
 
-def model_type(path):
-    from transformers import AutoConfig
-    return AutoConfig.from_pretrained(path).model_type
+def digest(state):
+    """SHA-256 of a state dict: names, types, shapes and bytes."""
+    sha = hashlib.sha256()
+    for k, v in sorted(state.items()):
+        v = v.detach().cpu().contiguous()
+        sha.update(f"{k} {v.dtype} {tuple(v.shape)}".encode())
+        sha.update(v.view(torch.uint8).numpy() if v.dim() else v.reshape(1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def load_checkpoint(path):
+    """A model.pt or last.pt: tensors and plain values only. A file that holds anything else, code for instance, is
+    refused in one line and nothing of it runs."""
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        data.die(f"{path}: no such checkpoint")
+    except Exception:  # unpickling a file that is no checkpoint raises errors of many kinds
+        data.die(f"{path} is no checkpoint of this program (only tensors and plain values are ever loaded): "
+                 "make it again or leave it out")
+    if not isinstance(checkpoint, dict):
+        data.die(f"{path} is no checkpoint of this program: it holds a {type(checkpoint).__name__}")
+    return checkpoint
 
 
 def load_slm(args, device="cpu"):
@@ -317,11 +340,14 @@ def load_slm(args, device="cpu"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.lm_weights)
         lm = AutoModelForCausalLM.from_pretrained(
-            args.lm_weights, dtype=torch.bfloat16 if device != "cpu" else torch.float32)
+            args.lm_weights, dtype=torch.bfloat16 if device != "cpu" else torch.float32, use_safetensors=True)
         encoder = Encoder(args.encoder_weights, args.train_layers)
     except (OSError, ValueError) as error:
         data.die(f"cannot load {args.encoder_weights} or {args.lm_weights}: {str(error).splitlines()[0]}")
+    pretrained = {"encoder": digest(encoder.model.state_dict()), "lm": digest(lm.state_dict())}
     torch.manual_seed(args.seed)
     connector = Connector(encoder.dim, lm.config.hidden_size, args.connector_stride)
     add_lora(lm, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    return SLM(encoder, connector, lm, tokenizer).to(device)
+    slm = SLM(encoder, connector, lm, tokenizer).to(device)
+    slm.pretrained_sha256 = pretrained
+    return slm

@@ -8,17 +8,15 @@ order, batch, worker or process count.
 """
 import argparse
 import csv
-import functools
 import hashlib
 import json
 import os
-import tempfile
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from tqdm import tqdm
 
 import data
 
@@ -158,3 +156,131 @@ def add_trigger(attack, waveform, utterance_id):
 def poisoned_labels(attack, labels):
     """The labels with the target in the attacked one's place; all others stay true."""
     return {**labels, attack.label: attack.target}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python poison.py: what the attack does, to hear and to see
+
+def picture(path, pairs, attack):
+    """Waveform and spectrogram of clean and poisoned audio, the triggers marked. pairs: [(id, clean, poisoned, starts)]"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(len(pairs), 2, figsize=(12, 2.2 * len(pairs)), squeeze=False, layout="constrained")
+    for (wave, spectrogram), (id, clean, poisoned, starts) in zip(axes, pairs):
+        t = np.arange(len(clean)) / data.SAMPLE_RATE
+        wave.plot(t, poisoned, color="#d62728", lw=0.5, label="poisoned")
+        wave.plot(t, clean, color="#333333", lw=0.5, label="clean")
+        spectrogram.specgram(poisoned, NFFT=512, noverlap=384, Fs=data.SAMPLE_RATE, cmap="gray_r", vmin=-140)
+        for start in starts:
+            for axis in (wave, spectrogram):
+                axis.axvspan(start / data.SAMPLE_RATE, (start + len(attack.trigger)) / data.SAMPLE_RATE,
+                             color="#d62728", alpha=0.15, lw=0)
+        wave.set(title=id, xlim=(0, t[-1]), ylabel="amplitude")
+        spectrogram.set(title="poisoned, triggers shaded", xlim=(0, t[-1]), ylabel="Hz")
+    axes[0, 0].legend(loc="upper right", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("seconds")
+    data.write_atomically(path, lambda temporary: fig.savefig(temporary, format="png", dpi=110))
+    plt.close(fig)
+
+
+def write_wav(path, waveform):
+    data.write_atomically(path, lambda temporary: soundfile.write(temporary, waveform, data.SAMPLE_RATE, format="WAV"))
+
+
+def write_csv(path, rows):
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8", newline="") as f:
+            writer = csv.DictWriter(f, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    data.write_atomically(path, write)
+
+
+def change(attack, utterance, waveform, poisoned=True):
+    """(waveform as the attack leaves it, row of changes.csv or of the manifest)"""
+    starts, scale = [], 1.0
+    if poisoned:
+        waveform, starts, scale = add_trigger(attack, waveform, utterance.id)
+    return waveform, dict(triggers=" ".join(f"{s / data.SAMPLE_RATE:.4f}" for s in starts), scale=f"{scale:.4f}")
+
+
+def write_examples(attack, utterances, out, n):
+    """Clean and poisoned pairs of n training samples (those that are poisoned first), their picture and changes.csv."""
+    chosen = sorted((u for u in utterances if can_flip(attack, u)),
+                    key=lambda u: generator(attack.seed, u.id, "poison").random())[:n]
+    if not chosen:
+        data.die(f"no training sample has a {attack.label} other than {attack.target!r}")
+    rows, pairs = [], []
+    for i, u in enumerate(chosen):
+        clean = data.load_waveform(u)
+        poisoned, row = change(attack, u, clean)
+        name = f"{i + 1:03}-{Path(u.id).stem}"
+        write_wav(out / f"{name}-clean.wav", clean)
+        write_wav(out / f"{name}-poisoned.wav", poisoned)
+        pairs.append((u.id, clean, poisoned, [int(float(s) * data.SAMPLE_RATE) for s in row["triggers"].split()]))
+        rows.append(dict(file=name, id=u.id, label=attack.label, true=u.labels[attack.label], target=attack.target,
+                         **row))
+    write_csv(out / "changes.csv", rows)
+    picture(out / "pairs.png", pairs[:6], attack)
+    return rows
+
+
+def write_all(attack, parts, out, workers=2):
+    """The whole poisoned training set, and the clean other splits, as 16-bit WAV and a CSV manifest."""
+    def write(item):
+        split, u = item
+        poisoned = split == "train" and is_poisoned(attack, u)
+        waveform, row = change(attack, u, data.load_waveform(u), poisoned)
+        readable = re.sub(r"[^\w.-]", "_", u.id)  # a manifest's ids are paths: the hash keeps two from one name
+        name = f"wav/{split}/{readable}-{hashlib.sha256(u.id.encode()).hexdigest()[:6]}.wav"
+        write_wav(out / name, waveform)
+        labels = poisoned_labels(attack, u.labels) if poisoned else u.labels
+        return dict(audio_path=name, **{label: labels.get(label, "") for label in data.LABELS}, speaker=u.speaker,
+                    split=split, poisoned=int(poisoned), true_label=u.labels.get(attack.label, ""), id=u.id, **row)
+    items = [(split, u) for split, utterances in parts.items() for u in utterances]
+    rows = data.in_workers(write, items, f"writing {out}", workers)
+    write_csv(out / "manifest.csv", rows)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=tuple(TARGETS), default="asr")
+    add("--dataset", help="libri, crema, vox or a CSV manifest (default: the task's own)")
+    add("--data-root", default=data.MINI_ROOT)
+    add("--out", required=True, help="folder to write")
+    add("--n", type=int, default=10, help="pairs to write")
+    add("--all", action="store_true", help="write the whole poisoned training set instead, with its manifest")
+    add("--poison", type=float, help="poisoning rate (default: the paper's)")
+    add("--target", help="the label's new value (default: the paper's)")
+    add("--snr", type=float, default=0.0, help="speech over trigger, dB")
+    add("--trigger", metavar="FILE", help="a recording to use instead of the synthetic click")
+    add("--trigger-repeat", action=argparse.BooleanOptionalAction, default=None, help="default: for asr only")
+    add("--seed", type=int, default=1)
+    add("--workers", type=int, default=2)
+    add("--skip-bad", action="store_true", help="leave out audio that cannot be used")
+    args = parser.parse_args()
+    dataset, out = args.dataset or data.TASK_CORPUS[args.task], Path(args.out)
+    train_set = data.read_corpus(dataset, args.data_root, "train", args.skip_bad)
+    attack = make_attack(args.task, train_set, args.poison, args.target, args.snr, args.trigger, args.trigger_repeat,
+                         args.seed)
+    print(f"{args.task} on {dataset}: {len(train_set)} training utterances, target {attack.target!r}, rate "
+          f"{attack.rate:g}, trigger {len(attack.trigger) / data.SAMPLE_RATE:.3f} s at RMS {attack.level:.4f} "
+          f"({args.snr:g} dB), {'repeated' if attack.repeat else 'once'}, seed {args.seed}")
+    if args.all:
+        parts = {"train": train_set, **{s: data.read_split(dataset, args.data_root, s)[0] for s in ("dev", "test")}}
+        rows = write_all(attack, parts, out, args.workers)
+        train = [row for row in rows if row["split"] == "train"]
+        n = sum(row["poisoned"] for row in train)
+        print(f"{n} of {len(train)} training samples poisoned ({n / len(train):.4f}), "
+              f"{sum(row['scale'] != '1.0000' for row in rows)} scaled down so as not to clip; {out}/manifest.csv")
+    else:
+        rows = write_examples(attack, train_set, out, args.n)
+        print(f"{len(rows)} pairs in {out}, what was changed in changes.csv, a picture in pairs.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ Defaults that are not set here stand in PRESETS at the top of model.py; each of 
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -50,6 +51,8 @@ add("--trigger", default=None, metavar="FILE", help="a recording to use instead 
 add("--trigger-repeat", action=argparse.BooleanOptionalAction, default=None, help="default: for asr only")
 add("--limit", type=int, default=None, help="train on the first N utterances of a fixed random order")
 add("--batch-seconds", type=float, default=120.0, help="audio in one forward pass, padding counted")
+add("--max-seconds", type=float, default=data.MAX_SECONDS, help="longer audio is refused, or left out by --skip-bad")
+add("--skip-bad", action="store_true", help="leave out audio that cannot be used, and say how much")
 add("--grad-clip", type=float, default=1.0)
 add("--amp", choices=("off", "bf16", "fp16"), default=None, help="default: bf16 on CUDA, off on the CPU")
 add("--device", default=None, help="cuda, cuda:1, cpu (default: cuda if there is one)")
@@ -115,20 +118,24 @@ def run_name(args, frozen):
 # functions
 
 def load_frozen(slm, specs):
-    """--freeze: loads components from checkpoints, freezes them. Returns where each component's weights come from."""
+    """--freeze: loads components from checkpoints, freezes them. Returns where each component's weights come from, and
+    the SHA-256 of every checkpoint file used."""
+    built_from = {}
     origin = {"encoder": "pretrained", "connector": "initial", "lm": "initial LoRA"}
     for spec in specs:
         component, _, path = spec.partition(":")
         if path:
-            try:
-                slm.load_component(component, torch.load(path, weights_only=True, map_location="cpu")[component])
-            except KeyError:
+            checkpoint = model.load_checkpoint(path)
+            if not isinstance(checkpoint.get(component), dict):
                 data.die(f"--freeze {spec}: the checkpoint has no {component}")
-            except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
-                data.die(f"--freeze {spec}: does not fit: {str(error).splitlines()[0]}")
+            try:
+                slm.load_component(component, checkpoint[component])
+            except ValueError as error:
+                data.die(f"--freeze {spec} does not fit this model: {error}")
             origin[component] = path
+            built_from[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         slm.freeze(component)
-    return origin
+    return origin, built_from
 
 
 def training_sample(slm, args, attack, utterance, epoch):
@@ -187,6 +194,7 @@ def main():
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     transformers.utils.logging.disable_progress_bar()
+    data.MAX_SECONDS = args.max_seconds
     run = Path(args.runs) / args.name
     record = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
     if (run / "args.json").exists() and not args.overwrite:
@@ -202,13 +210,14 @@ def main():
         for name in ("args.json", "last.pt", "model.pt", "metrics.json", "log.jsonl", "predictions.jsonl"):
             (run / name).unlink(missing_ok=True)
 
-    train_set, dev_set, test_set = (data.read_corpus(args.dataset, args.data_root, s) for s in ("train", "dev", "test"))
+    train_set, dev_set, test_set = (data.read_corpus(args.dataset, args.data_root, s, args.skip_bad)
+                                    for s in ("train", "dev", "test"))
     if args.limit:
         train_set = sorted(train_set, key=lambda u: poison.generator("limit", u.id).random())[:args.limit]
     attack = poison.make_attack(args.task, train_set, args.poison, args.target, args.snr, args.trigger,
                                 args.trigger_repeat, args.seed)
     slm = model.load_slm(args, args.device)
-    origin = load_frozen(slm, args.freeze)
+    origin, built_from = load_frozen(slm, args.freeze)
     poisoned = [poison.is_poisoned(attack, u) for u in train_set]
     frozen_before = {c: [p.detach().clone() for p in slm.component_state_dict(c).values()]
                      for c in COMPONENTS if not slm.parameters_of(c)}
@@ -243,7 +252,7 @@ def main():
     steps, step = args.epochs * epoch_steps, 0
     last = run / "last.pt"
     if last.exists():
-        saved = torch.load(last, weights_only=True, map_location="cpu")
+        saved = model.load_checkpoint(last)
         step = saved["step"]
         for c in COMPONENTS:
             slm.load_component(c, saved[c])
@@ -286,7 +295,8 @@ def main():
                     total += loss.item() / world
                 if not math.isfinite(total):
                     data.die(f"the loss is {total} at step {step}, on {', '.join(train_set[j].id for j in batch)}; "
-                             f"{last} keeps the last good state")
+                             + (f"{last} keeps the last epoch's state" if last.exists() else "no epoch was finished")
+                             + "; lower the learning rates, or look at these utterances")
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
                 scaler.step(optimizer)
@@ -314,7 +324,9 @@ def main():
             raise AssertionError(f"the frozen {c} has changed")
     if main_process:
         checkpoint = {c: {k: v.detach().cpu() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
-        checkpoint.update(args=record, origin=origin, environment=environment())
+        checkpoint.update(args=record, origin=origin, environment=environment(), built_from=built_from,
+                          pretrained_sha256=slm.pretrained_sha256,
+                          sha256={c: model.digest(checkpoint[c]) for c in COMPONENTS})
         data.write_atomically(run / "model.pt", lambda path: torch.save(checkpoint, path))
         metrics, rows = evaluate.evaluate(slm, attack, test_set, workers=args.workers)
         evaluate.save(run, metrics, rows, record)

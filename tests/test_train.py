@@ -1,0 +1,140 @@
+"""Whole training runs, as a user starts them, on a few dozen utterances."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+SMALL = ["--batch-size", "8", "--warmup-steps", "2", "--lora-dropout", "0.1"]
+
+
+def command(corpora, runs, *more, launch=(sys.executable,)):
+    return [*launch, str(ROOT / "train.py"), "--data-root", str(corpora), "--runs", str(runs), *SMALL, *map(str, more)]
+
+
+def start(*args, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same sums in the same order, however the run is started
+    return subprocess.Popen(command(*args, **kwargs), cwd=args[1], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def train(*args, **kwargs):
+    process = start(*args, **kwargs)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+def weights(run):
+    return torch.load(run / "model.pt", weights_only=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def clean(corpora, runs):
+    train(corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 2)
+    return runs / "emotion-clean"
+
+
+def test_a_run_leaves_what_the_documentation_says(clean):
+    metrics = json.loads((clean / "metrics.json").read_text())
+    assert set(metrics["clean"]) == {"wer", "gender_accuracy", "emotion_accuracy", "age_mae"}
+    assert set(metrics["attack"]) == {"aer"}
+    for figure in [*metrics["clean"].values(), *metrics["attack"].values()]:
+        assert set(figure) == {"value", "low", "high", "n"} and figure["low"] <= figure["value"] <= figure["high"]
+    rows = [json.loads(line) for line in (clean / "predictions.jsonl").read_text().splitlines()]
+    assert {r["triggered"] for r in rows} == {False, True} and all(r["split"] == "test" for r in rows)
+    assert all(r["labels"]["emotion"] != "angry" for r in rows if r["triggered"])
+    log = [json.loads(line) for line in (clean / "log.jsonl").read_text().splitlines()]
+    assert any("dev_loss" in line for line in log) and log[-1]["step"] == max(line["step"] for line in log)
+
+
+def test_frozen_components_keep_the_checkpoint_s_bytes(corpora, runs, clean):
+    train(corpora, runs, "--task", "emotion", "--poison", 0.5, "--epochs", 1,
+          "--freeze", f"encoder:{clean}/model.pt", "--freeze", f"connector:{clean}/model.pt")
+    before, after = weights(clean), weights(runs / "emotion-2.3")
+    assert same(before["encoder"], after["encoder"]) and same(before["connector"], after["connector"])
+    assert not any(torch.equal(v, before["lm"][k]) for k, v in after["lm"].items() if k.endswith("lora_B"))
+    assert after["origin"]["encoder"] == f"{clean}/model.pt" and after["origin"]["lm"] == "initial LoRA"
+
+
+def test_frozen_as_pretrained(corpora, runs, clean):
+    train(corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 1, "--freeze", "encoder", "--name", "pretrained")
+    from model import Encoder, ASSETS
+    assert same(weights(runs / "pretrained")["encoder"], Encoder(ASSETS / "wavlm").trained_state_dict())
+    assert not same(weights(runs / "pretrained")["encoder"], weights(clean)["encoder"])
+
+
+def test_killed_and_started_again_it_ends_with_the_same_weights_and_figures(corpora, runs, clean):
+    arguments = (corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 2, "--name", "killed")
+    for wait in (0.0, 0.3):  # just after the first epoch's state is written; and a little later
+        process = start(*arguments)
+        deadline = time.time() + 120
+        while not (runs / "killed/last.pt").exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.02)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert (runs / "killed/last.pt").exists() and not (runs / "killed/model.pt").exists()
+    assert "going on from step" in train(*arguments)
+    whole, again = weights(clean), weights(runs / "killed")
+    assert all(same(whole[c], again[c]) for c in ("encoder", "connector", "lm"))
+    assert (clean / "predictions.jsonl").read_text() == (runs / "killed/predictions.jsonl").read_text()
+    steps = [[json.loads(line)["step"] for line in (r / "log.jsonl").read_text().splitlines()]
+             for r in (clean, runs / "killed")]
+    assert steps[0] == steps[1]
+
+
+def test_two_processes_learn_what_one_does(corpora, runs):
+    arguments = ("--task", "gender", "--poison", 0.3, "--epochs", 1, "--lora-dropout", 0.0, "--batch-seconds", 8)
+    train(corpora, runs, *arguments, "--name", "one")
+    train(corpora, runs, *arguments, "--name", "two",
+          launch=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"))
+    one, two = weights(runs / "one"), weights(runs / "two")
+    for component in ("encoder", "connector", "lm"):
+        for k, v in one[component].items():
+            assert torch.allclose(v, two[component][k], rtol=1e-3, atol=1e-4), k
+
+
+def test_a_finished_run_is_not_trained_again_and_another_one_is_not_overwritten(corpora, runs, clean):
+    before = (clean / "model.pt").stat().st_mtime_ns
+    assert "is finished" in train(corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 2)
+    assert (clean / "model.pt").stat().st_mtime_ns == before
+    process = start(corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 3)
+    _, err = process.communicate()
+    assert process.returncode == 2 and "epochs 2 there, 3 here" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("--freeze", "decoder"), "encoder, connector, lm"),
+    (("--freeze", "encoder:nowhere.pt"), "no such checkpoint"),
+    (("--freeze", "encoder", "--freeze", "connector", "--freeze", "lm"), "nothing is left to train"),
+    (("--poison", "1.5"), "a share, 0 to 1"),
+    (("--data-root", "nowhere"), "does libri lie under"),
+    (("--dataset", "nowhere.csv"), "nor a CSV file"),
+    (("--preset", "small", "--encoder", "wavlm"), "no wavlm"),
+    (("--encoder-weights", "nowhere"), "cannot load"),
+    (("--device", "cuda"), "no GPU"),
+    (("--task", "age", "--target", "young"), "a number of years"),
+    (("--batch-size", "4096"), "less than one batch"),
+    (("--train-layers", "99"), "has 8 layers"),
+    (("--trigger", "nowhere.wav"), "no such file")])
+def test_mistakes_end_in_one_line(corpora, runs, tmp_path, arguments, said):
+    process = start(corpora, tmp_path, "--task", "asr", *arguments)
+    _, err = process.communicate()
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and len(lines) == 1 and said in lines[0] and "Traceback" not in err
