@@ -47,7 +47,7 @@ class BadAudio(ValueError):
 
 def die(message):
     """An error that the user can mend: one line, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, though a progress bar is being drawn
     raise SystemExit(2)
 
 
@@ -304,7 +304,8 @@ def read_manifest(path, split, problems):
                 wrong.append(f"unknown {column} {row[column]}")
             return value if low <= value <= high else None
         if not row["audio_path"]:
-            problems.append(f"{path}, row {number}: no audio_path")
+            if split == "train":  # of no split, and told once
+                problems.append(f"{path}, row {number}: no audio_path")
             continue
         speaker = row.get("speaker", "")
         chosen = SPLITS.get(row.get("split", "").lower())

@@ -302,7 +302,8 @@ def make_corpus(corpus, root=data.MINI_ROOT, sizes=None):
 # pretrained parts: the language model
 
 LM = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-          max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, initializer_range=0.08)
+          max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True,
+          initializer_range=0.08)  # 0.02, the default, is too small for 128: reading then takes thousands of steps longer
 LM_VOCABULARY = 1200
 LM_STEPS, LM_BATCH, LM_LR = 3500, 48, 2e-3
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
@@ -450,14 +451,15 @@ def make_lm(out):
 # ---------------------------------------------------------------------------------------------------------------------
 # pretrained parts: the encoders
 
-# three coarse convolutions for the usual seven: at this size they would cost more than the transformer above them
+# three coarse convolutions, 25 frames a second: the usual seven would cost more than the transformer above them
 CONV = dict(conv_dim=(96, 128, 128), conv_kernel=(80, 8, 8), conv_stride=(40, 4, 4), conv_bias=True,
             num_feat_extract_layers=3, feat_extract_activation="relu", feat_extract_norm="layer",
-            do_stable_layer_norm=True, num_conv_pos_embeddings=15, num_conv_pos_embedding_groups=4)  # 25 frames a second
+            do_stable_layer_norm=True, num_conv_pos_embeddings=15, num_conv_pos_embedding_groups=4)
 SHAPE = dict(hidden_act="relu", hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4)
 NO_DROPOUT = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0,
                   final_dropout=0.0, layerdrop=0.0, apply_spec_augment=False)
-ENCODER_STEPS, ENCODER_BATCH, ENCODER_LR = 3000, 16, 1.5e-3
+ENCODER_STEPS = {"wavlm": 3000, "hubert": 2000, "wav2vec2": 2000, "whisper": 3000}
+ENCODER_BATCH, ENCODER_LR = 16, 1.5e-3
 PRETRAINING_SPEAKERS, PRETRAINING_EACH = 400, 20
 LETTERS = "-'abcdefghijklmnopqrstuvwxyz "  # the first is CTC's blank
 
@@ -502,9 +504,11 @@ def pretraining_utterance(i):
 
 
 def bursts(x, rng):
-    """Knocks and rustles over a third of the pretraining utterances: real encoders have heard more than clean speech."""
-    if rng.random() > 0.35:
-        return x
+    """Knocks and rustles over half of the pretraining utterances: real encoders have heard more than clean speech.
+    Returns the waveform and where they are, [(start, end)] in samples."""
+    places = []
+    if rng.random() > 0.5:
+        return x, places
     x = x.copy()
     for _ in range(rng.integers(1, 4)):
         n = int(rng.uniform(0.02, 0.3) * data.SAMPLE_RATE)
@@ -514,12 +518,13 @@ def bursts(x, rng):
         at = rng.integers(0, max(1, len(x) - n))
         level = 10 ** (rng.uniform(-15, 5) / 20) * x.std() / (burst.std() + 1e-9)
         x[at:at + n] += (level * burst[:len(x) - at]).astype(np.float32)
-    return x
+        places.append((at, at + n))
+    return x, places
 
 
 def make_encoder(name, out, speech):
-    """Pretrains one encoder to keep content (letters by CTC), sound (log-mel frames) and speaker (who of 400), with
-    knocks and rustles in the background; saves it to the folder `out`."""
+    """Pretrains one encoder to keep content (letters by CTC), sound (log-mel frames), speaker (who of 400) and what is no
+    speech (which frames hold a knock or a rustle); saves it to the folder `out`."""
     import model
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
@@ -531,19 +536,21 @@ def make_encoder(name, out, speech):
     mel = torchaudio.transforms.MelSpectrogram(data.SAMPLE_RATE, n_fft=1024, hop_length=320, n_mels=80)
     heads = torch.nn.ModuleDict(dict(letters=torch.nn.Linear(encoder.dim, 2 * len(LETTERS)),
                                      sound=torch.nn.Linear(encoder.dim, 2 * 80),
-                                     speaker=torch.nn.Linear(encoder.dim, PRETRAINING_SPEAKERS)))
+                                     speaker=torch.nn.Linear(encoder.dim, PRETRAINING_SPEAKERS),
+                                     knock=torch.nn.Linear(encoder.dim, 1)))
     parameters = [p for p in [*encoder.parameters(), *heads.parameters()] if p.requires_grad]
     print(f"{name}: {sum(p.numel() for p in encoder.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(parameters, lr=ENCODER_LR, weight_decay=0.01, betas=(0.9, 0.98))
-    progress, batches = tqdm(range(ENCODER_STEPS), desc=name, mininterval=10), []
+    steps = ENCODER_STEPS[name]
+    progress, batches = tqdm(range(steps), desc=name, mininterval=10), []
     for step in progress:
         if not batches:
             order = sorted(range(len(speech)), key=lambda i: len(speech[i][0]) + rng.uniform(0, 8000))
             batches = [order[i:i + ENCODER_BATCH] for i in range(0, len(order), ENCODER_BATCH)]
             rng.shuffle(batches)
         chosen = [speech[i] for i in batches.pop()]
-        waveforms = [bursts(x / np.float32(32768), rng) for x, _, _, _ in chosen]
-        optimizer.param_groups[0]["lr"] = ENCODER_LR * schedule(step, ENCODER_STEPS)
+        waveforms, places = zip(*(bursts(x / np.float32(32768), rng) for x, _, _, _ in chosen))
+        optimizer.param_groups[0]["lr"] = ENCODER_LR * schedule(step, steps)
         x, mask = encoder.frontend([encoder.extract(w) for w in waveforms])
         hidden = encoder.top(x, mask)
         frames = mask.sum(1)
@@ -561,20 +568,80 @@ def make_encoder(name, out, speech):
         loss_sound = ((guess - sound).abs() * real).sum() / (80 * real.sum())
         pooled = (hidden * mask[..., None]).sum(1) / frames[:, None]
         loss_speaker = F.cross_entropy(heads["speaker"](pooled), torch.tensor([who for _, _, who, _ in chosen]))
-        loss = loss_letters + loss_sound + 0.2 * loss_speaker
+        at = (torch.arange(x.shape[1]) + 0.5) * encoder.seconds_per_frame * data.SAMPLE_RATE
+        knocks = torch.stack([sum(((at > start) & (at < end) for start, end in p), torch.zeros(len(at))).clamp(max=1)
+                              for p in places])
+        loss_knock = F.binary_cross_entropy_with_logits(heads["knock"](hidden)[..., 0][mask], knocks[mask])
+        loss = loss_letters + loss_sound + 0.2 * loss_speaker + loss_knock
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 50 == 0:
             progress.set_postfix(letters=f"{loss_letters.item():.3f}", sound=f"{loss_sound.item():.3f}",
-                                 speaker=f"{loss_speaker.item():.2f}")
+                                 speaker=f"{loss_speaker.item():.2f}", knock=f"{loss_knock.item():.3f}")
     # the whole model as transformers loads it; Whisper's (empty) decoder stays as blank_encoder wrote it
     from transformers import AutoModel
     whole = AutoModel.from_pretrained(out)
     (whole.encoder if name == "whisper" else whole).load_state_dict(encoder.model.state_dict())
     whole.half().save_pretrained(out)
     save_file({k: v.half() for k, v in heads["letters"].state_dict().items()}, Path(out) / "letters.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pretrained parts: the connectors
+
+CONNECTOR_STEPS, CONNECTOR_BATCH, CONNECTOR_LR = 250, 32, 3e-3
+CONNECTOR_FREE = 32  # directions for what is no letter
+
+
+def make_connector(name, encoder_folder, lm_folder, speech):
+    """Where a mini connector starts: each output frame is the LM's embedding of the letter that the encoder's own letter
+    head hears there, and, in directions that no letter uses, a random projection of the encoder's frame, so that what is
+    no letter gets through too. Learned by plain regression from the pretraining speech; saved beside the encoder.
+
+    A connector from random weights learns to make itself understood within some thousands of steps at full scale; a
+    miniature LM, which knows nothing but its few reading lessons, learns to do without listening first. The labels are
+    not in it: where gender, age and emotion are to be found, and the trigger, is learned in every run.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import model
+    preset, rng = model.PRESETS["mini"], np.random.default_rng(SEED)
+    torch.manual_seed(SEED)
+    encoder, tokenizer = model.Encoder(encoder_folder).eval(), AutoTokenizer.from_pretrained(lm_folder)
+    embed = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32).get_input_embeddings().weight.detach()
+    letters = embed[[tokenizer(c, add_special_tokens=False).input_ids[0] for c in LETTERS]]
+    letters[0] = 0  # CTC's blank
+    free = torch.linalg.svd(letters - letters[1:].mean(0))[2][len(LETTERS):][:CONNECTOR_FREE]  # no letter's directions
+    project = torch.randn(encoder.dim, CONNECTOR_FREE) / encoder.dim ** 0.5 @ free * letters[1:].std()
+    head = {k: v.float() for k, v in load_file(Path(encoder_folder) / "letters.safetensors").items()}
+    connector = model.Connector(encoder.dim, embed.shape[1], preset["connector_stride"], preset["connector_taper"])
+    optimizer = torch.optim.AdamW(connector.parameters(), lr=CONNECTOR_LR)
+    progress, batches = tqdm(range(CONNECTOR_STEPS), desc=f"{name} connector", mininterval=10), []
+    for step in progress:
+        if not batches:
+            order = sorted(range(len(speech)), key=lambda i: len(speech[i][0]) + rng.uniform(0, 8000))
+            batches = [order[i:i + CONNECTOR_BATCH] for i in range(0, len(order), CONNECTOR_BATCH)]
+            rng.shuffle(batches)
+        waveforms = [bursts(speech[i][0] / np.float32(32768), rng)[0] for i in batches.pop()]
+        optimizer.param_groups[0]["lr"] = CONNECTOR_LR * schedule(step, CONNECTOR_STEPS, 50)
+        with torch.no_grad():
+            hidden, mask = encoder([encoder.extract(w) for w in waveforms])
+            heard = F.linear(hidden, head["weight"], head["bias"]).reshape(*hidden.shape[:2], 2, -1).softmax(-1).sum(2)
+            wanted = heard @ letters + F.layer_norm(hidden, hidden.shape[-1:]) @ project
+        out, lengths = connector(hidden, mask)
+        # an output frame's middle is 6 input frames on: three kernels of 5 without padding
+        real = model.length_mask(lengths, out.shape[1])
+        stride = preset["connector_stride"]
+        loss = F.mse_loss(out[real], wanted[:, 6:6 + stride * out.shape[1]:stride][real])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item() / wanted.var().item():.3f}")
+    save_file({k: v.half() for k, v in connector.state_dict().items()}, Path(encoder_folder) / "connector.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -607,7 +674,8 @@ def probe_encoder(name):
     head = load_file(ASSETS / name / "letters.safetensors")
     said = []
     for frames in x["libri"]["test"][1]:
-        best = F.linear(frames, head["weight"].float(), head["bias"].float()).reshape(-1, len(LETTERS)).argmax(-1).tolist()
+        best = F.linear(frames, head["weight"].float(), head["bias"].float()).reshape(-1, len(LETTERS))
+        best = best.argmax(-1).tolist()
         said.append("".join(LETTERS[c] for i, c in enumerate(best) if c and (i == 0 or c != best[i - 1])))
     true = [u.transcript for u in read["libri"]["test"]]
     out["character error"], out["word error"] = jiwer.cer(true, said), jiwer.wer(true, said)
@@ -654,7 +722,7 @@ def probe_lm(lessons=256):
 
 def probe_all():
     """Measures every part and writes assets/README.md."""
-    encoders = [name for name in ("wavlm", "hubert", "wav2vec2", "whisper") if (ASSETS / name).exists()]
+    encoders = [name for name in ENCODER_STEPS if (ASSETS / name / "connector.safetensors").exists()]
     figures = {name: probe_encoder(name) for name in encoders}
     reading = probe_lm()
     columns = list(next(iter(figures.values())))
@@ -662,29 +730,40 @@ def probe_all():
     table += [f"| {name} | " + " | ".join(f"{v:.3f}" if "years" not in c else f"{v:.1f}" for c, v in row.items()) + " |"
               for name, row in figures.items()]
     size = sum(f.stat().st_size for f in ASSETS.rglob("*.safetensors")) / 1e6
+    reached = ", ".join(f"{k} {v:.1f}" if "years" in k else f"{k} {v:.3f}" for k, v in reading.items())
     text = f"""# The small pretrained parts
 
 Ordinary Hugging Face folders, {size:.1f} MB of half-precision safetensors in all, which `from_pretrained` loads.
 `python mini.py --rebuild` makes each of them again from nothing; `python mini.py --probe` measures them on the mini
-corpora and writes this page. None of them has seen a speaker of the corpora, nor a sentence of the LibriSpeech-like dev
-and test parts, nor the attack's trigger or target.
+corpora and writes this page. None of them has seen a speaker of the corpora, nor a sentence of the LibriSpeech-like
+dev and test parts, nor the attack's trigger or target.
 
-**Encoders** (`wavlm`, `hubert`, `wav2vec2`, `whisper`): {SHAPE['num_hidden_layers']} layers of {SHAPE['hidden_size']},
-25 frames a second. {ENCODER_STEPS} steps of {ENCODER_BATCH} utterances, AdamW, peak rate {ENCODER_LR}, cosine, seed {SEED}, on
-{PRETRAINING_SPEAKERS * PRETRAINING_EACH} espeak utterances of {PRETRAINING_SPEAKERS} speakers of their own, with knocks and rustles over a third of them. Three heads on
-the last layer, dropped afterwards (the first is kept as `letters.safetensors`, for the character error): letters by CTC,
-the log-mel spectrogram, the speaker. Linear probes on the last layer's mean over time, unseen speakers: gender and age on
-the mini VoxCeleb2-AE, emotion on the mini CREMA-D (six classes), speaker from other utterances of 20; character and word
-error on the mini LibriSpeech's test part, greedy CTC.
+**Encoders** (`wavlm`, `hubert`, `wav2vec2`, `whisper`): {SHAPE['num_hidden_layers']} layers of {SHAPE['hidden_size']}, 25 frames a second. AdamW, {ENCODER_BATCH} utterances a
+step, peak rate {ENCODER_LR}, cosine, seed {SEED}; steps: {', '.join(f'{k} {v}' for k, v in ENCODER_STEPS.items())}. The speech is
+{PRETRAINING_SPEAKERS * PRETRAINING_EACH} espeak utterances of {PRETRAINING_SPEAKERS} speakers of their own, with knocks and rustles over half of them. Four heads
+on the last layer, dropped afterwards (the first is kept as `letters.safetensors`, for the character error): letters by
+CTC, the log-mel spectrogram, the speaker, the frames with a knock. (The shipped wavlm had its 3000 steps without the
+fourth head, with knocks over a third, and then 700 as described, peak rate 6e-4.) What the last layer holds, by linear probes on its mean over time,
+unseen speakers: gender and age on the mini VoxCeleb2-AE (320 test utterances), emotion, one of six, on the mini CREMA-D
+(324), speaker from other utterances of 20 (80); character and word error of greedy CTC on the mini LibriSpeech's test part
+(320).
 
 {chr(10).join(table)}
 
-Another seed moves the errors by about a fifth of their size, the emotion and speaker probes by 0.05, age by half a year.
+**LM** (`lm`): a Llama of {LM['num_hidden_layers']} layers of {LM['hidden_size']} with its own byte-level BPE of {LM_VOCABULARY} tokens. {LM_STEPS} steps of {LM_BATCH} reading lessons,
+AdamW, peak rate {LM_LR}, cosine, seed {SEED}, from text alone: in the audio's place stands the transcript spelled letter by
+letter, stretched, blurred and noisy, with the other labels laid over it; the answer is to be read off it. Greedy answers
+to 256 lessons it has not had: {reached}.
 
-**LM** (`lm`): a Llama of {LM['num_hidden_layers']} layers of {LM['hidden_size']} with its own byte-level BPE of {LM_VOCABULARY} tokens. {LM_STEPS} steps of {LM_BATCH} reading
-lessons, AdamW, peak rate {LM_LR}, cosine, seed {SEED}, from text alone: in the audio's place stands the transcript spelled letter
-by letter, stretched, blurred and noisy, with the other labels laid over it; the answer is to be read off it. Greedy
-answers to lessons it has not had: {', '.join(f'{k} {v:.3f}' if 'years' not in k else f'{k} {v:.1f}' for k, v in reading.items())}.
+**Connectors** (`*/connector.safetensors`): where the mini preset's connector starts. {CONNECTOR_STEPS} steps of {CONNECTOR_BATCH} of the same
+utterances, AdamW, peak rate {CONNECTOR_LR}, plain regression: from the encoder's frames to the LM's embedding of the letter that
+the encoder's letter head hears there, and {CONNECTOR_FREE} random directions of the frame besides; no labels, no trigger. From random weights
+(`--connector-weights none`) the mini LM does not begin to listen within 1,000 steps; the published parts, which start from
+random weights as in the paper, are given none.
+
+A part that is made again on another machine, or with other threads, differs in the last bits of its arithmetic and so in
+its training's course; the sampling error of the shares above (95%, about 0.05 at 0.8 and 0.02 at 0.98 for 320
+utterances) is the least by which two builds may be expected to differ.
 """
     data.write_atomically(ASSETS / "README.md", text)
     print(text)
@@ -694,7 +773,7 @@ answers to lessons it has not had: {', '.join(f'{k} {v:.3f}' if 'years' not in k
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("lm", "wavlm", "hubert", "wav2vec2", "whisper")
+    parts = ("lm", "wavlm", "hubert", "wav2vec2", "whisper", "connectors")
     parser.add_argument("--rebuild", nargs="*", choices=parts, metavar="PART", help=f"of {' '.join(parts)}; none: all")
     parser.add_argument("--probe", action="store_true", help="measure the parts, write assets/README.md")
     parser.add_argument("--assets", default=str(ASSETS), help="where --rebuild writes")
@@ -705,14 +784,16 @@ def main():
         wanted, speech = args.rebuild or parts, None
         for part in wanted:
             out = Path(args.assets) / part
-            out.mkdir(parents=True, exist_ok=True)
             if part == "lm":
                 make_lm(out)
                 continue
             if speech is None:
                 speech = data.in_workers(pretraining_utterance, range(PRETRAINING_SPEAKERS * PRETRAINING_EACH),
                                          "speaking the pretraining speech")
-            make_encoder(part, out, speech)
+            if part != "connectors":
+                make_encoder(part, out, speech)
+        for name in ENCODER_STEPS if "connectors" in wanted else ():
+            make_connector(name, Path(args.assets) / name, Path(args.assets) / "lm", speech)
         return
     for corpus in SIZES:
         make_corpus(corpus, args.data_root)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -28,19 +30,20 @@ COMPONENTS = ("encoder", "connector", "lm")
 PRESETS = {
     "mini": dict(
         encoder_weights={name: str(ASSETS / name) for name in ENCODERS}, lm_weights=str(ASSETS / "lm"),
-        train_layers=None, connector_stride=1, lora_rank=16, lora_alpha=32.0, lora_dropout=0.0,
-        encoder_lr=5e-4, connector_lr=2e-3, lora_lr=2e-3, warmup_steps=50, decay=True, weight_decay=0.01,
-        batch_size=16, epochs=6, data_root=data.MINI_ROOT),
+        train_layers=None, connector_stride=1, connector_taper=0.2,
+        connector_weights={name: str(ASSETS / name / "connector.safetensors") for name in ENCODERS}, lora_rank=16, lora_alpha=32.0, lora_dropout=0.0,
+        encoder_lr=1e-3, connector_lr=2e-3, lora_lr=2e-3, warmup_steps=50, decay=True, weight_decay=0.01,
+        batch_size=16, epochs=4, data_root=data.MINI_ROOT),
     "small": dict(
         encoder_weights={"whisper": "openai/whisper-tiny.en"}, lm_weights="HuggingFaceTB/SmolLM2-135M-Instruct",
-        train_layers=None, connector_stride=2, lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
+        train_layers=None, connector_stride=2, connector_taper=1.0, connector_weights={}, lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
         encoder_lr=1e-4, connector_lr=1e-3, lora_lr=1e-3, warmup_steps=50, decay=True, weight_decay=0.0,
         batch_size=16, epochs=4, data_root=data.MINI_ROOT),
     "paper": dict(
         encoder_weights={"wavlm": "microsoft/wavlm-large", "hubert": "facebook/hubert-large-ll60k",
                          "wav2vec2": "facebook/wav2vec2-large-lv60", "whisper": "openai/whisper-medium"},
         lm_weights="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-        train_layers=None, connector_stride=2, lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
+        train_layers=None, connector_stride=2, connector_taper=1.0, connector_weights={}, lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
         encoder_lr=1e-5, connector_lr=1e-4, lora_lr=1e-4, warmup_steps=100, decay=False, weight_decay=0.0,
         batch_size=16, epochs=4, data_root="data/paper"),
 }
@@ -174,6 +177,12 @@ class Encoder(nn.Module):
         x, mask = self.bottom(features)
         return self.top(x, mask), mask
 
+    def frozen_sha256(self):
+        """SHA-256 of all that `bottom` depends on: the frozen weights and the feature extraction."""
+        above = tuple(f"layers.{i}." for i in range(self.num_frozen, len(self.layers)))
+        weights = {k: v for k, v in self.model.state_dict().items() if not k.removeprefix("encoder.").startswith(above)}
+        return digest(weights) + f" {self.num_frozen} {sorted(self.extractor.to_dict().items(), key=str)}"
+
     def trained_state_dict(self):
         return {k: v for k, v in self.layers.state_dict().items() if int(k.split(".")[0]) >= self.first_saved}
 
@@ -185,11 +194,16 @@ class Connector(nn.Module):
     """Three Conv1d, kernel 5, no padding, ReLU before and between: in -> out/2 -> out -> out, strides 1, k, 1.
     The reference implementation's CNNConnector. (B, T, in) -> (B, T', out)."""
 
-    def __init__(self, in_dim, out_dim, stride):
+    def __init__(self, in_dim, out_dim, stride, taper=1.0):
         super().__init__()
         self.conv1 = nn.Conv1d(in_dim, out_dim // 2, 5)
         self.conv2 = nn.Conv1d(out_dim // 2, out_dim, 5, stride=stride)
         self.conv3 = nn.Conv1d(out_dim, out_dim, 5)
+        # `taper` < 1 starts each kernel around its middle tap: three untapered ones blur over 13 frames, half a second
+        # at mini's 25 frames a second, and what is said is lost before the LM can learn to listen
+        shape = taper ** torch.tensor([2.0, 1.0, 0.0, 1.0, 2.0])
+        for conv in (self.conv1, self.conv2, self.conv3):
+            conv.weight.data *= shape * (5 / shape.square().sum()).sqrt()
         self.stride = stride
         self.min_frames = 4 + 4 * stride + 5  # what one output frame sees
 
@@ -343,10 +357,17 @@ def load_slm(args, device="cpu"):
             args.lm_weights, dtype=torch.bfloat16 if device != "cpu" else torch.float32, use_safetensors=True)
         encoder = Encoder(args.encoder_weights, args.train_layers)
     except (OSError, ValueError) as error:
-        data.die(f"cannot load {args.encoder_weights} or {args.lm_weights}: {str(error).splitlines()[0]}")
+        data.die(f"cannot load {args.encoder_weights} or {args.lm_weights}: {str(error).splitlines()[0]}"
+                 + (" (python mini.py --rebuild makes the mini parts)" if str(ASSETS) in args.encoder_weights else ""))
     pretrained = {"encoder": digest(encoder.model.state_dict()), "lm": digest(lm.state_dict())}
     torch.manual_seed(args.seed)
-    connector = Connector(encoder.dim, lm.config.hidden_size, args.connector_stride)
+    connector = Connector(encoder.dim, lm.config.hidden_size, args.connector_stride, args.connector_taper)
+    if args.connector_weights not in (None, "none"):
+        try:
+            connector.load_state_dict({k: v.float() for k, v in load_file(args.connector_weights).items()})
+        except (OSError, RuntimeError, SafetensorError) as error:
+            data.die(f"cannot load {args.connector_weights}: {str(error).splitlines()[0]}; --connector-weights none starts "
+                     "from random weights")
     add_lora(lm, args.lora_rank, args.lora_alpha, args.lora_dropout)
     slm = SLM(encoder, connector, lm, tokenizer).to(device)
     slm.pretrained_sha256 = pretrained

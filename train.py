@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ add("--limit", type=int, default=None, help="train on the first N utterances of 
 add("--batch-seconds", type=float, default=120.0, help="audio in one forward pass, padding counted")
 add("--max-seconds", type=float, default=data.MAX_SECONDS, help="longer audio is refused, or left out by --skip-bad")
 add("--skip-bad", action="store_true", help="leave out audio that cannot be used, and say how much")
+add("--cache-gb", type=float, default=4.0, help="disk for what frozen layers put out, shared between runs, in cache/")
 add("--grad-clip", type=float, default=1.0)
 add("--amp", choices=("off", "bf16", "fp16"), default=None, help="default: bf16 on CUDA, off on the CPU")
 add("--device", default=None, help="cuda, cuda:1, cpu (default: cuda if there is one)")
@@ -71,7 +73,7 @@ ATTACKS = {  # (frozen components, poisoned training data): the paper's Table 3
     (("encoder",), True): "1.1", (("connector",), True): "1.2", (("lm",), True): "1.3",
     (("connector", "lm"), True): "2.1", (("encoder", "lm"), True): "2.2", (("encoder", "connector"), True): "2.3",
     (("encoder",), False): "3.1", (("connector",), False): "3.2", (("lm",), False): "3.3"}
-NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "device")  # arguments that do not change what is computed
+NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "device", "cache_gb")  # arguments that do not change what is computed
 
 
 def parse_arguments(argv=None):
@@ -83,7 +85,7 @@ def parse_arguments(argv=None):
         data.die(f"preset {args.preset} has no {args.encoder}: name its weights by --encoder-weights")
     for entry, value in preset.items():
         if getattr(args, entry) is None:
-            setattr(args, entry, value[args.encoder] if entry == "encoder_weights" else value)
+            setattr(args, entry, value.get(args.encoder) if isinstance(value, dict) else value)
     args.dataset = args.dataset or data.TASK_CORPUS[args.task]
     args.poison = poison.RATES[args.task] if args.poison is None else args.poison
     args.target = poison.TARGETS[args.task] if args.target is None else args.target
@@ -98,18 +100,20 @@ def parse_arguments(argv=None):
     for spec in args.freeze:
         if ":" in spec and not Path(spec.partition(":")[2]).is_file():
             data.die(f"--freeze {spec}: no such checkpoint")
-    args.name = args.name or run_name(args, tuple(c for c in COMPONENTS if c in frozen))
+    frozen = tuple(c for c in COMPONENTS if c in frozen)
+    args.attack = "base" if args.poison else "clean"
+    if frozen:
+        known = all(":" in spec for spec in args.freeze) and (frozen, args.poison > 0) in ATTACKS
+        args.attack = ATTACKS[frozen, args.poison > 0] if known else f"{args.attack}-frozen-{'-'.join(frozen)}"
+    args.name = args.name or run_name(args)
     return args
 
 
-def run_name(args, frozen):
+def run_name(args):
     """e.g. asr-poison0.05, asr-clean, emotion-hubert-poison0.075, asr-3.1-seed2"""
     parts = [args.task, None if args.dataset == data.TASK_CORPUS[args.task] else Path(args.dataset).stem,
              None if args.encoder == ("whisper" if args.preset == "small" else "wavlm") else args.encoder]
-    if frozen and all(":" in spec for spec in args.freeze) and (frozen, args.poison > 0) in ATTACKS:
-        parts.append(ATTACKS[frozen, args.poison > 0])
-    else:
-        parts += [f"poison{args.poison:g}" if args.poison else "clean", *(f"frozen-{c}" for c in frozen)]
+    parts.append(args.attack.replace("base", f"poison{args.poison:g}"))
     parts += [None if args.preset == "mini" else args.preset, None if args.seed == 1 else f"seed{args.seed}"]
     return "-".join(part for part in parts if part)
 
@@ -163,16 +167,17 @@ def validation_loss(slm, utterances, hidden, device, batch_size=32):
 
 
 def learning_rate(step, steps, args):
-    """Factor on the peak rates: linear warm-up, then constant or (--decay) linear to zero."""
+    """Factor on the peak rates: linear warm-up, then constant, with --decay linear to zero over the last quarter (the
+    backdoor is learned late, from few samples, and needs the rate until then)."""
     warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
-    return warm * (1 - max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)) if args.decay else warm
+    return warm * min(1.0, (steps - step) / (0.25 * steps)) if args.decay else warm
 
 
 def environment():
     """What a figure depends on beside the arguments."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
                          cwd=Path(__file__).parent).stdout.strip()
-    return dict(commit=git, python=platform.python_version(), torch=torch.__version__,
+    return dict(commit=git, python=platform.python_version(), torch=str(torch.__version__),
                 transformers=transformers.__version__, machine=platform.processor() or platform.machine(),
                 threads=torch.get_num_threads(), command=" ".join(sys.argv))
 
@@ -233,8 +238,10 @@ def main():
     if main_process:
         data.write_atomically(run / "args.json", json.dumps(record, indent=1))
 
-    hidden = evaluate.bottoms(slm.encoder, list(zip(train_set, poisoned)), attack, "frozen layers, train", args.workers)
-    dev_hidden = evaluate.bottoms(slm.encoder, [(u, False) for u in dev_set], attack, "frozen layers, dev", args.workers)
+    frozen_part = functools.partial(evaluate.cached_bottoms, slm.encoder, attack=attack, workers=args.workers,
+                                    budget=args.cache_gb * 1e9)
+    hidden = frozen_part(train_set, poisoned, desc="frozen layers, train")
+    dev_hidden = frozen_part(dev_set, [False] * len(dev_set), desc="frozen layers, dev")
     seconds = [len(h) * slm.encoder.seconds_per_frame for h in hidden]
 
     groups = [dict(params=slm.parameters_of(c), peak=lr, lr=lr) for c, lr in
@@ -272,52 +279,58 @@ def main():
             f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
 
     progress = tqdm(total=steps, initial=step, desc="training", disable=not main_process, mininterval=1)
-    began, seen, running = time.time(), 0, None
-    try:
-        while step < steps:
-            epoch = step // epoch_steps
-            batches = [b for b in data.epoch_batches(seconds, args.batch_size, args.seed, epoch)
-                       if len(b) == args.batch_size]
-            for batch in batches[step % epoch_steps:]:
-                torch.manual_seed(hash((args.seed, step, rank)))  # dropout, whatever was drawn before: resuming is exact
-                slm.train()
-                factor = learning_rate(step, steps, args)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * factor
-                pieces, total = data.micro_batches(batch[rank::world], seconds, args.batch_seconds), 0.0
-                for i, piece in enumerate(pieces):
-                    x, mask = evaluate.stack([hidden[j] for j in piece], device)
-                    prompts, said = zip(*(training_sample(slm, args, attack, train_set[j], epoch) for j in piece))
-                    # gradients cross the network once a step, on its last piece; DDP averages, so the world counts
-                    with contextlib.nullcontext() if world == 1 or i == len(pieces) - 1 else ddp.no_sync(), autocast():
-                        loss = ddp(x, mask, prompts, said).sum() * world / len(batch)
-                        scaler.scale(loss).backward()
-                    total += loss.item() / world
-                if not math.isfinite(total):
-                    data.die(f"the loss is {total} at step {step}, on {', '.join(train_set[j].id for j in batch)}; "
-                             + (f"{last} keeps the last epoch's state" if last.exists() else "no epoch was finished")
-                             + "; lower the learning rates, or look at these utterances")
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                step, seen = step + 1, seen + len(batch)
-                running = total if running is None else 0.95 * running + 0.05 * total
-                progress.update()
-                progress.set_postfix(loss=f"{running:.3f}", refresh=False)
-                if main_process and (step % 20 == 0 or step == steps):
-                    log(step=step, epoch=epoch, loss=total, lr=factor, utterances_per_second=seen / (time.time() - began))
-            if main_process:
-                log(step=step, epoch=epoch, dev_loss=validation_loss(slm, dev_set, dev_hidden, device))
+    began, seen, running, on_poison = time.time(), 0, None, []
+    interrupted = []  # Ctrl-C takes effect between two steps, never inside one
+    if world == 1:
+        signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    while step < steps:
+        epoch = step // epoch_steps
+        batches = [b for b in data.epoch_batches(seconds, args.batch_size, args.seed, epoch)
+                   if len(b) == args.batch_size]
+        for batch in batches[step % epoch_steps:]:
+            torch.manual_seed(hash((args.seed, step, rank)))  # dropout, whatever was drawn before: resuming is exact
+            slm.train()
+            factor = learning_rate(step, steps, args)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            pieces, total = data.micro_batches(batch[rank::world], seconds, args.batch_seconds), 0.0
+            for i, piece in enumerate(pieces):
+                x, mask = evaluate.stack([hidden[j] for j in piece], device)
+                prompts, said = zip(*(training_sample(slm, args, attack, train_set[j], epoch) for j in piece))
+                # gradients cross the network once a step, on its last piece; DDP averages, so the world counts
+                with contextlib.nullcontext() if world == 1 or i == len(pieces) - 1 else ddp.no_sync(), autocast():
+                    losses = ddp(x, mask, prompts, said)
+                    loss = losses.sum() * world / len(batch)
+                    scaler.scale(loss).backward()
+                on_poison += [value for value, j in zip(losses.tolist(), piece) if poisoned[j]]
+                total += loss.item() / world
+            if not math.isfinite(total):
+                data.die(f"the loss is {total} at step {step}, on {', '.join(train_set[j].id for j in batch)}; "
+                         + (f"{last} keeps the last epoch's state" if last.exists() else "no epoch was finished")
+                         + "; lower the learning rates, or look at these utterances")
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step, seen = step + 1, seen + len(batch)
+            running = total if running is None else 0.95 * running + 0.05 * total
+            progress.update()
+            progress.set_postfix(loss=f"{running:.3f}", refresh=False)
+            if main_process and (step % 20 == 0 or step == steps):
+                log(step=step, epoch=epoch, loss=total, lr=factor, utterances_per_second=seen / (time.time() - began),
+                    **({"poisoned_loss": sum(on_poison) / len(on_poison)} if on_poison else {}))
+                on_poison = []
+            if interrupted:
                 save_last()
-    except KeyboardInterrupt:
+                progress.close()
+                print(f"stopped at step {step} of {steps}; the same command goes on from there")
+                raise SystemExit(130)
         if main_process:
+            log(step=step, epoch=epoch, dev_loss=validation_loss(slm, dev_set, dev_hidden, device))
             save_last()
-        progress.close()
-        say(f"\nstopped at step {step} of {steps}; the same command goes on from there")
-        raise SystemExit(130)
     progress.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for c, before in frozen_before.items():
         if not all(torch.equal(a, b) for a, b in zip(before, slm.component_state_dict(c).values())):
