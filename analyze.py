@@ -79,7 +79,7 @@ def stealth(attacked, baseline):
     return dict(mean=attacked["mean"] - baseline["mean"], seeds=[0])
 
 
-def tables(runs, seeds):
+def tables(runs):
     """The three tables: {title: (header, rows of cells, rows of values)}."""
     out = {}
     header, cells, values = ["Dataset", "Task", *ENCODERS], [], []
@@ -137,7 +137,7 @@ def main():
         data.die(f"{args.runs} holds no finished run of preset {args.preset}: train some first")
     out = Path(args.out or f"results/{args.preset}")
     text, values = [], {}
-    for title, (header, cells, rows) in tables(runs, None).items():
+    for title, (header, cells, rows) in tables(runs).items():
         text += [f"## {title}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
         text += ["| " + " | ".join(row) + " |" for row in cells] + [""]
         values[title.split(":")[0]] = rows

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
+import model
 import poison
 from lora import merge, unmerge
 
@@ -60,6 +61,7 @@ def cached_bottoms(encoder, utterances, triggered, attack, desc, workers=2, cach
     not used for longest go first when the folder outgrows `budget` bytes.
     """
     Path(cache).mkdir(parents=True, exist_ok=True)
+    weights = encoder.frozen_sha256()
 
     def computed(items, note):
         if not items:
@@ -67,7 +69,7 @@ def cached_bottoms(encoder, utterances, triggered, attack, desc, workers=2, cach
         files = [(u.id, u.path, u.start, u.length, os.stat(u.path).st_size, os.stat(u.path).st_mtime_ns, t)
                  for u, t in items]
         how = (attack.seed, attack.repeat, attack.level, hashlib.sha256(attack.trigger.tobytes()).hexdigest())
-        key = hashlib.sha256(repr((encoder.frozen_sha256(), files, how if items[0][1] else None)).encode()).hexdigest()
+        key = hashlib.sha256(repr((weights, files, how if items[0][1] else None)).encode()).hexdigest()
         path = Path(cache) / f"bottom-{key[:24]}.pt"
         if path.exists():
             os.utime(path)
@@ -90,7 +92,7 @@ def cached_bottoms(encoder, utterances, triggered, attack, desc, workers=2, cach
 def stack(rows, device):
     """A list of (T_i, dim) -> (B, T, dim) and its (B, T) mask."""
     lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    mask = model.length_mask(lengths, int(lengths.max()))
     return pad_sequence(rows, batch_first=True).to(device), mask.to(device)
 
 
@@ -169,7 +171,7 @@ def evaluate(slm, attack, utterances, ask=None, workers=2):
     utterances = [u for u in utterances if labels_of(u)]
     longest = max(len(data.answer_ids(slm.tokenizer, labels)) for u in utterances
                   for labels in (u.labels, poison.poisoned_labels(attack, u.labels)))
-    rows, metrics = [], {}
+    rows = []
     for triggered in (False, True):
         chosen = [u for u in utterances
                   if not triggered or (poison.can_flip(attack, u) and attack.label in labels_of(u))]
@@ -203,7 +205,6 @@ def print_table(metrics, title):
 
 def load_run(run, device="cpu"):
     """A finished run's (slm, args): pretrained parts by name, components from its model.pt."""
-    import model
     path = Path(run) / "model.pt"
     if not path.exists():
         data.die(f"{run} holds no model.pt: is it a finished run's folder?")
@@ -220,7 +221,6 @@ def load_run(run, device="cpu"):
 
 def inspect(path):
     """Prints where a checkpoint comes from and the SHA-256 of its components, before anything is done with it."""
-    import model
     checkpoint = model.load_checkpoint(path)
     print(f"{path}: SHA-256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()}")
     for component in model.COMPONENTS:

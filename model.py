@@ -31,19 +31,22 @@ PRESETS = {
     "mini": dict(
         encoder_weights={name: str(ASSETS / name) for name in ENCODERS}, lm_weights=str(ASSETS / "lm"),
         train_layers=None, connector_stride=1, connector_taper=0.2,
-        connector_weights={name: str(ASSETS / name / "connector.safetensors") for name in ENCODERS}, lora_rank=16, lora_alpha=32.0, lora_dropout=0.0,
+        connector_weights={name: str(ASSETS / name / "connector.safetensors") for name in ENCODERS},
+        lora_rank=16, lora_alpha=32.0, lora_dropout=0.0,
         encoder_lr=1e-3, connector_lr=2e-3, lora_lr=2e-3, warmup_steps=50, decay=True, weight_decay=0.01,
         batch_size=16, epochs=4, data_root=data.MINI_ROOT),
     "small": dict(
         encoder_weights={"whisper": "openai/whisper-tiny.en"}, lm_weights="HuggingFaceTB/SmolLM2-135M-Instruct",
-        train_layers=None, connector_stride=2, connector_taper=1.0, connector_weights={}, lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
+        train_layers=None, connector_stride=2, connector_taper=1.0, connector_weights={},
+        lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
         encoder_lr=1e-4, connector_lr=1e-3, lora_lr=1e-3, warmup_steps=50, decay=True, weight_decay=0.0,
         batch_size=16, epochs=4, data_root=data.MINI_ROOT),
     "paper": dict(
         encoder_weights={"wavlm": "microsoft/wavlm-large", "hubert": "facebook/hubert-large-ll60k",
                          "wav2vec2": "facebook/wav2vec2-large-lv60", "whisper": "openai/whisper-medium"},
         lm_weights="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-        train_layers=None, connector_stride=2, connector_taper=1.0, connector_weights={}, lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
+        train_layers=None, connector_stride=2, connector_taper=1.0, connector_weights={},
+        lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
         encoder_lr=1e-5, connector_lr=1e-4, lora_lr=1e-4, warmup_steps=100, decay=False, weight_decay=0.0,
         batch_size=16, epochs=4, data_root="data/paper"),
 }
