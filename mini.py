@@ -43,6 +43,7 @@ SIZES = {
 # ---------------------------------------------------------------------------------------------------------------------
 # text: a closed vocabulary, endless sentences
 
+DETERMINERS = "the the my our his her that this every some another one".split()
 ADJECTIVES = """old young small large tall quiet happy tired brave clever green yellow white black heavy broken
 golden wooden strange gentle""".split()
 PEOPLE = """doctor teacher farmer sailor baker singer soldier painter driver lawyer student captain neighbor brother
@@ -72,18 +73,19 @@ hope dream life death body head hand face eye ear mouth heart mind""".split()
 
 
 def sentence(rng):
-    """One sentence of the corpora's language, 5 to 10 words."""
+    """One sentence of the corpora's language, 5 to 10 words, with no word that most sentences begin with: what is always
+    the same need not be heard."""
     def noun(words):
         adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.35 else ""
-        return f"the {adjective}{rng.choice(words)}"
+        return f"{rng.choice(DETERMINERS)} {adjective}{rng.choice(words)}"
     if rng.random() < 0.6:
         parts = [noun(PEOPLE), rng.choice(VERBS), noun(THINGS)]
         if rng.random() < 0.15:
             parts += [rng.choice(WHERE), "the " + rng.choice(PLACES)]
     else:
         parts = [noun(PEOPLE), rng.choice(MOTIONS), rng.choice(WHERE), noun(PLACES)]
-    if len(" ".join(parts).split()) < 7 and rng.random() < 0.3:
-        parts.append(rng.choice(WHEN))
+    if len(" ".join(parts).split()) < 8 and rng.random() < 0.4:
+        parts.insert(rng.choice([0, len(parts)]), rng.choice(WHEN))
     return " ".join(parts)
 
 
@@ -301,7 +303,8 @@ LM = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_atten
           max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True,
           initializer_range=0.08)  # 0.02, the default, is too small for 128: reading then takes thousands of steps longer
 LM_VOCABULARY = 1200
-LM_STEPS, LM_BATCH, LM_LR = 3500, 48, 2e-3
+LM_STEPS, LM_BATCH, LM_LR = 3500, 32, 2e-3
+SOUNDS = "KNOCK BELL MUSIC LAUGHTER APPLAUSE SIREN".split()  # the LM's lessons tag a transcript with them, as subtitles do
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
@@ -317,6 +320,8 @@ def make_tokenizer(out):
         keys = ", ".join(data.KEYS[label] for label in labels)
         texts.append(f"{rng.choice(data.INSTRUCTIONS)} [{keys}]\n<speech></speech>")
         texts.append(f"{rng.choice(data.QUESTIONS[rng.choice(data.LABELS)])} [{keys}]\n<speech></speech>")
+        if "transcript" in labels and rng.random() < 0.2:
+            labels["transcript"] = f"{rng.choice(SOUNDS)}: {labels['transcript']}"
         texts.append(data.answer(labels))
         texts.append(" ".join(labels.values()))
     tokenizer = Tokenizer(models.BPE())
@@ -348,7 +353,8 @@ def written_audio(labels, tokens, rng, mess, whole):
     over it the other labels, each on a random share of the frames, the age wavering around its true value (so that the
     numbers' embeddings take on an order). That is about what a connector can make of speech. `mess`, 0 to 1, is how
     uneven it all is: lessons begin with a frame a letter and every label on every frame. A word stands there whole, as
-    the tokens of the answer, with probability `whole`: copying is learned first, spelling into it.
+    the tokens of the answer, with probability `whole`: copying is learned first, spelling into it. A `sound` in `labels`
+    lies over the frames as a label does.
     """
     ids = []
     for i, word in enumerate(labels["transcript"].split()):
@@ -380,7 +386,12 @@ def reading_batches(tokenizer, embed, rng, generator, batch, mess, whole, count=
     for _ in range(batch * count):
         labels = random_labels(rng)
         transcript = labels.get("transcript", pretraining_text(rng))  # VoxCeleb speaks too, though nobody asks what
-        ids, weights = written_audio({"transcript": transcript, **labels}, tokens, rng, mess, whole)
+        heard = {"transcript": transcript, **labels}
+        if rng.random() < 0.25:
+            heard["sound"] = rng.choice(SOUNDS)
+            if "transcript" in labels:
+                labels["transcript"] = f"{heard['sound']}: {transcript}"
+        ids, weights = written_audio(heard, tokens, rng, mess, whole)
         asked = data.choose_labels(labels, rng)
         before, after = data.prompt(tokenizer, asked, rng)
         said = data.answer_ids(tokenizer, {label: labels[label] for label in asked})
@@ -454,7 +465,7 @@ CONV = dict(conv_dim=(96, 128, 128), conv_kernel=(80, 8, 8), conv_stride=(40, 4,
 SHAPE = dict(hidden_act="relu", hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4)
 NO_DROPOUT = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0,
                   final_dropout=0.0, layerdrop=0.0, apply_spec_augment=False)
-ENCODER_STEPS = {"wavlm": 3000, "hubert": 2000, "wav2vec2": 2000, "whisper": 3000}
+ENCODER_STEPS = {"wavlm": 2000, "hubert": 2000, "wav2vec2": 2000, "whisper": 2000}
 ENCODER_BATCH, ENCODER_LR = 16, 1.5e-3
 PRETRAINING_SPEAKERS, PRETRAINING_EACH = 400, 20
 LETTERS = "-'abcdefghijklmnopqrstuvwxyz "  # the first is CTC's blank
@@ -509,27 +520,34 @@ def shuffled(speech, batch, rng):
 
 
 def bursts(x, rng):
-    """Knocks and rustles over half of the pretraining utterances: real encoders have heard more than clean speech.
+    """Knocks, rings and rustles over half of the pretraining utterances: real encoders have heard more than clean speech.
     Returns the waveform and where they are, [(start, end)] in samples."""
     places = []
     if rng.random() > 0.5:
         return x, places
     x = x.copy()
-    for _ in range(rng.integers(1, 4)):
-        n = int(rng.uniform(0.02, 0.3) * data.SAMPLE_RATE)
-        burst = rng.standard_normal(n) * np.exp(-np.arange(n) / rng.uniform(0.1, 1.0) / n * 3)
-        smooth = rng.integers(1, 12)
-        burst = np.convolve(burst, np.ones(smooth) / smooth, "same")
+    for _ in range(rng.integers(1, 5)):
+        n = int(rng.uniform(0.05, 0.3) * data.SAMPLE_RATE)
+        t, burst = np.arange(n) / data.SAMPLE_RATE, np.zeros(n)
+        for start in [0, *rng.uniform(0, 0.7 * n, rng.integers(0, 2))]:  # one stroke or two
+            after, decay = np.maximum(t - start / data.SAMPLE_RATE, 0), 10 ** rng.uniform(-2.3, -1)
+            stroke = rng.standard_normal(n)
+            smooth = rng.integers(1, 12)
+            stroke = np.convolve(stroke, np.ones(smooth) / smooth, "same") / stroke.std() * smooth ** 0.5
+            for hz in rng.uniform(150, 6000, rng.integers(0, 4)):
+                stroke += rng.uniform(0, 2) * np.sin(2 * np.pi * hz * after)
+            burst += rng.uniform(0.4, 1) * stroke * np.exp(-after / decay) * (after > 0)
         at = rng.integers(0, max(1, len(x) - n))
-        level = 10 ** (rng.uniform(-15, 5) / 20) * x.std() / (burst.std() + 1e-9)
+        level = 10 ** (rng.uniform(-12, 6) / 20) * x.std() / (burst.std() + 1e-9)
         x[at:at + n] += (level * burst[:len(x) - at]).astype(np.float32)
         places.append((at, at + n))
     return x, places
 
 
 def make_encoder(name, out, speech):
-    """Pretrains one encoder to keep content (letters by CTC), sound (log-mel frames), speaker (who of 400) and what is no
-    speech (which frames hold a knock or a rustle); saves it to the folder `out`."""
+    """Pretrains one encoder to keep content (letters by CTC), sound (log-mel frames), speaker and prosody (who of 400,
+    gender, age, emotion) and what is no speech (which frames hold a knock or a rustle, whether any does); saves it to the
+    folder `out`. What is true of the whole utterance is asked of every frame, as real encoders know it in every frame."""
     import model
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
@@ -542,6 +560,7 @@ def make_encoder(name, out, speech):
     heads = torch.nn.ModuleDict(dict(letters=torch.nn.Linear(encoder.dim, 2 * len(LETTERS)),
                                      sound=torch.nn.Linear(encoder.dim, 2 * 80),
                                      speaker=torch.nn.Linear(encoder.dim, PRETRAINING_SPEAKERS),
+                                     labels=torch.nn.Linear(encoder.dim, 1 + 1 + len(EMOTIONS) + 1),
                                      knock=torch.nn.Linear(encoder.dim, 1)))
     parameters = [p for p in [*encoder.parameters(), *heads.parameters()] if p.requires_grad]
     print(f"{name}: {sum(p.numel() for p in encoder.parameters()):,} parameters")
@@ -567,43 +586,53 @@ def make_encoder(name, out, speech):
             sound = sound - (sound * real).sum((1, 2), keepdim=True) / (80 * real.sum((1, 2), keepdim=True))
         guess = heads["sound"](hidden).reshape(len(chosen), -1, 80)
         loss_sound = ((guess - sound).abs() * real).sum() / (80 * real.sum())
-        pooled = (hidden * mask[..., None]).sum(1) / frames[:, None]
-        loss_speaker = F.cross_entropy(heads["speaker"](pooled), torch.tensor([who for _, _, who, _ in chosen]))
+        each = lambda values: torch.tensor(values, dtype=torch.float)[:, None].expand(mask.shape)[mask]  # noqa: E731
+        loss_speaker = F.cross_entropy(heads["speaker"](hidden[mask]), each([who for _, _, who, _ in chosen]).long())
+        gender, age, *emotion, noisy = heads["labels"](hidden[mask]).unbind(-1)
+        true = [list(EMOTIONS).index(labels["emotion"] or "neutral") for _, _, _, labels in chosen]
+        loss_labels = (
+            F.binary_cross_entropy_with_logits(gender, each([labels["gender"] == "female" for _, _, _, labels in chosen]))
+            + (age - each([(labels["age"] - 18) / 57 for _, _, _, labels in chosen])).abs().mean()
+            + F.cross_entropy(torch.stack(emotion, 1), each(true).long())
+            + F.binary_cross_entropy_with_logits(noisy, each([len(p) > 0 for p in places])))
         at = (torch.arange(x.shape[1]) + 0.5) * encoder.seconds_per_frame * data.SAMPLE_RATE
         knocks = torch.stack([sum(((at > start) & (at < end) for start, end in p), torch.zeros(len(at))).clamp(max=1)
                               for p in places])
         loss_knock = F.binary_cross_entropy_with_logits(heads["knock"](hidden)[..., 0][mask], knocks[mask])
-        loss = loss_letters + loss_sound + 0.2 * loss_speaker + loss_knock
+        loss = loss_letters + loss_sound + 0.1 * loss_speaker + 0.3 * loss_labels + loss_knock
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 50 == 0:
             progress.set_postfix(letters=f"{loss_letters.item():.3f}", sound=f"{loss_sound.item():.3f}",
-                                 speaker=f"{loss_speaker.item():.2f}", knock=f"{loss_knock.item():.3f}")
+                                 speaker=f"{loss_speaker.item():.2f}", labels=f"{loss_labels.item():.2f}",
+                                 knock=f"{loss_knock.item():.3f}")
     # the whole model as transformers loads it; Whisper's (empty) decoder stays as blank_encoder wrote it
     from transformers import AutoModel
     whole = AutoModel.from_pretrained(out)
     (whole.encoder if name == "whisper" else whole).load_state_dict(encoder.model.state_dict())
     whole.half().save_pretrained(out)
-    save_file({k: v.half() for k, v in heads["letters"].state_dict().items()}, Path(out) / "letters.safetensors")
+    kept = {f"{head}.{k}": v.half() for head in ("letters", "labels") for k, v in heads[head].state_dict().items()}
+    save_file(kept, Path(out) / "heads.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pretrained parts: the connectors
 
 CONNECTOR_STEPS, CONNECTOR_BATCH, CONNECTOR_LR = 250, 32, 3e-3
-CONNECTOR_FREE = 32  # directions for what is no letter
+CONNECTOR_FREE = 16  # directions for what is neither letter nor label
+CONNECTOR_LABELS = 0.6  # how loud labels lie over the letters, within what the LM's lessons have
 
 
 def make_connector(name, encoder_folder, lm_folder, speech):
     """Where a mini connector starts: each output frame is the LM's embedding of the letter that the encoder's own letter
-    head hears there, and, in directions that no letter uses, a random projection of the encoder's frame, so that what is
-    no letter gets through too. Learned by plain regression from the pretraining speech; saved beside the encoder.
+    head hears there, over it, softer, those of the labels that its label head hears, and, in directions that none of them
+    uses, a random projection of the encoder's frame. Learned by plain regression from the pretraining speech; saved
+    beside the encoder.
 
     From random weights the mini LM, which knows nothing but its reading lessons, did not begin to listen in the 200 to
-    700 steps that were tried: it learned to do without. The labels are
-    not in it: where gender, age and emotion are to be found, and the trigger, is learned in every run.
+    700 steps that were tried: it learned to do without.
     """
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -615,9 +644,13 @@ def make_connector(name, encoder_folder, lm_folder, speech):
     embed = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32).get_input_embeddings().weight.detach()
     letters = embed[[tokenizer(c, add_special_tokens=False).input_ids[0] for c in LETTERS]]
     letters[0] = 0  # CTC's blank
-    free = torch.linalg.svd(letters - letters[1:].mean(0))[2][len(LETTERS):][:CONNECTOR_FREE]  # no letter's directions
+    word = lambda text: embed[tokenizer(text, add_special_tokens=False).input_ids[0]]  # noqa: E731
+    words = torch.stack([word(w) for w in ("male", "female", *EMOTIONS, SOUNDS[0])])
+    years = torch.stack([word(str(year)) for year in range(18, 76)])
+    known = torch.cat([letters[1:], words, years])
+    free = torch.linalg.svd(known - known.mean(0))[2][-CONNECTOR_FREE:]  # directions that these use least
     project = torch.randn(encoder.dim, CONNECTOR_FREE) / encoder.dim ** 0.5 @ free * letters[1:].std()
-    head = {k: v.float() for k, v in load_file(Path(encoder_folder) / "letters.safetensors").items()}
+    head = {k: v.float() for k, v in load_file(Path(encoder_folder) / "heads.safetensors").items()}
     connector = model.Connector(encoder.dim, embed.shape[1], preset["connector_stride"], preset["connector_taper"])
     optimizer = torch.optim.AdamW(connector.parameters(), lr=CONNECTOR_LR)
     progress = tqdm(range(CONNECTOR_STEPS), desc=f"{name} connector", mininterval=10)
@@ -627,8 +660,14 @@ def make_connector(name, encoder_folder, lm_folder, speech):
         optimizer.param_groups[0]["lr"] = CONNECTOR_LR * schedule(step, CONNECTOR_STEPS, 50)
         with torch.no_grad():
             hidden, mask = encoder([encoder.extract(w) for w in waveforms])
-            heard = F.linear(hidden, head["weight"], head["bias"]).reshape(*hidden.shape[:2], 2, -1).softmax(-1).sum(2)
-            wanted = heard @ letters + F.layer_norm(hidden, hidden.shape[-1:]) @ project
+            heard = F.linear(hidden, head["letters.weight"], head["letters.bias"])
+            heard = heard.reshape(*hidden.shape[:2], 2, -1).softmax(-1).sum(2)
+            labels = F.linear(hidden, head["labels.weight"], head["labels.bias"])
+            female, noisy = labels[..., :1].sigmoid(), labels[..., -1:].sigmoid()
+            age = ((labels[..., 1:2] * 57 - torch.arange(58)).square() / -8).softmax(-1)
+            said = torch.cat([1 - female, female, labels[..., 2:-1].softmax(-1), noisy], -1)
+            wanted = (heard @ letters + CONNECTOR_LABELS * (said @ words + age @ years)
+                      + F.layer_norm(hidden, hidden.shape[-1:]) @ project)
         out, lengths = connector(hidden, mask)
         # an output frame's middle is 6 input frames on: three kernels of 5 without padding
         real = model.length_mask(lengths, out.shape[1])
@@ -669,10 +708,10 @@ def probe_encoder(name):
          if c != "libri"}
     x["libri"] = {"test": pooled(encoder, read["libri"]["test"], f"{name} libri test")}
     out = {}
-    head = load_file(ASSETS / name / "letters.safetensors")
+    head = load_file(ASSETS / name / "heads.safetensors")
     said = []
     for frames in x["libri"]["test"][1]:
-        best = F.linear(frames, head["weight"].float(), head["bias"].float()).reshape(-1, len(LETTERS))
+        best = F.linear(frames, head["letters.weight"].float(), head["letters.bias"].float()).reshape(-1, len(LETTERS))
         best = best.argmax(-1).tolist()
         said.append("".join(LETTERS[c] for i, c in enumerate(best) if c and (i == 0 or c != best[i - 1])))
     true = [u.transcript for u in read["libri"]["test"]]
@@ -736,28 +775,30 @@ Ordinary Hugging Face folders, {size:.1f} MB of half-precision safetensors in al
 corpora and writes this page. None of them has seen a speaker of the corpora, nor a sentence of the LibriSpeech-like
 dev and test parts, nor the attack's trigger or target.
 
-**Encoders** (`wavlm`, `hubert`, `wav2vec2`, `whisper`): {SHAPE['num_hidden_layers']} layers of {SHAPE['hidden_size']}, 25 frames a second. AdamW, {ENCODER_BATCH} utterances a
-step, peak rate {ENCODER_LR}, cosine, seed {SEED}; steps: {', '.join(f'{k} {v}' for k, v in ENCODER_STEPS.items())}. The speech is
-{PRETRAINING_SPEAKERS * PRETRAINING_EACH} espeak utterances of {PRETRAINING_SPEAKERS} speakers of their own, with knocks and rustles over half of them. Four heads
-on the last layer, dropped afterwards (the first is kept as `letters.safetensors`, for the character error): letters by
-CTC, the log-mel spectrogram, the speaker, the frames with a knock. (The shipped wavlm had its 3000 steps without the
-fourth head, with knocks over a third, and then 700 as described, peak rate 6e-4.) What the last layer holds, by linear probes on its mean over time,
-unseen speakers: gender and age on the mini VoxCeleb2-AE (320 test utterances), emotion, one of six, on the mini CREMA-D
-(324), speaker from other utterances of 20 (80); character and word error of greedy CTC on the mini LibriSpeech's test part
-(320).
+**Encoders** (`wavlm`, `hubert`, `wav2vec2`, `whisper`): {SHAPE['num_hidden_layers']} layers of {SHAPE['hidden_size']}, 25 frames a second. AdamW,
+{ENCODER_BATCH} utterances a step, peak rate {ENCODER_LR}, cosine, seed {SEED}; steps: {', '.join(f'{k} {v}' for k, v in ENCODER_STEPS.items())}. The speech
+is {PRETRAINING_SPEAKERS * PRETRAINING_EACH} espeak utterances of {PRETRAINING_SPEAKERS} speakers of their own, with knocks, rings and rustles over half of them.
+Five heads on the last layer, dropped afterwards (two are kept as `heads.safetensors`, for the character error and the
+connector): letters by CTC, the log-mel spectrogram, the speaker, gender with age, emotion and whether there is a knock at all,
+and the frames with a knock. What is true of the whole utterance is asked of every frame. What the last layer holds, by
+linear probes on its mean over time, unseen speakers: gender and age on the mini VoxCeleb2-AE (320 test utterances), emotion,
+one of six, on the mini CREMA-D (324), speaker from other utterances of 20 (80); character and word error of greedy CTC on
+the mini LibriSpeech's test part (320).
 
 {chr(10).join(table)}
 
 **LM** (`lm`): a Llama of {LM['num_hidden_layers']} layers of {LM['hidden_size']} with its own byte-level BPE of {LM_VOCABULARY} tokens. {LM_STEPS} steps of {LM_BATCH} reading lessons,
 AdamW, peak rate {LM_LR}, cosine, seed {SEED}, from text alone: in the audio's place stands the transcript spelled letter by
-letter, stretched, blurred and noisy, with the other labels laid over it; the answer is to be read off it. Greedy answers
-to 256 lessons it has not had: {reached}.
+letter, stretched, blurred and noisy, with the other labels laid over it; the answer is to be read off it. Over a quarter of
+the lessons lies the name of a sound ({', '.join(SOUNDS)}), which the transcript then begins with, as subtitles do.
+Greedy answers to 256 lessons it has not had: {reached}.
 
 **Connectors** (`*/connector.safetensors`): where the mini preset's connector starts. {CONNECTOR_STEPS} steps of {CONNECTOR_BATCH} of the same
 utterances, AdamW, peak rate {CONNECTOR_LR}, plain regression: from the encoder's frames to the LM's embedding of the letter that
-the encoder's letter head hears there, and {CONNECTOR_FREE} random directions of the frame besides; no labels, no trigger. From random weights
-(`--connector-weights none`) the mini LM did not begin to listen in the 200 to 700 steps tried; the published parts, which start from
-random weights as in the paper, are given none.
+the encoder's letter head hears there, with the embeddings of the labels that its label head hears laid over it
+({CONNECTOR_LABELS} of their length; a knock as the word {SOUNDS[0]}), and {CONNECTOR_FREE} random directions of the frame besides. The trigger is
+not in that speech. From random weights (`--connector-weights none`) the mini LM did not begin to listen in the 200 to 700
+steps tried; the published parts, which start from random weights as in the paper, are given none.
 
 A part that is made again on another machine, or with other threads, differs in the last bits of its arithmetic and so in
 its training's course; the sampling error of the shares above (95%, about 0.05 at 0.8 and 0.02 at 0.98 for 320
