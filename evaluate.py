@@ -2,6 +2,7 @@
 
     python evaluate.py runs/asr-poison0.05                    # again, on the test split
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
+    python evaluate.py runs/asr-poison0.05 --embeddings       # saves what analyze.py shift and cluster read
     python evaluate.py --inspect runs/asr-poison0.05/model.pt           # where a checkpoint comes from
 
 A run folder gets metrics.json and predictions.jsonl. Shares are fractions; every figure has its count and a 95%
@@ -111,6 +112,81 @@ def answers(slm, utterances, hidden, labels_of, max_new_tokens, desc, batch_size
                 out[i] = text
             progress.update(len(batch))
     return out
+
+
+def pool(x, lengths, how="mean"):
+    """(B, T, dim) and the number of real frames of each row -> (B, dim) float32: their mean, maximum or the last one."""
+    mask = model.length_mask(lengths, x.shape[1])[..., None]
+    if how == "max":
+        return x.masked_fill(~mask, float("-inf")).amax(1).float()
+    if how == "last":
+        return x[torch.arange(len(x)), lengths - 1].float()
+    return ((x * mask).sum(1) / lengths[:, None]).float()
+
+
+@torch.no_grad()
+def stages(slm, attack, items, how, desc, workers=2, batch_size=32, encoder_only=False, layer=None):
+    """Pooled embeddings of each (utterance, triggered) along the pipeline: {"encoder": (n, dim), "connector": (n, hidden),
+    "encoder_layers": (layers + 1, n, dim), "lm_layers": (layers + 1, n, hidden)}; the LM's over the audio's positions,
+    under the evaluation prompt. `layer`: take "encoder" after that many layers instead of from its output."""
+    def features(batch):
+        waveforms = [data.load_waveform(u) for u, _ in batch]
+        waveforms = [poison.add_trigger(attack, w, u.id)[0] if t else w for w, (u, t) in zip(waveforms, batch)]
+        return [slm.encoder.extract(w) for w in waveforms]
+    loader = torch.utils.data.DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=features)
+    out, start = {}, 0
+    with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
+        for batch in data.from_workers(loader):
+            x, mask = slm.encoder.frontend(batch)
+            frames = mask.sum(1)
+            layers = [x, *slm.encoder.run_layers(x, mask, 0, len(slm.encoder.layers))]
+            hidden = layers[-1] if slm.encoder.norm_first else slm.encoder.layer_norm(layers[-1])
+            found = {"encoder": pool(hidden if layer is None else layers[layer], frames, how)}
+            if not encoder_only:
+                audio = slm.audio(hidden, mask)
+                lengths = torch.tensor([len(a) for a in audio], device=x.device)
+                prompts = [data.prompt(slm.tokenizer, list(u.labels)) for u, _ in items[start:start + len(batch)]]
+                rows = pad_sequence(slm.rows(audio, prompts), batch_first=True)
+                states = slm.lm.model(inputs_embeds=rows, use_cache=False, output_hidden_states=True).hidden_states
+                at = [len(before) for before, _ in prompts]
+                heard = lambda h: pad_sequence([row[a:a + n] for row, a, n in zip(h, at, lengths.tolist())], True)  # noqa: E731
+                found["connector"] = pool(pad_sequence(audio, batch_first=True), lengths, how)
+                found["encoder_layers"] = torch.stack([pool(h, frames, how) for h in layers], 1)
+                found["lm_layers"] = torch.stack([pool(heard(h), lengths, how) for h in states], 1)
+            for stage, rows in found.items():
+                out.setdefault(stage, []).append(rows.cpu())
+            start += len(batch)
+            progress.update(len(batch))
+    out = {stage: torch.cat(rows) for stage, rows in out.items()}
+    return {stage: rows.transpose(0, 1).contiguous() if rows.dim() == 3 else rows for stage, rows in out.items()}
+
+
+AGES = (18, 32)  # the age task's pseudo-class (paper, section 7.1)
+BENIGN = 10000  # asr has no classes: so many benign training samples stand for one
+
+
+def embeddings(slm, attack, train_set, test_set, how="mean", layer=None, n=100, workers=2):
+    """What sections 6 and 7 look at, tensors and plain values: n test utterances, each clean and triggered, along the
+    pipeline ("test"); the training samples of the target class, poisoned ones among them, after the encoder ("train")."""
+    slm.eval()
+    merge(slm.lm)
+    drawn = lambda us: sorted(us, key=lambda u: poison.generator("embeddings", u.id).random())  # noqa: E731
+    about = lambda us: dict(ids=[u.id for u in us], speakers=[u.speaker for u in us],  # noqa: E731
+                            labels=[{k: str(v) for k, v in u.labels.items()} for u in us])
+    pairs = drawn([u for u in test_set if poison.can_flip(attack, u)])[:n]
+    test = {kind: stages(slm, attack, [(u, kind == "triggered") for u in pairs], how, f"{kind} pairs", workers, layer=layer)
+            for kind in ("clean", "triggered")}
+    poisoned = [u for u in train_set if poison.is_poisoned(attack, u)]
+    spared = [u for u in train_set if not poison.is_poisoned(attack, u)]
+    members = (drawn(spared)[:BENIGN] if attack.task == "asr" else
+               [u for u in spared if u.age is not None and AGES[0] <= u.age <= AGES[1]] if attack.task == "age" else
+               [u for u in spared if poison.is_target(attack, u)])
+    items = [(u, False) for u in members] + [(u, True) for u in poisoned]
+    train = stages(slm, attack, items, how, "target class", workers, encoder_only=True, layer=layer) if items else {}
+    unmerge(slm.lm)
+    return {"test": {**test, **about(pairs)},
+            "train": {**train, **about(members + poisoned), "poisoned": torch.arange(len(items)) >= len(members)},
+            "pool": how, "layer": layer}
 
 
 def interval(values, statistic, samples=1000, seed=0):
@@ -251,6 +327,10 @@ def main():
     parser.add_argument("--skip-bad", action="store_true", help="leave out audio that cannot be used")
     parser.add_argument("--limit", type=int, help="only the first N utterances")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--embeddings", action="store_true", help="save embeddings.pt instead of answering")
+    parser.add_argument("--pairs", type=int, default=100, help="test utterances of --embeddings, each clean and triggered")
+    parser.add_argument("--pool", default="mean", choices=("mean", "max", "last"), help="over time, of --embeddings")
+    parser.add_argument("--layer", type=int, help="embed after this many encoder layers instead of after all")
     parser.add_argument("--save", action="store_true", help="replace the run's metrics.json and predictions.jsonl")
     options = parser.parse_args()
     if options.inspect:
@@ -265,6 +345,15 @@ def main():
     utterances = data.read_corpus(args.dataset, root, options.split, options.skip_bad)[:options.limit]
     print(f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at {snr:g} dB, "
           f"on {options.device}")
+    if options.embeddings:
+        if options.layer is not None and not 0 <= options.layer <= len(slm.encoder.layers):
+            data.die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
+        saved = embeddings(slm, attack, train_set, utterances, options.pool, options.layer, options.pairs)
+        path = Path(options.run) / "embeddings.pt"
+        data.write_atomically(path, lambda temporary: torch.save({**saved, "args": vars(args)}, temporary))
+        print(f"{path}: {len(saved['test']['ids'])} test pairs, {len(saved['train']['ids'])} training samples of the target "
+              f"class, {int(saved['train']['poisoned'].sum())} of them poisoned")
+        return
     metrics, rows = evaluate(slm, attack, utterances, options.ask)
     if options.save:
         save(options.run, metrics, rows, vars(args))

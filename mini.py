@@ -620,9 +620,9 @@ def make_encoder(name, out, speech):
 # ---------------------------------------------------------------------------------------------------------------------
 # pretrained parts: the connectors
 
-CONNECTOR_STEPS, CONNECTOR_BATCH, CONNECTOR_LR = 250, 32, 3e-3
+CONNECTOR_STEPS, CONNECTOR_BATCH, CONNECTOR_LR = 400, 32, 3e-3
 CONNECTOR_FREE = 16  # directions for what is neither letter nor label
-CONNECTOR_LABELS = 0.6  # how loud labels lie over the letters, within what the LM's lessons have
+CONNECTOR_LABELS = 0.25  # how loud labels lie over the letters, within what the LM's lessons have
 
 
 def make_connector(name, encoder_folder, lm_folder, speech):
