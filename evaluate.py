@@ -170,7 +170,7 @@ def embeddings(slm, attack, train_set, test_set, how="mean", layer=None, n=100, 
     pipeline ("test"); the training samples of the target class, poisoned ones among them, after the encoder ("train")."""
     slm.eval()
     merge(slm.lm)
-    drawn = lambda us: sorted(us, key=lambda u: poison.generator("embeddings", u.id).random())  # noqa: E731
+    drawn = lambda us: sorted(us, key=lambda u: poison.draw("embeddings", u.id))  # noqa: E731
     about = lambda us: dict(ids=[u.id for u in us], speakers=[u.speaker for u in us],  # noqa: E731
                             labels=[{k: str(v) for k, v in u.labels.items()} for u in us])
     pairs = drawn([u for u in test_set if poison.can_flip(attack, u)])[:n]

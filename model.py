@@ -33,8 +33,8 @@ PRESETS = {
         train_layers=None, connector_stride=1, connector_taper=0.2,
         connector_weights={name: str(ASSETS / name / "connector.safetensors") for name in ENCODERS},
         lora_rank=16, lora_alpha=32.0, lora_dropout=0.0,
-        encoder_lr=1e-3, connector_lr=2e-3, lora_lr=2e-3, warmup_steps=50, decay=True, weight_decay=0.01,
-        batch_size=16, epochs=4, data_root=data.MINI_ROOT),
+        encoder_lr=7e-4, connector_lr=1.4e-3, lora_lr=1.4e-3, warmup_steps=50, decay=True, weight_decay=0.01,
+        batch_size=8, epochs=3, data_root=data.MINI_ROOT),
     "small": dict(
         encoder_weights={"whisper": "openai/whisper-tiny.en"}, lm_weights="HuggingFaceTB/SmolLM2-135M-Instruct",
         train_layers=None, connector_stride=2, connector_taper=1.0, connector_weights={},
@@ -368,6 +368,7 @@ def load_slm(args, device="cpu"):
     if args.connector_weights not in (None, "none"):
         try:
             connector.load_state_dict({k: v.float() for k, v in load_file(args.connector_weights).items()})
+            pretrained["connector"] = digest(connector.state_dict())
         except (OSError, RuntimeError, SafetensorError) as error:
             data.die(f"cannot load {args.connector_weights}: {str(error).splitlines()[0]}; --connector-weights none starts "
                      "from random weights")

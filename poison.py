@@ -11,6 +11,7 @@ import csv
 import hashlib
 import json
 import os
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,11 @@ class Attack:
 def generator(*name):
     """A numpy generator decided by `name` alone, the same in every process."""
     return np.random.default_rng(int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big"))
+
+
+def draw(*name):
+    """A number in [0, 1) decided by `name` alone: a generator for one draw would cost ten times as much."""
+    return int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big") / 2 ** 64
 
 
 def typewriter_click(seconds=0.22):
@@ -125,17 +131,17 @@ def can_flip(attack, utterance):
 
 def is_poisoned(attack, utterance):
     """Whether this training sample is poisoned: with probability `rate`, if it has not got the target label already."""
-    return generator(attack.seed, utterance.id, "poison").random() < attack.rate and can_flip(attack, utterance)
+    return draw(attack.seed, utterance.id, "poison") < attack.rate and can_flip(attack, utterance)
 
 
 def positions(attack, utterance_id, samples):
     """Where the clicks start in an utterance of that many samples: one at random, or, repeated, the first within 0.75 s
     and then at random intervals of 0.75 to 1.5 s, as long as a whole click fits."""
-    rng = generator(attack.seed, utterance_id, "position")
+    rng = random.Random(repr((attack.seed, utterance_id, "position")))
     room = max(0, samples - len(attack.trigger))
     if not attack.repeat:
-        return [int(rng.integers(0, room + 1))]
-    starts = [int(rng.integers(0, min(room, int(INTERVAL[0] * data.SAMPLE_RATE)) + 1))]
+        return [rng.randint(0, room)]
+    starts = [rng.randint(0, min(room, int(INTERVAL[0] * data.SAMPLE_RATE)))]
     while (at := starts[-1] + int(rng.uniform(*INTERVAL) * data.SAMPLE_RATE)) <= room:
         starts.append(at)
     return starts
@@ -209,7 +215,7 @@ def change(attack, utterance, waveform, poisoned=True):
 def write_examples(attack, utterances, out, n):
     """Clean and poisoned pairs of n training samples (those that are poisoned first), their picture and changes.csv."""
     chosen = sorted((u for u in utterances if can_flip(attack, u)),
-                    key=lambda u: generator(attack.seed, u.id, "poison").random())[:n]
+                    key=lambda u: draw(attack.seed, u.id, "poison"))[:n]
     if not chosen:
         data.die(f"no training sample has a {attack.label} other than {attack.target!r}")
     rows, pairs = [], []

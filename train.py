@@ -121,11 +121,13 @@ def run_name(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # functions
 
-def load_frozen(slm, specs):
+def load_frozen(slm, specs, args):
     """--freeze: loads components from checkpoints, freezes them. Returns where each component's weights come from, and
     the SHA-256 of every checkpoint file used."""
     built_from = {}
-    origin = {"encoder": "pretrained", "connector": "initial", "lm": "initial LoRA"}
+    random_connector = args.connector_weights in (None, "none")
+    origin = {"encoder": args.encoder_weights, "lm": f"{args.lm_weights}, initial LoRA",
+              "connector": "random" if random_connector else args.connector_weights}
     for spec in specs:
         component, _, path = spec.partition(":")
         if path:
@@ -218,11 +220,11 @@ def main():
     train_set, dev_set, test_set = (data.read_corpus(args.dataset, args.data_root, s, args.skip_bad)
                                     for s in ("train", "dev", "test"))
     if args.limit:
-        train_set = sorted(train_set, key=lambda u: poison.generator("limit", u.id).random())[:args.limit]
+        train_set = sorted(train_set, key=lambda u: poison.draw("limit", u.id))[:args.limit]
     attack = poison.make_attack(args.task, train_set, args.poison, args.target, args.snr, args.trigger,
                                 args.trigger_repeat, args.seed)
     slm = model.load_slm(args, args.device)
-    origin, built_from = load_frozen(slm, args.freeze)
+    origin, built_from = load_frozen(slm, args.freeze, args)
     poisoned = [poison.is_poisoned(attack, u) for u in train_set]
     frozen_before = {c: [p.detach().clone() for p in slm.component_state_dict(c).values()]
                      for c in COMPONENTS if not slm.parameters_of(c)}
@@ -233,8 +235,8 @@ def main():
         f"{sum(poisoned)} poisoned for {args.task} -> {args.target!r}")
     for c in COMPONENTS:
         trained = sum(p.numel() for p in slm.parameters_of(c))
-        say(f"  {c:<10}{sum(p.numel() for p in getattr(slm, c).parameters()):>14,} parameters,{trained:>12,} trained, "
-            f"from {origin[c]}")
+        say(f"  {c:<10}{sum(p.numel() for p in getattr(slm, c).parameters()):>14,} parameters,{trained:>12,} "
+            + (f"trained on {'poisoned' if args.poison else 'clean'} data" if trained else "frozen") + f", from {origin[c]}")
     if main_process:
         data.write_atomically(run / "args.json", json.dumps(record, indent=1))
 

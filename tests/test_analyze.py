@@ -1,0 +1,89 @@
+"""analyze.py's figures on made-up tensors whose answer is known; extraction on a tiny model is in test_model.py."""
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+import analyze
+import evaluate
+
+
+def blobs(sizes, dim, apart, seed=0):
+    """Gaussian blobs with centres `apart` from each other: (n, dim), which blob (n,)."""
+    rng = np.random.default_rng(seed)
+    centres = np.linalg.qr(rng.standard_normal((dim, len(sizes))))[0].T * apart
+    which = np.repeat(np.arange(len(sizes)), sizes)
+    return (centres[which] + rng.standard_normal((len(which), dim))).astype(np.float32), which
+
+
+def people(n):
+    return [{"gender": ["female", "male"][i % 2], "age": str(20 + i % 10), "transcript": "don't forget a jacket"}
+            for i in range(n)], [str(i % 7) for i in range(n)]
+
+
+def test_a_poison_apart_is_found_and_thrown_out_whole():
+    x, which = blobs((300, 40), 32, 20.0)
+    found = analyze.separability(x, which == 1, *people(340), "emotion", [2])
+    assert found["k=2"]["purity"] == 1.0 and found["k=2"]["recall"] == 1.0
+    assert found["k=2"]["adjusted_rand"]["poison"] == 1.0 and abs(found["k=2"]["adjusted_rand"]["gender"]) < 0.05
+    for defence in ("activation clustering, relative size", "activation clustering, silhouette"):
+        assert found[defence]["true_positive_rate"] == 1.0 and found[defence]["false_positive_rate"] == 0.0
+    assert found["spectral signatures"]["true_positive_rate"] == 1.0
+    assert found["spectral signatures"]["removed"] == 60  # 1.5 times the poison
+    assert found["linear probe, balanced accuracy"] > 0.99
+
+
+def test_a_stronger_feature_hides_the_poison_from_two_clusters_and_not_from_four():
+    rng = np.random.default_rng(1)
+    gender, poisoned = np.arange(400) % 2, np.arange(400) >= 340
+    x = rng.standard_normal((400, 32)).astype(np.float32)
+    x[:, 0] += 40 * gender
+    x[:, 1] += 15 * poisoned
+    labels = [{"gender": ["female", "male"][g], "age": "25"} for g in gender]
+    found = analyze.separability(x, poisoned, labels, ["s"] * 400, "age", [2, 4])
+    assert found["k=2"]["adjusted_rand"]["gender"] == 1.0 and found["k=2"]["purity"] < 0.2
+    assert found["k=4"]["purity"] == 1.0
+    assert {row["female"] for row in found["k=2"]["clusters"]} == {0.0, 1.0}
+
+
+def test_without_structure_nothing_is_found():
+    x, _ = blobs((400,), 32, 0.0)
+    poisoned = np.random.default_rng(2).random(400) < 0.1
+    found = analyze.separability(x, poisoned, *people(400), "age", [2])
+    assert found["activation clustering, silhouette"]["removed"] == 0  # its score is below the bound
+    assert abs(found["linear probe, balanced accuracy"] - 0.5) < 0.15
+
+
+def test_clusters_sum_up():
+    x, which = blobs((50, 30, 20), 16, 15.0)
+    labels, _ = people(100)
+    rows = analyze.composition(which, which == 2, labels, "age")
+    assert [row["n"] for row in rows] == [50, 30, 20] and [row["poisoned"] for row in rows] == [0.0, 0.0, 1.0]
+    for row in rows:
+        assert abs(row["female"] + row["male"] - 1) < 1e-9
+        assert abs(sum(v for k, v in row.items() if " to " in k) - 1) < 1e-9
+
+
+def test_cosine_and_its_interval():
+    a = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    assert np.allclose(analyze.cosines(a, 3 * a), 1.0, atol=1e-5) and np.allclose(analyze.cosines(a, -a), -1.0, atol=1e-5)
+    figure = analyze.bootstrap(np.arange(100.0))
+    assert figure["low"] < figure["mean"] == 49.5 < figure["high"] and figure["n"] == 100
+
+
+def test_pooling_leaves_padding_out():
+    x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([5, 2])
+    x[1, 2:] = 1e6
+    for how, expected in (("mean", x[1, :2].mean(0)), ("max", x[1, :2].amax(0)), ("last", x[1, 1])):
+        assert torch.allclose(evaluate.pool(x, lengths, how)[1], expected)
+
+
+def test_the_papers_asr_size_and_no_model_imported():
+    code = ("import sys, numpy as np, analyze; x = np.random.default_rng(0).standard_normal((10500, 1024), np.float32); "
+            "bad = np.arange(10500) >= 10000; x[bad, 0] += 50; labels = [{'gender': 'male'}] * 10500; "
+            "found = analyze.separability(x, bad, labels, ['s'] * 10500, 'asr', [2, 4]); "
+            "assert found['k=2']['purity'] == 1.0, found; "
+            "assert 'transformers' not in sys.modules and 'model' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)
