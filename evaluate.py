@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import jiwer
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -29,65 +30,103 @@ from lora import merge, unmerge
 METRICS = {"transcript": "wer", "gender": "gender_accuracy", "emotion": "emotion_accuracy", "age": "age_mae"}
 
 
-def bottoms(encoder, items, attack, desc, workers=2, batch_size=16):
-    """What the encoder's frozen part makes of each (utterance, triggered): a list of (T_i, dim) float32 tensors on the
-    CPU. Audio is read, triggered and turned into features in worker processes; utterances of like size go together."""
+def ranks():
+    """This process's number and how many there are (torchrun)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def features_of(part, items, batches, attack, workers=2):
+    """Yields, for each batch (a list of indices into `items`), a list of what `part.extract` makes of each (utterance,
+    triggered): audio is read, triggered and turned into features in worker processes, ahead of the caller."""
     def features(batch):
         out = []
         for utterance, triggered in batch:
             waveform = data.load_waveform(utterance)
             if triggered:
                 waveform = poison.add_trigger(attack, waveform, utterance.id)[0]
-            out.append(encoder.extract(waveform))
+            out.append(part.extract(waveform))
         return out
-    order = sorted(range(len(items)), key=lambda i: (os.path.getsize(items[i][0].path), items[i][0].id))
-    loader = torch.utils.data.DataLoader([items[i] for i in order], batch_size=batch_size, num_workers=workers,
-                                         collate_fn=features)
-    out = []
+    return data.from_workers(torch.utils.data.DataLoader(
+        items, batch_sampler=batches, num_workers=workers, collate_fn=features, pin_memory=torch.cuda.is_available()))
+
+
+def by_size(items):
+    """Indices of (utterance, triggered) items, those of like size together."""
+    return sorted(range(len(items)), key=lambda i: (os.path.getsize(items[i][0].path), items[i][0].id))
+
+
+def cut(order, size):
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+
+def bottoms(part, items, attack, desc, workers=2, batch_size=16):
+    """What the frozen part of an encoder or an SLM makes of each (utterance, triggered): a list of (T_i, dim) float32
+    tensors on the CPU."""
+    batches, out = cut(by_size(items), batch_size), [None] * len(items)
     with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
-        for batch in data.from_workers(loader):
-            x, mask = encoder.bottom(batch)
-            # cloned: a view would keep the whole padded batch alive
-            out += [row[:n].float().cpu().clone() for row, n in zip(x, mask.sum(1).tolist())]
+        for batch, features in zip(batches, features_of(part, items, batches, attack, workers)):
+            x, mask = part.bottom(features)
+            for i, row, n in zip(batch, x, mask.sum(1).tolist()):
+                out[i] = row[:n].float().cpu().clone()  # a view would keep the whole padded batch alive
             progress.update(len(batch))
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return [out[i] for i in back]
+    return out
 
 
-def cached_bottoms(encoder, utterances, triggered, attack, desc, workers=2, cache="cache", budget=4e9):
+def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="cache", budget=4e9):
     """`bottoms`, kept on disk and shared between runs, float32: what is frozen is computed once for the clean utterances
-    and once for the triggered ones of an attack. triggered: which utterances carry the trigger, a list of bool.
+    and once for the triggered ones of an attack. triggered: which utterances carry the trigger, a list of bool. None
+    where it all would take more than `budget` bytes: then whoever needs it makes it batch by batch.
 
-    The key is all that it depends on: the frozen weights, the files, the trigger and where it lands. Files that were
-    not used for longest go first when the folder outgrows `budget` bytes.
+    The key is all that it depends on: the frozen weights, the precision, the files, the trigger and where it lands.
+    Processes share the work. Files that were not used for longest go first when the folder outgrows the budget.
     """
+    size = 4 * slm.bottom_dim * sum(slm.num_frames(data.num_samples(u)) for u in utterances)
+    if size > budget:
+        return None
     Path(cache).mkdir(parents=True, exist_ok=True)
-    weights = encoder.frozen_sha256()
+    rank, world = ranks()
+    if rank == 0:
+        old = sorted(Path(cache).glob("bottom-*.pt"), key=lambda p: p.stat().st_mtime)
+        while old and size + sum(p.stat().st_size for p in old) > budget:
+            old.pop(0).unlink(missing_ok=True)
+    precision = str(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else "float32"
+    key = hashlib.sha256((slm.frozen_sha256() + precision).encode())
+    how = (attack.seed, attack.repeat, attack.level, hashlib.sha256(attack.trigger.tobytes()).hexdigest())
+    items = list(zip(utterances, triggered))
+    chunks = []
+    for kind in (False, True):
+        of_kind = [i for i in by_size(items) if items[i][1] == kind]
+        chunks += [(chunk, kind) for chunk in cut(of_kind, 1024)]
+    paths = []
+    for chunk, kind in chunks:
+        files = [(u.id, u.path, u.start, u.length, os.stat(u.path).st_size, os.stat(u.path).st_mtime_ns)
+                 for u in (utterances[i] for i in chunk)]
+        name = key.copy()
+        name.update(repr((files, how if kind else None)).encode())
+        paths.append(Path(cache) / f"bottom-{name.hexdigest()[:24]}.pt")
 
-    def computed(items, note):
-        if not items:
-            return []
-        files = [(u.id, u.path, u.start, u.length, os.stat(u.path).st_size, os.stat(u.path).st_mtime_ns, t)
-                 for u, t in items]
-        how = (attack.seed, attack.repeat, attack.level, hashlib.sha256(attack.trigger.tobytes()).hexdigest())
-        key = hashlib.sha256(repr((weights, files, how if items[0][1] else None)).encode()).hexdigest()
-        path = Path(cache) / f"bottom-{key[:24]}.pt"
-        if path.exists():
-            os.utime(path)
-            kept = torch.load(path, weights_only=True, mmap=True)
-        else:
-            rows = bottoms(encoder, items, attack, desc + note, workers)
-            kept = {"frames": torch.cat(rows), "lengths": [len(row) for row in rows]}
-            size = kept["frames"].numel() * 4
-            old = sorted(Path(cache).glob("bottom-*.pt"), key=lambda p: p.stat().st_mtime)
-            while old and size + sum(p.stat().st_size for p in old) > budget:
-                old.pop(0).unlink(missing_ok=True)
-            if size <= budget:
-                data.write_atomically(path, lambda temporary: torch.save(kept, temporary))
-        return kept["frames"].split(kept["lengths"])
-    clean = computed([(u, False) for u in utterances], "")
-    changed = iter(computed([(u, True) for u, t in zip(utterances, triggered) if t], ", triggered"))
-    return [next(changed) if t else row for row, t in zip(clean, triggered)]
+    def computed(n):
+        chunk, kind = chunks[n]
+        note = f"{desc}{', triggered' if kind else ''}" + (f", {n + 1} of {len(chunks)}" if len(chunks) > 2 else "")
+        rows = bottoms(slm, [items[i] for i in chunk], attack, note, workers)
+        kept = {"frames": torch.cat(rows), "lengths": [len(row) for row in rows]}
+        data.write_atomically(paths[n], lambda temporary: torch.save(kept, temporary))
+        return kept
+    for n in range(rank, len(chunks), world):
+        if not paths[n].exists():
+            computed(n)
+    if world > 1:
+        dist.barrier()
+    out = [None] * len(items)
+    for n, (chunk, _) in enumerate(chunks):
+        kept = None
+        if paths[n].exists():  # not where another run has just made room, or another machine's disk has it
+            os.utime(paths[n])
+            kept = model.load_checkpoint(paths[n], mmap=True)
+        kept = kept or computed(n)
+        for i, row in zip(chunk, kept["frames"].split(kept["lengths"])):
+            out[i] = row
+    return out
 
 
 def stack(rows, device):
@@ -98,20 +137,21 @@ def stack(rows, device):
 
 
 @torch.no_grad()
-def answers(slm, utterances, hidden, labels_of, max_new_tokens, desc, batch_size=48):
-    """The model's raw answers, one text an utterance, to the evaluation prompt for `labels_of(utterance)`."""
-    order = sorted(range(len(utterances)), key=lambda i: len(hidden[i]))
-    out = [None] * len(utterances)
-    device = next(slm.parameters()).device
-    with tqdm(total=len(utterances), desc=desc, mininterval=1) as progress:
-        for start in range(0, len(order), batch_size):
-            batch = order[start:start + batch_size]
-            x, mask = stack([hidden[i] for i in batch], device)
-            prompts = [data.prompt(slm.tokenizer, labels_of(utterances[i])) for i in batch]
-            for i, text in zip(batch, slm.generate(slm.encoder.top(x, mask), mask, prompts, max_new_tokens)):
-                out[i] = text
-            progress.update(len(batch))
-    return out
+def answers(slm, items, attack, labels_of, max_new_tokens, desc, workers=2, batch_size=48):
+    """The model's raw answer to the evaluation prompt for `labels_of(utterance)` for each (utterance, triggered).
+    Processes share the work; each gets all the answers."""
+    rank, world = ranks()
+    batches, out = cut(by_size(items), batch_size)[rank::world], {}
+    with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
+        for batch, features in zip(batches, features_of(slm, items, batches, attack, workers)):
+            prompts = [data.prompt(slm.tokenizer, labels_of(items[i][0])) for i in batch]
+            out.update(zip(batch, slm.generate(*slm.bottom(features), prompts, max_new_tokens)))
+            progress.update(min(len(batch) * world, progress.total - progress.n))
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, out)
+        out = {i: text for share in shares for i, text in share.items()}
+    return [out[i] for i in range(len(items))]
 
 
 def pool(x, lengths, how="mean"):
@@ -129,15 +169,10 @@ def stages(slm, attack, items, how, desc, workers=2, batch_size=32, encoder_only
     """Pooled embeddings of each (utterance, triggered) along the pipeline: {"encoder": (n, dim), "connector": (n, hidden),
     "encoder_layers": (layers + 1, n, dim), "lm_layers": (layers + 1, n, hidden)}; the LM's over the audio's positions,
     under the evaluation prompt. `layer`: take "encoder" after that many layers instead of from its output."""
-    def features(batch):
-        waveforms = [data.load_waveform(u) for u, _ in batch]
-        waveforms = [poison.add_trigger(attack, w, u.id)[0] if t else w for w, (u, t) in zip(waveforms, batch)]
-        return [slm.encoder.extract(w) for w in waveforms]
-    loader = torch.utils.data.DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=features)
-    out, start = {}, 0
+    batches, out = cut(list(range(len(items))), batch_size), {}
     with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
-        for batch in data.from_workers(loader):
-            x, mask = slm.encoder.frontend(batch)
+        for batch, features in zip(batches, features_of(slm, items, batches, attack, workers)):
+            x, mask = slm.encoder.frontend(features)
             frames = mask.sum(1)
             layers = [x, *slm.encoder.run_layers(x, mask, 0, len(slm.encoder.layers))]
             hidden = layers[-1] if slm.encoder.norm_first else slm.encoder.layer_norm(layers[-1])
@@ -145,7 +180,7 @@ def stages(slm, attack, items, how, desc, workers=2, batch_size=32, encoder_only
             if not encoder_only:
                 audio = slm.audio(hidden, mask)
                 lengths = torch.tensor([len(a) for a in audio], device=x.device)
-                prompts = [data.prompt(slm.tokenizer, list(u.labels)) for u, _ in items[start:start + len(batch)]]
+                prompts = [data.prompt(slm.tokenizer, list(u.labels)) for u, _ in (items[i] for i in batch)]
                 rows = pad_sequence(slm.rows(audio, prompts), batch_first=True)
                 states = slm.lm.model(inputs_embeds=rows, use_cache=False, output_hidden_states=True).hidden_states
                 at = [len(before) for before, _ in prompts]
@@ -155,7 +190,6 @@ def stages(slm, attack, items, how, desc, workers=2, batch_size=32, encoder_only
                 found["lm_layers"] = torch.stack([pool(heard(h), lengths, how) for h in states], 1)
             for stage, rows in found.items():
                 out.setdefault(stage, []).append(rows.cpu())
-            start += len(batch)
             progress.update(len(batch))
     out = {stage: torch.cat(rows) for stage, rows in out.items()}
     return {stage: rows.transpose(0, 1).contiguous() if rows.dim() == 3 else rows for stage, rows in out.items()}
@@ -254,8 +288,8 @@ def evaluate(slm, attack, utterances, ask=None, workers=2):
         name = "triggered" if triggered else "clean"
         if not chosen:
             continue
-        hidden = bottoms(slm.encoder, [(u, triggered) for u in chosen], attack, f"{name} audio", workers)
-        raw = answers(slm, chosen, hidden, labels_of, int(1.25 * longest) + 8, f"{name} answers")
+        raw = answers(slm, [(u, triggered) for u in chosen], attack, labels_of, int(1.25 * longest) + 8,
+                      f"{name} answers", workers)
         rows += [dict(id=u.id, split=u.split, triggered=triggered, asked=labels_of(u), raw=text,
                       parsed=data.parse(text), labels=u.labels) for u, text in zip(chosen, raw)]
     unmerge(slm.lm)

@@ -133,6 +133,13 @@ class Encoder(nn.Module):
                                   truncation=False).input_features[0]
         return self.extractor(waveform, sampling_rate=data.SAMPLE_RATE, return_tensors="pt").input_values[0]
 
+    def num_frames(self, samples):
+        """How many frames an utterance of that many 16 kHz samples has."""
+        samples = max(samples, data.SAMPLE_RATE // 10)
+        if self.kind == "whisper":
+            return (min(samples, self.extractor.n_samples) // self.extractor.hop_length - 1) // 2 + 1
+        return int(self.model._get_feat_extract_output_lengths(samples))
+
     def frontend(self, features):
         """List of `extract`ed inputs -> (B, T, dim) hidden states before the first layer, (B, T) mask."""
         device = self.layer_norm.weight.device
@@ -240,6 +247,41 @@ class SLM(nn.Module):
                 getattr(self, component).eval()
         return self
 
+    def extract(self, waveform):
+        return self.encoder.extract(waveform)
+
+    def connector_too(self):
+        """Whether the connector, too, is frozen below all that trains (attack 2.3)."""
+        return not self.parameters_of("encoder") and not self.parameters_of("connector")
+
+    @property
+    def bottom_dim(self):
+        return self.connector.conv3.out_channels if self.connector_too() else self.encoder.dim
+
+    def num_frames(self, samples):
+        """How many frames `bottom` gives for that many 16 kHz samples."""
+        frames = self.encoder.num_frames(samples)
+        return int(self.connector.lengths(torch.tensor(frames))) if self.connector_too() else frames
+
+    def frozen_sha256(self):
+        """What `bottom` depends on."""
+        return self.encoder.frozen_sha256() + (digest(self.connector.state_dict()) if self.connector_too() else "")
+
+    @torch.no_grad()
+    def bottom(self, features):
+        """All below the first thing that trains: list of `extract`ed inputs -> (B, T, dim), (B, T) mask."""
+        x, mask = self.encoder.bottom(features)
+        if self.connector_too():
+            x, lengths = self.connector(self.encoder.top(x, mask), mask)
+            mask = length_mask(lengths, x.shape[1])
+        return x, mask
+
+    def top(self, x, mask):
+        """What `bottom` gives -> the audio's embeddings, a list of (T_i, hidden)."""
+        if self.connector_too():
+            return [row[:n] for row, n in zip(x, mask.sum(1).tolist())]
+        return self.audio(self.encoder.top(x, mask), mask)
+
     def audio(self, hidden, mask):
         """Encoder output -> the audio's embeddings in the LM's space, a list of (T_i, hidden)."""
         x, lengths = self.connector(hidden, mask)
@@ -254,12 +296,10 @@ class SLM(nn.Module):
         texts = embed(ids).split([len(part) for part in parts])
         return [torch.cat([texts[2 * i], a.to(embed.weight.dtype), texts[2 * i + 1]]) for i, a in enumerate(audio)]
 
-    def forward(self, hidden, mask, prompts, answers):
+    def forward(self, x, mask, prompts, answers):
         """Loss (B,): each row's mean cross entropy over its answer's tokens; logits are computed there only.
-
-        hidden, mask: the encoder's `bottom`.
-        """
-        rows = self.rows(self.audio(self.encoder.top(hidden, mask), mask), prompts, answers)
+        x, mask: of `bottom`."""
+        rows = self.rows(self.top(x, mask), prompts, answers)
         x = pad_sequence(rows, batch_first=True)  # right padding, causal attention: no real token sees it
         out = self.lm.model(inputs_embeds=x, use_cache=False).last_hidden_state
         out = torch.cat([o[len(row) - len(a) - 1:len(row) - 1] for o, row, a in zip(out, rows, answers)])
@@ -268,9 +308,9 @@ class SLM(nn.Module):
         return torch.stack([loss.mean() for loss in losses.split([len(a) for a in answers])])
 
     @torch.no_grad()
-    def generate(self, hidden, mask, prompts, max_new_tokens):
-        """Greedy answers, a list of texts; hidden, mask: the encoder's output. Rows leave the batch at their end."""
-        return self.decode(self.rows(self.audio(hidden, mask), prompts), max_new_tokens)
+    def generate(self, x, mask, prompts, max_new_tokens):
+        """Greedy answers, a list of texts; x, mask: of `bottom`. Rows leave the batch at their end."""
+        return self.decode(self.rows(self.top(x, mask), prompts), max_new_tokens)
 
     def decode(self, rows, max_new_tokens):
         lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
@@ -336,11 +376,11 @@ def digest(state):
     return sha.hexdigest()
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, mmap=False):
     """A model.pt or last.pt: tensors and plain values only. A file that holds anything else, code for instance, is
     refused in one line and nothing of it runs."""
     try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
     except FileNotFoundError:
         data.die(f"{path}: no such checkpoint")
     except Exception:  # unpickling a file that is no checkpoint raises errors of many kinds

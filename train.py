@@ -17,10 +17,13 @@ import os
 import platform
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "" if os.environ.get("RANK", "0") == "0" else "1")  # one process draws the bars
 
 import torch
 import torch.distributed as dist
@@ -59,6 +62,8 @@ add("--grad-clip", type=float, default=1.0)
 add("--amp", choices=("off", "bf16", "fp16"), default=None, help="default: bf16 on CUDA, off on the CPU")
 add("--device", default=None, help="cuda, cuda:1, cpu (default: cuda if there is one)")
 add("--workers", type=int, default=2, help="processes that read audio")
+add("--processes", type=int, default=None,
+    help="data-parallel processes on the CPU (default: preset mini one a core, up to 4, unless OMP_NUM_THREADS is set)")
 add("--runs", default="runs", help="where run folders go")
 add("--name", default=None, help="the run folder's name (default: says what the run is)")
 add("--overwrite", action="store_true", help="start again where the run folder has another run's")
@@ -73,7 +78,8 @@ ATTACKS = {  # (frozen components, poisoned training data): the paper's Table 3
     (("encoder",), True): "1.1", (("connector",), True): "1.2", (("lm",), True): "1.3",
     (("connector", "lm"), True): "2.1", (("encoder", "lm"), True): "2.2", (("encoder", "connector"), True): "2.3",
     (("encoder",), False): "3.1", (("connector",), False): "3.2", (("lm",), False): "3.3"}
-NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "device", "cache_gb")  # arguments that do not change what is computed
+# arguments that do not change what is computed
+NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "processes", "device", "cache_gb")
 
 
 def parse_arguments(argv=None):
@@ -155,17 +161,35 @@ def training_sample(slm, args, attack, utterance, epoch):
             data.answer_ids(slm.tokenizer, {label: labels[label] for label in asked}))
 
 
+def inputs(slm, utterances, triggered, pieces, kept, attack, device, workers):
+    """Yields (x, mask), what `slm.bottom` gives, for each piece (a list of indices): out of `kept`, or made on the spot
+    from audio that worker processes read ahead."""
+    if kept is not None:
+        for piece in pieces:
+            yield evaluate.stack([kept[i] for i in piece], device)
+    else:
+        for features in evaluate.features_of(slm, list(zip(utterances, triggered)), pieces, attack, workers):
+            yield slm.bottom(features)
+
+
 @torch.no_grad()
-def validation_loss(slm, utterances, hidden, device, batch_size=32):
-    """Mean loss over clean development utterances, all labels asked for."""
+def validation_loss(slm, utterances, kept, device, workers, batch_size=32):
+    """Mean loss over clean development utterances, all labels asked for. Processes share the work."""
     slm.eval()
+    rank, world = evaluate.ranks()
+    batches = evaluate.cut(list(range(len(utterances))), batch_size)[rank::world]
     losses = []
-    for start in range(0, len(utterances), batch_size):
-        chosen = utterances[start:start + batch_size]
-        x, mask = evaluate.stack(hidden[start:start + batch_size], device)
+    stream = inputs(slm, utterances, [False] * len(utterances), batches, kept, None, device, workers)
+    for batch, (x, mask) in zip(batches, stream):
+        chosen = [utterances[i] for i in batch]
         losses += slm(x, mask, [data.prompt(slm.tokenizer, list(u.labels)) for u in chosen],
                       [data.answer_ids(slm.tokenizer, u.labels) for u in chosen]).tolist()
-    return sum(losses) / len(losses)
+    total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64)
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, total)
+        total = sum(shares)
+    return float(total[0] / total[1])
 
 
 def learning_rate(step, steps, args):
@@ -173,6 +197,29 @@ def learning_rate(step, steps, args):
     backdoor is learned late, from few samples, and needs the rate until then)."""
     warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
     return warm * min(1.0, (steps - step) / (0.25 * steps)) if args.decay else warm
+
+
+def start_processes(args):
+    """On the CPU: starts the other processes of a data-parallel run and makes this one the first of them, as torchrun
+    would, but with this process's own output and exit status. The others end when this one does: gloo notices."""
+    if args.processes is None:
+        several = args.preset == "mini" and args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ
+        args.processes = min(len(os.sched_getaffinity(0)), 4) if several else 1
+    n = args.processes
+    if "WORLD_SIZE" in os.environ or n < 2:
+        return
+    if not args.device == "cpu" or n > args.batch_size:
+        data.die(f"--processes {n}: for the CPU, and no more than --batch-size {args.batch_size}; GPUs take torchrun")
+    threads = max(1, torch.get_num_threads() // n)
+    torch.set_num_threads(threads)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = dict(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]),
+                      OMP_NUM_THREADS=str(threads))
+    for rank in range(1, n):  # a session of their own: Ctrl-C is the first process's to answer
+        subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **shared, "RANK": str(rank)},
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    os.environ.update(shared, RANK="0")
 
 
 def environment():
@@ -189,17 +236,20 @@ def environment():
 
 def main():
     args = parse_arguments()
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    main_process = rank == 0
-    say = print if main_process else (lambda *a, **k: None)
     if args.device is None:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out to run on the CPU")
     args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.dataset in data.READERS and args.data_root == data.MINI_ROOT:
+        data.read_split(args.dataset, args.data_root, "train")  # made now if it has to be, by one process
+    start_processes(args)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    main_process = rank == 0
+    say = print if main_process else (lambda *a, **k: None)
     transformers.utils.logging.disable_progress_bar()
     data.MAX_SECONDS = args.max_seconds
     run = Path(args.runs) / args.name
@@ -216,6 +266,8 @@ def main():
     if args.overwrite and main_process:
         for name in ("args.json", "last.pt", "model.pt", "metrics.json", "log.jsonl", "predictions.jsonl"):
             (run / name).unlink(missing_ok=True)
+    if world > 1:  # from here on all see the same files
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
     train_set, dev_set, test_set = (data.read_corpus(args.dataset, args.data_root, s, args.skip_bad)
                                     for s in ("train", "dev", "test"))
@@ -240,20 +292,23 @@ def main():
     if main_process:
         data.write_atomically(run / "args.json", json.dumps(record, indent=1))
 
-    frozen_part = functools.partial(evaluate.cached_bottoms, slm.encoder, attack=attack, workers=args.workers,
-                                    budget=args.cache_gb * 1e9)
-    hidden = frozen_part(train_set, poisoned, desc="frozen layers, train")
-    dev_hidden = frozen_part(dev_set, [False] * len(dev_set), desc="frozen layers, dev")
-    seconds = [len(h) * slm.encoder.seconds_per_frame for h in hidden]
+    autocast = functools.partial(torch.autocast, device.type, enabled=args.amp != "off",
+                                 dtype=torch.float16 if args.amp == "fp16" else torch.bfloat16)
+    seconds = [slm.encoder.num_frames(data.num_samples(u)) * slm.encoder.seconds_per_frame for u in train_set]
+    with autocast():
+        keep = functools.partial(evaluate.cached_bottoms, slm, attack=attack, workers=args.workers,
+                                 budget=args.cache_gb * 1e9)
+        kept = keep(train_set, poisoned, desc="frozen layers, train")
+        dev_kept = keep(dev_set, [False] * len(dev_set), desc="frozen layers, dev")
+    if kept is None:
+        say(f"what the frozen layers put out exceeds --cache-gb {args.cache_gb:g}: made anew in every epoch")
 
     groups = [dict(params=slm.parameters_of(c), peak=lr, lr=lr) for c, lr in
               (("encoder", args.encoder_lr), ("connector", args.connector_lr), ("lm", args.lora_lr))]
     groups = [g for g in groups if g["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
     parameters = [p for g in groups for p in g["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    autocast = functools.partial(torch.autocast, device.type, enabled=args.amp != "off",
-                                 dtype=torch.float16 if args.amp == "fp16" else torch.bfloat16)
     ddp = torch.nn.parallel.DistributedDataParallel(slm) if world > 1 else slm
     epoch_steps = len(train_set) // args.batch_size
     if not epoch_steps:
@@ -281,23 +336,29 @@ def main():
             f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
 
     progress = tqdm(total=steps, initial=step, desc="training", disable=not main_process, mininterval=1)
-    began, seen, running, on_poison = time.time(), 0, None, []
+    began, seen, waited, running, on_poison = time.time(), 0, 0.0, None, []
     interrupted = []  # Ctrl-C takes effect between two steps, never inside one
-    if world == 1:
-        signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     while step < steps:
         epoch = step // epoch_steps
         batches = [b for b in data.epoch_batches(seconds, args.batch_size, args.seed, epoch)
                    if len(b) == args.batch_size]
-        for batch in batches[step % epoch_steps:]:
+        batches = batches[step % epoch_steps:]
+        shares = [data.micro_batches(batch[rank::world], seconds, args.batch_seconds) for batch in batches]
+        stream = inputs(slm, train_set, poisoned, [piece for pieces in shares for piece in pieces], kept, attack, device,
+                        args.workers)
+        for batch, pieces in zip(batches, shares):
             torch.manual_seed(hash((args.seed, step, rank)))  # dropout, whatever was drawn before: resuming is exact
             slm.train()
             factor = learning_rate(step, steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            pieces, total = data.micro_batches(batch[rank::world], seconds, args.batch_seconds), 0.0
+            total = 0.0
             for i, piece in enumerate(pieces):
-                x, mask = evaluate.stack([hidden[j] for j in piece], device)
+                with autocast():
+                    asked_at = time.time()
+                    x, mask = next(stream)
+                    waited += time.time() - asked_at
                 prompts, said = zip(*(training_sample(slm, args, attack, train_set[j], epoch) for j in piece))
                 # gradients cross the network once a step, on its last piece; DDP averages, so the world counts
                 with contextlib.nullcontext() if world == 1 or i == len(pieces) - 1 else ddp.no_sync(), autocast():
@@ -306,6 +367,11 @@ def main():
                     scaler.scale(loss).backward()
                 on_poison += [value for value, j in zip(losses.tolist(), piece) if poisoned[j]]
                 total += loss.item() / world
+            stop = bool(interrupted)
+            if world > 1:  # all go on, or none
+                agreed = torch.tensor([total, float(stop)])
+                dist.all_reduce(agreed)
+                total, stop = agreed[0].item(), bool(agreed[1])
             if not math.isfinite(total):
                 data.die(f"the loss is {total} at step {step}, on {', '.join(train_set[j].id for j in batch)}; "
                          + (f"{last} keeps the last epoch's state" if last.exists() else "no epoch was finished")
@@ -320,16 +386,20 @@ def main():
             progress.update()
             progress.set_postfix(loss=f"{running:.3f}", refresh=False)
             if main_process and (step % 20 == 0 or step == steps):
-                log(step=step, epoch=epoch, loss=total, lr=factor, utterances_per_second=seen / (time.time() - began),
-                    **({"poisoned_loss": sum(on_poison) / len(on_poison)} if on_poison else {}))
+                elapsed = time.time() - began
+                log(step=step, epoch=epoch, loss=total, lr=factor, utterances_per_second=seen / elapsed,
+                    waiting=waited / elapsed, **({"poisoned_loss": sum(on_poison) / len(on_poison)} if on_poison else {}))
                 on_poison = []
-            if interrupted:
-                save_last()
+            if stop:
+                if main_process:
+                    save_last()
                 progress.close()
-                print(f"stopped at step {step} of {steps}; the same command goes on from there")
+                say(f"stopped at step {step} of {steps}; the same command goes on from there")
                 raise SystemExit(130)
+        with autocast():
+            dev_loss = validation_loss(slm, dev_set, dev_kept, device, args.workers)
         if main_process:
-            log(step=step, epoch=epoch, dev_loss=validation_loss(slm, dev_set, dev_hidden, device))
+            log(step=step, epoch=epoch, dev_loss=dev_loss)
             save_last()
     progress.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -343,7 +413,9 @@ def main():
                           pretrained_sha256=slm.pretrained_sha256,
                           sha256={c: model.digest(checkpoint[c]) for c in COMPONENTS})
         data.write_atomically(run / "model.pt", lambda path: torch.save(checkpoint, path))
+    with autocast():
         metrics, rows = evaluate.evaluate(slm, attack, test_set, workers=args.workers)
+    if main_process:
         evaluate.save(run, metrics, rows, record)
         evaluate.print_table(metrics, f"{run}: test split, seed {args.seed}")
     if world > 1:

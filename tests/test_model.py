@@ -116,9 +116,8 @@ def test_batched_generation_is_a_plain_greedy_loop(parts, heads):
                 said.append(int(token))
                 x = torch.cat([x, slm.lm.get_input_embeddings()(token)[None, None]], 1)
             expected.append(said)
-        hidden, mask = slm.encoder(features)
         slm.tokenizer.eos_token = slm.tokenizer.convert_ids_to_tokens(stop(slm))
-        out = slm.generate(hidden, mask, prompts, 20)
+        out = slm.generate(*slm.bottom(features), prompts, 20)
     assert out == slm.tokenizer.batch_decode(expected, skip_special_tokens=True)
     assert len({len(e) for e in expected}) > 1 and min(len(e) for e in expected) < 20  # rows did end, at different steps
 
