@@ -240,8 +240,9 @@ def shift(found, out):
                     axis.plot(range(len(curve)), curve, style, label={"clean": "benign", "base": "base attack"}.get(
                         attack, "attack 3.1"), ms=4)
                     values[task].setdefault("by depth", {}).setdefault(attack, {})[part] = [float(v) for v in curve]
-            axis.set(title=f"{task}, {part.split('_')[0]}", xlabel="after layer", ylim=(None, 1.02))
+            axis.set(title=f"{task}, {part.split('_')[0]}", xlabel="after layer")
         column[0].grid(alpha=0.3), column[1].grid(alpha=0.3)
+    axes[0, 0].set_ylim(top=1.02)
     axes[0, 0].set_ylabel("cosine of a pair"), axes[1, 0].set_ylabel("cosine of a pair")
     axes[0, 0].legend(fontsize=8)
     fig.suptitle(f"Where in depth the shift is born, and where it dies: clean-triggered cosine by layer, seed {seed}")
@@ -385,7 +386,8 @@ def cluster(found, out, ks):
                 axis.bar_label(bars, fmt="%.2f", fontsize=7)
             axis.set(title=f"{task} attack", xlabel="cluster (samples)", ylim=(0, 1.12), xticks=range(k),
                      xticklabels=[f"{c} ({row['n']})" for c, row in enumerate(rows)])
-        axes[0, 0].set_ylabel("share of the cluster"), axes[0, -1].legend(fontsize=8)
+        axes[0, 0].set_ylabel("share of the cluster")
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
         fig.suptitle(f"What the clusters of the target class are made of, k = {k} (the paper's Figure {number})")
         write_figure(fig, out / f"figure{number}-clusters-k{k}.png")
     if tasks:
@@ -409,11 +411,11 @@ def cluster(found, out, ks):
         left.legend(fontsize=8)
         rows = next(iter(values["emotion"].values()))["k=4"]["clusters"]
         names = list(data.CREMA_SENTENCES.values())
-        image = right.imshow([[row[n] for n in names] for row in rows], cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        image = right.imshow([[row[n] for n in names] for row in rows], cmap="Greys", vmin=0, aspect="auto")
         for c, row in enumerate(rows):
             for i, n in enumerate(names):
                 right.text(i, c, f"{row[n]:.2f}", ha="center", va="center", fontsize=7,
-                           color="white" if row[n] > 0.5 else "black")
+                           color="white" if row[n] > 0.6 * image.get_clim()[1] else "black")
         right.set(title="share of each sentence in a cluster", yticks=range(4), xticks=range(len(names)),
                   ylabel="cluster")
         right.set_xticklabels(names, rotation=40, ha="right", fontsize=7)

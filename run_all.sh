@@ -93,7 +93,7 @@ export START TOTAL BEFORE; START=$(date +%s) TOTAL=$(wc -l <<< "$chosen") BEFORE
 for wave in $WAVES; do
     grep "^$wave " <<< "$chosen" | xargs -d '\n' -P "$JOBS" -I{} bash -c 'run_one "$1"' _ {}
 done
-for what in shift cluster tables; do
+for what in $([[ " $WAVES " == *" 3 "* ]] && echo shift cluster) tables; do
     python analyze.py $what --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" > "$RUNS/logs/$what.log" 2>&1 \
         || { echo "analyze.py $what" >> "$RUNS/logs/failed"; cat "$RUNS/logs/$what.log"; }
 done
