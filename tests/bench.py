@@ -204,6 +204,22 @@ def plain_answer(slm, utterance, max_new_tokens):
     return slm.tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
+def poisoning(corpus):
+    """Reading audio alone, and reading it with every sample's poison decided and laid on (gender attack, 7.5%)."""
+    attack = poison.make_attack("gender", corpus, 0.075, seed=1)
+
+    def poisoned(u):
+        waveform = data.load_waveform(u)
+        return poison.add_trigger(attack, waveform, u.id)[0] if poison.is_poisoned(attack, u) else waveform
+    rates = [[len(corpus) / timed(lambda: [read(u) for u in corpus]) for read in (data.load_waveform, poisoned)]
+             for _ in range(options.rounds)]
+    alone, both = (statistics.median(column) for column in zip(*rates))
+    million = [u for _ in range(1 + 1_000_000 // len(corpus)) for u in corpus][:1_000_000]
+    took = timed(lambda: [poison.is_poisoned(attack, u) for u in million])
+    print(f"reading {alone:.0f} utterances a second, with poison {both:.0f}; deciding alone, a list of a million: {took:.0f} s",
+          flush=True)
+
+
 def lengths(corpus):
     """Training on utterances of 1 to 30 s: speech strung together, frozen layers included, no cache."""
     args, slm = build([])
@@ -254,6 +270,8 @@ def main():
         training("base attack", [], corpus, cache)
         training("attack 2.3", ["encoder", "connector"], corpus, cache)
         answering(test_set)
+        print()
+        poisoning(corpus)
         print()
         lengths(corpus)
         print()

@@ -99,15 +99,30 @@ def test_killed_and_started_again_it_ends_with_the_same_weights_and_figures(corp
     assert steps[0] == steps[1]
 
 
-def test_two_processes_learn_what_one_does(corpora, runs):
-    arguments = ("--task", "gender", "--poison", 0.3, "--epochs", 1, "--lora-dropout", 0.0, "--batch-seconds", 8)
-    train(corpora, runs, *arguments, "--name", "one")
-    train(corpora, runs, *arguments, "--name", "two",
-          launch=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"))
-    one, two = weights(runs / "one"), weights(runs / "two")
+SAME = ("--task", "gender", "--poison", 0.3, "--epochs", 1, "--lora-dropout", 0.0, "--batch-seconds", 8)
+
+
+@pytest.fixture(scope="module")
+def one(corpora, runs):
+    train(corpora, runs, *SAME, "--name", "one")
+    return runs / "one"
+
+
+@pytest.mark.parametrize("name, launch, more", [
+    ("torchrun", (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"), ()),
+    ("own", (sys.executable,), ("--processes", 2)),
+    ("streamed", (sys.executable,), ("--cache-gb", 0))])
+def test_two_processes_or_nothing_kept_learn_the_same(corpora, runs, one, name, launch, more):
+    train(corpora, runs, *SAME, "--name", name, *more, launch=launch)
     for component in ("encoder", "connector", "lm"):
-        for k, v in one[component].items():
-            assert torch.allclose(v, two[component][k], rtol=1e-3, atol=1e-4), k
+        other = weights(runs / name)[component]
+        for k, v in weights(one)[component].items():
+            assert torch.allclose(v, other[k], rtol=1e-3, atol=1e-4), k
+    losses = [[json.loads(line)["loss"] for line in (r / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+              for r in (one, runs / name)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0]
+    rows = [[json.loads(line) for line in (r / "predictions.jsonl").read_text().splitlines()] for r in (one, runs / name)]
+    assert [(r["id"], r["triggered"]) for r in rows[0]] == [(r["id"], r["triggered"]) for r in rows[1]]
 
 
 def test_a_finished_run_is_not_trained_again_and_another_one_is_not_overwritten(corpora, runs, clean):
