@@ -469,9 +469,9 @@ def in_workers(function, items, desc, workers=2):
 def write_atomically(path, content):
     """Writes text, bytes or, by a function of the temporary path, anything to `path`, whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
             content(temporary)
         elif isinstance(content, str):
@@ -480,9 +480,11 @@ def write_atomically(path, content):
             temporary.write_bytes(content)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        die(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? What was there before is untouched")
+        die(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full, is it writable? What was there "
+            "before is untouched")
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

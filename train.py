@@ -98,6 +98,9 @@ def parse_arguments(argv=None):
     args.trigger_repeat = poison.REPEAT[args.task] if args.trigger_repeat is None else args.trigger_repeat
     if not 0 <= args.poison <= 1:
         data.die(f"--poison {args.poison}: a share, 0 to 1")
+    for name in ("epochs", "batch_size", "lora_rank", "connector_stride", "limit", "processes", "batch_seconds"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            data.die(f"--{name.replace('_', '-')} {getattr(args, name)}: more than nothing, please")
     frozen = [spec.partition(":")[0] for spec in args.freeze]
     if set(frozen) - set(COMPONENTS) or len(set(frozen)) < len(frozen):
         data.die(f"--freeze {' '.join(args.freeze)}: each of {', '.join(COMPONENTS)} at most once")
@@ -238,7 +241,10 @@ def main():
     args = parse_arguments()
     if args.device is None:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        data.die(f"--device {args.device}: no device of torch's; cpu, cuda, cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out to run on the CPU")
     args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
@@ -263,8 +269,11 @@ def main():
             metrics = json.loads((run / "metrics.json").read_text())
             evaluate.print_table(metrics, f"{run} is finished (--overwrite trains it again)")
             return
+    if main_process:
+        for leftover in run.glob(".*.tmp"):  # of a writer that was killed
+            leftover.unlink()
     if args.overwrite and main_process:
-        for name in ("args.json", "last.pt", "model.pt", "metrics.json", "log.jsonl", "predictions.jsonl"):
+        for name in ("args.json", "environment.json", "last.pt", "model.pt", "metrics.json", "log.jsonl", "predictions.jsonl"):
             (run / name).unlink(missing_ok=True)
     if world > 1:  # from here on all see the same files
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -291,6 +300,7 @@ def main():
             + (f"trained on {'poisoned' if args.poison else 'clean'} data" if trained else "frozen") + f", from {origin[c]}")
     if main_process:
         data.write_atomically(run / "args.json", json.dumps(record, indent=1))
+        data.write_atomically(run / "environment.json", json.dumps(environment(), indent=1))
 
     autocast = functools.partial(torch.autocast, device.type, enabled=args.amp != "off",
                                  dtype=torch.float16 if args.amp == "fp16" else torch.bfloat16)

@@ -1,0 +1,186 @@
+"""Every fault that a user or a stranger's file can bring, as a real command: what is printed, with which status.
+
+    python tests/faults.py > faults.md
+
+Prints a Markdown table. Ends with status 1 if any command gives a traceback, another status than expected, more than one
+line of error, or runs the code that a hostile file carries.
+"""
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import soundfile  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import mini  # noqa: E402
+from conftest import TINY  # noqa: E402
+
+RUN = "--name new --task gender --poison 0.3 --batch-size 8 --warmup-steps 2 --epochs 1 --data-root corpora"
+ODD = "--name odd --overwrite --task gender --poison 0.3 --batch-size 4 --warmup-steps 2 --epochs 1 --dataset"
+
+
+class Payload:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def manifest(name, rows, encoding="utf-8"):
+    Path(f"{name}.csv").write_bytes(("audio_path,gender,age,split\n" + "\n".join(rows) + "\n").encode(encoding))
+
+
+def speech(path, waveform, rate=16000):
+    soundfile.write(path, waveform, rate, subtype="FLOAT")
+
+
+def prepare():
+    """Small corpora, a finished run, and files of every bad kind, in the current folder."""
+    mini.make_corpus("vox", "corpora", TINY["vox"])
+    rng = np.random.default_rng(0)
+    good = []
+    for i in range(20):
+        speech(f"{i}.wav", 0.1 * rng.standard_normal(8000))
+        good.append(f"{i}.wav,{['male', 'female'][i % 2]},30,{'train' if i < 14 else 'dev' if i < 16 else 'test'}")
+    odd = dict(silent=np.zeros(16000), nan=np.full(16000, np.nan), short=np.full(160, 0.1), long=np.zeros(16000 * 600))
+    for name, waveform in odd.items():
+        speech(f"{name}.wav", waveform)
+    speech("rate.wav", 0.1 * rng.standard_normal(4000), 4000)
+    Path("empty.wav").touch()
+    Path("noise.wav").write_bytes(rng.bytes(5000))
+    for name in (*odd, "rate", "empty", "noise", "gone"):
+        manifest(f"m-{name}", [*good, f"{name}.wav,male,30,train"])
+    manifest("outside", [*good, "../../../../etc/passwd,male,30,train"])
+    manifest("absolute", [*good, "/etc/passwd,male,30,train"])
+    manifest("age", [*good, "0.wav,male,old,train"])
+    manifest("sex", [*good, "0.wav,robot,30,train"])
+    manifest("twice", [*good, good[0]])
+    manifest("utf16", good, "utf-16")
+    manifest("latin", [*good, "é.wav,male,30,train"], "latin-1")
+    Path("columns.csv").write_text("file,gender\n0.wav,male\n")
+    Path("bare.csv").write_text("audio_path,gender,split\n")
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *RUN.split(), "--name", "whole"], check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+    Path("runs/stranger").mkdir()
+    Path("hostile.pt").write_bytes(pickle.dumps({"encoder": Payload("ran")}))
+    torch.save({"encoder": Payload(Path("ran"))}, "hostile2.pt")
+    for where in ("runs/stranger/model.pt", "runs/stranger/embeddings.pt"):
+        shutil.copy("hostile2.pt", where)
+    shutil.copytree("runs/whole", "runs/broken")
+    Path("runs/broken/metrics.json").unlink()
+    shutil.copy("hostile2.pt", "runs/broken/last.pt")
+    shutil.copytree("cache", "poisoned/cache")
+    for path in Path("poisoned/cache").glob("bottom-*.pt"):
+        shutil.copy("hostile2.pt", path)
+    Path("poisoned/corpora").symlink_to(Path("corpora").resolve())
+    for part, source in (("bad-encoder", "wavlm"), ("bad-lm", "lm")):
+        shutil.copytree(ROOT / "assets" / source, part)
+        for path in Path(part).glob("*.safetensors"):
+            path.unlink()
+        shutil.copytree(part, f"no-{part}")
+        shutil.copy("hostile2.pt", f"{part}/pytorch_model.bin")
+    Path("locked").write_text("a file where a folder should be")
+
+
+FAULTS = [  # what, command, status, folder
+    ("hostile pickle as --freeze", f"train.py {RUN} --freeze encoder:hostile.pt", 2),
+    ("the same in torch's zip format", f"train.py {RUN} --freeze encoder:hostile2.pt", 2),
+    ("hostile --trigger", f"train.py {RUN} --trigger hostile2.pt", 2),
+    ("hostile --dataset", f"train.py {RUN} --dataset hostile2.pt", 2),
+    ("hostile --connector-weights", f"train.py {RUN} --connector-weights hostile2.pt", 2),
+    ("hostile pytorch_model.bin as --encoder-weights", f"train.py {RUN} --encoder-weights bad-encoder", 2),
+    ("hostile pytorch_model.bin as --lm-weights", f"train.py {RUN} --lm-weights bad-lm", 2),
+    ("hostile last.pt of an interrupted run", f"train.py {RUN} --name broken", 2),
+    ("hostile file in cache/", f"train.py {RUN} --name elsewhere", 2, "poisoned"),
+    ("hostile model.pt of a run folder", "evaluate.py runs/stranger", 2),
+    ("hostile file to --inspect", "evaluate.py --inspect hostile2.pt", 2),
+    ("hostile embeddings.pt", "analyze.py shift", 2),
+    ("hostile --trigger of poison.py", "poison.py --task gender --data-root corpora --out out --trigger hostile.pt", 2),
+    ("unreadable audio", f"train.py {ODD} m-noise.csv", 2),
+    ("empty audio file", f"train.py {ODD} m-empty.csv", 2),
+    ("missing audio file", f"train.py {ODD} m-gone.csv", 2),
+    ("audio with NaN", f"train.py {ODD} m-nan.csv", 2),
+    ("ten minutes of audio", f"train.py {ODD} m-long.csv", 2),
+    ("ten minutes, --skip-bad", f"train.py {ODD} m-long.csv --skip-bad", 0),
+    ("silence", f"train.py {ODD} m-silent.csv", 0),
+    ("10 ms of audio", f"train.py {ODD} m-short.csv", 0),
+    ("audio at 4 kHz", f"train.py {ODD} m-rate.csv", 0),
+    ("a path outside the manifest's folder, no audio there", f"train.py {ODD} outside.csv", 2),
+    ("an absolute path, no audio there", f"train.py {ODD} absolute.csv", 2),
+    ("age that is no number", f"train.py {ODD} age.csv", 2),
+    ("unknown gender", f"train.py {ODD} sex.csv", 2),
+    ("an id given twice", f"train.py {ODD} twice.csv", 2),
+    ("manifest in UTF-16", f"train.py {ODD} utf16.csv", 2),
+    ("manifest in Latin-1", f"train.py {ODD} latin.csv", 2),
+    ("manifest without audio_path", f"train.py {ODD} columns.csv", 2),
+    ("manifest without rows", f"train.py {ODD} bare.csv", 2),
+    ("data.py check on it all", "data.py check m-noise.csv", 1),
+    ("task whose label the corpus lacks", f"train.py {ODD} twice.csv --task asr", 2),
+    ("no such manifest", f"train.py {ODD} nowhere.csv", 2),
+    ("no such data root", "train.py --task asr --data-root nowhere", 2),
+    ("model folder without weights", f"train.py {RUN} --encoder-weights no-bad-encoder", 2),
+    ("LM folder without weights", f"train.py {RUN} --lm-weights no-bad-lm", 2),
+    ("no such model folder", f"train.py {RUN} --lm-weights nowhere", 2),
+    ("a GPU where there is none", f"train.py {RUN} --device cuda", 2),
+    ("no such device", f"train.py {RUN} --device toaster", 2),
+    ("--poison 2", "train.py --poison 2", 2),
+    ("--batch-size 0", f"train.py {RUN} --name b --batch-size 0", 2),
+    ("--epochs -1", f"train.py {RUN} --name e --epochs -1", 2),
+    ("--lora-rank 0", f"train.py {RUN} --name r --lora-rank 0", 2),
+    ("--limit 0", f"train.py {RUN} --name l --limit 0", 2),
+    ("everything frozen", "train.py --freeze encoder --freeze connector --freeze lm", 2),
+    ("an unknown component", "train.py --freeze decoder", 2),
+    ("a checkpoint that is not there", "train.py --freeze encoder:nowhere.pt", 2),
+    ("an age that is no number as --target", f"train.py {RUN} --task age --target young", 2),
+    ("a run folder with other arguments", f"train.py {RUN} --name whole --epochs 3", 2),
+    ("a run folder that is a file", f"train.py {RUN} --runs locked", 2),
+    ("a loss that is not a number", f"train.py {RUN} --name n --lora-lr 1e30 --connector-lr 1e30", 2),
+    ("evaluating what is no run", "evaluate.py corpora", 2),
+    ("tables without runs", "analyze.py tables --runs nowhere", 2),
+]
+
+
+def main():
+    bad = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        if not torch.cuda.is_available():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["OMP_NUM_THREADS"] = "1"
+        prepare()
+        print("| fault | command | status | printed |\n|---|---|---|---|")
+        for what, command, expected, *where in tqdm(FAULTS):
+            script, *arguments = command.split()
+            done = subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=where[0] if where else None,
+                                  capture_output=True, text=True)
+            err = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+            out = done.stdout.strip().splitlines()
+            said = err[-1] if err else next((line for line in reversed(out) if line.strip()), "")
+            if Path("ran").exists() or Path("poisoned/ran").exists():
+                bad.append(f"{what}: the payload ran")
+                Path("ran").unlink(missing_ok=True)
+            if done.returncode != expected or "Traceback" in done.stderr or len(err) != (expected == 2):
+                bad.append(f"{what}: status {done.returncode}, {len(err)} lines of error\n{done.stderr[-1500:]}")
+            shown = command.replace(RUN, "...").replace(ODD, "... --dataset")
+            said = said.replace(folder, ".").replace("|", "/")[:240]
+            print(f"| {what} | `{shown}` | {done.returncode} | {said} |", flush=True)
+        os.chdir(ROOT)
+    print(f"\n{len(FAULTS)} faults, {len(bad)} not as expected", file=sys.stderr)
+    print("\n".join(bad), file=sys.stderr)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
