@@ -122,6 +122,7 @@ class Encoder(nn.Module):
                 layer.train(any(p.requires_grad for p in layer.parameters()))
         return self
 
+    @torch.autocast("cpu", enabled=False)  # Whisper's extractor cannot work in bf16
     def extract(self, waveform):
         """16 kHz waveform (samples,) -> this encoder's input, time last: normalised samples (samples,) or log-mel
         (mels, frames), by the checkpoint's own feature extractor, on the audio at hand: Whisper gets no 30 s of padding,

@@ -83,6 +83,14 @@ def test_whisper_on_the_audio_at_hand_is_transformers_own_with_the_table_cut_to_
 
 
 @pytest.mark.parametrize("name", model.ENCODERS)
+def test_features_are_float32_under_autocast(parts, name):
+    encoder = model.Encoder(parts / name)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encoder.extract(waveforms()[0])
+    assert torch.equal(features, encoder.extract(waveforms()[0]))
+
+
+@pytest.mark.parametrize("name", model.ENCODERS)
 def test_padding_changes_nothing(parts, name):
     slm = make_slm(parts, name)
     features = [slm.encoder.extract(w) for w in waveforms()]
