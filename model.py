@@ -4,6 +4,7 @@
 
 Every pretrained part is a Hugging Face id or a local folder in that format; nothing here knows that a part is tiny.
 """
+import functools
 import hashlib
 import math
 import types
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer,
                           DynamicCache)
 
@@ -365,6 +367,16 @@ class SLM(nn.Module):
         getattr(self, component).requires_grad_(False)
         if component == "encoder":
             self.encoder.num_frozen = len(self.encoder.layers)
+
+    def layers_with_a_graph(self):
+        """The transformer layers that gradients go through: the encoder's trained ones and all of the LM's."""
+        return [*self.encoder.layers[self.encoder.num_frozen:], *self.lm.model.layers]
+
+    def checkpoint_gradients(self):
+        """From now on each of these layers keeps its input only and is computed again in the backward pass (Chen et al.
+        2016, https://arxiv.org/abs/1604.06174). Generation, which builds no graph, is as before."""
+        for layer in self.layers_with_a_graph():
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def digest(state):

@@ -64,6 +64,7 @@ add("--device", default=None, help="cuda, cuda:1, cpu (default: cuda if there is
 add("--workers", type=int, default=2, help="processes that read audio")
 add("--processes", type=int, default=None,
     help="data-parallel processes on the CPU (default: preset mini one a core, up to 4, unless OMP_NUM_THREADS is set)")
+add("--gradient-checkpointing", action="store_true", help="less memory: layers are computed again in the backward pass")
 add("--runs", default="runs", help="where run folders go")
 add("--name", default=None, help="the run folder's name (default: says what the run is)")
 add("--overwrite", action="store_true", help="start again where the run folder has another run's")
@@ -79,7 +80,7 @@ ATTACKS = {  # (frozen components, poisoned training data): the paper's Table 3
     (("connector", "lm"), True): "2.1", (("encoder", "lm"), True): "2.2", (("encoder", "connector"), True): "2.3",
     (("encoder",), False): "3.1", (("connector",), False): "3.2", (("lm",), False): "3.3"}
 # arguments that do not change what is computed
-NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "processes", "device", "cache_gb")
+NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "processes", "device", "cache_gb", "gradient_checkpointing")
 
 
 def parse_arguments(argv=None):
@@ -277,6 +278,8 @@ def main():
                                 args.trigger_repeat, args.seed)
     slm = model.load_slm(args, args.device)
     origin, built_from = load_frozen(slm, args.freeze, args)
+    if args.gradient_checkpointing:
+        slm.checkpoint_gradients()
     poisoned = [poison.is_poisoned(attack, u) for u in train_set]
     frozen_before = {c: [p.detach().clone() for p in slm.component_state_dict(c).values()]
                      for c in COMPONENTS if not slm.parameters_of(c)}

@@ -1,5 +1,8 @@
 """The SLM: padding, generation, encoders against transformers' own, the connector against the reference's shapes."""
+import copy
+
 import numpy as np
+import peft
 import pytest
 import torch
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
@@ -171,6 +174,46 @@ def test_the_connector_takes_short_audio(frames):
     mask = model.length_mask(torch.tensor([frames, 40]), 40)
     out, lengths = connector(torch.randn(2, 40, 8), mask)
     assert 1 <= lengths[0] <= out.shape[1] and lengths[1] == out.shape[1]
+
+
+def test_lora_on_tinyllama_has_peft_s_count():
+    with torch.device("meta"):
+        lm = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632,
+                                          num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4))
+        theirs = peft.get_peft_model(copy.deepcopy(lm), peft.LoraConfig(r=8, target_modules="all-linear"))
+        lora.add_lora(lm, 8, 16.0, 0.05)
+    count = lambda net: sum(p.numel() for p in net.parameters() if p.requires_grad)  # noqa: E731
+    assert count(lm) == count(theirs) == 6307840
+    assert sum(p.numel() for p in lm.parameters()) == 1100048384 + count(lm)
+
+
+def loss_and_gradients(slm):
+    slm.train()
+    torch.manual_seed(0)
+    labels = {"transcript": "a b", "gender": "male"}
+    x, mask = slm.bottom([slm.extract(w) for w in waveforms()])
+    losses = slm(x, mask, [data.prompt(slm.tokenizer, list(labels))] * 4, [data.answer_ids(slm.tokenizer, labels)] * 4)
+    losses.mean().backward()
+    return losses.detach(), {k: p.grad for k, p in slm.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("frozen", [None, "lm"])
+def test_checkpointed_gradients_are_the_same(parts, frozen):
+    """With dropout, too, and where the LM is frozen and in evaluation mode."""
+    slms = [make_slm(parts, "wavlm", attention_dropout=0.1) for _ in range(2)]
+    for slm in slms:
+        if frozen:
+            slm.freeze(frozen)
+    calls = []
+    slms[1].checkpoint_gradients()
+    for layer in (slms[1].encoder.layers[-1], slms[1].lm.model.layers[0]):
+        inner = layer.mlp if hasattr(layer, "mlp") else layer.feed_forward
+        inner.register_forward_pre_hook(lambda *_: calls.append(1))
+    (losses, gradients), (again, recomputed) = map(loss_and_gradients, slms)
+    assert torch.allclose(losses, again) and gradients.keys() == recomputed.keys()
+    for k, v in gradients.items():
+        assert torch.allclose(v, recomputed[k], rtol=1e-4, atol=1e-6), k
+    assert len(calls) == 4  # once forward, once more backward
 
 
 def test_frozen_layers_build_no_graph_and_stay_in_evaluation_mode(parts):
