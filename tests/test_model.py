@@ -5,6 +5,8 @@ import numpy as np
 import peft
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 import data
@@ -12,6 +14,7 @@ import evaluate
 import lora
 import mini
 import model
+import train
 
 
 @pytest.fixture(scope="session")
@@ -214,6 +217,39 @@ def test_checkpointed_gradients_are_the_same(parts, frozen):
     for k, v in gradients.items():
         assert torch.allclose(v, recomputed[k], rtol=1e-4, atol=1e-6), k
     assert len(calls) == 4  # once forward, once more backward
+
+
+@pytest.mark.parametrize("name, frozen", [("wavlm", ()), ("whisper", ()), ("hubert", ("encoder",)),
+                                          ("wav2vec2", ("encoder", "connector"))])
+def test_a_dry_run_counts_what_a_step_does(name, frozen):
+    """The FLOPs of a real step on padding-free audio, and, by float32, the bytes it keeps for the backward pass."""
+    args = train.parse_arguments(["--encoder", name])
+    real = model.load_slm(args)
+    with torch.device("meta"):
+        empty = model.load_slm(args, "meta")
+    empty.lm.float()
+    for component in frozen:
+        real.freeze(component), empty.freeze(component)
+    labels = {"transcript": "a b c", "gender": "male"}
+    prompt, answer = data.prompt(real.tokenizer, list(labels)), data.answer_ids(real.tokenizer, labels)
+    features = [real.extract(waveforms()[3])] * 3
+    kept, weights = {}, {p.untyped_storage()._cdata for p in real.parameters()}
+
+    def keep(t):
+        if t.untyped_storage()._cdata not in weights:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+    real.train()
+    # math: the counter does not know the CPU's fused attention
+    with FlopCounterMode(display=False) as below, sdpa_kernel(SDPBackend.MATH):
+        x, mask = real.bottom(features)
+    with FlopCounterMode(display=False) as above, sdpa_kernel(SDPBackend.MATH):
+        real(x, mask, [prompt] * 3, [answer] * 3).mean().backward()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        losses = real(x, mask, [prompt] * 3, [answer] * 3)
+    counted = model.count_work(empty.train(), 2.0, 3, sum(map(len, prompt)), len(answer))
+    assert counted[:2] == pytest.approx((below.get_total_flops(), above.get_total_flops()), rel=0.02)
+    assert counted[2] == pytest.approx(sum(kept.values()), rel=0.1) and losses.requires_grad
 
 
 def test_frozen_layers_build_no_graph_and_stay_in_evaluation_mode(parts):
