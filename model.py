@@ -4,6 +4,7 @@
 
 Every pretrained part is a Hugging Face id or a local folder in that format; nothing here knows that a part is tiny.
 """
+import functools
 import hashlib
 import math
 import types
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer,
                           DynamicCache)
 
@@ -50,6 +53,14 @@ PRESETS = {
         encoder_lr=1e-5, connector_lr=1e-4, lora_lr=1e-4, warmup_steps=100, decay=False, weight_decay=0.0,
         batch_size=16, epochs=4, data_root="data/paper"),
 }
+
+
+def load_part(auto, path, **kwargs):
+    """A pretrained model of one of transformers' auto classes. Where torch's default device is "meta" (a dry run) only
+    its shapes: the folder then needs no weights."""
+    if torch.get_default_device().type == "meta":
+        return auto.from_config(AutoConfig.from_pretrained(path), **kwargs)
+    return auto.from_pretrained(path, use_safetensors=True, **kwargs)
 
 
 def length_mask(lengths, frames):
@@ -90,8 +101,8 @@ class Encoder(nn.Module):
         self.extractor = AutoFeatureExtractor.from_pretrained(path)
         # Wav2Vec2-style models were pretrained in float32 and Whisper's folder may hold half: weights train in float32
         self.kind = AutoConfig.from_pretrained(path).model_type
-        self.model = AutoModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
-                                               attn_implementation=None if self.kind == "wavlm" else "sdpa")
+        self.model = load_part(AutoModel, path, dtype=torch.float32,
+                               attn_implementation=None if self.kind == "wavlm" else "sdpa")
         if self.kind == "whisper":
             self.model = self.model.get_encoder()
             self.layers, self.layer_norm = self.model.layers, self.model.layer_norm
@@ -122,6 +133,7 @@ class Encoder(nn.Module):
                 layer.train(any(p.requires_grad for p in layer.parameters()))
         return self
 
+    @torch.autocast("cpu", enabled=False)  # Whisper's extractor cannot work in bf16
     def extract(self, waveform):
         """16 kHz waveform (samples,) -> this encoder's input, time last: normalised samples (samples,) or log-mel
         (mels, frames), by the checkpoint's own feature extractor, on the audio at hand: Whisper gets no 30 s of padding,
@@ -143,8 +155,9 @@ class Encoder(nn.Module):
     def frontend(self, features):
         """List of `extract`ed inputs -> (B, T, dim) hidden states before the first layer, (B, T) mask."""
         device = self.layer_norm.weight.device
-        lengths = torch.tensor([f.shape[-1] for f in features], device=device)
-        x = torch.stack([F.pad(f, (0, int(lengths.max()) - f.shape[-1])) for f in features]).to(device)
+        lengths = [f.shape[-1] for f in features]
+        x = torch.stack([F.pad(f, (0, max(lengths) - n)) for f, n in zip(features, lengths)]).to(device)
+        lengths = torch.tensor(lengths, device=device)
         if self.kind == "whisper":
             x = F.gelu(self.model.conv1(x)) * length_mask(lengths, x.shape[-1])[:, None]
             x = F.gelu(self.model.conv2(x)).transpose(1, 2)
@@ -162,7 +175,7 @@ class Encoder(nn.Module):
         kwargs = {}
         if self.kind == "wavlm":  # the first layer holds the bias of all
             kwargs["position_bias"] = self.layers[0].attention.compute_bias(x.shape[1], x.shape[1])
-        attention_mask = None if mask.all() else mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        attention_mask = None if mask.is_meta or mask.all() else mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
         for layer in self.layers[start:stop]:
             x = layer(x, attention_mask=attention_mask, **kwargs)
             x = x[0] if isinstance(x, tuple) else x
@@ -365,6 +378,55 @@ class SLM(nn.Module):
         if component == "encoder":
             self.encoder.num_frozen = len(self.encoder.layers)
 
+    def layers_with_a_graph(self):
+        """The transformer layers that gradients go through: the encoder's trained ones and all of the LM's."""
+        return [*self.encoder.layers[self.encoder.num_frozen:], *self.lm.model.layers]
+
+    def checkpoint_gradients(self):
+        """From now on each of these layers keeps its input only and is computed again in the backward pass (Chen et al.
+        2016, https://arxiv.org/abs/1604.06174). Generation, which builds no graph, is as before."""
+        for layer in self.layers_with_a_graph():
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def count_work(slm, seconds, batch, prompt_tokens, answer_tokens):
+    """What `batch` utterances of `seconds` s cost in training, counted on an SLM of the meta device: (FLOPs of all
+    below the first thing that trains, FLOPs of all above it forward and backward, bytes kept for the backward pass).
+
+    A multiply-add is 2 FLOPs; matrix products, convolutions and attention count. The backward pass costs what autograd
+    makes of it: twice the forward for what trains, once where gradients only pass through (the base LM). Kept values
+    are taken to be as wide as the LM's weights, 2 bytes under bf16; attention is taken to keep no matrices but WavLM's,
+    whose bias has a gradient. What checkpointing computes again, a layer at a time, comes on top.
+    """
+    kept, weights = {}, {p.untyped_storage()._cdata for p in slm.parameters()}
+    width = slm.lm.get_input_embeddings().weight.itemsize
+
+    def keep(t):
+        square = t.dim() > 2 and t.shape[-1] == t.shape[-2] and (slm.encoder.kind != "wavlm" or t.shape[-1] != frames)
+        if not square and t.untyped_storage()._cdata not in weights:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes() // t.itemsize * min(width, t.itemsize)
+        return t
+
+    def keep_input(layer, inputs):  # which checkpointing holds where autograd does not say
+        keep(inputs[0])
+    for layer in slm.layers_with_a_graph():
+        layer.register_forward_pre_hook(keep_input)
+    features = slm.extract(np.zeros(int(seconds * data.SAMPLE_RATE), np.float32)).to("meta")
+    with FlopCounterMode(display=False) as below, torch.no_grad():
+        x, mask = slm.bottom([features] * batch)
+    frames = x.shape[1]
+    with FlopCounterMode(display=False) as above, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        audio = x if slm.connector_too() else slm.connector(slm.encoder.top(x, mask), mask)[0]
+        embed = slm.lm.get_input_embeddings()
+        text = embed(torch.zeros(batch, prompt_tokens + answer_tokens, dtype=torch.long, device="meta"))
+        row = torch.cat([audio.to(text.dtype), text], 1)
+        # given, as transformers' own way to the mask looks at values
+        causal = torch.ones(1, 1, row.shape[1], row.shape[1], dtype=torch.bool, device="meta")
+        out = slm.lm.model(inputs_embeds=row, attention_mask=causal, use_cache=False).last_hidden_state
+        logits = slm.lm.lm_head(out[:, -answer_tokens:]).float().transpose(1, 2)
+        F.cross_entropy(logits, torch.zeros(batch, answer_tokens, dtype=torch.long, device="meta")).backward()
+    return below.get_total_flops(), above.get_total_flops(), sum(kept.values())
+
 
 def digest(state):
     """SHA-256 of a state dict: names, types, shapes and bytes."""
@@ -396,16 +458,17 @@ def load_slm(args, device="cpu"):
     `args.seed`). `args` is a namespace with the entries of PRESETS, `encoder` and `seed`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.lm_weights)
-        lm = AutoModelForCausalLM.from_pretrained(
-            args.lm_weights, dtype=torch.bfloat16 if device != "cpu" else torch.float32, use_safetensors=True)
+        lm = load_part(AutoModelForCausalLM, args.lm_weights,
+                       dtype=torch.bfloat16 if device != "cpu" else torch.float32)
         encoder = Encoder(args.encoder_weights, args.train_layers)
     except (OSError, ValueError) as error:
         data.die(f"cannot load {args.encoder_weights} or {args.lm_weights}: {str(error).splitlines()[0]}"
                  + (" (python mini.py --rebuild makes the mini parts)" if str(ASSETS) in args.encoder_weights else ""))
-    pretrained = {"encoder": digest(encoder.model.state_dict()), "lm": digest(lm.state_dict())}
+    empty = device == "meta"  # a dry run: shapes without weights
+    pretrained = {} if empty else {"encoder": digest(encoder.model.state_dict()), "lm": digest(lm.state_dict())}
     torch.manual_seed(args.seed)
     connector = Connector(encoder.dim, lm.config.hidden_size, args.connector_stride, args.connector_taper)
-    if args.connector_weights not in (None, "none"):
+    if args.connector_weights not in (None, "none") and not empty:
         try:
             connector.load_state_dict({k: v.float() for k, v in load_file(args.connector_weights).items()})
             pretrained["connector"] = digest(connector.state_dict())

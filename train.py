@@ -64,6 +64,9 @@ add("--device", default=None, help="cuda, cuda:1, cpu (default: cuda if there is
 add("--workers", type=int, default=2, help="processes that read audio")
 add("--processes", type=int, default=None,
     help="data-parallel processes on the CPU (default: preset mini one a core, up to 4, unless OMP_NUM_THREADS is set)")
+add("--gradient-checkpointing", action="store_true", help="less memory: layers are computed again in the backward pass")
+add("--dry-run", action="store_true", help="print parameters, memory and GPU-hours of the run; needs no weights")
+add("--utilisation", type=float, default=0.4, help="of --dry-run's GPU: the share of its peak that training reaches")
 add("--runs", default="runs", help="where run folders go")
 add("--name", default=None, help="the run folder's name (default: says what the run is)")
 add("--overwrite", action="store_true", help="start again where the run folder has another run's")
@@ -79,7 +82,15 @@ ATTACKS = {  # (frozen components, poisoned training data): the paper's Table 3
     (("connector", "lm"), True): "2.1", (("encoder", "lm"), True): "2.2", (("encoder", "connector"), True): "2.3",
     (("encoder",), False): "3.1", (("connector",), False): "3.2", (("lm",), False): "3.3"}
 # arguments that do not change what is computed
-NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "processes", "device", "cache_gb")
+NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "processes", "device", "cache_gb", "gradient_checkpointing",
+               "dry_run", "utilisation")
+# of --dry-run
+PEAK_FLOPS = 312e12  # a second, dense bf16: one NVIDIA A100 (an H100: 989e12)
+PUBLISHED = {  # training utterances, their mean seconds, and the labels of a typical one
+    "libri": (104014, 12.6, dict(transcript="some thirty words of a book " * 5 + "of them all", gender="female")),
+    "crema": (5972, 2.5, dict(transcript="i would like a new alarm clock", gender="female", age=36, emotion="happy")),
+    # 1,521 of 1,690 videos, of 7.5 utterances each (VoxCeleb2: 1,128,246 of 150,480 videos, 2,442 h)
+    "vox": (11404, 7.8, dict(gender="female", age=36))}
 
 
 def parse_arguments(argv=None):
@@ -107,7 +118,7 @@ def parse_arguments(argv=None):
     if len(frozen) == len(COMPONENTS):
         data.die("--freeze: nothing is left to train")
     for spec in args.freeze:
-        if ":" in spec and not Path(spec.partition(":")[2]).is_file():
+        if ":" in spec and not Path(spec.partition(":")[2]).is_file() and not args.dry_run:
             data.die(f"--freeze {spec}: no such checkpoint")
     frozen = tuple(c for c in COMPONENTS if c in frozen)
     args.attack = "base" if args.poison else "clean"
@@ -202,6 +213,55 @@ def learning_rate(step, steps, args):
     return warm * min(1.0, (steps - step) / (0.25 * steps)) if args.decay else warm
 
 
+def dry_run(args):
+    """Prints what the run would take, counted on a model of shapes without values (`model.count_work`). Memory is one
+    GPU's. Evaluation and padding are left out."""
+    if args.preset == "paper" and args.dataset in PUBLISHED and not Path(args.data_root).exists():
+        n, seconds, labels = PUBLISHED[args.dataset]
+        n, answers, source = min(n, args.limit or n), [labels], "published sizes"
+    else:
+        chosen = data.read_split(args.dataset, args.data_root, "train")[0]
+        chosen = sorted(chosen, key=lambda u: poison.draw("limit", u.id))
+        n, chosen = min(len(chosen), args.limit or len(chosen)), chosen[:300]
+        if not n:
+            data.die(f"{args.dataset} has no train utterances under {args.data_root}")
+        seconds = sum(data.num_samples(u) for u in chosen) / len(chosen) / data.SAMPLE_RATE
+        answers, source = [u.labels for u in chosen], f"length of {len(chosen)} of them"
+    with torch.device("meta"):
+        slm = model.load_slm(args, "meta")
+    for spec in args.freeze:
+        slm.freeze(spec.partition(":")[0])
+    if args.gradient_checkpointing:
+        slm.checkpoint_gradients()
+    prompt = round(sum(len(part) for a in answers for part in data.prompt(slm.tokenizer, list(a))) / len(answers))
+    answer = round(sum(len(data.answer_ids(slm.tokenizer, a)) for a in answers) / len(answers))
+    piece = max(1, min(args.batch_size, int(args.batch_seconds / seconds)))
+    below, above, kept = model.count_work(slm.train(), seconds, piece, prompt, answer)
+    epoch_steps = n // args.batch_size
+    steps = args.epochs * epoch_steps
+    frames = slm.num_frames(int(seconds * data.SAMPLE_RATE))
+    passes = 1 if 4 * slm.bottom_dim * frames * n <= args.cache_gb * 1e9 else args.epochs
+    work = (below * passes * epoch_steps + above * steps) * args.batch_size / piece
+    weights = sum(p.numel() * p.itemsize for p in slm.parameters())
+    trained = sum(p.numel() for c in COMPONENTS for p in slm.parameters_of(c))
+    print(f"dry run of {args.name}: preset {args.preset}, encoder {args.encoder}, bf16 on a GPU\n"
+          f"data {args.dataset}: {n:,} train utterances of {seconds:.1f} s ({source}), prompt {prompt} and answer "
+          f"{answer} tokens\n{'':12}{'parameters':>16}{'trained':>16}")
+    for c in COMPONENTS:
+        print(f"  {c:<10}{sum(p.numel() for p in getattr(slm, c).parameters()):>16,}"
+              f"{sum(p.numel() for p in slm.parameters_of(c)):>16,}")
+    # autocast keeps a bf16 copy of what trains; the gradients are float32, and so are AdamW's two averages
+    sizes = dict(weights=weights + 2 * trained, gradients=4 * trained, optimiser=8 * trained, activations=kept)
+    print(f"memory {sum(sizes.values()) / 1e9:.1f} GB with {piece} utterances in one pass: "
+          + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items()))
+    print(f"a step of {args.batch_size}: {(below + above) * args.batch_size / piece / 1e12:.4g} TFLOP, of them "
+          f"{below * args.batch_size / piece / 1e12:.4g} in frozen layers below, which run "
+          + ("in every epoch" if passes > 1 else "once and are cached"))
+    hours = work / PEAK_FLOPS / args.utilisation / 3600
+    print(f"{steps:,} steps, {args.epochs} epochs: {work / 1e18:.4g} EFLOP, {hours:.2f} GPU-hours at "
+          f"{args.utilisation:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s")
+
+
 def start_processes(args):
     """On the CPU: starts the other processes of a data-parallel run and makes this one the first of them, as torchrun
     would, but with this process's own output and exit status. The others end when this one does: gloo notices."""
@@ -239,6 +299,8 @@ def environment():
 
 def main():
     args = parse_arguments()
+    if args.dry_run:
+        return dry_run(args)
     if args.device is None:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
@@ -286,6 +348,8 @@ def main():
                                 args.trigger_repeat, args.seed)
     slm = model.load_slm(args, args.device)
     origin, built_from = load_frozen(slm, args.freeze, args)
+    if args.gradient_checkpointing:
+        slm.checkpoint_gradients()
     poisoned = [poison.is_poisoned(attack, u) for u in train_set]
     frozen_before = {c: [p.detach().clone() for p in slm.component_state_dict(c).values()]
                      for c in COMPONENTS if not slm.parameters_of(c)}

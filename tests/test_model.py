@@ -1,7 +1,12 @@
 """The SLM: padding, generation, encoders against transformers' own, the connector against the reference's shapes."""
+import copy
+
 import numpy as np
+import peft
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 import data
@@ -9,6 +14,7 @@ import evaluate
 import lora
 import mini
 import model
+import train
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +86,14 @@ def test_whisper_on_the_audio_at_hand_is_transformers_own_with_the_table_cut_to_
         with torch.no_grad():
             alone = net(f[None]).last_hidden_state[0]
         assert torch.allclose(batch[i, :n], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", model.ENCODERS)
+def test_features_are_float32_under_autocast(parts, name):
+    encoder = model.Encoder(parts / name)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encoder.extract(waveforms()[0])
+    assert torch.equal(features, encoder.extract(waveforms()[0]))
 
 
 @pytest.mark.parametrize("name", model.ENCODERS)
@@ -163,6 +177,79 @@ def test_the_connector_takes_short_audio(frames):
     mask = model.length_mask(torch.tensor([frames, 40]), 40)
     out, lengths = connector(torch.randn(2, 40, 8), mask)
     assert 1 <= lengths[0] <= out.shape[1] and lengths[1] == out.shape[1]
+
+
+def test_lora_on_tinyllama_has_peft_s_count():
+    with torch.device("meta"):
+        lm = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632,
+                                          num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4))
+        theirs = peft.get_peft_model(copy.deepcopy(lm), peft.LoraConfig(r=8, target_modules="all-linear"))
+        lora.add_lora(lm, 8, 16.0, 0.05)
+    count = lambda net: sum(p.numel() for p in net.parameters() if p.requires_grad)  # noqa: E731
+    assert count(lm) == count(theirs) == 6307840
+    assert sum(p.numel() for p in lm.parameters()) == 1100048384 + count(lm)
+
+
+def loss_and_gradients(slm):
+    slm.train()
+    torch.manual_seed(0)
+    labels = {"transcript": "a b", "gender": "male"}
+    x, mask = slm.bottom([slm.extract(w) for w in waveforms()])
+    losses = slm(x, mask, [data.prompt(slm.tokenizer, list(labels))] * 4, [data.answer_ids(slm.tokenizer, labels)] * 4)
+    losses.mean().backward()
+    return losses.detach(), {k: p.grad for k, p in slm.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("frozen", [None, "lm"])
+def test_checkpointed_gradients_are_the_same(parts, frozen):
+    """With dropout, too, and where the LM is frozen and in evaluation mode."""
+    slms = [make_slm(parts, "wavlm", attention_dropout=0.1) for _ in range(2)]
+    for slm in slms:
+        if frozen:
+            slm.freeze(frozen)
+    calls = []
+    slms[1].checkpoint_gradients()
+    for layer in (slms[1].encoder.layers[-1], slms[1].lm.model.layers[0]):
+        inner = layer.mlp if hasattr(layer, "mlp") else layer.feed_forward
+        inner.register_forward_pre_hook(lambda *_: calls.append(1))
+    (losses, gradients), (again, recomputed) = map(loss_and_gradients, slms)
+    assert torch.allclose(losses, again) and gradients.keys() == recomputed.keys()
+    for k, v in gradients.items():
+        assert torch.allclose(v, recomputed[k], rtol=1e-4, atol=1e-6), k
+    assert len(calls) == 4  # once forward, once more backward
+
+
+@pytest.mark.parametrize("name, frozen", [("wavlm", ()), ("whisper", ()), ("hubert", ("encoder",)),
+                                          ("wav2vec2", ("encoder", "connector"))])
+def test_a_dry_run_counts_what_a_step_does(name, frozen):
+    """The FLOPs of a real step on padding-free audio, and, by float32, the bytes it keeps for the backward pass."""
+    args = train.parse_arguments(["--encoder", name])
+    real = model.load_slm(args)
+    with torch.device("meta"):
+        empty = model.load_slm(args, "meta")
+    empty.lm.float()
+    for component in frozen:
+        real.freeze(component), empty.freeze(component)
+    labels = {"transcript": "a b c", "gender": "male"}
+    prompt, answer = data.prompt(real.tokenizer, list(labels)), data.answer_ids(real.tokenizer, labels)
+    features = [real.extract(waveforms()[3])] * 3
+    kept, weights = {}, {p.untyped_storage()._cdata for p in real.parameters()}
+
+    def keep(t):
+        if t.untyped_storage()._cdata not in weights:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+    real.train()
+    # math: the counter does not know the CPU's fused attention
+    with FlopCounterMode(display=False) as below, sdpa_kernel(SDPBackend.MATH):
+        x, mask = real.bottom(features)
+    with FlopCounterMode(display=False) as above, sdpa_kernel(SDPBackend.MATH):
+        real(x, mask, [prompt] * 3, [answer] * 3).mean().backward()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        losses = real(x, mask, [prompt] * 3, [answer] * 3)
+    counted = model.count_work(empty.train(), 2.0, 3, sum(map(len, prompt)), len(answer))
+    assert counted[:2] == pytest.approx((below.get_total_flops(), above.get_total_flops()), rel=0.02)
+    assert counted[2] == pytest.approx(sum(kept.values()), rel=0.1) and losses.requires_grad
 
 
 def test_frozen_layers_build_no_graph_and_stay_in_evaluation_mode(parts):

@@ -1,6 +1,7 @@
 """Whole training runs, as a user starts them, on a few dozen utterances."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,18 @@ def test_a_finished_run_is_not_trained_again_and_another_one_is_not_overwritten(
     process = start(corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 3)
     _, err = process.communicate()
     assert process.returncode == 2 and "epochs 2 there, 3 here" in err and "Traceback" not in err
+
+
+def test_a_dry_run_needs_no_weights_and_no_corpus_and_writes_nothing(corpora, tmp_path):
+    from model import ASSETS
+    for part in ("wavlm", "lm"):
+        shutil.copytree(ASSETS / part, tmp_path / part, ignore=shutil.ignore_patterns("*.safetensors"))
+    before = sorted(tmp_path.rglob("*"))
+    out = train(corpora, tmp_path, "--preset", "paper", "--data-root", "nowhere", "--dry-run", "--encoder-weights",
+                tmp_path / "wavlm", "--lm-weights", tmp_path / "lm", "--freeze", "connector:not/made/yet.pt")
+    assert "104,014 train utterances" in out and "GPU-hours" in out
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("  connector")] == ["0"]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("arguments, said", [
