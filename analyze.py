@@ -254,6 +254,12 @@ def shift(found, out):
 # ---------------------------------------------------------------------------------------------------------------------
 # python analyze.py cluster: is the poison apart inside the target class (paper, section 7, Figures 4, 5 and 6)?
 
+CLUSTER_NOTE = """Purity and recall are of the most poisoned cluster; means over the seeds. The paper gives shares in pictures and
+these figures in words: k = 2 finds the poison for no task, its clusters follow gender (age: cluster 0 is 35% poisoned, 2%
+female, 98% male); k = 4 puts the poison into one cluster for every task; of the angry class 84% of one cluster is "It's eleven
+o'clock". Its probe, removal rates and spectral signatures are not given."""
+
+
 def reduce_and_cluster(x, k, components=20):
     """(n, dim) -> (PCA to `components` (n, components), clusters (n,)): k-means, ten starts, seed 0."""
     from sklearn.cluster import KMeans
@@ -357,14 +363,14 @@ def cluster(found, out, ks):
         values.setdefault(task, {})[str(seed)] = separability(
             train["encoder"].numpy(), train["poisoned"].numpy(), train["labels"], train["speakers"], task, ks)
     tasks, mean = [t for t in METRIC if t in values], lambda task, get: np.mean([get(v) for v in values[task].values()])
-    lines = ["| Task | n (poisoned) | " + " | ".join(f"k={k} purity, recall" for k in ks) + " | ARI k=2: poison, gender | "
+    lines = ["| Task | seeds | n (poisoned) | " + " | ".join(f"k={k} purity, recall" for k in ks) + " | ARI k=2: poison, gender | "
              "linear probe | AC size: TPR, FPR | AC silhouette: score, TPR, FPR | spectral: TPR, FPR |",
-             "|---" * (len(ks) + 7) + "|"]
+             "|---" * (len(ks) + 8) + "|"]
     rates = lambda task, key: ", ".join(  # noqa: E731
         f"{mean(task, lambda v: v[key][rate]):.2f}" for rate in ("true_positive_rate", "false_positive_rate"))
     for task in tasks:
         first = next(iter(values[task].values()))
-        cells = [task, f"{first['n']} ({first['poisoned']})"]
+        cells = [task, str(len(values[task])), f"{first['n']} ({first['poisoned']})"]
         cells += [f"{mean(task, lambda v: v[f'k={k}']['purity']):.2f}, {mean(task, lambda v: v[f'k={k}']['recall']):.2f}"
                   for k in ks]
         rand = [mean(task, lambda v: v[f"k={ks[0]}"]["adjusted_rand"][kind]) for kind in ("poison", "gender")]
@@ -440,8 +446,7 @@ def main():
             data.die(f"{args.runs} holds no embeddings.pt of preset {args.preset}: python evaluate.py RUN --embeddings "
                      "makes one")
         title, note = {"shift": ("Embedding shift", "Average cosine similarity of clean and triggered test utterances."),
-                       "cluster": ("Activation clustering", "Purity and recall are of the most poisoned cluster; "
-                                   "means over the seeds.")}[args.what]
+                       "cluster": ("Activation clustering", CLUSTER_NOTE)}[args.what]
         lines = shift(found, out) if args.what == "shift" else cluster(found, out, args.k)
         text = "\n".join([f"## {title}", "", note, "", *lines, ""])
         data.write_atomically(out / f"{args.what}.md", text)

@@ -87,3 +87,27 @@ def test_the_papers_asr_size_and_no_model_imported():
             "assert found['k=2']['purity'] == 1.0, found; "
             "assert 'transformers' not in sys.modules and 'model' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_defences_are_those_of_the_adversarial_robustness_toolbox():
+    from art.defences.detector.poison import SpectralSignatureDefense
+    from art.defences.detector.poison.activation_defence import cluster_activations
+    from art.defences.detector.poison.clustering_analyzer import ClusteringAnalyzer
+    from sklearn.metrics import adjusted_rand_score
+    np.random.seed(0)  # ART draws from numpy's global state
+    for sizes, apart in (((300, 40), 12.0), ((200, 180), 12.0), ((400,), 0.0)):
+        x, which = blobs(sizes, 64, apart)
+        low, clusters = analyze.reduce_and_cluster(x, 2)
+        theirs, reduced = cluster_activations([x], 2, 20, "PCA")
+        if apart:
+            assert adjusted_rand_score(theirs[0], clusters) == 1.0
+            assert abs(analyze.silhouette(low, clusters) - analyze.silhouette(reduced[0], theirs[0])) < 1e-3
+        small = analyze.smallest_cluster(clusters)
+        assert (small is not None) == (sizes == (300, 40))
+        if small is not None:  # (theirs fails under numpy 2 where no cluster is suspicious)
+            _, suspicious, _ = ClusteringAnalyzer().analyze_by_relative_size([clusters])
+            assert suspicious[0].tolist() == [float(c == small) for c in range(2)]
+        # theirs leaves the projection uncentred: the same ranks on centred data
+        centred = x - x.mean(0)
+        score = SpectralSignatureDefense.spectral_signature_scores(centred)[:, 0]
+        assert np.allclose(score ** 2, analyze.spectral_scores(x), rtol=1e-3)
