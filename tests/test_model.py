@@ -14,6 +14,7 @@ import evaluate
 import lora
 import mini
 import model
+import poison
 import train
 
 
@@ -273,3 +274,24 @@ def test_figures_have_sound_intervals():
     rows = [dict(labels={"transcript": "a b c d"}, asked=["transcript"], parsed={"transcript": "A b, x"}, triggered=False),
             dict(labels={"transcript": "e"}, asked=["transcript"], parsed={}, triggered=False)]
     assert evaluate.clean_metrics(rows)["wer"]["value"] == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize("how", ["mean", "max", "last"])
+def test_embeddings_are_those_of_each_utterance_alone(parts, corpora, how):
+    slm = make_slm(parts, "wavlm")
+    chosen = data.read_corpus("vox", corpora, "test")[:4]
+    attack = poison.make_attack("gender", chosen, seed=1)
+    items = [(u, t) for u in chosen for t in (False, True)]
+    together = evaluate.stages(slm, attack, items, how, "", workers=0, batch_size=8)
+    alone = evaluate.stages(slm, attack, items, how, "", workers=0, batch_size=1)
+    for stage, rows in together.items():
+        assert torch.allclose(rows, alone[stage], atol=1e-4), stage
+    assert together["encoder_layers"].shape[:2] == (len(slm.encoder.layers) + 1, 8) and together["lm_layers"].shape[0] == 3
+    waveform, _, _ = poison.add_trigger(attack, data.load_waveform(chosen[0]), chosen[0].id)
+    with torch.no_grad():
+        hidden, mask = slm.encoder([slm.encoder.extract(waveform)])
+    by_hand = {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0), "last": lambda x: x[-1]}[how]
+    assert torch.allclose(together["encoder"][1], by_hand(hidden[0]), atol=1e-4)
+    assert torch.allclose(together["connector"][1], by_hand(slm.audio(hidden, mask)[0]), atol=1e-4)
+    third = evaluate.stages(slm, attack, items, how, "", workers=0, layer=3, encoder_only=True)
+    assert torch.equal(third["encoder"], together["encoder_layers"][3]) and set(third) == {"encoder"}
