@@ -346,6 +346,8 @@ def main():
         train_set = sorted(train_set, key=lambda u: poison.draw("limit", u.id))[:args.limit]
     attack = poison.make_attack(args.task, train_set, args.poison, args.target, args.snr, args.trigger,
                                 args.trigger_repeat, args.seed)
+    if not any(attack.label in u.labels for u in train_set):
+        data.die(f"--task {args.task}: no training utterance of {args.dataset} has a {attack.label}")
     slm = model.load_slm(args, args.device)
     origin, built_from = load_frozen(slm, args.freeze, args)
     if args.gradient_checkpointing:

@@ -127,7 +127,7 @@ FAULTS = [  # what, command, status, folder
     ("manifest without audio_path", f"train.py {ODD} columns.csv", 2),
     ("manifest without rows", f"train.py {ODD} bare.csv", 2),
     ("data.py check on it all", "data.py check m-noise.csv", 1),
-    ("task whose label the corpus lacks", f"train.py {ODD} twice.csv --task asr", 2),
+    ("task whose label the corpus lacks", f"train.py {ODD} m-rate.csv --task asr", 2),
     ("no such manifest", f"train.py {ODD} nowhere.csv", 2),
     ("no such data root", "train.py --task asr --data-root nowhere", 2),
     ("model folder without weights", f"train.py {RUN} --encoder-weights no-bad-encoder", 2),
