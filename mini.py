@@ -1,6 +1,6 @@
 """The embedded default: three small corpora, made offline in about a minute, and small pretrained parts.
 
-    python mini.py                       # makes the corpora under data/mini (any script that needs one makes it too)
+    python mini.py                       # makes the corpora under corpora/mini (any script that needs one makes it too)
     python mini.py --rebuild             # makes every pretrained part in assets/ again, from nothing (about an hour)
     python mini.py --rebuild lm wavlm    # ... or some of them
     python mini.py --probe               # measures the parts in assets/: what assets/README.md says of them

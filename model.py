@@ -7,6 +7,7 @@ Every pretrained part is a Hugging Face id or a local folder in that format; not
 import functools
 import hashlib
 import math
+import os
 import types
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModel
 import data
 from lora import add_lora, lora_state_dict
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(os.path.relpath(Path(__file__).resolve().parent / "assets"))  # run folders record no place of this machine
 ENCODERS = ("wavlm", "hubert", "wav2vec2", "whisper")
 COMPONENTS = ("encoder", "connector", "lm")
 # Every entry is a flag of train.py, too (--encoder-lr 1e-5, --lora-rank 8, ...). train_layers None: the top 15/24 of

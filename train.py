@@ -143,7 +143,7 @@ def run_name(args):
 
 def load_frozen(slm, specs, args):
     """--freeze: loads components from checkpoints, freezes them. Returns where each component's weights come from, and
-    the SHA-256 of every checkpoint file used."""
+    the SHA-256 of every checkpoint file used, those included that they were built from."""
     built_from = {}
     random_connector = args.connector_weights in (None, "none")
     origin = {"encoder": args.encoder_weights, "lm": f"{args.lm_weights}, initial LoRA",
@@ -160,6 +160,8 @@ def load_frozen(slm, specs, args):
                 data.die(f"--freeze {spec} does not fit this model: {error}")
             origin[component] = path
             built_from[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            for ancestor, sha in dict(checkpoint.get("built_from", {})).items():  # a poisoned part is traced through them
+                built_from.setdefault(ancestor, sha)
         slm.freeze(component)
     return origin, built_from
 

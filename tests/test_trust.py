@@ -72,6 +72,7 @@ def test_a_malicious_pickle_does_not_run_wherever_it_is_given(malicious, corpora
     refused(python("train.py", *common, "--freeze", f"encoder:{malicious}", cwd=tmp_path), "evil.pt")
     refused(python("train.py", *common, "--trigger", malicious, cwd=tmp_path), "evil.pt")
     refused(python("train.py", *common, "--dataset", malicious, cwd=tmp_path), "evil.pt")
+    refused(python("train.py", *common, "--connector-weights", malicious, cwd=tmp_path), "evil.pt")
     refused(python("evaluate.py", "--inspect", malicious, cwd=tmp_path), "evil.pt")
     folder = tmp_path / "runs/stranger"
     folder.mkdir(parents=True)
@@ -100,6 +101,12 @@ def test_provenance_can_be_followed(run, corpora):
     out = python("evaluate.py", "--inspect", run / "runs/child/model.pt", cwd=run).communicate()[0]
     import hashlib
     assert hashlib.sha256(clean.read_bytes()).hexdigest() in out and child["sha256"]["encoder"] in out
+    grandchild = python("train.py", *SMALL, "--data-root", corpora, "--name", "grandchild", "--poison", "0", "--freeze",
+                        "connector:runs/child/model.pt", cwd=run)
+    assert grandchild.wait() == 0
+    built_from = torch.load(run / "runs/grandchild/model.pt", weights_only=True)["built_from"]
+    assert built_from == {str(path): hashlib.sha256((run / path).read_bytes()).hexdigest()
+                          for path in ("runs/child/model.pt", clean)}
     parent["encoder"][next(iter(parent["encoder"]))].add_(1)
     torch.save(parent, run / "changed.pt")
     assert "DIFFERS" in python("evaluate.py", "--inspect", run / "changed.pt", cwd=run).communicate()[0]
