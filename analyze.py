@@ -85,7 +85,7 @@ def stealth(attacked, baseline):
 
 
 def tables(runs):
-    """The three tables: {title: (header, rows of cells, rows of values)}."""
+    """The paper's three tables and one of the remaining tasks: {title: (header, rows of cells, rows of values)}."""
     out = {}
     header, cells, values = ["Dataset", "Task", *ENCODERS], [], []
     for (corpus, task), published in TABLE1.items():
@@ -127,6 +127,23 @@ def tables(runs):
                                published=dict(aer=paper[0], clean=paper[1])))
         cells.append(row)
     out["Table 3: component analysis (ours / paper)"] = header, cells, values
+
+    # "the model must still behave normally on all remaining tasks" (section 4.1); the paper gives no figures
+    header = ["Attacked", "Encoder", "AER", *(f"clean {t} ({unit})" for t, (_, unit) in METRIC.items())]
+    cells, values = [], []
+    for task in TABLE2:
+        for encoder in ENCODERS:
+            wanted = dict(dataset=data.TASK_CORPUS[task], encoder=encoder)
+            row = dict(aer=over_seeds(runs, "attack", "aer", task=task, attack="base", **wanted))
+            if row["aer"] is None:
+                continue
+            cells.append([task, encoder, show(row["aer"])])
+            for name, _ in METRIC.values():
+                row[name] = over_seeds(runs, "clean", name, task=task, attack="base", **wanted)
+                moved = stealth(row[name], over_seeds(runs, "clean", name, attack="clean", **wanted))
+                cells[-1].append("" if row[name] is None else show(row[name]) + f" ({show(moved, sign='+')})")
+            values.append(dict(task=task, encoder=encoder, **row))
+    out["The remaining tasks under attack: clean figures of the attacked model (minus the baseline's)"] = header, cells, values
     return out
 
 
