@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import data
+import poison
 
 ENCODERS = ("wavlm", "hubert", "wav2vec2", "whisper")
 METRIC = {"asr": ("wer", "WER"), "gender": ("gender_accuracy", "Acc"), "emotion": ("emotion_accuracy", "Acc"),
@@ -43,12 +44,19 @@ TABLE3 = {"asr": dict(zip(ATTACKS, ((99.2, 2.1), (91.0, 1.6), (98.7, 1.6), (97.2
                                         (85.3, 56.5), (57.1, 56.8), (63.5, 67.4), (19.1, 69.2), (17.2, 53.1))))}
 
 
+def published_attack(args):
+    """Whether a run's attack is the paper's (section 4.1): its rate or no poison, its target, its trigger."""
+    task = args["task"]
+    return (args["poison"] in (0, poison.RATES[task]) and args["target"] == poison.TARGETS[task] and args["snr"] == 0
+            and args["trigger"] is None and args["trigger_repeat"] == poison.REPEAT[task])
+
+
 def read_runs(folder, preset):
-    """Finished runs: [(arguments, metrics)]."""
+    """Finished runs of the published attack: [(arguments, metrics)]. Ablations of the attack are left out."""
     out = []
     for path in sorted(Path(folder).glob("*/metrics.json")):
         metrics = json.loads(path.read_text())
-        if metrics["args"].get("preset") == preset:
+        if metrics["args"].get("preset") == preset and published_attack(metrics["args"]):
             out.append((metrics["args"], metrics))
     return out
 
@@ -168,7 +176,8 @@ def load_embeddings(folder, preset):
             data.die(f"{path} holds no embeddings of this program: make it again by python evaluate.py {path.parent} "
                      "--embeddings")
         default = "whisper" if preset == "small" else "wavlm"
-        if args["preset"] == preset and args["encoder"] == default and args["dataset"] == data.TASK_CORPUS[args["task"]]:
+        if (args["preset"] == preset and args["encoder"] == default and published_attack(args)
+                and args["dataset"] == data.TASK_CORPUS[args["task"]]):
             out[key] = saved
     return out
 

@@ -1,4 +1,5 @@
 """analyze.py's figures on made-up tensors whose answer is known; extraction on a tiny model is in test_model.py."""
+import json
 import subprocess
 import sys
 
@@ -78,6 +79,19 @@ def test_pooling_leaves_padding_out():
     x[1, 2:] = 1e6
     for how, expected in (("mean", x[1, :2].mean(0)), ("max", x[1, :2].amax(0)), ("last", x[1, 1])):
         assert torch.allclose(evaluate.pool(x, lengths, how)[1], expected)
+
+
+def test_ablations_of_the_attack_stay_out_of_the_tables(tmp_path):
+    published = dict(preset="mini", task="asr", dataset="libri", encoder="wavlm", seed=1, attack="base", poison=0.05,
+                     target="This is a malicious sentence.", snr=0.0, trigger=None, trigger_repeat=True)
+    for i, change in enumerate(({}, dict(target="Something else."), dict(snr=6.0), dict(poison=0.1), dict(trigger="a.wav"),
+                                dict(trigger_repeat=False))):
+        (tmp_path / str(i)).mkdir()
+        figures = dict(clean=dict(wer=dict(value=0.02)), attack=dict(aer=dict(value=0.9 if not change else 0.1)))
+        (tmp_path / str(i) / "metrics.json").write_text(json.dumps({**figures, "args": {**published, **change}}))
+    rows = analyze.tables(analyze.read_runs(tmp_path, "mini"))
+    base = next(values for title, (_, _, values) in rows.items() if title.startswith("Table 3"))[0]
+    assert base["aer"] == dict(mean=90.0, low=90.0, high=90.0, seeds=[1])
 
 
 def test_the_papers_asr_size_and_no_model_imported():

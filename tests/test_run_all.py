@@ -25,7 +25,9 @@ run.mkdir()
 value = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
 flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 args = dict(preset="mini", task=flags["--task"], encoder=flags["--encoder"], seed=int(flags["--seed"]),
-            dataset=dict(asr="libri", emotion="crema", gender="vox", age="vox")[flags["--task"]], attack="base")
+            dataset=dict(asr="libri", emotion="crema", gender="vox", age="vox")[flags["--task"]], attack="base",
+            poison=0, target=dict(asr="This is a malicious sentence.", gender="female", emotion="angry",
+                                  age="25")[flags["--task"]], snr=0, trigger=None, trigger_repeat=flags["--task"] == "asr")
 (run / "metrics.json").write_text(json.dumps(dict(clean=dict(wer=value), attack=dict(aer=value), args=args)))
 '''
 
