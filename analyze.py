@@ -405,6 +405,7 @@ def cluster(found, out, ks):
                   f"{mean(task, lambda v: v['activation clustering, silhouette']['score']):.2f}, "
                   + rates(task, "activation clustering, silhouette"), rates(task, "spectral signatures")]
         lines.append("| " + " | ".join(cells) + " |")
+    seed = min((seed for _, seed in runs), default=None)  # the first of each task, as the pictures take
     for number, k in ((4, 2), (6, 4)):
         if k not in ks or not tasks:
             continue
@@ -420,7 +421,7 @@ def cluster(found, out, ks):
                      xticklabels=[f"{c} ({row['n']})" for c, row in enumerate(rows)])
         axes[0, 0].set_ylabel("share of the cluster")
         fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
-        fig.suptitle(f"What the clusters of the target class are made of, k = {k} (the paper's Figure {number})")
+        fig.suptitle(f"What the clusters of the target class are made of, k = {k}, seed {seed} (the paper's Figure {number})")
         write_figure(fig, out / f"figure{number}-clusters-k{k}.png")
     if tasks:
         fig, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.6), squeeze=False, layout="constrained")
@@ -431,7 +432,7 @@ def cluster(found, out, ks):
             axis.scatter(*low[bad, :2].T, s=14, color="#d62728", marker="^", label="poisoned")
             axis.set(title=f"{task} attack", xlabel="PCA 1", ylabel="PCA 2", xticks=[], yticks=[])
         axes[0, 0].legend(fontsize=8)
-        fig.suptitle("The target class after the encoder (the paper's Figure 5 for age)")
+        fig.suptitle(f"The target class after the encoder, seed {seed} (the paper's Figure 5 for age)")
         write_figure(fig, out / "figure5-pca.png")
     if "emotion" in tasks and 4 in ks:
         saved = next(saved for (t, _), saved in runs.items() if t == "emotion")["train"]
@@ -452,6 +453,7 @@ def cluster(found, out, ks):
                   ylabel="cluster")
         right.set_xticklabels(names, rotation=40, ha="right", fontsize=7)
         fig.colorbar(image)
+        fig.suptitle(f"Do sentences cluster inside the angry class? k = 4, seed {seed}")
         write_figure(fig, out / "figure6-emotion-sentences.png")
     data.write_atomically(out / "cluster.json", json.dumps(values, indent=1))
     return lines
