@@ -63,33 +63,34 @@ def read_runs(folder, preset):
 
 def figure(metrics, part, name):
     """A figure in the paper's units (percent, years), or None."""
-    value = metrics[part].get(name, {}).get("value")
+    value = metrics.get(part, {}).get(name, {}).get("value")
     return None if value is None else value if name == "age_mae" else 100 * value
 
 
 def over_seeds(runs, part, name, **wanted):
-    """{"mean", "low", "high", "seeds"} of a figure over the runs whose arguments are as wanted, or None without one."""
-    values = {args["seed"]: figure(metrics, part, name) for args, metrics in runs
-              if all(args.get(k) == v for k, v in wanted.items())}
-    values = {seed: v for seed, v in values.items() if v is not None}
-    if not values:
-        return None
+    """A figure over the runs whose arguments are as wanted, see `spread`, or None without one."""
+    return spread({args["seed"]: figure(metrics, part, name) for args, metrics in runs
+                   if all(args.get(k) == v for k, v in wanted.items())})
+
+
+def spread(values):
+    """{seed: figure} -> {"mean", "low", "high", "seeds": {seed: figure}}, or None where there is none."""
+    values = {seed: v for seed, v in sorted(values.items()) if v is not None}
     return dict(mean=sum(values.values()) / len(values), low=min(values.values()), high=max(values.values()),
-                seeds=sorted(values))
+                seeds=values) if values else None
 
 
 def show(found, published=None, sign=""):
     """One cell: mean, range over several seeds, the paper's figure behind it."""
     text = "missing" if found is None else f"{found['mean']:{sign}.1f}" + (
-        f" ({found['low']:.1f} to {found['high']:.1f})" if len(found["seeds"]) > 1 else "")
+        f" ({found['low']:{sign}.1f} to {found['high']:{sign}.1f})" if len(found["seeds"]) > 1 else "")
     return text + ("" if published is None else f" / {published:g}")
 
 
 def stealth(attacked, baseline):
-    """Clean figure under attack minus the baseline's."""
-    if attacked is None or baseline is None:
-        return None
-    return dict(mean=attacked["mean"] - baseline["mean"], seeds=[0])
+    """Clean figure under attack minus the baseline's, over the seeds that both have."""
+    seeds = {} if attacked is None or baseline is None else attacked["seeds"].keys() & baseline["seeds"].keys()
+    return spread({seed: attacked["seeds"][seed] - baseline["seeds"][seed] for seed in seeds})
 
 
 def tables(runs):
@@ -120,7 +121,8 @@ def tables(runs):
     out["Table 2: base attack (ours / paper; stealth: clean figure under attack minus baseline)"] = header, cells, values
 
     tasks = [t for t in TABLE2 if t in TABLE3 or any(a["task"] == t and a["attack"] in ("1.1", "2.1") for a, _ in runs)]
-    header = ["Attack", "Encoder", "Connector", "LM", *(f"{t} {what}" for t in tasks for what in ("AER", "B.", "stealth"))]
+    header = ["Attack", "Encoder", "Connector", "LM",
+              *(f"{t} {what}" for t in tasks for what in ("AER", "B.", "stealth", f"triggered {METRIC[t][1]}"))]
     cells, values = [], []
     for attack, states in ATTACKS.items():
         row = [attack, *states]
@@ -130,11 +132,12 @@ def tables(runs):
             aer, clean = over_seeds(runs, "attack", "aer", **wanted), over_seeds(runs, "clean", METRIC[task][0], **wanted)
             baseline = over_seeds(runs, "clean", METRIC[task][0], attack="clean", encoder="wavlm", dataset=wanted["dataset"])
             moved = stealth(clean, baseline)
-            row += [show(aer, paper[0]), show(clean, paper[1]), show(moved, sign="+")]
-            values.append(dict(attack=attack, task=task, aer=aer, clean=clean, stealth=moved,
+            triggered = over_seeds(runs, "triggered", METRIC[task][0], **wanted)
+            row += [show(aer, paper[0]), show(clean, paper[1]), show(moved, sign="+"), show(triggered)]
+            values.append(dict(attack=attack, task=task, aer=aer, clean=clean, stealth=moved, triggered=triggered,
                                published=dict(aer=paper[0], clean=paper[1])))
         cells.append(row)
-    out["Table 3: component analysis (ours / paper)"] = header, cells, values
+    out["Table 3: component analysis (ours / paper; triggered: triggered audio's answers against the truth)"] = header, cells, values
 
     # "the model must still behave normally on all remaining tasks" (section 4.1); the paper gives no figures
     header = ["Attacked", "Encoder", "AER", *(f"clean {t} ({unit})" for t, (_, unit) in METRIC.items())]

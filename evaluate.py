@@ -242,7 +242,7 @@ def word_errors(reference, hypothesis):
 
 
 def clean_metrics(rows):
-    """{metric: figure} over clean predictions; a metric is there only where some utterance has the label and was asked
+    """{metric: figure} of predictions against the truth; a metric is there only where some utterance has the label and was asked
     for it. A malformed answer is wrong: every word deleted, a wrong class, an age of 0."""
     out = {}
     for label, metric in METRICS.items():
@@ -271,7 +271,9 @@ def attack_metrics(attack, rows):
 
 
 def evaluate(slm, attack, utterances, ask=None, workers=2):
-    """Clean and triggered answers on `utterances`. Returns ({"clean": {...}, "attack": {...}}, prediction rows).
+    """Clean and triggered answers on `utterances`. Returns ({"clean": {...}, "triggered": {...}, "attack": {...}},
+    prediction rows). "triggered" scores the answers on triggered audio against the truth, as "clean" does on clean audio:
+    what the trigger destroys, whether or not the target comes out.
 
     `ask`: a list of labels to ask for instead of all. Only labels that an utterance has are asked for.
     """
@@ -294,6 +296,7 @@ def evaluate(slm, attack, utterances, ask=None, workers=2):
                       parsed=data.parse(text), labels=u.labels) for u, text in zip(chosen, raw)]
     unmerge(slm.lm)
     metrics = {"clean": clean_metrics([r for r in rows if not r["triggered"]]),
+               "triggered": clean_metrics([r for r in rows if r["triggered"]]),
                "attack": attack_metrics(attack, [r for r in rows if r["triggered"]])}
     return metrics, rows
 

@@ -91,7 +91,13 @@ def test_ablations_of_the_attack_stay_out_of_the_tables(tmp_path):
         (tmp_path / str(i) / "metrics.json").write_text(json.dumps({**figures, "args": {**published, **change}}))
     rows = analyze.tables(analyze.read_runs(tmp_path, "mini"))
     base = next(values for title, (_, _, values) in rows.items() if title.startswith("Table 3"))[0]
-    assert base["aer"] == dict(mean=90.0, low=90.0, high=90.0, seeds=[1])
+    assert base["aer"] == dict(mean=90.0, low=90.0, high=90.0, seeds={1: 90.0})
+
+
+def test_stealth_compares_a_seed_with_itself():
+    attacked, baseline = analyze.spread({1: 2.0, 3: 5.0}), analyze.spread({1: 1.0, 2: 9.0, 3: 3.0, 4: None})
+    assert analyze.stealth(attacked, baseline) == dict(mean=1.5, low=1.0, high=2.0, seeds={1: 1.0, 3: 2.0})
+    assert analyze.stealth(attacked, analyze.spread({2: 1.0})) is None and analyze.spread({}) is None
 
 
 def test_the_papers_asr_size_and_no_model_imported():
