@@ -288,7 +288,7 @@ def read_manifest(path, split, problems):
         with open(path, encoding="utf-8-sig", newline="") as f:
             rows = list(csv.DictReader(f, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        die(f"{path} is no CSV file in UTF-8: {error}")
+        die(f"{path} is no CSV file in UTF-8 ({error}): save it as one")
     if not rows or "audio_path" not in rows[0]:
         die(f"{path}: " + ("no row" if not rows else f"no column audio_path among {', '.join(map(str, rows[0]))}"))
     for number, row in enumerate(rows, 2):
