@@ -137,7 +137,8 @@ def tables(runs):
             values.append(dict(attack=attack, task=task, aer=aer, clean=clean, stealth=moved, triggered=triggered,
                                published=dict(aer=paper[0], clean=paper[1])))
         cells.append(row)
-    out["Table 3: component analysis (ours / paper; triggered: triggered audio's answers against the truth)"] = header, cells, values
+    title = "Table 3: component analysis (ours / paper; triggered: triggered audio's answers against the truth)"
+    out[title] = header, cells, values
 
     # "the model must still behave normally on all remaining tasks" (section 4.1); the paper gives no figures
     header = ["Attacked", "Encoder", "AER", *(f"clean {t} ({unit})" for t, (_, unit) in METRIC.items())]

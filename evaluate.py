@@ -242,8 +242,8 @@ def word_errors(reference, hypothesis):
 
 
 def clean_metrics(rows):
-    """{metric: figure} of predictions against the truth; a metric is there only where some utterance has the label and was asked
-    for it. A malformed answer is wrong: every word deleted, a wrong class, an age of 0."""
+    """{metric: figure} of predictions against the truth; a metric is there only where some utterance has the label and was
+    asked for it. A malformed answer is wrong: every word deleted, a wrong class, an age of 0."""
     out = {}
     for label, metric in METRICS.items():
         asked = [row for row in rows if label in row["labels"] and label in row["asked"]]

@@ -464,7 +464,7 @@ def load_slm(args, device="cpu"):
         encoder = Encoder(args.encoder_weights, args.train_layers)
     except (OSError, ValueError) as error:
         data.die(f"cannot load {args.encoder_weights} or {args.lm_weights}: {str(error).splitlines()[0]}"
-                 + (" (python mini.py --rebuild makes the mini parts)" if str(ASSETS) in args.encoder_weights else ""))
+                 + (" (python mini.py --rebuild makes the mini parts)" if ASSETS in Path(args.encoder_weights).parents else ""))
     empty = device == "meta"  # a dry run: shapes without weights
     pretrained = {} if empty else {"encoder": digest(encoder.model.state_dict()), "lm": digest(lm.state_dict())}
     torch.manual_seed(args.seed)
