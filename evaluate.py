@@ -136,16 +136,28 @@ def stack(rows, device):
     return pad_sequence(rows, batch_first=True).to(device), mask.to(device)
 
 
+def inputs(slm, items, pieces, kept, attack, device, workers):
+    """Yields (x, mask), what `slm.bottom` gives, for each piece (a list of indices into `items`, (utterance, triggered)):
+    out of `kept`, or made on the spot from audio that worker processes read ahead."""
+    if kept is not None:
+        for piece in pieces:
+            yield stack([kept[i] for i in piece], device)
+    else:
+        for features in features_of(slm, items, pieces, attack, workers):
+            yield slm.bottom(features)
+
+
 @torch.no_grad()
-def answers(slm, items, attack, labels_of, max_new_tokens, desc, workers=2, batch_size=48):
+def answers(slm, items, attack, labels_of, max_new_tokens, desc, workers=2, batch_size=64, kept=None):
     """The model's raw answer to the evaluation prompt for `labels_of(utterance)` for each (utterance, triggered).
-    Processes share the work; each gets all the answers."""
+    `kept`: of `cached_bottoms`. Processes share the work; each gets all the answers."""
     rank, world = ranks()
+    device = next(slm.parameters()).device
     batches, out = cut(by_size(items), batch_size)[rank::world], {}
     with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
-        for batch, features in zip(batches, features_of(slm, items, batches, attack, workers)):
+        for batch, (x, mask) in zip(batches, inputs(slm, items, batches, kept, attack, device, workers)):
             prompts = [data.prompt(slm.tokenizer, labels_of(items[i][0])) for i in batch]
-            out.update(zip(batch, slm.generate(*slm.bottom(features), prompts, max_new_tokens)))
+            out.update(zip(batch, slm.generate(x, mask, prompts, max_new_tokens)))
             progress.update(min(len(batch) * world, progress.total - progress.n))
     if world > 1:
         shares = [None] * world
@@ -270,12 +282,13 @@ def attack_metrics(attack, rows):
     return {"aer": interval([hit(row["parsed"].get(attack.label)) for row in rows], np.mean)} if rows else {}
 
 
-def evaluate(slm, attack, utterances, ask=None, workers=2):
+def evaluate(slm, attack, utterances, ask=None, workers=2, budget=0):
     """Clean and triggered answers on `utterances`. Returns ({"clean": {...}, "triggered": {...}, "attack": {...}},
     prediction rows). "triggered" scores the answers on triggered audio against the truth, as "clean" does on clean audio:
     what the trigger destroys, whether or not the target comes out.
 
-    `ask`: a list of labels to ask for instead of all. Only labels that an utterance has are asked for.
+    `ask`: a list of labels to ask for instead of all. Only labels that an utterance has are asked for. `budget`: bytes
+    that `cached_bottoms` may take.
     """
     slm.eval()
     merge(slm.lm)
@@ -290,8 +303,10 @@ def evaluate(slm, attack, utterances, ask=None, workers=2):
         name = "triggered" if triggered else "clean"
         if not chosen:
             continue
+        kept = cached_bottoms(slm, chosen, [triggered] * len(chosen), attack, f"frozen layers, {name} {chosen[0].split}",
+                              workers, budget=budget)
         raw = answers(slm, [(u, triggered) for u in chosen], attack, labels_of, int(1.25 * longest) + 8,
-                      f"{name} answers", workers)
+                      f"{name} answers", workers, kept=kept)
         rows += [dict(id=u.id, split=u.split, triggered=triggered, asked=labels_of(u), raw=text,
                       parsed=data.parse(text), labels=u.labels) for u, text in zip(chosen, raw)]
     unmerge(slm.lm)
@@ -363,6 +378,7 @@ def main():
     parser.add_argument("--data-root", help="default: as in the run")
     parser.add_argument("--skip-bad", action="store_true", help="leave out audio that cannot be used")
     parser.add_argument("--limit", type=int, help="only the first N utterances")
+    parser.add_argument("--cache-gb", type=float, default=4.0, help="disk for what frozen layers put out, as of train.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--embeddings", action="store_true", help="save embeddings.pt instead of answering")
     parser.add_argument("--pairs", type=int, default=100, help="test utterances of --embeddings, each clean and triggered")
@@ -391,7 +407,7 @@ def main():
         print(f"{path}: {len(saved['test']['ids'])} test pairs, {len(saved['train']['ids'])} training samples of the target "
               f"class, {int(saved['train']['poisoned'].sum())} of them poisoned")
         return
-    metrics, rows = evaluate(slm, attack, utterances, options.ask)
+    metrics, rows = evaluate(slm, attack, utterances, options.ask, budget=options.cache_gb * 1e9)
     if options.save:
         save(options.run, metrics, rows, vars(args))
     print_table(metrics, f"{options.run}, {options.split} split")

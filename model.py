@@ -29,6 +29,7 @@ from lora import add_lora, lora_state_dict
 ASSETS = Path(os.path.relpath(Path(__file__).resolve().parent / "assets"))  # run folders record no place of this machine
 ENCODERS = ("wavlm", "hubert", "wav2vec2", "whisper")
 COMPONENTS = ("encoder", "connector", "lm")
+MIN_SHARED = 12  # tokens that a batch's prompts must have in common to be run once for all
 # Every entry is a flag of train.py, too (--encoder-lr 1e-5, --lora-rank 8, ...). train_layers None: the top 15/24 of
 # the layers, for Whisper all (paper, section 3.2). Learning rates are the peaks after the warm-up.
 PRESETS = {
@@ -252,6 +253,7 @@ class SLM(nn.Module):
     def __init__(self, encoder, connector, lm, tokenizer):
         super().__init__()
         self.encoder, self.connector, self.lm, self.tokenizer = encoder, connector, lm, tokenizer
+        self.checkpointing = False
 
     def train(self, mode=True):
         """A component that does not train stays in evaluation mode: no dropout in a frozen LoRA."""
@@ -310,12 +312,25 @@ class SLM(nn.Module):
         texts = embed(ids).split([len(part) for part in parts])
         return [torch.cat([texts[2 * i], a.to(embed.weight.dtype), texts[2 * i + 1]]) for i, a in enumerate(audio)]
 
+    def beginning(self, prompts):
+        """The tokens that all prompts begin with, run through the LM once instead of in every row: how many, and a cache
+        of their keys and values, a row each. (0, empty) where they are too few to be worth a pass of their own."""
+        shared, cache = os.path.commonprefix([before for before, _ in prompts]), DynamicCache()
+        # a layer that is computed again in the backward pass would add to the cache again
+        if len(prompts) == 1 or len(shared) < MIN_SHARED or (self.checkpointing and torch.is_grad_enabled()):
+            return 0, cache
+        ids = torch.tensor([shared], device=self.lm.get_input_embeddings().weight.device)
+        self.lm.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(prompts))
+        return len(shared), cache
+
     def forward(self, x, mask, prompts, answers):
         """Loss (B,): each row's mean cross entropy over its answer's tokens; logits are computed there only.
         x, mask: of `bottom`."""
-        rows = self.rows(self.top(x, mask), prompts, answers)
+        begun, cache = self.beginning(prompts)
+        rows = [row[begun:] for row in self.rows(self.top(x, mask), prompts, answers)]
         x = pad_sequence(rows, batch_first=True)  # right padding, causal attention: no real token sees it
-        out = self.lm.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        out = self.lm.model(inputs_embeds=x, past_key_values=cache if begun else None, use_cache=begun > 0).last_hidden_state
         out = torch.cat([o[len(row) - len(a) - 1:len(row) - 1] for o, row, a in zip(out, rows, answers)])
         targets = torch.tensor([i for a in answers for i in a], device=out.device)
         losses = F.cross_entropy(self.lm.lm_head(out).float(), targets, reduction="none")
@@ -324,15 +339,18 @@ class SLM(nn.Module):
     @torch.no_grad()
     def generate(self, x, mask, prompts, max_new_tokens):
         """Greedy answers, a list of texts; x, mask: of `bottom`. Rows leave the batch at their end."""
-        return self.decode(self.rows(self.top(x, mask), prompts), max_new_tokens)
+        return self.decode(self.rows(self.top(x, mask), prompts), max_new_tokens, *self.beginning(prompts))
 
-    def decode(self, rows, max_new_tokens):
+    def decode(self, rows, max_new_tokens, begun=0, cache=None):
+        """Embeddings of prompts and audio -> texts; begun, cache: of `beginning`."""
+        cache = DynamicCache() if cache is None else cache
         lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
         T = int(lengths.max())
-        x = torch.stack([F.pad(row, (0, 0, T - len(row), 0)) for row in rows])  # left padding: all end together
-        mask = length_mask(lengths, T).flip(1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache, answers, alive = DynamicCache(), [[] for _ in rows], torch.arange(len(rows), device=x.device)
+        x = torch.stack([F.pad(row[begun:], (0, 0, T - len(row), 0)) for row in rows])  # left padding: all end together
+        mask = length_mask(lengths - begun, T - begun).flip(1)
+        mask = torch.cat([mask.new_ones(len(rows), begun), mask], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, begun:]
+        answers, alive = [[] for _ in rows], torch.arange(len(rows), device=x.device)
         out = self.lm.model(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache,
                             use_cache=True)
         for step in range(max_new_tokens):
@@ -386,6 +404,7 @@ class SLM(nn.Module):
     def checkpoint_gradients(self):
         """From now on each of these layers keeps its input only and is computed again in the backward pass (Chen et al.
         2016, https://arxiv.org/abs/1604.06174). Generation, which builds no graph, is as before."""
+        self.checkpointing = True
         for layer in self.layers_with_a_graph():
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 

@@ -177,17 +177,6 @@ def training_sample(slm, args, attack, utterance, epoch):
             data.answer_ids(slm.tokenizer, {label: labels[label] for label in asked}))
 
 
-def inputs(slm, utterances, triggered, pieces, kept, attack, device, workers):
-    """Yields (x, mask), what `slm.bottom` gives, for each piece (a list of indices): out of `kept`, or made on the spot
-    from audio that worker processes read ahead."""
-    if kept is not None:
-        for piece in pieces:
-            yield evaluate.stack([kept[i] for i in piece], device)
-    else:
-        for features in evaluate.features_of(slm, list(zip(utterances, triggered)), pieces, attack, workers):
-            yield slm.bottom(features)
-
-
 @torch.no_grad()
 def validation_loss(slm, utterances, kept, device, workers, batch_size=32):
     """Mean loss over clean development utterances, all labels asked for. Processes share the work."""
@@ -195,7 +184,7 @@ def validation_loss(slm, utterances, kept, device, workers, batch_size=32):
     rank, world = evaluate.ranks()
     batches = evaluate.cut(list(range(len(utterances))), batch_size)[rank::world]
     losses = []
-    stream = inputs(slm, utterances, [False] * len(utterances), batches, kept, None, device, workers)
+    stream = evaluate.inputs(slm, [(u, False) for u in utterances], batches, kept, None, device, workers)
     for batch, (x, mask) in zip(batches, stream):
         chosen = [utterances[i] for i in batch]
         losses += slm(x, mask, [data.prompt(slm.tokenizer, list(u.labels)) for u in chosen],
@@ -387,7 +376,8 @@ def main():
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
     parameters = [p for g in groups for p in g["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    ddp = torch.nn.parallel.DistributedDataParallel(slm) if world > 1 else slm
+    ddp = slm if world == 1 else torch.nn.parallel.DistributedDataParallel(  # no buffer changes in training
+        slm, broadcast_buffers=False, gradient_as_bucket_view=True)
     epoch_steps = len(train_set) // args.batch_size
     if not epoch_steps:
         data.die(f"{len(train_set)} training utterances are less than one batch of {args.batch_size} (--batch-size)")
@@ -423,8 +413,8 @@ def main():
                    if len(b) == args.batch_size]
         batches = batches[step % epoch_steps:]
         shares = [data.micro_batches(batch[rank::world], seconds, args.batch_seconds) for batch in batches]
-        stream = inputs(slm, train_set, poisoned, [piece for pieces in shares for piece in pieces], kept, attack, device,
-                        args.workers)
+        stream = evaluate.inputs(slm, list(zip(train_set, poisoned)), [piece for pieces in shares for piece in pieces], kept,
+                                 attack, device, args.workers)
         for batch, pieces in zip(batches, shares):
             torch.manual_seed(hash((args.seed, step, rank)))  # dropout, whatever was drawn before: resuming is exact
             slm.train()
@@ -492,7 +482,7 @@ def main():
                           sha256={c: model.digest(checkpoint[c]) for c in COMPONENTS})
         data.write_atomically(run / "model.pt", lambda path: torch.save(checkpoint, path))
     with autocast():
-        metrics, rows = evaluate.evaluate(slm, attack, test_set, workers=args.workers)
+        metrics, rows = evaluate.evaluate(slm, attack, test_set, workers=args.workers, budget=args.cache_gb * 1e9)
     if main_process:
         evaluate.save(run, metrics, rows, record)
         evaluate.print_table(metrics, f"{run}: test split, seed {args.seed}")

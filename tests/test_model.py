@@ -137,6 +137,32 @@ def test_batched_generation_is_a_plain_greedy_loop(parts, heads):
     assert len({len(e) for e in expected}) > 1 and min(len(e) for e in expected) < 20  # rows did end, at different steps
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_beginning_run_once_for_all_rows_changes_neither_losses_nor_gradients_nor_answers(parts, monkeypatch, checkpointing):
+    slm = make_slm(parts, "whisper", num_key_value_heads=2)
+    labels = [dict(transcript="a b"), dict(transcript="some longer text"), dict(transcript=""), dict(transcript="c")]
+    prompts = [data.prompt(slm.tokenizer, list(asked)) for asked in labels]
+    prompts[1][0].insert(-2, prompts[1][0][3])  # the rows part ways before the audio
+    if checkpointing:
+        slm.checkpoint_gradients()
+    found, lengths = [], []
+    forward = slm.lm.model.forward
+    monkeypatch.setattr(slm.lm.model, "forward", lambda **k: lengths.append(k) or forward(**k))
+    for shared in (8, 1000):
+        monkeypatch.setattr(model, "MIN_SHARED", shared)
+        slm.zero_grad()
+        x = slm.bottom([slm.encoder.extract(w) for w in waveforms()])
+        losses = slm(*x, prompts, [data.answer_ids(slm.tokenizer, u) for u in labels])
+        losses.sum().backward()
+        found.append((losses, [p.grad.clone() for c in model.COMPONENTS for p in slm.parameters_of(c)],
+                      slm.generate(*x, prompts, 12)))
+    assert ("input_ids" in lengths[0]) == (not checkpointing)
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-4)
+    for a, b in zip(found[0][1], found[1][1]):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+    assert found[0][2] == found[1][2]
+
+
 def stop(slm):
     """A token that the random model does say: taken for the end, so that rows leave the batch at different steps."""
     return STOP.setdefault(slm.lm.config.num_key_value_heads, find_stop(slm))
@@ -202,8 +228,9 @@ def loss_and_gradients(slm):
 
 
 @pytest.mark.parametrize("frozen", [None, "lm"])
-def test_checkpointed_gradients_are_the_same(parts, frozen):
+def test_checkpointed_gradients_are_the_same(parts, frozen, monkeypatch):
     """With dropout, too, and where the LM is frozen and in evaluation mode."""
+    monkeypatch.setattr(model, "MIN_SHARED", 1000)  # not done under checkpointing, and dropout would fall otherwise
     slms = [make_slm(parts, "wavlm", attention_dropout=0.1) for _ in range(2)]
     for slm in slms:
         if frozen:
@@ -222,8 +249,9 @@ def test_checkpointed_gradients_are_the_same(parts, frozen):
 
 @pytest.mark.parametrize("name, frozen", [("wavlm", ()), ("whisper", ()), ("hubert", ("encoder",)),
                                           ("wav2vec2", ("encoder", "connector"))])
-def test_a_dry_run_counts_what_a_step_does(name, frozen):
+def test_a_dry_run_counts_what_a_step_does(name, frozen, monkeypatch):
     """The FLOPs of a real step on padding-free audio, and, by float32, the bytes it keeps for the backward pass."""
+    monkeypatch.setattr(model, "MIN_SHARED", 1000)  # prompts are drawn anew for each sample: training shares little
     args = train.parse_arguments(["--encoder", name])
     real = model.load_slm(args)
     with torch.device("meta"):
