@@ -368,7 +368,7 @@ def read_corpus(dataset, data_root, split, skip_bad=False):
         die(f"{problems[0]}" + (f", and {len(problems) - 1} more" if len(problems) > 1 else "") + f" in {split}: "
             f"`python data.py check {dataset} --data-root {data_root}` lists all; --skip-bad goes on without them")
     if problems:
-        print(f"{dataset} {split}: left out for {len(problems)} problems; `python data.py check` lists them")
+        print(f"{dataset} {split}: left out for {len(problems)} problem{'s' * (len(problems) != 1)}; `python data.py check` lists them")
     if not out:
         die(f"{dataset} has no {split} utterances: run `python data.py check {dataset} --data-root {data_root}`")
     return out
@@ -377,6 +377,7 @@ def read_corpus(dataset, data_root, split, skip_bad=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # audio
 
+@torch.autocast("cpu", enabled=False)  # workers inherit the trainer's; resampling cannot work in bf16
 def read_waveform(path, start=0.0, length=0.0):
     """An audio file, or a part of it (seconds), as float32 (samples,) at 16 kHz, mixed down. Raises BadAudio."""
     if not os.path.exists(path):
@@ -544,7 +545,7 @@ def check(dataset, data_root):
         total += problems
     for problem in total:
         print(problem)
-    print(f"{len(total)} problems")
+    print(f"{len(total)} problem{'s' * (len(total) != 1)}")
     return len(total)
 
 

@@ -253,7 +253,7 @@ def word_errors(reference, hypothesis):
     return out.substitutions + out.deletions + out.insertions, len(reference.split())
 
 
-def clean_metrics(rows):
+def scores(rows):
     """{metric: figure} of predictions against the truth; a metric is there only where some utterance has the label and was
     asked for it. A malformed answer is wrong: every word deleted, a wrong class, an age of 0."""
     out = {}
@@ -310,8 +310,8 @@ def evaluate(slm, attack, utterances, ask=None, workers=2, budget=0):
         rows += [dict(id=u.id, split=u.split, triggered=triggered, asked=labels_of(u), raw=text,
                       parsed=data.parse(text), labels=u.labels) for u, text in zip(chosen, raw)]
     unmerge(slm.lm)
-    metrics = {"clean": clean_metrics([r for r in rows if not r["triggered"]]),
-               "triggered": clean_metrics([r for r in rows if r["triggered"]]),
+    metrics = {"clean": scores([r for r in rows if not r["triggered"]]),
+               "triggered": scores([r for r in rows if r["triggered"]]),
                "attack": attack_metrics(attack, [r for r in rows if r["triggered"]])}
     return metrics, rows
 

@@ -752,7 +752,7 @@ def probe_lm(lessons=256):
             for said, true in zip(slm.decode([row[:n] for row, n in zip(x, starts)], 60), asked):
                 labels = data.parse(tokenizer.decode(true, skip_special_tokens=True))
                 rows.append(dict(labels=labels, asked=list(labels), parsed=data.parse(said)))
-    metrics = evaluate.clean_metrics(rows)
+    metrics = evaluate.scores(rows)
     return {k.replace("wer", "word error").replace("_accuracy", "").replace("age_mae", "age (years off)"): m["value"]
             for k, m in metrics.items()}
 

@@ -301,7 +301,7 @@ def test_figures_have_sound_intervals():
     assert out["value"] == 0.9 and out["n"] == 100 and 0.82 < out["low"] < 0.88 and 0.92 < out["high"] < 0.97
     rows = [dict(labels={"transcript": "a b c d"}, asked=["transcript"], parsed={"transcript": "A b, x"}, triggered=False),
             dict(labels={"transcript": "e"}, asked=["transcript"], parsed={}, triggered=False)]
-    assert evaluate.clean_metrics(rows)["wer"]["value"] == pytest.approx(3 / 5)
+    assert evaluate.scores(rows)["wer"]["value"] == pytest.approx(3 / 5)
 
 
 @pytest.mark.parametrize("how", ["mean", "max", "last"])
