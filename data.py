@@ -368,7 +368,8 @@ def read_corpus(dataset, data_root, split, skip_bad=False):
         die(f"{problems[0]}" + (f", and {len(problems) - 1} more" if len(problems) > 1 else "") + f" in {split}: "
             f"`python data.py check {dataset} --data-root {data_root}` lists all; --skip-bad goes on without them")
     if problems:
-        print(f"{dataset} {split}: left out for {len(problems)} problem{'s' * (len(problems) != 1)}; `python data.py check` lists them")
+        print(f"{dataset} {split}: left out for {len(problems)} problem{'s' * (len(problems) != 1)}; "
+              "`python data.py check` lists them")
     if not out:
         die(f"{dataset} has no {split} utterances: run `python data.py check {dataset} --data-root {data_root}`")
     return out

@@ -1,7 +1,7 @@
 """How fast this machine trains and answers, and what each saving is worth: one command, side by side in one process.
 
     python tests/bench.py                              # mini: about five minutes on two cores
-    python tests/bench.py --encoder whisper
+    python tests/bench.py --encoder whisper --only training padding
     python tests/bench.py --preset small --encoder-weights DIR --lm-weights DIR --utterances 16
 
 "plain" is training as the reference implementation does it: one utterance at a time with accumulation, every layer run
@@ -34,12 +34,15 @@ import model  # noqa: E402
 import poison  # noqa: E402
 import train  # noqa: E402
 
+SECTIONS = ("training", "answering", "poisoning", "lengths", "sizes", "padding")
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--preset", choices=("mini", "small"), default="mini")
 parser.add_argument("--encoder", choices=model.ENCODERS)
 parser.add_argument("--encoder-weights")
 parser.add_argument("--lm-weights")
 parser.add_argument("--utterances", type=int, default=96, help="timed in each round")
+parser.add_argument("--dataset", default="libri")
+parser.add_argument("--only", nargs="+", default=SECTIONS, choices=SECTIONS)
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--threads", type=int, default=1, help="of torch; a study trains one run a core")
 options = parser.parse_args()
@@ -267,24 +270,47 @@ def sizes(corpus):
         print(f"{n:>5} utterances, nothing kept: peak {memory:.0f} MB, {n / took:.0f} utterances a second", flush=True)
 
 
+@torch.no_grad()
+def padding(corpus):
+    """Whisper on the audio at hand against Whisper on its full 30 s: cosine on the frames that hold speech, and time."""
+    slm = build([])[1].eval()
+    cosines, times = [], []
+    for u in corpus[:options.utterances]:
+        waveform = data.load_waveform(u)
+        start = time.perf_counter()
+        ours = slm.encoder([slm.encoder.extract(waveform)])[0][0]
+        middle = time.perf_counter()
+        full = slm.encoder([slm.encoder.extract(np.pad(waveform, (0, 30 * data.SAMPLE_RATE - len(waveform))))])[0][0]
+        times.append((middle - start, time.perf_counter() - middle))
+        cosines.append(F.cosine_similarity(ours, full[:len(ours)]).mean().item())
+    ours, full = (1000 * statistics.median(column) for column in zip(*times))
+    seconds = statistics.mean(data.num_samples(u) for u in corpus[:options.utterances]) / data.SAMPLE_RATE
+    print(f"Whisper on {len(cosines)} utterances of {seconds:.1f} s: cosine with 30 s of padding {statistics.mean(cosines):.2f} "
+          f"({min(cosines):.2f} to {max(cosines):.2f}), {ours:.0f} ms instead of {full:.0f}", flush=True)
+
+
 def main():
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    args = train.parse_arguments(["--preset", options.preset])
-    corpus = data.read_corpus("libri", args.data_root, "train")
-    test_set = data.read_corpus("libri", args.data_root, "test")
-    print(f"preset {options.preset}, {options.threads} thread, {torch.__version__}, medians of {options.rounds} rounds\n"
-          f"{'utterances a second':<26}{'plain':>8}{'ours':>8}{'ratio':>7}{'':14}{'MB plain':>9}{'ours':>8}   GFLOP/s of matrix product")
+    args = train.parse_arguments(["--preset", options.preset, *(["--encoder", options.encoder] if options.encoder else [])])
+    corpus, test_set = (data.read_corpus(options.dataset, args.data_root, split) for split in ("train", "test"))
+    print(f"preset {options.preset}, {options.threads} thread(s), {torch.__version__}, medians of {options.rounds} rounds")
     with tempfile.TemporaryDirectory() as cache:
-        training("base attack", [], corpus, cache)
-        training("attack 2.3", ["encoder", "connector"], corpus, cache)
-        answering(test_set, cache)
-        print()
+        if "training" in options.only:
+            print(f"{'utterances a second':<26}{'plain':>8}{'ours':>8}{'ratio':>7}{'':14}{'MB plain':>9}{'ours':>8}   "
+                  "GFLOP/s of matrix product")
+            training("base attack", [], corpus, cache)
+            training("attack 2.3", ["encoder", "connector"], corpus, cache)
+        if "answering" in options.only:
+            answering(test_set, cache)
+    if "poisoning" in options.only:
         poisoning(corpus)
-        print()
+    if "lengths" in options.only:
         lengths(corpus)
-        print()
+    if "sizes" in options.only:
         sizes(corpus)
+    if "padding" in options.only and args.encoder == "whisper":
+        padding(test_set)
 
 
 if __name__ == "__main__":
