@@ -1,4 +1,5 @@
 """Whole training runs, as a user starts them, on a few dozen utterances."""
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,9 @@ import time
 import pytest
 import torch
 
+import data
+import evaluate
+import poison
 from conftest import ROOT
 
 SMALL = ["--batch-size", "8", "--warmup-steps", "2", "--lora-dropout", "0.1"]
@@ -124,6 +128,19 @@ def test_two_processes_or_nothing_kept_learn_the_same(corpora, runs, one, name, 
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0]
     rows = [[json.loads(line) for line in (r / "predictions.jsonl").read_text().splitlines()] for r in (one, runs / name)]
     assert [(r["id"], r["triggered"]) for r in rows[0]] == [(r["id"], r["triggered"]) for r in rows[1]]
+
+
+def test_answers_are_the_same_out_of_the_cache(one, tmp_path, monkeypatch):
+    monkeypatch.chdir(one.parent)  # where the run was started: it names the shipped parts from there
+    slm, args = evaluate.load_run(one)
+    slm.eval()
+    test_set = data.read_corpus(args.dataset, args.data_root, "test")
+    attack = poison.make_attack(args.task, test_set, args.poison, seed=args.seed)
+    keep = functools.partial(evaluate.cached_bottoms, slm, test_set, [True] * len(test_set), attack, "", cache=tmp_path)
+    keep()
+    texts = [evaluate.answers(slm, [(u, True) for u in test_set], attack, lambda u: list(u.labels), 40, "", workers=0, kept=kept)
+             for kept in (None, keep())]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
 def test_a_finished_run_is_not_trained_again_and_another_one_is_not_overwritten(corpora, runs, clean):
