@@ -29,7 +29,9 @@ from lora import add_lora, lora_state_dict
 ASSETS = Path(os.path.relpath(Path(__file__).resolve().parent / "assets"))  # run folders record no place of this machine
 ENCODERS = ("wavlm", "hubert", "wav2vec2", "whisper")
 COMPONENTS = ("encoder", "connector", "lm")
-MIN_SHARED = 12  # tokens that a batch's prompts must have in common to be run once for all
+# tokens that a batch's prompts must have in common to be run once for all, with and without gradients: a system prompt
+# in training, the whole instruction in answering
+MIN_SHARED = {True: 24, False: 12}
 # Every entry is a flag of train.py, too (--encoder-lr 1e-5, --lora-rank 8, ...). train_layers None: the top 15/24 of
 # the layers, for Whisper all (paper, section 3.2). Learning rates are the peaks after the warm-up.
 PRESETS = {
@@ -316,8 +318,9 @@ class SLM(nn.Module):
         """The tokens that all prompts begin with, run through the LM once instead of in every row: how many, and a cache
         of their keys and values, a row each. (0, empty) where they are too few to be worth a pass of their own."""
         shared, cache = os.path.commonprefix([before for before, _ in prompts]), DynamicCache()
+        grad = torch.is_grad_enabled()
         # a layer that is computed again in the backward pass would add to the cache again
-        if len(prompts) == 1 or len(shared) < MIN_SHARED or (self.checkpointing and torch.is_grad_enabled()):
+        if len(prompts) == 1 or len(shared) < MIN_SHARED[grad] or (self.checkpointing and grad):
             return 0, cache
         ids = torch.tensor([shared], device=self.lm.get_input_embeddings().weight.device)
         self.lm.model(input_ids=ids, past_key_values=cache, use_cache=True)

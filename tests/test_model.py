@@ -149,7 +149,7 @@ def test_a_beginning_run_once_for_all_rows_changes_neither_losses_nor_gradients_
     forward = slm.lm.model.forward
     monkeypatch.setattr(slm.lm.model, "forward", lambda **k: lengths.append(k) or forward(**k))
     for shared in (8, 1000):
-        monkeypatch.setattr(model, "MIN_SHARED", shared)
+        monkeypatch.setattr(model, "MIN_SHARED", {True: shared, False: shared})
         slm.zero_grad()
         x = slm.bottom([slm.encoder.extract(w) for w in waveforms()])
         losses = slm(*x, prompts, [data.answer_ids(slm.tokenizer, u) for u in labels])
@@ -230,7 +230,7 @@ def loss_and_gradients(slm):
 @pytest.mark.parametrize("frozen", [None, "lm"])
 def test_checkpointed_gradients_are_the_same(parts, frozen, monkeypatch):
     """With dropout, too, and where the LM is frozen and in evaluation mode."""
-    monkeypatch.setattr(model, "MIN_SHARED", 1000)  # not done under checkpointing, and dropout would fall otherwise
+    monkeypatch.setattr(model, "MIN_SHARED", {True: 1000})  # not done under checkpointing, and dropout would fall otherwise
     slms = [make_slm(parts, "wavlm", attention_dropout=0.1) for _ in range(2)]
     for slm in slms:
         if frozen:
@@ -251,7 +251,7 @@ def test_checkpointed_gradients_are_the_same(parts, frozen, monkeypatch):
                                           ("wav2vec2", ("encoder", "connector"))])
 def test_a_dry_run_counts_what_a_step_does(name, frozen, monkeypatch):
     """The FLOPs of a real step on padding-free audio, and, by float32, the bytes it keeps for the backward pass."""
-    monkeypatch.setattr(model, "MIN_SHARED", 1000)  # prompts are drawn anew for each sample: training shares little
+    monkeypatch.setattr(model, "MIN_SHARED", {True: 1000})  # prompts are drawn for each sample: training shares little
     args = train.parse_arguments(["--encoder", name])
     real = model.load_slm(args)
     with torch.device("meta"):
