@@ -145,9 +145,9 @@ def test_a_beginning_run_once_for_all_rows_changes_neither_losses_nor_gradients_
     prompts[1][0].insert(-2, prompts[1][0][3])  # the rows part ways before the audio
     if checkpointing:
         slm.checkpoint_gradients()
-    found, lengths = [], []
+    found, calls = [], []
     forward = slm.lm.model.forward
-    monkeypatch.setattr(slm.lm.model, "forward", lambda **k: lengths.append(k) or forward(**k))
+    monkeypatch.setattr(slm.lm.model, "forward", lambda **k: calls.append(k) or forward(**k))
     for shared in (8, 1000):
         monkeypatch.setattr(model, "MIN_SHARED", {True: shared, False: shared})
         slm.zero_grad()
@@ -156,7 +156,7 @@ def test_a_beginning_run_once_for_all_rows_changes_neither_losses_nor_gradients_
         losses.sum().backward()
         found.append((losses, [p.grad.clone() for c in model.COMPONENTS for p in slm.parameters_of(c)],
                       slm.generate(*x, prompts, 12)))
-    assert ("input_ids" in lengths[0]) == (not checkpointing)
+    assert ("input_ids" in calls[0]) == (not checkpointing)
     assert torch.allclose(found[0][0], found[1][0], rtol=1e-4)
     for a, b in zip(found[0][1], found[1][1]):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
