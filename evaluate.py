@@ -136,10 +136,11 @@ def stack(rows, device):
     return pad_sequence(rows, batch_first=True).to(device), mask.to(device)
 
 
-def inputs(slm, items, pieces, kept, attack, device, workers):
+def inputs(slm, items, pieces, kept, attack, workers):
     """Yields (x, mask), what `slm.bottom` gives, for each piece (a list of indices into `items`, (utterance, triggered)):
     out of `kept`, or made on the spot from audio that worker processes read ahead."""
     if kept is not None:
+        device = next(slm.parameters()).device
         for piece in pieces:
             yield stack([kept[i] for i in piece], device)
     else:
@@ -152,10 +153,9 @@ def answers(slm, items, attack, labels_of, max_new_tokens, desc, workers=2, batc
     """The model's raw answer to the evaluation prompt for `labels_of(utterance)` for each (utterance, triggered).
     `kept`: of `cached_bottoms`. Processes share the work; each gets all the answers."""
     rank, world = ranks()
-    device = next(slm.parameters()).device
     batches, out = cut(by_size(items), batch_size)[rank::world], {}
     with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
-        for batch, (x, mask) in zip(batches, inputs(slm, items, batches, kept, attack, device, workers)):
+        for batch, (x, mask) in zip(batches, inputs(slm, items, batches, kept, attack, workers)):
             prompts = [data.prompt(slm.tokenizer, labels_of(items[i][0])) for i in batch]
             out.update(zip(batch, slm.generate(x, mask, prompts, max_new_tokens)))
             progress.update(min(len(batch) * world, progress.total - progress.n))

@@ -178,13 +178,13 @@ def training_sample(slm, args, attack, utterance, epoch):
 
 
 @torch.no_grad()
-def validation_loss(slm, utterances, kept, device, workers, batch_size=32):
+def validation_loss(slm, utterances, kept, workers, batch_size=32):
     """Mean loss over clean development utterances, all labels asked for. Processes share the work."""
     slm.eval()
     rank, world = evaluate.ranks()
     batches = evaluate.cut(list(range(len(utterances))), batch_size)[rank::world]
     losses = []
-    stream = evaluate.inputs(slm, [(u, False) for u in utterances], batches, kept, None, device, workers)
+    stream = evaluate.inputs(slm, [(u, False) for u in utterances], batches, kept, None, workers)
     for batch, (x, mask) in zip(batches, stream):
         chosen = [utterances[i] for i in batch]
         losses += slm(x, mask, [data.prompt(slm.tokenizer, list(u.labels)) for u in chosen],
@@ -414,7 +414,7 @@ def main():
         batches = batches[step % epoch_steps:]
         shares = [data.micro_batches(batch[rank::world], seconds, args.batch_seconds) for batch in batches]
         stream = evaluate.inputs(slm, list(zip(train_set, poisoned)), [piece for pieces in shares for piece in pieces], kept,
-                                 attack, device, args.workers)
+                                 attack, args.workers)
         for batch, pieces in zip(batches, shares):
             torch.manual_seed(hash((args.seed, step, rank)))  # dropout, whatever was drawn before: resuming is exact
             slm.train()
@@ -465,7 +465,7 @@ def main():
                 say(f"stopped at step {step} of {steps}; the same command goes on from there")
                 raise SystemExit(130)
         with autocast():
-            dev_loss = validation_loss(slm, dev_set, dev_kept, device, args.workers)
+            dev_loss = validation_loss(slm, dev_set, dev_kept, args.workers)
         if main_process:
             log(step=step, epoch=epoch, dev_loss=dev_loss)
             save_last()
