@@ -7,6 +7,7 @@ One utterance is an `Utterance`; a label that its corpus lacks is None, is never
 """
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -91,17 +92,22 @@ def prompt(tokenizer, labels, rng=None):
     """The text before and after the audio, as two lists of token ids.
 
     `labels` are the labels asked for; with a `random.Random` the instruction is drawn from the pool, without one it is
-    the first. The chat template is the tokenizer's own.
+    the first.
     """
     pool = INSTRUCTIONS
     if len(labels) == 1 and (rng is None or rng.random() < 0.7):
         pool = QUESTIONS[labels[0]]
     instruction = rng.choice(pool) if rng else pool[0]
     content = f"{instruction} [{', '.join(KEYS[label] for label in labels)}]\n<speech>{AUDIO}</speech>"
+    return around_audio(tokenizer, content)
+
+
+@functools.lru_cache(1024)  # few differ, and every sample of every step has one
+def around_audio(tokenizer, content):
+    """Token ids before and after the audio of a user's turn, by the tokenizer's own chat template."""
     text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                          add_generation_prompt=True)
-    before, after = text.split(AUDIO)
-    return [tokenizer(part, add_special_tokens=False).input_ids for part in (before, after)]
+    return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in text.split(AUDIO))
 
 
 def choose_labels(labels, rng):
