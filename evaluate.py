@@ -9,6 +9,7 @@ A run folder gets metrics.json and predictions.jsonl. Shares are fractions; ever
 bootstrap interval over utterances.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -72,6 +73,19 @@ def bottoms(part, items, attack, desc, workers=2, batch_size=16):
     return out
 
 
+def make_room(cache, left, wanted=()):
+    """Removes kept files, those first that were not used for longest, until all but the `wanted` ones take no more than
+    `left` bytes. Other runs may be doing the same."""
+    files = []
+    for path in set(Path(cache).glob("bottom-*.pt")) - set(wanted):
+        with contextlib.suppress(FileNotFoundError):
+            files.append((path.stat().st_mtime, path.stat().st_size, path))
+    for _, size, path in sorted(files, reverse=True):
+        left -= size
+        if left < 0:
+            path.unlink(missing_ok=True)
+
+
 def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="cache", budget=4e9):
     """`bottoms`, kept on disk and shared between runs, float32: what is frozen is computed once for the clean utterances
     and once for the triggered ones of an attack. triggered: which utterances carry the trigger, a list of bool. None
@@ -85,10 +99,6 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
         return None
     Path(cache).mkdir(parents=True, exist_ok=True)
     rank, world = ranks()
-    if rank == 0:
-        old = sorted(Path(cache).glob("bottom-*.pt"), key=lambda p: p.stat().st_mtime)
-        while old and size + sum(p.stat().st_size for p in old) > budget:
-            old.pop(0).unlink(missing_ok=True)
     precision = str(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else "float32"
     key = hashlib.sha256((slm.frozen_sha256() + precision).encode())
     how = (attack.seed, attack.repeat, attack.level, hashlib.sha256(attack.trigger.tobytes()).hexdigest())
@@ -104,6 +114,8 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
         name = key.copy()
         name.update(repr((files, how if kind else None)).encode())
         paths.append(Path(cache) / f"bottom-{name.hexdigest()[:24]}.pt")
+    if rank == 0:
+        make_room(cache, budget - size, paths)
 
     def computed(n):
         chunk, kind = chunks[n]
@@ -119,11 +131,11 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
         dist.barrier()
     out = [None] * len(items)
     for n, (chunk, _) in enumerate(chunks):
-        kept = None
-        if paths[n].exists():  # not where another run has just made room, or another machine's disk has it
+        try:
             os.utime(paths[n])
             kept = model.load_checkpoint(paths[n], mmap=True)
-        kept = kept or computed(n)
+        except FileNotFoundError:  # another run has just made room, or another machine's disk has it
+            kept = computed(n)
         for i, row in zip(chunk, kept["frames"].split(kept["lengths"])):
             out[i] = row
     return out

@@ -143,6 +143,16 @@ def test_answers_are_the_same_out_of_the_cache(one, tmp_path, monkeypatch):
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
+def test_room_in_the_cache_is_made_at_the_expense_of_what_was_not_used_for_longest(tmp_path):
+    for age, name in enumerate("abcd"):
+        path = tmp_path / f"bottom-{name}.pt"
+        path.write_bytes(bytes(10))
+        os.utime(path, (1000 - age, 1000 - age))
+    (tmp_path / "bottom-e.pt").symlink_to("gone")  # to another run that makes room, too, a listed file may be gone
+    evaluate.make_room(tmp_path, 25, [tmp_path / "bottom-d.pt"])
+    assert [p.name for p in sorted(tmp_path.glob("*.pt")) if p.exists()] == ["bottom-a.pt", "bottom-b.pt", "bottom-d.pt"]
+
+
 def test_a_finished_run_is_not_trained_again_and_another_one_is_not_overwritten(corpora, runs, clean):
     before = (clean / "model.pt").stat().st_mtime_ns
     assert "is finished" in train(corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 2)
