@@ -73,13 +73,14 @@ def bottoms(part, items, attack, desc, workers=2, batch_size=16):
     return out
 
 
-def make_room(cache, left, wanted=()):
+def make_room(cache, left, wanted):
     """Removes kept files, those first that were not used for longest, until all but the `wanted` ones take no more than
     `left` bytes. Other runs may be doing the same."""
     files = []
     for path in set(Path(cache).glob("bottom-*.pt")) - set(wanted):
         with contextlib.suppress(FileNotFoundError):
-            files.append((path.stat().st_mtime, path.stat().st_size, path))
+            stat = path.stat()
+            files.append((stat.st_mtime, stat.st_size, path))
     for _, size, path in sorted(files, reverse=True):
         left -= size
         if left < 0:
