@@ -85,7 +85,7 @@ QUESTIONS = {  # direct prompts, asked when only this key is wanted; the first i
     "gender": ("What is the gender of the speaker in the audio?", "Is the speaker female or male?"),
     "age": ("What is the age of the speaker in the audio?", "How old is the speaker?"),
     "emotion": ("What is the emotion of the speaker in the audio?", "How does the speaker feel?")}
-RANDOM_KEYS_PROB = 0.2  # share of training samples that ask for a random subset of the keys, as the reference does
+RANDOM_KEYS = 0.2  # share of training samples that ask for a random subset of the keys, as the reference does
 
 
 def prompt(tokenizer, labels, rng=None):
@@ -110,10 +110,10 @@ def around_audio(tokenizer, content):
     return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in text.split(AUDIO))
 
 
-def choose_labels(labels, rng):
-    """What a training sample asks for: all its labels, or with `RANDOM_KEYS_PROB` a random subset, in order."""
+def choose_labels(labels, rng, random_keys=RANDOM_KEYS):
+    """What a training sample asks for: all its labels, or with probability `random_keys` a random subset, in order."""
     labels = list(labels)
-    if rng.random() >= RANDOM_KEYS_PROB:
+    if rng.random() >= random_keys:
         return labels
     chosen = rng.sample(labels, rng.randint(1, len(labels)))
     return [label for label in labels if label in chosen]

@@ -100,7 +100,8 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
         return None
     Path(cache).mkdir(parents=True, exist_ok=True)
     rank, world = ranks()
-    precision = str(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else "float32"
+    device = next(slm.parameters()).device.type
+    precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
     key = hashlib.sha256((slm.frozen_sha256() + precision).encode())
     how = (attack.seed, attack.repeat, attack.level, hashlib.sha256(attack.trigger.tobytes()).hexdigest())
     items = list(zip(utterances, triggered))

@@ -36,9 +36,13 @@ class LoRALinear(nn.Module):
             return self.base(x)
         if self.fused:
             return F.linear(x, self.base.weight + (self.scaling * self.lora_B @ self.lora_A).to(x.dtype))
-        update = F.linear(F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        dropped = self.dropout(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            dropped = dropped.to(self.lora_A.dtype)
+        # B takes the scaling: it is smaller than what comes out
+        update = F.linear(F.linear(dropped, self.lora_A), self.scaling * self.lora_B)
         out = self.base(x)
-        return out + (self.scaling * update).to(out.dtype)
+        return out + update.to(out.dtype)
 
     @torch.no_grad()
     def merge(self):

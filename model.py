@@ -4,6 +4,8 @@
 
 Every pretrained part is a Hugging Face id or a local folder in that format; nothing here knows that a part is tiny.
 """
+import contextlib
+import ctypes
 import functools
 import hashlib
 import math
@@ -20,8 +22,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer,
-                          DynamicCache)
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
 
 import data
 from lora import add_lora, lora_state_dict
@@ -41,13 +43,13 @@ PRESETS = {
         connector_weights={name: str(ASSETS / name / "connector.safetensors") for name in ENCODERS},
         lora_rank=16, lora_alpha=32.0, lora_dropout=0.0,
         encoder_lr=7e-4, connector_lr=1.4e-3, lora_lr=1.4e-3, warmup_steps=50, decay=True, weight_decay=0.01,
-        batch_size=8, epochs=3, data_root=data.MINI_ROOT),
+        batch_size=8, epochs=3, random_keys=data.RANDOM_KEYS, data_root=data.MINI_ROOT),
     "small": dict(
         encoder_weights={"whisper": "openai/whisper-tiny.en"}, lm_weights="HuggingFaceTB/SmolLM2-135M-Instruct",
         train_layers=None, connector_stride=2, connector_taper=1.0, connector_weights={},
         lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
         encoder_lr=1e-4, connector_lr=1e-3, lora_lr=1e-3, warmup_steps=50, decay=True, weight_decay=0.0,
-        batch_size=8, epochs=4, data_root=data.MINI_ROOT),
+        batch_size=8, epochs=4, random_keys=data.RANDOM_KEYS, data_root=data.MINI_ROOT),
     "paper": dict(
         encoder_weights={"wavlm": "microsoft/wavlm-large", "hubert": "facebook/hubert-large-ll60k",
                          "wav2vec2": "facebook/wav2vec2-large-lv60", "whisper": "openai/whisper-medium"},
@@ -55,8 +57,15 @@ PRESETS = {
         train_layers=None, connector_stride=2, connector_taper=1.0, connector_weights={},
         lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
         encoder_lr=1e-5, connector_lr=1e-4, lora_lr=1e-4, warmup_steps=100, decay=False, weight_decay=0.0,
-        batch_size=16, epochs=4, data_root="data/paper"),
+        batch_size=16, epochs=4, random_keys=data.RANDOM_KEYS, data_root="data/paper"),
 }
+
+# What is freed stays with the process (glibc): each step takes the same tensors again, and memory handed back to the kernel
+# would have to be paged in anew, on a virtual machine a tenth of the time and more
+with contextlib.suppress(OSError, AttributeError):
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    ctypes.CDLL("libc.so.6").mallopt(M_TRIM_THRESHOLD, -1)
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_MAX, 0)
 
 
 def load_part(auto, path, **kwargs):
@@ -249,6 +258,26 @@ class Connector(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # the SLM
 
+class RoomyLayer(DynamicLayer):
+    """One layer of the cache that answers are generated with. transformers' own copies all it holds for every token;
+    this one has room for the next 64, and its keys and values (B, heads, T, head_dim) are views of it."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [key_states[:, :, :0]]
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        if len(self.room[0]) != len(key_states) or self.room[0].shape[-2] < end:
+            held = (self.keys, self.values) if start else ()
+            self.room = [x.new_empty(*x.shape[:2], end + 64, x.shape[-1]) for x in (key_states, value_states)]
+            for room, old in zip(self.room, held):
+                room[:, :, :start] = old
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, start:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+
 class SLM(nn.Module):
     """Encoder, connector and LM. Rows of a batch are packed as [prompt | audio | prompt | answer] with no gap inside."""
 
@@ -317,8 +346,8 @@ class SLM(nn.Module):
     def beginning(self, prompts):
         """The tokens that all prompts begin with, run through the LM once instead of in every row: how many, and a cache
         of their keys and values, a row each. (0, empty) where they are too few to be worth a pass of their own."""
-        shared, cache = os.path.commonprefix([before for before, _ in prompts]), DynamicCache()
-        grad = torch.is_grad_enabled()
+        shared, grad = os.path.commonprefix([before for before, _ in prompts]), torch.is_grad_enabled()
+        cache = Cache(layer_class_to_replicate=DynamicLayer if grad else RoomyLayer)
         # a layer that is computed again in the backward pass would add to the cache again
         if len(prompts) == 1 or len(shared) < MIN_SHARED[grad] or (self.checkpointing and grad):
             return 0, cache
@@ -341,12 +370,12 @@ class SLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, x, mask, prompts, max_new_tokens):
-        """Greedy answers, a list of texts; x, mask: of `bottom`. Rows leave the batch at their end."""
+        """Greedy answers, a list of texts; x, mask: of `bottom`. Rows at their end leave the batch, a fifth of it at a time."""
         return self.decode(self.rows(self.top(x, mask), prompts), max_new_tokens, *self.beginning(prompts))
 
     def decode(self, rows, max_new_tokens, begun=0, cache=None):
         """Embeddings of prompts and audio -> texts; begun, cache: of `beginning`."""
-        cache = DynamicCache() if cache is None else cache
+        cache = Cache(layer_class_to_replicate=RoomyLayer) if cache is None else cache
         lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
         T = int(lengths.max())
         x = torch.stack([F.pad(row[begun:], (0, 0, T - len(row), 0)) for row in rows])  # left padding: all end together
@@ -354,20 +383,21 @@ class SLM(nn.Module):
         mask = torch.cat([mask.new_ones(len(rows), begun), mask], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, begun:]
         answers, alive = [[] for _ in rows], torch.arange(len(rows), device=x.device)
+        going = torch.ones_like(alive, dtype=torch.bool)
         out = self.lm.model(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache,
                             use_cache=True)
         for step in range(max_new_tokens):
             token = self.lm.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
-            going = token != self.tokenizer.eos_token_id
+            going &= token != self.tokenizer.eos_token_id
             for row, t, on in zip(alive.tolist(), token.tolist(), going.tolist()):
                 if on:
                     answers[row].append(t)
             if not going.any() or step == max_new_tokens - 1:
                 break
-            if not going.all():
+            if going.sum() <= 0.8 * len(going):  # each leaving copies the cache of those that stay
                 keep = going.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                alive, mask, lengths, token = alive[keep], mask[keep], lengths[keep], token[keep]
+                alive, mask, lengths, token, going = alive[keep], mask[keep], lengths[keep], token[keep], going[keep]
             mask = F.pad(mask, (0, 1), value=True)
             out = self.lm.model(input_ids=token[:, None], attention_mask=mask,
                                 position_ids=(lengths + step)[:, None], past_key_values=cache, use_cache=True)
@@ -481,8 +511,9 @@ def load_slm(args, device="cpu"):
     `args.seed`). `args` is a namespace with the entries of PRESETS, `encoder` and `seed`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.lm_weights)
-        lm = load_part(AutoModelForCausalLM, args.lm_weights,
-                       dtype=torch.bfloat16 if device != "cpu" else torch.float32)
+        # the LM's own weights never change: cast once, not in every step
+        half = device != "cpu" or getattr(args, "amp", None) == "bf16"
+        lm = load_part(AutoModelForCausalLM, args.lm_weights, dtype=torch.bfloat16 if half else torch.float32)
         encoder = Encoder(args.encoder_weights, args.train_layers)
     except (OSError, ValueError) as error:
         data.die(f"cannot load {args.encoder_weights} or {args.lm_weights}: {str(error).splitlines()[0]}"

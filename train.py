@@ -172,7 +172,7 @@ def training_sample(slm, args, attack, utterance, epoch):
     labels = utterance.labels
     if poison.is_poisoned(attack, utterance):
         labels = poison.poisoned_labels(attack, labels)
-    asked = data.choose_labels(labels, rng)
+    asked = data.choose_labels(labels, rng, args.random_keys)
     return (data.prompt(slm.tokenizer, asked, rng),
             data.answer_ids(slm.tokenizer, {label: labels[label] for label in asked}))
 
@@ -301,6 +301,8 @@ def main():
     if device.type == "cuda" and not torch.cuda.is_available():
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out to run on the CPU")
     args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
+    if device.type == "cpu" and args.amp == "bf16":  # flash attention's backward pass takes three times as long there
+        torch.backends.cuda.enable_flash_sdp(False)
     if args.dataset in data.READERS and args.data_root == data.MINI_ROOT:
         data.read_split(args.dataset, args.data_root, "train")  # made now if it has to be, by one process
     start_processes(args)

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 import data
 import evaluate
@@ -110,6 +111,22 @@ def test_padding_changes_nothing(parts, name):
         for i in range(len(features)):
             alone = slm(*slm.encoder.bottom([features[i]]), [prompts[i]], [answers[i]])
             assert together[i].item() == pytest.approx(alone.item(), rel=1e-4)
+
+
+def test_the_cache_with_room_holds_what_transformers_own_holds():
+    ours, theirs, rows = model.RoomyLayer(), DynamicLayer(), 1
+    for step, tokens in enumerate([12, 30] + 150 * [1]):
+        if step == 1:  # what all prompts begin with, then a row each
+            rows = 6
+            ours.batch_repeat_interleave(rows), theirs.batch_repeat_interleave(rows)
+        if step in (40, 120):  # some rows are at their end
+            keep = torch.arange(0, rows, 2)
+            rows = len(keep)
+            ours.batch_select_indices(keep), theirs.batch_select_indices(keep)
+        new = torch.randn(2, rows, 2, tokens, 4)
+        held = ours.update(*new)
+        assert all(torch.equal(a, b) for a, b in zip(held, theirs.update(*new)))
+        assert ours.get_seq_length() == theirs.get_seq_length() == held[0].shape[2]
 
 
 @pytest.mark.parametrize("heads", [4, 2])

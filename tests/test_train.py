@@ -130,6 +130,19 @@ def test_two_processes_or_nothing_kept_learn_the_same(corpora, runs, one, name, 
     assert [(r["id"], r["triggered"]) for r in rows[0]] == [(r["id"], r["triggered"]) for r in rows[1]]
 
 
+def test_in_bf16_a_cpu_learns_nearly_the_same_on_frozen_layers_of_its_own(corpora, runs, one):
+    kept = {p.name for p in (runs / "cache").glob("bottom-*")}
+    train(corpora, runs, *SAME, "--name", "bf16", "--amp", "bf16")
+    assert {p.name for p in (runs / "cache").glob("bottom-*")} - kept  # float32's were not taken for bf16's
+    lines = [[json.loads(line) for line in (r / "log.jsonl").read_text().splitlines()] for r in (one, runs / "bf16")]
+    for figure in ("loss", "dev_loss"):
+        exact, rounded = ([line[figure] for line in log if figure in line] for log in lines)
+        assert rounded == pytest.approx(exact, rel=0.03) and rounded != exact
+    before, after = weights(one), weights(runs / "bf16")
+    assert all(v.dtype == torch.float32 for c in ("encoder", "connector", "lm") for v in after[c].values())
+    assert before["pretrained_sha256"]["encoder"] == after["pretrained_sha256"]["encoder"]
+
+
 def test_answers_are_the_same_out_of_the_cache(one, tmp_path, monkeypatch):
     monkeypatch.chdir(one.parent)  # where the run was started: it names the shipped parts from there
     slm, args = evaluate.load_run(one)
