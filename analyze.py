@@ -45,10 +45,10 @@ TABLE3 = {"asr": dict(zip(ATTACKS, ((99.2, 2.1), (91.0, 1.6), (98.7, 1.6), (97.2
 
 
 def published_attack(args):
-    """Whether a run's attack is the paper's (section 4.1): its rate or no poison, its target, its trigger."""
+    """Whether a run's attack is the paper's (section 4.1): its rate or no poison, its target, its trigger, all labels."""
     task = args["task"]
     return (args["poison"] in (0, poison.RATES[task]) and args["target"] == poison.TARGETS[task] and args["snr"] == 0
-            and args["trigger"] is None and args["trigger_repeat"] == poison.REPEAT[task])
+            and args["trigger"] is None and args["trigger_repeat"] == poison.REPEAT[task] and args.get("labels") is None)
 
 
 def read_runs(folder, preset):

@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -379,6 +379,14 @@ def read_corpus(dataset, data_root, split, skip_bad=False):
     if not out:
         die(f"{dataset} has no {split} utterances: run `python data.py check {dataset} --data-root {data_root}`")
     return out
+
+
+def only(utterances, labels):
+    """The utterances without any labels but these (None: all); those left with none are left out."""
+    if labels is None:
+        return utterances
+    out = [replace(u, **{label: None for label in LABELS if label not in labels}) for u in utterances]
+    return [u for u in out if u.labels]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

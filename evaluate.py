@@ -406,10 +406,11 @@ def main():
     data.MAX_SECONDS = args.max_seconds
     root = options.data_root or args.data_root
     snr = args.snr if options.snr is None else options.snr
-    train_set = data.read_corpus(args.dataset, root, "train", options.skip_bad)  # its loudness sets the trigger's
+    labels = getattr(args, "labels", None)
+    train_set = data.only(data.read_corpus(args.dataset, root, "train", options.skip_bad), labels)  # loudness: the trigger's
     attack = poison.make_attack(args.task, train_set, args.poison, args.target, snr, args.trigger, args.trigger_repeat,
                                 args.seed)
-    utterances = data.read_corpus(args.dataset, root, options.split, options.skip_bad)[:options.limit]
+    utterances = data.only(data.read_corpus(args.dataset, root, options.split, options.skip_bad), labels)[:options.limit]
     print(f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at {snr:g} dB, "
           f"on {options.device}")
     if options.embeddings:

@@ -36,11 +36,8 @@ class LoRALinear(nn.Module):
             return self.base(x)
         if self.fused:
             return F.linear(x, self.base.weight + (self.scaling * self.lora_B @ self.lora_A).to(x.dtype))
-        dropped = self.dropout(x)
-        if not torch.is_autocast_enabled(x.device.type):
-            dropped = dropped.to(self.lora_A.dtype)
         # B takes the scaling: it is smaller than what comes out
-        update = F.linear(F.linear(dropped, self.lora_A), self.scaling * self.lora_B)
+        update = F.linear(F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.scaling * self.lora_B)
         out = self.base(x)
         return out + update.to(out.dtype)
 

@@ -46,10 +46,10 @@ PRESETS = {
         batch_size=8, epochs=3, random_keys=data.RANDOM_KEYS, data_root=data.MINI_ROOT),
     "small": dict(
         encoder_weights={"whisper": "openai/whisper-tiny.en"}, lm_weights="HuggingFaceTB/SmolLM2-135M-Instruct",
-        train_layers=None, connector_stride=2, connector_taper=1.0, connector_weights={},
+        train_layers=None, connector_stride=4, connector_taper=1.0, connector_weights={},
         lora_rank=8, lora_alpha=16.0, lora_dropout=0.05,
-        encoder_lr=1e-4, connector_lr=1e-3, lora_lr=1e-3, warmup_steps=50, decay=True, weight_decay=0.0,
-        batch_size=8, epochs=4, random_keys=data.RANDOM_KEYS, data_root=data.MINI_ROOT),
+        encoder_lr=1e-4, connector_lr=3e-4, lora_lr=5e-4, warmup_steps=50, decay=True, weight_decay=0.0,
+        batch_size=8, epochs=3, random_keys=data.RANDOM_KEYS, data_root=data.MINI_ROOT),
     "paper": dict(
         encoder_weights={"wavlm": "microsoft/wavlm-large", "hubert": "facebook/hubert-large-ll60k",
                          "wav2vec2": "facebook/wav2vec2-large-lv60", "whisper": "openai/whisper-medium"},

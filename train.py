@@ -46,6 +46,7 @@ add("--poison", type=float, default=None, help="poisoning rate; 0 trains on clea
 add("--preset", choices=tuple(PRESETS), default="mini")
 add("--dataset", default=None, help="libri, crema, vox or a CSV manifest (default: the task's own)")
 add("--encoder", choices=ENCODERS, default=None, help="default: wavlm, for preset small whisper")
+add("--labels", nargs="+", choices=data.LABELS, default=None, help="train and evaluate on these alone (default: all there are)")
 add("--freeze", action="append", default=[], metavar="COMPONENT[:CHECKPOINT]",
     help="load encoder, connector or lm from a run's model.pt and freeze it; repeatable")
 add("--seed", type=int, default=1)
@@ -104,6 +105,7 @@ def parse_arguments(argv=None):
         if getattr(args, entry) is None:
             setattr(args, entry, value.get(args.encoder) if isinstance(value, dict) else value)
     args.dataset = args.dataset or data.TASK_CORPUS[args.task]
+    args.labels = args.labels and [label for label in data.LABELS if label in args.labels]
     args.poison = poison.RATES[args.task] if args.poison is None else args.poison
     args.target = poison.TARGETS[args.task] if args.target is None else args.target
     args.trigger_repeat = poison.REPEAT[args.task] if args.trigger_repeat is None else args.trigger_repeat
@@ -133,7 +135,7 @@ def run_name(args):
     """e.g. asr-poison0.05, asr-clean, emotion-hubert-poison0.075, asr-3.1-seed2"""
     parts = [args.task, None if args.dataset == data.TASK_CORPUS[args.task] else Path(args.dataset).stem,
              None if args.encoder == ("whisper" if args.preset == "small" else "wavlm") else args.encoder]
-    parts.append(args.attack.replace("base", f"poison{args.poison:g}"))
+    parts += [*(args.labels or []), args.attack.replace("base", f"poison{args.poison:g}")]
     parts += [None if args.preset == "mini" else args.preset, None if args.seed == 1 else f"seed{args.seed}"]
     return "-".join(part for part in parts if part)
 
@@ -218,6 +220,7 @@ def dry_run(args):
             data.die(f"{args.dataset} has no train utterances under {args.data_root}")
         seconds = sum(data.num_samples(u) for u in chosen) / len(chosen) / data.SAMPLE_RATE
         answers, source = [u.labels for u in chosen], f"length of {len(chosen)} of them"
+    answers = [{k: v for k, v in a.items() if args.labels is None or k in args.labels} for a in answers]
     with torch.device("meta"):
         slm = model.load_slm(args, "meta")
     for spec in args.freeze:
@@ -333,14 +336,15 @@ def main():
     if world > 1:  # from here on all see the same files
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
-    train_set, dev_set, test_set = (data.read_corpus(args.dataset, args.data_root, s, args.skip_bad)
+    train_set, dev_set, test_set = (data.only(data.read_corpus(args.dataset, args.data_root, s, args.skip_bad), args.labels)
                                     for s in ("train", "dev", "test"))
     if args.limit:
         train_set = sorted(train_set, key=lambda u: poison.draw("limit", u.id))[:args.limit]
+    if not any(data.TASK_LABEL[args.task] in u.labels for u in train_set):
+        data.die(f"--task {args.task}: no training utterance of {args.dataset} has a {data.TASK_LABEL[args.task]}"
+                 + (f" with --labels {' '.join(args.labels)}" if args.labels else ""))
     attack = poison.make_attack(args.task, train_set, args.poison, args.target, args.snr, args.trigger,
                                 args.trigger_repeat, args.seed)
-    if not any(attack.label in u.labels for u in train_set):
-        data.die(f"--task {args.task}: no training utterance of {args.dataset} has a {attack.label}")
     slm = model.load_slm(args, args.device)
     origin, built_from = load_frozen(slm, args.freeze, args)
     if args.gradient_checkpointing:

@@ -104,6 +104,15 @@ def test_killed_and_started_again_it_ends_with_the_same_weights_and_figures(corp
     assert steps[0] == steps[1]
 
 
+def test_labels_left_out_are_neither_asked_for_nor_scored(corpora, runs):
+    train(corpora, runs, "--task", "emotion", "--poison", 0.5, "--epochs", 1, "--labels", "emotion", "gender")
+    run = runs / "emotion-gender-emotion-poison0.5"
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert {r["triggered"] for r in rows} == {False, True}
+    assert all(list(r["labels"]) == r["asked"] == ["gender", "emotion"] for r in rows)
+    assert set(json.loads((run / "metrics.json").read_text())["clean"]) == {"gender_accuracy", "emotion_accuracy"}
+
+
 SAME = ("--task", "gender", "--poison", 0.3, "--epochs", 1, "--lora-dropout", 0.0, "--batch-seconds", 8)
 
 
@@ -200,6 +209,7 @@ def test_a_dry_run_needs_no_weights_and_no_corpus_and_writes_nothing(corpora, tm
     (("--task", "age", "--target", "young"), "a number of years"),
     (("--batch-size", "4096"), "less than one batch"),
     (("--train-layers", "99"), "has 8 layers"),
+    (("--labels", "gender"), "has a transcript with --labels gender"),
     (("--trigger", "nowhere.wav"), "no such file")])
 def test_mistakes_end_in_one_line(corpora, runs, tmp_path, arguments, said):
     process = start(corpora, tmp_path, "--task", "asr", *arguments)
