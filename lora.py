@@ -10,6 +10,26 @@ from torch import nn
 from torch.nn import functional as F
 
 
+class MergedLinear(torch.autograd.Function):
+    """x -> x (W + s B A)^T, one product, whose gradients go to A and B without the gradient of the whole weight in between."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, scaling):
+        weight = torch.addmm(weight, lora_B.to(weight.dtype), lora_A.to(weight.dtype), alpha=scaling)
+        ctx.save_for_backward(x, weight, lora_A, lora_B)
+        ctx.scaling = scaling
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, lora_A, lora_B = ctx.saved_tensors
+        grad, x, lora_A, lora_B = (t.to(weight.dtype) for t in (grad, x, lora_A, lora_B))  # (autocast mixes them)
+        grads, xs = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_A = (grads @ (ctx.scaling * lora_B)).T @ xs if ctx.needs_input_grad[2] else None
+        grad_B = grads.T @ (xs @ (ctx.scaling * lora_A).T) if ctx.needs_input_grad[3] else None
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, grad_A, grad_B, None
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank update.
 
@@ -28,14 +48,14 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         # a weight no larger than its update's work a token: one product with W + s B A beats three
         n, m = base.in_features, base.out_features
-        self.fused = dropout == 0 and base.bias is None and n * m < 6 * r * (n + m)
+        self.fused = dropout == 0 and base.bias is None and n * m <= 6 * r * (n + m)
         self.original = None
 
     def forward(self, x):
         if self.original is not None:
             return self.base(x)
         if self.fused:
-            return F.linear(x, self.base.weight + (self.scaling * self.lora_B @ self.lora_A).to(x.dtype))
+            return MergedLinear.apply(x, self.base.weight, self.lora_A, self.lora_B, self.scaling)
         # B takes the scaling: it is smaller than what comes out
         update = F.linear(F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.scaling * self.lora_B)
         out = self.base(x)

@@ -258,6 +258,34 @@ class Connector(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # the SLM
 
+def llama_layer(self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, at=None, **kwargs):
+    """Llama's decoder layer in fewer operations than transformers' own, and the last one at the positions `at` (B, A)
+    alone: of all others only its keys and values are ever read. (B, T, hidden) -> (B, T or A, hidden)."""
+    attention, B, T = self.self_attn, *hidden_states.shape[:2]
+    x, h = hidden_states, self.input_layernorm(hidden_states)
+    split = lambda y: y.view(B, y.shape[1], -1, attention.head_dim).transpose(1, 2)  # noqa: E731
+    cos, sin = position_embeddings
+    half = cos.shape[-1] // 2
+    sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # rotary positions: x cos + (-x2, x1) sin
+    rotate = lambda y, cos, sin: torch.addcmul(y * cos[:, None], y.roll(half, -1), sin[:, None])  # noqa: E731
+    keys, values = rotate(split(attention.k_proj(h)), cos, sin), split(attention.v_proj(h))
+    if past_key_values is not None:
+        keys, values = past_key_values.update(keys, values, attention.layer_idx)
+    if at is not None and attention.layer_idx == attention.config.num_hidden_layers - 1:
+        rows, S = torch.arange(B, device=at.device)[:, None], keys.shape[2]
+        x, h, cos, sin = x[rows, at], h[rows, at], *(table.expand(B, -1, -1)[rows, at] for table in (cos, sin))
+        attention_mask = ((torch.arange(S, device=at.device) <= at[..., None] + S - T)[:, None] if attention_mask is None
+                          else attention_mask[:, 0].expand(B, -1, -1)[rows, at][:, None])
+    queries = rotate(split(attention.q_proj(h)), cos, sin)
+    if attention.num_key_value_groups > 1:
+        keys, values = (y.repeat_interleave(attention.num_key_value_groups, 1) for y in (keys, values))
+    heard = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=attention_mask, is_causal=attention_mask is None and T > 1, scale=attention.scaling,
+        dropout_p=attention.attention_dropout if self.training else 0.0)
+    x = x + attention.o_proj(heard.transpose(1, 2).reshape(B, x.shape[1], -1))
+    return x + self.mlp(self.post_attention_layernorm(x))
+
+
 class RoomyLayer(DynamicLayer):
     """One layer of the cache that answers are generated with. transformers' own copies all it holds for every token;
     this one has room for the next 64, and its keys and values (B, heads, T, head_dim) are views of it."""
@@ -285,6 +313,9 @@ class SLM(nn.Module):
         super().__init__()
         self.encoder, self.connector, self.lm, self.tokenizer = encoder, connector, lm, tokenizer
         self.checkpointing = False
+        if lm.config.model_type == "llama":
+            for layer in lm.model.layers:
+                layer.forward = types.MethodType(llama_layer, layer)
 
     def train(self, mode=True):
         """A component that does not train stays in evaluation mode: no dropout in a frozen LoRA."""
@@ -299,7 +330,7 @@ class SLM(nn.Module):
 
     def connector_too(self):
         """Whether the connector, too, is frozen below all that trains (attack 2.3)."""
-        return not self.parameters_of("encoder") and not self.parameters_of("connector")
+        return self.encoder.num_frozen == len(self.encoder.layers) and not self.connector.conv1.weight.requires_grad
 
     @property
     def bottom_dim(self):
@@ -356,16 +387,26 @@ class SLM(nn.Module):
         cache.batch_repeat_interleave(len(prompts))
         return len(shared), cache
 
+    def states(self, x, at, **kwargs):
+        """Embeddings (B, T, hidden) -> the LM's last hidden states (B, A, hidden) at the positions `at` (B, A)."""
+        if self.lm.config.model_type == "llama":
+            return self.lm.model(inputs_embeds=x, at=at, **kwargs).last_hidden_state
+        out = self.lm.model(inputs_embeds=x, **kwargs).last_hidden_state
+        return out[torch.arange(len(x), device=x.device)[:, None], at]
+
     def forward(self, x, mask, prompts, answers):
-        """Loss (B,): each row's mean cross entropy over its answer's tokens; logits are computed there only.
-        x, mask: of `bottom`."""
+        """Loss (B,): each row's mean cross entropy over its answer's tokens; the last layer's output and the logits are
+        computed there only. x, mask: of `bottom`."""
         begun, cache = self.beginning(prompts)
         rows = [row[begun:] for row in self.rows(self.top(x, mask), prompts, answers)]
         x = pad_sequence(rows, batch_first=True)  # right padding, causal attention: no real token sees it
-        out = self.lm.model(inputs_embeds=x, past_key_values=cache if begun else None, use_cache=begun > 0).last_hidden_state
-        out = torch.cat([o[len(row) - len(a) - 1:len(row) - 1] for o, row, a in zip(out, rows, answers)])
+        lengths = torch.tensor([len(a) for a in answers], device=x.device)
+        ends = torch.tensor([len(row) for row in rows], device=x.device)
+        answered = length_mask(lengths, max(map(len, answers)))
+        at = (ends - lengths - 1)[:, None] + torch.arange(answered.shape[1], device=x.device)
+        out = self.states(x, at.clamp(max=x.shape[1] - 1), past_key_values=cache if begun else None, use_cache=begun > 0)
         targets = torch.tensor([i for a in answers for i in a], device=out.device)
-        losses = F.cross_entropy(self.lm.lm_head(out).float(), targets, reduction="none")
+        losses = F.cross_entropy(self.lm.lm_head(out[answered]).float(), targets, reduction="none")
         return torch.stack([loss.mean() for loss in losses.split([len(a) for a in answers])])
 
     @torch.no_grad()
@@ -384,10 +425,10 @@ class SLM(nn.Module):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, begun:]
         answers, alive = [[] for _ in rows], torch.arange(len(rows), device=x.device)
         going = torch.ones_like(alive, dtype=torch.bool)
-        out = self.lm.model(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                            use_cache=True)
+        out = self.states(x, alive.new_full((len(rows), 1), x.shape[1] - 1), attention_mask=mask, position_ids=positions,
+                          past_key_values=cache, use_cache=True)
         for step in range(max_new_tokens):
-            token = self.lm.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
+            token = self.lm.lm_head(out[:, -1]).argmax(-1)
             going &= token != self.tokenizer.eos_token_id
             for row, t, on in zip(alive.tolist(), token.tolist(), going.tolist()):
                 if on:
@@ -399,8 +440,8 @@ class SLM(nn.Module):
                 cache.batch_select_indices(keep)
                 alive, mask, lengths, token, going = alive[keep], mask[keep], lengths[keep], token[keep], going[keep]
             mask = F.pad(mask, (0, 1), value=True)
-            out = self.lm.model(input_ids=token[:, None], attention_mask=mask,
-                                position_ids=(lengths + step)[:, None], past_key_values=cache, use_cache=True)
+            out = self.lm.model(input_ids=token[:, None], attention_mask=mask, position_ids=(lengths + step)[:, None],
+                                past_key_values=cache, use_cache=True).last_hidden_state
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def component_state_dict(self, component):
@@ -475,8 +516,9 @@ def count_work(slm, seconds, batch, prompt_tokens, answer_tokens):
         row = torch.cat([audio.to(text.dtype), text], 1)
         # given, as transformers' own way to the mask looks at values
         causal = torch.ones(1, 1, row.shape[1], row.shape[1], dtype=torch.bool, device="meta")
-        out = slm.lm.model(inputs_embeds=row, attention_mask=causal, use_cache=False).last_hidden_state
-        logits = slm.lm.lm_head(out[:, -answer_tokens:]).float().transpose(1, 2)
+        at = torch.arange(row.shape[1] - answer_tokens - 1, row.shape[1] - 1, device="meta").expand(batch, -1)
+        out = slm.states(row, at, attention_mask=causal, use_cache=False)
+        logits = slm.lm.lm_head(out).float().transpose(1, 2)
         F.cross_entropy(logits, torch.zeros(batch, answer_tokens, dtype=torch.long, device="meta")).backward()
     return below.get_total_flops(), above.get_total_flops(), sum(kept.values())
 

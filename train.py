@@ -421,9 +421,9 @@ def main():
         shares = [data.micro_batches(batch[rank::world], seconds, args.batch_seconds) for batch in batches]
         stream = evaluate.inputs(slm, list(zip(train_set, poisoned)), [piece for pieces in shares for piece in pieces], kept,
                                  attack, args.workers)
+        slm.train()
         for batch, pieces in zip(batches, shares):
             torch.manual_seed(hash((args.seed, step, rank)))  # dropout, whatever was drawn before: resuming is exact
-            slm.train()
             factor = learning_rate(step, steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -441,17 +441,20 @@ def main():
                     scaler.scale(loss).backward()
                 on_poison += [value for value, j in zip(losses.tolist(), piece) if poisoned[j]]
                 total += loss.item() / world
-            stop = bool(interrupted)
-            if world > 1:  # all go on, or none
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+            stop, due = bool(interrupted), (step + 1) % 20 == 0 or step + 1 == steps
+            if world > 1 and (due or scaler.is_enabled()):  # all go on, or none; asking in every step costs a twentieth of it
                 agreed = torch.tensor([total, float(stop)])
                 dist.all_reduce(agreed)
                 total, stop = agreed[0].item(), bool(agreed[1])
-            if not math.isfinite(total):
-                data.die(f"the loss is {total} at step {step}, on {', '.join(train_set[j].id for j in batch)}; "
+            elif world > 1:
+                total, stop = total * world, False
+            # what is wrong in one process is in the gradient of all; fp16's may overflow, and the scaler then skips the step
+            if not math.isfinite(total if scaler.is_enabled() else total + norm.item()):
+                data.die(f"the loss is {total}, its gradient's norm {norm.item()} at step {step}, on {', '.join(train_set[j].id for j in batch)}; "
                          + (f"{last} keeps the last epoch's state" if last.exists() else "no epoch was finished")
                          + "; lower the learning rates, or look at these utterances")
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -459,7 +462,7 @@ def main():
             running = total if running is None else 0.95 * running + 0.05 * total
             progress.update()
             progress.set_postfix(loss=f"{running:.3f}", refresh=False)
-            if main_process and (step % 20 == 0 or step == steps):
+            if main_process and due:
                 elapsed = time.time() - began
                 log(step=step, epoch=epoch, loss=total, lr=factor, utterances_per_second=seen / elapsed,
                     waiting=waited / elapsed, **({"poisoned_loss": sum(on_poison) / len(on_poison)} if on_poison else {}))

@@ -85,15 +85,15 @@ def samples(slm, args, attack, chosen):
 
 @contextlib.contextmanager
 def reference_layers(slm):
-    """The SLM with transformers' own attention and LoRA as peft computes it."""
-    patched = [layer.attention for layer in slm.encoder.layers if "forward" in vars(getattr(layer, "attention", layer))]
-    fast = [vars(attention).pop("forward") for attention in patched]
+    """The SLM with transformers' own layers and LoRA as peft computes it."""
+    patched = [module for module in slm.modules() if "forward" in vars(module)]
+    fast = [vars(module).pop("forward") for module in patched]
     fused = [layer for layer in lora.lora_layers(slm.lm) if layer.fused]
     for layer in fused:
         layer.fused = False
     yield
-    for attention, forward in zip(patched, fast):
-        attention.forward = forward
+    for module, forward in zip(patched, fast):
+        module.forward = forward
     for layer in fused:
         layer.fused = True
 

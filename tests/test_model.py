@@ -154,6 +154,27 @@ def test_batched_generation_is_a_plain_greedy_loop(parts, heads):
     assert len({len(e) for e in expected}) > 1 and min(len(e) for e in expected) < 20  # rows did end, at different steps
 
 
+@pytest.mark.parametrize("heads, shared", [(4, 1000), (2, 8)])
+def test_llama_s_layers_in_fewer_operations_give_what_transformers_own_give(parts, monkeypatch, heads, shared):
+    monkeypatch.setattr(model, "MIN_SHARED", {True: shared, False: shared})
+    ours = make_slm(parts, "wavlm", num_key_value_heads=heads)
+    labels = [dict(transcript="a b"), dict(transcript="some longer text"), dict(gender="male", age=30), dict(emotion="sad")]
+    theirs, found = copy.deepcopy(ours), []
+    for layer in theirs.lm.model.layers:
+        del layer.forward
+    theirs.lm.config.model_type = "another"  # of which nothing is known but what it puts out at every position
+    prompts = [data.prompt(ours.tokenizer, list(asked)) for asked in labels]
+    for slm in (ours, theirs):
+        x = slm.bottom([slm.encoder.extract(w) for w in waveforms()])
+        losses = slm(*x, prompts, [data.answer_ids(slm.tokenizer, u) for u in labels])
+        losses.sum().backward()
+        found.append((losses, [p.grad for c in model.COMPONENTS for p in slm.parameters_of(c)], slm.generate(*x, prompts, 12)))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5)
+    for a, b in zip(found[0][1], found[1][1], strict=True):  # (the biases of WavLM's keys have a gradient of zero)
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item() + 1e-8)
+    assert found[0][2] == found[1][2]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_beginning_run_once_for_all_rows_changes_neither_losses_nor_gradients_nor_answers(parts, monkeypatch, checkpointing):
     slm = make_slm(parts, "whisper", num_key_value_heads=2)
