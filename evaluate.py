@@ -60,13 +60,16 @@ def cut(order, size):
     return [order[i:i + size] for i in range(0, len(order), size)]
 
 
-def bottoms(part, items, attack, desc, workers=2, batch_size=16):
+def bottoms(part, items, attack, desc, workers=2, batch_size=16, lower=None):
     """What the frozen part of an encoder or an SLM makes of each (utterance, triggered): a list of (T_i, dim) float32
-    tensors on the CPU."""
+    tensors on the CPU. `lower`: what the encoder's `lower` made of them, where that is known, a list."""
     batches, out = cut(by_size(items), batch_size), [None] * len(items)
+    stream = (features_of(part, items, batches, attack, workers) if lower is None else
+              ([lower[i] for i in batch] for batch in batches))
     with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
-        for batch, features in zip(batches, features_of(part, items, batches, attack, workers)):
-            x, mask = part.bottom(features)
+        for batch, rows in zip(batches, stream):
+            x, mask = (part.bottom(rows) if lower is None else
+                       part.upper(*stack(rows, part.encoder.layer_norm.weight.device)))
             for i, row, n in zip(batch, x, mask.sum(1).tolist()):
                 out[i] = row[:n].float().cpu().clone()  # a view would keep the whole padded batch alive
             progress.update(len(batch))
@@ -87,13 +90,21 @@ def make_room(cache, left, wanted):
             path.unlink(missing_ok=True)
 
 
+def kept_rows(path):
+    """What `cached_bottoms` keeps in a file: a list of (T_i, dim). Raises FileNotFoundError."""
+    os.utime(path)
+    kept = model.load_checkpoint(path, mmap=True)
+    return kept["frames"].split(kept["lengths"])
+
+
 def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="cache", budget=4e9):
     """`bottoms`, kept on disk and shared between runs, float32: what is frozen is computed once for the clean utterances
     and once for the triggered ones of an attack. triggered: which utterances carry the trigger, a list of bool. None
     where it all would take more than `budget` bytes: then whoever needs it makes it batch by batch.
 
     The key is all that it depends on: the frozen weights, the precision, the files, the trigger and where it lands.
-    Processes share the work. Files that were not used for longest go first when the folder outgrows the budget.
+    Where the whole encoder is frozen, what runs that train it have kept is where it starts from. Processes share the work.
+    Files that were not used for longest go first when the folder outgrows the budget.
     """
     size = 4 * slm.bottom_dim * sum(slm.num_frames(data.num_samples(u)) for u in utterances)
     if size > budget:
@@ -102,30 +113,35 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
     rank, world = ranks()
     device = next(slm.parameters()).device.type
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
-    key = hashlib.sha256((slm.frozen_sha256() + precision).encode())
+    keys = [hashlib.sha256((sha256 + precision).encode())
+            for sha256 in (slm.frozen_sha256(), slm.encoder.frozen_sha256(slm.encoder.first_saved))]
     how = (attack.seed, attack.repeat, attack.level, hashlib.sha256(attack.trigger.tobytes()).hexdigest())
     items = list(zip(utterances, triggered))
     chunks = []
     for kind in (False, True):
         of_kind = [i for i in by_size(items) if items[i][1] == kind]
-        chunks += [(chunk, kind) for chunk in cut(of_kind, 1024)]
-    paths = []
+        chunks += [(chunk, kind) for chunk in cut(of_kind, 512)]
+    paths, lowers = [], []
     for chunk, kind in chunks:
         files = [(u.id, u.path, u.start, u.length, os.stat(u.path).st_size, os.stat(u.path).st_mtime_ns)
                  for u in (utterances[i] for i in chunk)]
-        name = key.copy()
-        name.update(repr((files, how if kind else None)).encode())
-        paths.append(Path(cache) / f"bottom-{name.hexdigest()[:24]}.pt")
+        for key, into in zip(keys, (paths, lowers)):
+            name = key.copy()
+            name.update(repr((files, how if kind else None)).encode())
+            into.append(Path(cache) / f"bottom-{name.hexdigest()[:24]}.pt")
     if rank == 0:
         make_room(cache, budget - size, paths)
 
     def computed(n):
         chunk, kind = chunks[n]
         note = f"{desc}{', triggered' if kind else ''}" + (f", {n + 1} of {len(chunks)}" if len(chunks) > 2 else "")
-        rows = bottoms(slm, [items[i] for i in chunk], attack, note, workers)
+        lower = None
+        with contextlib.suppress(FileNotFoundError):
+            lower = kept_rows(lowers[n]) if lowers[n] != paths[n] else None
+        rows = bottoms(slm, [items[i] for i in chunk], attack, note, workers, lower=lower)
         kept = {"frames": torch.cat(rows), "lengths": [len(row) for row in rows]}
         data.write_atomically(paths[n], lambda temporary: torch.save(kept, temporary))
-        return kept
+        return rows
     for n in range(rank, len(chunks), world):
         if not paths[n].exists():
             computed(n)
@@ -134,11 +150,10 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
     out = [None] * len(items)
     for n, (chunk, _) in enumerate(chunks):
         try:
-            os.utime(paths[n])
-            kept = model.load_checkpoint(paths[n], mmap=True)
+            rows = kept_rows(paths[n])
         except FileNotFoundError:  # another run has just made room, or another machine's disk has it
-            kept = computed(n)
-        for i, row in zip(chunk, kept["frames"].split(kept["lengths"])):
+            rows = computed(n)
+        for i, row in zip(chunk, rows):
             out[i] = row
     return out
 

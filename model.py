@@ -195,13 +195,24 @@ class Encoder(nn.Module):
             yield x
 
     @torch.no_grad()
-    def bottom(self, features):
-        """All that is frozen whatever the run: list of inputs -> hidden states (B, T, dim) at the first trained layer,
-        (B, T) mask."""
+    def lower(self, features):
+        """What no run trains and all runs share: list of inputs -> hidden states (B, T, dim), (B, T) mask."""
         x, mask = self.frontend(features)
-        for x in self.run_layers(x, mask, 0, self.num_frozen):
+        for x in self.run_layers(x, mask, 0, self.first_saved):
             pass
         return x, mask
+
+    @torch.no_grad()
+    def upper(self, x, mask):
+        """The rest of what is frozen, of which checkpoints hold the weights: what `lower` gives -> what `bottom` gives."""
+        for x in self.run_layers(x, mask, self.first_saved, self.num_frozen):
+            pass
+        return x, mask
+
+    def bottom(self, features):
+        """All that is frozen in this run: list of inputs -> hidden states (B, T, dim) at the first trained layer, (B, T)
+        mask."""
+        return self.upper(*self.lower(features))
 
     def top(self, x, mask):
         """Hidden states at the first trained layer -> encoder output (B, T, dim)."""
@@ -213,11 +224,11 @@ class Encoder(nn.Module):
         x, mask = self.bottom(features)
         return self.top(x, mask), mask
 
-    def frozen_sha256(self):
-        """SHA-256 of all that `bottom` depends on: the frozen weights and the feature extraction."""
-        above = tuple(f"layers.{i}." for i in range(self.num_frozen, len(self.layers)))
+    def frozen_sha256(self, num_frozen):
+        """SHA-256 of all that the output below layer `num_frozen` depends on: the weights and the feature extraction."""
+        above = tuple(f"layers.{i}." for i in range(num_frozen, len(self.layers)))
         weights = {k: v for k, v in self.model.state_dict().items() if not k.removeprefix("encoder.").startswith(above)}
-        return digest(weights) + f" {self.num_frozen} {sorted(self.extractor.to_dict().items(), key=str)}"
+        return digest(weights) + f" {num_frozen} {sorted(self.extractor.to_dict().items(), key=str)}"
 
     def trained_state_dict(self):
         return {k: v for k, v in self.layers.state_dict().items() if int(k.split(".")[0]) >= self.first_saved}
@@ -343,12 +354,17 @@ class SLM(nn.Module):
 
     def frozen_sha256(self):
         """What `bottom` depends on."""
-        return self.encoder.frozen_sha256() + (digest(self.connector.state_dict()) if self.connector_too() else "")
+        return (self.encoder.frozen_sha256(self.encoder.num_frozen)
+                + (digest(self.connector.state_dict()) if self.connector_too() else ""))
 
-    @torch.no_grad()
     def bottom(self, features):
         """All below the first thing that trains: list of `extract`ed inputs -> (B, T, dim), (B, T) mask."""
-        x, mask = self.encoder.bottom(features)
+        return self.upper(*self.encoder.lower(features))
+
+    @torch.no_grad()
+    def upper(self, x, mask):
+        """What the encoder's `lower` gives -> what `bottom` gives."""
+        x, mask = self.encoder.upper(x, mask)
         if self.connector_too():
             x, lengths = self.connector(self.encoder.top(x, mask), mask)
             mask = length_mask(lengths, x.shape[1])

@@ -165,6 +165,21 @@ def test_answers_are_the_same_out_of_the_cache(one, tmp_path, monkeypatch):
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
+def test_a_frozen_encoder_starts_from_what_runs_that_train_it_have_kept(one, tmp_path, monkeypatch):
+    monkeypatch.chdir(one.parent)
+    slm, args = evaluate.load_run(one)
+    slm.eval()
+    test_set = data.read_corpus(args.dataset, args.data_root, "test")
+    attack = poison.make_attack(args.task, test_set, args.poison, seed=args.seed)
+    keep = functools.partial(evaluate.cached_bottoms, slm, test_set, [u.gender == "male" for u in test_set], attack, "")
+    keep(cache=tmp_path / "shared")
+    slm.freeze("encoder"), slm.freeze("connector")
+    from_audio = keep(cache=tmp_path / "alone")
+    monkeypatch.setattr(evaluate, "features_of", None)  # no audio is read again
+    for a, b in zip(keep(cache=tmp_path / "shared"), from_audio, strict=True):
+        assert torch.equal(a, b) and a.shape[1] == slm.connector.conv3.out_channels
+
+
 def test_room_in_the_cache_is_made_at_the_expense_of_what_was_not_used_for_longest(tmp_path):
     for age, name in enumerate("abcd"):
         path = tmp_path / f"bottom-{name}.pt"
