@@ -417,16 +417,20 @@ def read_waveform(path, start=0.0, length=0.0):
     return waveform
 
 
+@functools.lru_cache(maxsize=None)
+def file_seconds(path):
+    return soundfile.info(path).duration
+
+
 def num_samples(utterance):
     """How many 16 kHz samples an utterance has, from its file's header alone (m4a: guessed from the size, at 64 kbit/s),
     0 where the file cannot be opened."""
     if utterance.path.endswith(".m4a"):
         return int(os.path.getsize(utterance.path) / 8000 * SAMPLE_RATE)
     try:
-        header = soundfile.info(utterance.path)
+        rest = file_seconds(utterance.path) - utterance.start
     except (soundfile.SoundFileError, RuntimeError, OSError):
         return 0
-    rest = header.duration - utterance.start
     return round((min(utterance.length, rest) if utterance.length else rest) * SAMPLE_RATE)
 
 
