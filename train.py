@@ -444,15 +444,16 @@ def main():
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             stop, due = bool(interrupted), (step + 1) % 20 == 0 or step + 1 == steps
-            if world > 1 and (due or scaler.is_enabled()):  # all go on, or none; asking in every step costs a twentieth of it
+            if world > 1 and (due or scaler.is_enabled()):  # all go on, or none; to ask in every step takes a twentieth of it
                 agreed = torch.tensor([total, float(stop)])
                 dist.all_reduce(agreed)
                 total, stop = agreed[0].item(), bool(agreed[1])
             elif world > 1:
                 total, stop = total * world, False
-            # what is wrong in one process is in the gradient of all; fp16's may overflow, and the scaler then skips the step
+            # what went wrong in one process is in the gradient of all; fp16's may overflow: the scaler then skips the step
             if not math.isfinite(total if scaler.is_enabled() else total + norm.item()):
-                data.die(f"the loss is {total}, its gradient's norm {norm.item()} at step {step}, on {', '.join(train_set[j].id for j in batch)}; "
+                data.die(f"the loss is {total} at step {step}, its gradient's norm {norm.item()}, on "
+                         f"{', '.join(train_set[j].id for j in batch)}; "
                          + (f"{last} keeps the last epoch's state" if last.exists() else "no epoch was finished")
                          + "; lower the learning rates, or look at these utterances")
             scaler.step(optimizer)
