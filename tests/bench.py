@@ -5,7 +5,7 @@
     python tests/bench.py --preset small --encoder-weights DIR --lm-weights DIR --utterances 16
 
 "plain" is training as the reference implementation does it: one utterance at a time with accumulation, every layer run
-from the audio on, transformers' own attention, LoRA as three products, logits at every position, Whisper on 30 s. "ours"
+from the audio on, transformers' own layers, LoRA as three products, logits at every position, Whisper on 30 s. "ours"
 is train.py. Rounds alternate; figures are medians.
 """
 import argparse
