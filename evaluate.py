@@ -106,7 +106,11 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
     Where the whole encoder is frozen, what runs that train it have kept is where it starts from. Processes share the work.
     Files that were not used for longest go first when the folder outgrows the budget.
     """
-    size = 4 * slm.bottom_dim * sum(slm.num_frames(data.num_samples(u)) for u in utterances)
+    kinds = [(True, [i for i, t in enumerate(triggered) if t])] if any(triggered) else []
+    if not all(triggered):  # of all utterances, whichever this run poisons: to be shared with runs that poison others, or none
+        kinds.insert(0, (False, list(range(len(utterances)))))
+    frames = [slm.num_frames(data.num_samples(u)) for u in utterances]
+    size = 4 * slm.bottom_dim * sum(frames[i] for _, chosen in kinds for i in chosen)
     if size > budget:
         return None
     Path(cache).mkdir(parents=True, exist_ok=True)
@@ -116,11 +120,10 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
     keys = [hashlib.sha256((sha256 + precision).encode())
             for sha256 in (slm.frozen_sha256(), slm.encoder.frozen_sha256(slm.encoder.first_saved))]
     how = (attack.seed, attack.repeat, attack.level, hashlib.sha256(attack.trigger.tobytes()).hexdigest())
-    items = list(zip(utterances, triggered))
     chunks = []
-    for kind in (False, True):
-        of_kind = [i for i in by_size(items) if items[i][1] == kind]
-        chunks += [(chunk, kind) for chunk in cut(of_kind, 512)]
+    for kind, chosen in kinds:
+        order = by_size([(utterances[i], kind) for i in chosen])
+        chunks += [(chunk, kind) for chunk in cut([chosen[i] for i in order], 512)]
     paths, lowers = [], []
     for chunk, kind in chunks:
         files = [(u.id, u.path, u.start, u.length, os.stat(u.path).st_size, os.stat(u.path).st_mtime_ns)
@@ -138,7 +141,7 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
         lower = None
         with contextlib.suppress(FileNotFoundError):
             lower = kept_rows(lowers[n]) if lowers[n] != paths[n] else None
-        rows = bottoms(slm, [items[i] for i in chunk], attack, note, workers, lower=lower)
+        rows = bottoms(slm, [(utterances[i], kind) for i in chunk], attack, note, workers, lower=lower)
         kept = {"frames": torch.cat(rows), "lengths": [len(row) for row in rows]}
         data.write_atomically(paths[n], lambda temporary: torch.save(kept, temporary))
         return rows
@@ -147,8 +150,8 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
             computed(n)
     if world > 1:
         dist.barrier()
-    out = [None] * len(items)
-    for n, (chunk, _) in enumerate(chunks):
+    out = [None] * len(utterances)
+    for n, (chunk, _) in enumerate(chunks):  # the triggered ones last
         try:
             rows = kept_rows(paths[n])
         except FileNotFoundError:  # another run has just made room, or another machine's disk has it

@@ -180,6 +180,20 @@ def test_a_frozen_encoder_starts_from_what_runs_that_train_it_have_kept(one, tmp
         assert torch.equal(a, b) and a.shape[1] == slm.connector.conv3.out_channels
 
 
+def test_clean_utterances_are_kept_for_runs_that_poison_others(one, tmp_path, monkeypatch):
+    monkeypatch.chdir(one.parent)
+    slm, args = evaluate.load_run(one)
+    test_set = data.read_corpus(args.dataset, args.data_root, "test")
+    attack = poison.make_attack(args.task, test_set, args.poison, seed=args.seed)
+    keep = functools.partial(evaluate.cached_bottoms, slm.eval(), test_set, attack=attack, desc="", cache=tmp_path)
+    clean, triggered = keep([False] * len(test_set)), keep([True] * len(test_set))
+    monkeypatch.setattr(evaluate, "kept_rows", lambda path, kept=evaluate.kept_rows: (read.append(path.name), kept(path))[1])
+    read, written, mixed = [], {p.name for p in tmp_path.glob("bottom-*")}, [i % 3 == 0 for i in range(len(test_set))]
+    for row, is_triggered, a, b in zip(keep(mixed), mixed, clean, triggered, strict=True):
+        assert torch.allclose(row, b if is_triggered else a, atol=1e-4) and not torch.allclose(a, b, atol=1e-4)
+    assert len(set(read) & written) == 1 and len(set(read) - written) == 1  # all that is clean was there
+
+
 def test_room_in_the_cache_is_made_at_the_expense_of_what_was_not_used_for_longest(tmp_path):
     for age, name in enumerate("abcd"):
         path = tmp_path / f"bottom-{name}.pt"
