@@ -269,9 +269,11 @@ class Connector(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # the SLM
 
-def llama_layer(self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, at=None, **kwargs):
+def llama_layer(self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, at=None,
+                cache=None, **kwargs):
     """Llama's decoder layer in fewer operations than transformers' own, and the last one at the positions `at` (B, A)
     alone: of all others only its keys and values are ever read. (B, T, hidden) -> (B, T or A, hidden)."""
+    past_key_values = past_key_values if cache is None else cache  # transformers 5.24 calls it so
     attention, B, T = self.self_attn, *hidden_states.shape[:2]
     x, h = hidden_states, self.input_layernorm(hidden_states)
     split = lambda y: y.view(B, y.shape[1], -1, attention.head_dim).transpose(1, 2)  # noqa: E731
