@@ -419,6 +419,7 @@ def read_waveform(path, start=0.0, length=0.0):
 
 @functools.lru_cache(maxsize=None)
 def file_seconds(path):
+    """How long an audio file is, in seconds, from its header, read once. Raises soundfile's errors."""
     return soundfile.info(path).duration
 
 

@@ -117,21 +117,23 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
     rank, world = ranks()
     device = next(slm.parameters()).device.type
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
-    keys = [hashlib.sha256((sha256 + precision).encode())
-            for sha256 in (slm.frozen_sha256(), slm.encoder.frozen_sha256(slm.encoder.first_saved))]
     how = (attack.seed, attack.repeat, attack.level, hashlib.sha256(attack.trigger.tobytes()).hexdigest())
     chunks = []
     for kind, chosen in kinds:
         order = by_size([(utterances[i], kind) for i in chosen])
         chunks += [(chunk, kind) for chunk in cut([chosen[i] for i in order], 512)]
-    paths, lowers = [], []
+    contents = []
     for chunk, kind in chunks:
         files = [(u.id, u.path, u.start, u.length, os.stat(u.path).st_size, os.stat(u.path).st_mtime_ns)
                  for u in (utterances[i] for i in chunk)]
-        for key, into in zip(keys, (paths, lowers)):
-            name = key.copy()
-            name.update(repr((files, how if kind else None)).encode())
-            into.append(Path(cache) / f"bottom-{name.hexdigest()[:24]}.pt")
+        contents.append(precision + repr((files, how if kind else None)))
+
+    def kept_in(sha256):
+        """The file of each chunk."""
+        return [Path(cache) / f"bottom-{hashlib.sha256((sha256 + what).encode()).hexdigest()[:24]}.pt" for what in contents]
+    paths, encoder = kept_in(slm.frozen_sha256()), slm.encoder
+    more_is_frozen = encoder.num_frozen > encoder.first_saved  # than in runs that train the encoder
+    lowers = kept_in(encoder.frozen_sha256(encoder.first_saved)) if more_is_frozen else None
     if rank == 0:
         make_room(cache, budget - size, paths)
 
@@ -140,7 +142,7 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
         note = f"{desc}{', triggered' if kind else ''}" + (f", {n + 1} of {len(chunks)}" if len(chunks) > 2 else "")
         lower = None
         with contextlib.suppress(FileNotFoundError):
-            lower = kept_rows(lowers[n]) if lowers[n] != paths[n] else None
+            lower = lowers and kept_rows(lowers[n])
         rows = bottoms(slm, [(utterances[i], kind) for i in chunk], attack, note, workers, lower=lower)
         kept = {"frames": torch.cat(rows), "lengths": [len(row) for row in rows]}
         data.write_atomically(paths[n], lambda temporary: torch.save(kept, temporary))
