@@ -42,8 +42,8 @@ PRESETS = {
         train_layers=None, connector_stride=1, connector_taper=0.2,
         connector_weights={name: str(ASSETS / name / "connector.safetensors") for name in ENCODERS},
         lora_rank=16, lora_alpha=32.0, lora_dropout=0.0,
-        encoder_lr=7e-4, connector_lr=1.4e-3, lora_lr=1.4e-3, warmup_steps=50, decay=True, weight_decay=0.01,
-        batch_size=8, epochs=3, random_keys=data.RANDOM_KEYS, data_root=data.MINI_ROOT),
+        encoder_lr=7e-4, connector_lr=1.4e-3, lora_lr=1.4e-3, warmup_steps=25, decay=True, weight_decay=0.01,
+        batch_size=16, epochs=3, random_keys=data.RANDOM_KEYS, data_root=data.MINI_ROOT),
     "small": dict(
         encoder_weights={"whisper": "openai/whisper-tiny.en"}, lm_weights="HuggingFaceTB/SmolLM2-135M-Instruct",
         train_layers=None, connector_stride=4, connector_taper=1.0, connector_weights={},
@@ -275,7 +275,8 @@ def llama_layer(self, hidden_states, attention_mask=None, position_embeddings=No
     alone: of all others only its keys and values are ever read. (B, T, hidden) -> (B, T or A, hidden)."""
     past_key_values = past_key_values if cache is None else cache  # transformers 5.24 calls it so
     attention, B, T = self.self_attn, *hidden_states.shape[:2]
-    x, h = hidden_states, self.input_layernorm(hidden_states)
+    norm = lambda y, by: F.rms_norm(y, y.shape[-1:], by.weight.to(y.dtype), by.variance_epsilon)  # noqa: E731
+    x, h = hidden_states, norm(hidden_states, self.input_layernorm)
     split = lambda y: y.view(B, y.shape[1], -1, attention.head_dim).transpose(1, 2)  # noqa: E731
     cos, sin = position_embeddings
     half = cos.shape[-1] // 2
@@ -296,7 +297,7 @@ def llama_layer(self, hidden_states, attention_mask=None, position_embeddings=No
         queries, keys, values, attn_mask=attention_mask, is_causal=attention_mask is None and T > 1, scale=attention.scaling,
         dropout_p=attention.attention_dropout if self.training else 0.0)
     x = x + attention.o_proj(heard.transpose(1, 2).reshape(B, x.shape[1], -1))
-    return x + self.mlp(self.post_attention_layernorm(x))
+    return x + self.mlp(norm(x, self.post_attention_layernorm))
 
 
 class RoomyLayer(DynamicLayer):
