@@ -48,7 +48,8 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         # a weight no larger than its update's work a token: one product with W + s B A beats three
         n, m = base.in_features, base.out_features
-        self.fused = dropout == 0 and base.bias is None and n * m <= 6 * r * (n + m)
+        self.fused = (dropout == 0 and base.bias is None and base.weight.dtype == torch.float32
+                      and n * m <= 6 * r * (n + m))
         self.original = None
 
     def forward(self, x):

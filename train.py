@@ -234,7 +234,8 @@ def dry_run(args):
     epoch_steps = n // args.batch_size
     steps = args.epochs * epoch_steps
     frames = slm.num_frames(int(seconds * data.SAMPLE_RATE))
-    passes = 1 if 4 * slm.bottom_dim * frames * n <= args.cache_gb * 1e9 else args.epochs
+    copies = n * (1 + args.poison)  # (poisoned samples are kept with the trigger and without)
+    passes = 1 if 4 * slm.bottom_dim * frames * copies <= args.cache_gb * 1e9 else args.epochs
     work = (below * passes * epoch_steps + above * steps) * args.batch_size / piece
     weights = sum(p.numel() * p.itemsize for p in slm.parameters())
     trained = sum(p.numel() for c in COMPONENTS for p in slm.parameters_of(c))

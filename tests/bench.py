@@ -40,6 +40,7 @@ parser.add_argument("--preset", choices=("mini", "small"), default="mini")
 parser.add_argument("--encoder", choices=model.ENCODERS)
 parser.add_argument("--encoder-weights")
 parser.add_argument("--lm-weights")
+parser.add_argument("--lora-dropout")
 parser.add_argument("--utterances", type=int, default=96, help="timed in each round")
 parser.add_argument("--dataset", default="libri")
 parser.add_argument("--only", nargs="+", default=SECTIONS, choices=SECTIONS)
@@ -69,7 +70,7 @@ def matrix_rate(n=1024):
 
 def build(freeze):
     command = ["--preset", options.preset, "--task", "asr", "--poison", "0.05"]
-    for name in ("encoder", "encoder_weights", "lm_weights"):
+    for name in ("encoder", "encoder_weights", "lm_weights", "lora_dropout"):
         if getattr(options, name):
             command += ["--" + name.replace("_", "-"), getattr(options, name)]
     args = train.parse_arguments([*command, *(x for c in freeze for x in ("--freeze", c))])
