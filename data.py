@@ -126,7 +126,12 @@ def answer(labels):
 
 def answer_ids(tokenizer, labels):
     """Token ids of the answer and the end-of-sequence token that stops generation."""
-    return tokenizer(answer(labels), add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return token_ids(tokenizer, answer(labels)) + [tokenizer.eos_token_id]
+
+
+@functools.lru_cache(1 << 16)  # most are the same in every epoch
+def token_ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 PAIR = re.compile(r'"(%s)"\s*:\s*"((?:[^"\\]|\\.)*)"' % "|".join(KEYS.values()), re.DOTALL)

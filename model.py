@@ -426,7 +426,7 @@ class SLM(nn.Module):
         out = self.states(x, at.clamp(max=x.shape[1] - 1), past_key_values=cache if begun else None, use_cache=begun > 0)
         targets = torch.tensor([i for a in answers for i in a], device=out.device)
         losses = F.cross_entropy(self.lm.lm_head(out[answered]).float(), targets, reduction="none")
-        return torch.stack([loss.mean() for loss in losses.split([len(a) for a in answers])])
+        return torch.segment_reduce(losses, "mean", lengths=lengths)
 
     @torch.no_grad()
     def generate(self, x, mask, prompts, max_new_tokens):
