@@ -48,14 +48,13 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         # a weight no larger than its update's work a token: one product with W + s B A beats three
         n, m = base.in_features, base.out_features
-        self.fused = (dropout == 0 and base.bias is None and base.weight.dtype == torch.float32
-                      and n * m <= 6 * r * (n + m))
+        self.fused = dropout == 0 and base.bias is None and n * m <= 6 * r * (n + m)
         self.original = None
 
     def forward(self, x):
         if self.original is not None:
             return self.base(x)
-        if self.fused:
+        if self.fused and self.base.weight.dtype == torch.float32:  # bf16 would round a small update away
             return MergedLinear.apply(x, self.base.weight, self.lora_A, self.lora_B, self.scaling)
         # B takes the scaling: it is smaller than what comes out
         update = F.linear(F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.scaling * self.lora_B)
