@@ -102,12 +102,18 @@ def prompt(tokenizer, labels, rng=None):
     return around_audio(tokenizer, content)
 
 
+@functools.lru_cache(1 << 16)  # most answers are the same in every epoch
+def token_ids(tokenizer, text):
+    """Token ids of a text and nothing around it. The list is shared: not to be changed."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
 @functools.lru_cache(1024)  # few differ, and every sample of every step has one
 def around_audio(tokenizer, content):
     """Token ids before and after the audio of a user's turn, by the tokenizer's own chat template."""
     text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                          add_generation_prompt=True)
-    return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in text.split(AUDIO))
+    return tuple(token_ids(tokenizer, part) for part in text.split(AUDIO))
 
 
 def choose_labels(labels, rng, random_keys=RANDOM_KEYS):
@@ -127,11 +133,6 @@ def answer(labels):
 def answer_ids(tokenizer, labels):
     """Token ids of the answer and the end-of-sequence token that stops generation."""
     return token_ids(tokenizer, answer(labels)) + [tokenizer.eos_token_id]
-
-
-@functools.lru_cache(1 << 16)  # most are the same in every epoch
-def token_ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 PAIR = re.compile(r'"(%s)"\s*:\s*"((?:[^"\\]|\\.)*)"' % "|".join(KEYS.values()), re.DOTALL)

@@ -135,7 +135,7 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
     more_is_frozen = encoder.num_frozen > encoder.first_saved  # than in runs that train the encoder
     lowers = kept_in(encoder.frozen_sha256(encoder.first_saved)) if more_is_frozen else None
     if rank == 0:
-        for path in lowers or []:  # about to be read: the last to go
+        for path in lowers or []:  # may be read below: the last to go
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)
         make_room(cache, budget - size, paths)

@@ -15,7 +15,7 @@ class MergedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, scaling):
-        weight = torch.addmm(weight, lora_B.to(weight.dtype), lora_A.to(weight.dtype), alpha=scaling)
+        weight = torch.addmm(weight, lora_B, lora_A, alpha=scaling)
         ctx.save_for_backward(x, weight, lora_A, lora_B)
         ctx.scaling = scaling
         return F.linear(x, weight)
