@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scaling = alpha / r
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         # float32 whatever the base holds: an update far below the base weights' bf16 step must not be rounded away
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
@@ -51,13 +51,16 @@ class LoRALinear(nn.Module):
         self.fused = dropout == 0 and base.bias is None and n * m <= 6 * r * (n + m)
         self.original = None
 
-    def forward(self, x):
+    def forward(self, x, kept=None):
+        """`kept`: x with what the dropout takes at 0 (`together`); without it the layer draws its own, as peft's does."""
         if self.original is not None:
             return self.base(x)
         if self.fused and self.base.weight.dtype == torch.float32:  # bf16 would round a small update away
             return MergedLinear.apply(x, self.base.weight, self.lora_A, self.lora_B, self.scaling)
+        scaling = self.scaling / (1 - self.dropout) if kept is not None else self.scaling
+        kept = F.dropout(x, self.dropout, self.training) if kept is None else kept
         # B takes the scaling: it is smaller than what comes out
-        update = F.linear(F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.scaling * self.lora_B)
+        update = F.linear(F.linear(kept.to(self.lora_A.dtype), self.lora_A), scaling * self.lora_B)
         out = self.base(x)
         return out + update.to(out.dtype)
 
@@ -71,6 +74,18 @@ class LoRALinear(nn.Module):
     def unmerge(self):
         if self.original is not None:
             self.base.weight.data, self.original = self.original, None
+
+
+def together(x, *layers):
+    """[layer(x) for layer in layers]. On a CPU their LoRA's dropout takes the same entries of x in all of them, drawn four
+    from one 64-bit random number (the rate to 2^-16): bernoulli_ in each layer takes longer than LoRA's products."""
+    p = getattr(layers[0], "dropout", 0.0)
+    if not (p and layers[0].training) or x.device.type != "cpu":
+        return [layer(x) for layer in layers]
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
+    kept = words.view(torch.int16)[:x.numel()].view(x.shape) >= round(2 ** 16 * p) - 2 ** 15
+    kept = x.where(kept, 0)
+    return [layer(x, kept) for layer in layers]
 
 
 def add_lora(lm, r=8, alpha=16, dropout=0.05):

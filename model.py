@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelF
 from transformers.cache_utils import Cache, DynamicLayer
 
 import data
-from lora import add_lora, lora_state_dict
+from lora import add_lora, lora_state_dict, together
 
 ASSETS = Path(os.path.relpath(Path(__file__).resolve().parent / "assets"))  # run folders record no place of this machine
 ENCODERS = ("wavlm", "hubert", "wav2vec2", "whisper")
@@ -269,35 +269,79 @@ class Connector(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # the SLM
 
+class RMSNorm(torch.autograd.Function):
+    """x (..., hidden) -> x / sqrt(mean(x^2) + eps) * weight, which stays as it is. torch's own has no backward pass in one
+    piece on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rate = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        unit = x * rate
+        ctx.save_for_backward(unit, rate, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        unit, rate, weight = ctx.saved_tensors
+        grad = grad * weight
+        along = torch.linalg.vecdot(grad, unit)[..., None].div_(-grad.shape[-1])
+        return torch.addcmul(grad, unit, along).mul_(rate), None, None
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary positions (Su et al. 2021): x (..., T, head_dim) -> x cos + (-x2, x1) sin, where x1 and x2 are its halves.
+    Backwards the same by the opposite angle."""
+
+    @staticmethod
+    def turn(x, cos, sin):
+        half, out = x.shape[-1] // 2, x * cos
+        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return out
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return Rotate.turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotate.turn(grad, cos, -sin), None, None
+
+
 def llama_layer(self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, at=None,
                 cache=None, **kwargs):
     """Llama's decoder layer in fewer operations than transformers' own, and the last one at the positions `at` (B, A)
     alone: of all others only its keys and values are ever read. (B, T, hidden) -> (B, T or A, hidden)."""
     past_key_values = past_key_values if cache is None else cache  # transformers 5.24 calls it so
     attention, B, T = self.self_attn, *hidden_states.shape[:2]
-    norm = lambda y, by: F.rms_norm(y, y.shape[-1:], by.weight.to(y.dtype), by.variance_epsilon)  # noqa: E731
+    norm = lambda y, by: (RMSNorm.apply(y, by.weight, by.variance_epsilon) if y.dtype == torch.float32 and not y.is_cuda  # noqa: E731
+                          else F.rms_norm(y, y.shape[-1:], by.weight.to(y.dtype), by.variance_epsilon))
     x, h = hidden_states, norm(hidden_states, self.input_layernorm)
     split = lambda y: y.view(B, y.shape[1], -1, attention.head_dim).transpose(1, 2)  # noqa: E731
     cos, sin = position_embeddings
-    half = cos.shape[-1] // 2
-    sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # rotary positions: x cos + (-x2, x1) sin
-    rotate = lambda y, cos, sin: torch.addcmul(y * cos[:, None], y.roll(half, -1), sin[:, None])  # noqa: E731
-    keys, values = rotate(split(attention.k_proj(h)), cos, sin), split(attention.v_proj(h))
+    rotate = lambda y, cos, sin: Rotate.apply(y, cos[:, None], sin[:, None])  # noqa: E731
+    last = at is not None and attention.layer_idx == attention.config.num_hidden_layers - 1
+    keys, values, *queries = together(h, attention.k_proj, attention.v_proj, *([] if last else [attention.q_proj]))
+    keys, values = rotate(split(keys), cos, sin), split(values)
     if past_key_values is not None:
         keys, values = past_key_values.update(keys, values, attention.layer_idx)
-    if at is not None and attention.layer_idx == attention.config.num_hidden_layers - 1:
+    if last:
         rows, S = torch.arange(B, device=at.device)[:, None], keys.shape[2]
-        x, h, cos, sin = x[rows, at], h[rows, at], *(table.expand(B, -1, -1)[rows, at] for table in (cos, sin))
+        x, cos, sin = x[rows, at], *(table.expand(B, -1, -1)[rows, at] for table in (cos, sin))
+        queries = together(h[rows, at], attention.q_proj)
         attention_mask = ((torch.arange(S, device=at.device) <= at[..., None] + S - T)[:, None] if attention_mask is None
                           else attention_mask[:, 0].expand(B, -1, -1)[rows, at][:, None])
-    queries = rotate(split(attention.q_proj(h)), cos, sin)
+    queries = rotate(split(*queries), cos, sin)
     if attention.num_key_value_groups > 1:
         keys, values = (y.repeat_interleave(attention.num_key_value_groups, 1) for y in (keys, values))
     heard = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=attention_mask, is_causal=attention_mask is None and T > 1, scale=attention.scaling,
         dropout_p=attention.attention_dropout if self.training else 0.0)
-    x = x + attention.o_proj(heard.transpose(1, 2).reshape(B, x.shape[1], -1))
-    return x + self.mlp(norm(x, self.post_attention_layernorm))
+    x = x + together(heard.transpose(1, 2).reshape(B, x.shape[1], -1), attention.o_proj)[0]
+    gate, up = together(norm(x, self.post_attention_layernorm), self.mlp.gate_proj, self.mlp.up_proj)
+    return x + together(self.mlp.act_fn(gate) * up, self.mlp.down_proj)[0]
 
 
 class RoomyLayer(DynamicLayer):
