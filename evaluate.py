@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,20 +61,26 @@ def cut(order, size):
     return [order[i:i + size] for i in range(0, len(order), size)]
 
 
-def bottoms(part, items, attack, desc, workers=2, batch_size=16, lower=None):
-    """What the frozen part of an encoder or an SLM makes of each (utterance, triggered): a list of (T_i, dim) float32
-    tensors on the CPU. `lower`: what the encoder's `lower` made of them, where that is known, a list."""
-    batches, out = cut(by_size(items), batch_size), [None] * len(items)
-    stream = (features_of(part, items, batches, attack, workers) if lower is None else
-              ([lower[i] for i in batch] for batch in batches))
+def bottoms(part, groups, attack, desc, workers=2, batch_size=16, lowers=None):
+    """Yields, for each group (a list of (utterance, triggered)), what the frozen part of an encoder or an SLM makes of its
+    audio: a list of (T_i, dim) float32 tensors on the CPU. `lowers`: what the encoder's `lower` made of each group, a list, or
+    None where that is not known."""
+    lowers = lowers or [None] * len(groups)
+    items = [item for group in groups for item in group]
+    starts = np.cumsum([0, *map(len, groups)]).tolist()
+    batches = [[[start + i for i in batch] for batch in cut(by_size(group), batch_size)] for start, group in zip(starts, groups)]
+    stream = features_of(part, items, [batch for known, some in zip(lowers, batches) if known is None for batch in some],
+                         attack, workers)
     with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
-        for batch, rows in zip(batches, stream):
-            x, mask = (part.bottom(rows) if lower is None else
-                       part.upper(*stack(rows, part.encoder.layer_norm.weight.device)))
-            for i, row, n in zip(batch, x, mask.sum(1).tolist()):
-                out[i] = row[:n].float().cpu().clone()  # a view would keep the whole padded batch alive
-            progress.update(len(batch))
-    return out
+        for start, group, known, some in zip(starts, groups, lowers, batches):
+            out = [None] * len(group)
+            for batch in some:
+                x, mask = part.bottom(next(stream)) if known is None else part.upper(
+                    *stack([known[i - start] for i in batch], part.encoder.layer_norm.weight.device))
+                for i, row, n in zip(batch, x, mask.sum(1).tolist()):
+                    out[i - start] = row[:n].float().cpu().clone()  # a view would keep the whole padded batch alive
+                progress.update(len(batch))
+            yield out
 
 
 def make_room(cache, left, wanted):
@@ -121,7 +128,7 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
     chunks = []
     for kind, chosen in kinds:
         order = by_size([(utterances[i], kind) for i in chosen])
-        chunks += [(chunk, kind) for chunk in cut([chosen[i] for i in order], 512)]
+        chunks += [(chunk, kind) for chunk in cut([chosen[i] for i in order], 80)]
     contents = []
     for chunk, kind in chunks:
         files = [(u.id, u.path, u.start, u.length, os.stat(u.path).st_size, os.stat(u.path).st_mtime_ns)
@@ -140,19 +147,21 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
                 os.utime(path)
         make_room(cache, budget - size, paths)
 
-    def computed(n):
-        chunk, kind = chunks[n]
-        note = f"{desc}{', triggered' if kind else ''}" + (f", {n + 1} of {len(chunks)}" if len(chunks) > 2 else "")
-        lower = None
-        with contextlib.suppress(FileNotFoundError):
-            lower = lowers and kept_rows(lowers[n])
-        rows = bottoms(slm, [(utterances[i], kind) for i in chunk], attack, note, workers, lower=lower)
-        kept = {"frames": torch.cat(rows), "lengths": [len(row) for row in rows]}
-        data.write_atomically(paths[n], lambda temporary: torch.save(kept, temporary))
+    def made(which):
+        """Makes and keeps some chunks, by number. Returns the last one's rows."""
+        known = []
+        for n in which:
+            known.append(None)
+            with contextlib.suppress(FileNotFoundError):
+                known[-1] = lowers and kept_rows(lowers[n])
+        groups = [[(utterances[i], chunks[n][1]) for i in chunks[n][0]] for n in which]
+        for n, rows in zip(which, bottoms(slm, groups, attack, desc, workers, lowers=known)):
+            kept = {"frames": torch.cat(rows), "lengths": [len(row) for row in rows]}
+            data.write_atomically(paths[n], lambda temporary: torch.save(kept, temporary))
         return rows
-    for n in range(rank, len(chunks), world):
-        if not paths[n].exists():
-            computed(n)
+    mine = [n for n in range(rank, len(chunks), world) if not paths[n].exists()]
+    if mine:
+        made(mine)
     if world > 1:
         dist.barrier()
     out = [None] * len(utterances)
@@ -160,7 +169,7 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="c
         try:
             rows = kept_rows(paths[n])
         except FileNotFoundError:  # another run has just made room, or another machine's disk has it
-            rows = computed(n)
+            rows = made([n])
         for i, row in zip(chunk, rows):
             out[i] = row
     return out
@@ -190,7 +199,8 @@ def answers(slm, items, attack, labels_of, max_new_tokens, desc, workers=2, batc
     """The model's raw answer to the evaluation prompt for `labels_of(utterance)` for each (utterance, triggered).
     `kept`: of `cached_bottoms`. Processes share the work; each gets all the answers."""
     rank, world = ranks()
-    batches, out = cut(by_size(items), batch_size)[rank::world], {}
+    rounds = math.ceil(len(items) / (batch_size * world))  # of a batch in every process
+    batches, out = cut(by_size(items), math.ceil(len(items) / (rounds * world)))[rank::world], {}
     with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
         for batch, (x, mask) in zip(batches, inputs(slm, items, batches, kept, attack, workers)):
             prompts = [data.prompt(slm.tokenizer, labels_of(items[i][0])) for i in batch]

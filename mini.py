@@ -732,7 +732,7 @@ def make_small_connector(encoder_folder, lm_folder, speech):
 def pooled(encoder, utterances, desc):
     """Encoder output averaged over time, (n, dim), and the frames themselves, a list of (T_i, dim)."""
     import evaluate
-    rows = evaluate.bottoms(encoder, [(u, False) for u in utterances], None, desc)
+    rows, = evaluate.bottoms(encoder, [[(u, False) for u in utterances]], None, desc)
     with torch.no_grad():
         frames = [encoder.top(row[None], torch.ones(1, len(row), dtype=torch.bool))[0] for row in rows]
     return torch.stack([f.mean(0) for f in frames]).numpy(), frames

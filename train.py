@@ -9,6 +9,7 @@ Defaults that are not set here stand in PRESETS at the top of model.py; each of 
 """
 import argparse
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -258,26 +260,52 @@ def dry_run(args):
 
 
 def start_processes(args):
-    """On the CPU: starts the other processes of a data-parallel run and makes this one the first of them, as torchrun
-    would, but with this process's own output and exit status. The others end when this one does: gloo notices."""
+    """On the CPU: forks the other processes of a data-parallel run and makes this one the first of them, as torchrun
+    would, but with this process's own output and exit status, and without loading torch once more. They end when it does.
+    Returns [(process id, the file that its stderr goes to)]."""
     if args.processes is None:
         several = args.preset == "mini" and args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ
         args.processes = min(len(os.sched_getaffinity(0)), 4) if several else 1
     n = args.processes
     if "WORLD_SIZE" in os.environ or n < 2:
-        return
+        return []
     if not args.device == "cpu" or n > args.batch_size:
         data.die(f"--processes {n}: for the CPU, and no more than --batch-size {args.batch_size}; GPUs take torchrun")
-    threads = max(1, torch.get_num_threads() // n)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, torch.get_num_threads() // n))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        shared = dict(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]),
-                      OMP_NUM_THREADS=str(threads))
-    for rank in range(1, n):  # a session of their own: Ctrl-C is the first process's to answer
-        subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **shared, "RANK": str(rank)},
-                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    os.environ.update(shared, RANK="0")
+        os.environ.update(WORLD_SIZE=str(n), RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    first, others = os.getpid(), []
+    for rank in range(1, n):
+        says = tempfile.TemporaryFile()
+        others.append((os.fork(), says))
+        if others[-1][0] == 0:
+            os.environ["RANK"] = str(rank)
+            os.setsid()  # Ctrl-C is the first process's to answer
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for stream, instead in ((0, nothing), (1, nothing), (2, says.fileno())):
+                os.dup2(instead, stream)
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != first:
+                raise SystemExit(1)
+            return []
+    return others
+
+
+@contextlib.contextmanager
+def speaking_for(others):
+    """Where another process has ended with an error that the user can mend, so does this one: gloo only says it is gone."""
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(1)
+        for process, says in others:
+            if os.waitpid(process, os.WNOHANG)[1] == 2 << 8:  # exit status 2
+                says.seek(0)
+                said = [line for line in says.read().decode().splitlines() if line.startswith("error: ")]  # (bars, too)
+                data.die(said[-1].removeprefix("error: "))
+        raise
 
 
 def environment():
@@ -307,9 +335,12 @@ def main():
     args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
     if device.type == "cpu" and args.amp == "bf16":  # flash attention's backward pass takes three times as long there
         torch.backends.cuda.enable_flash_sdp(False)
-    if args.dataset in data.READERS and args.data_root == data.MINI_ROOT:
-        data.read_split(args.dataset, args.data_root, "train")  # made now if it has to be, by one process
-    start_processes(args)
+    with speaking_for(start_processes(args)):
+        train(args, device)
+
+
+def train(args, device):
+    """The whole run in one of its processes."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -334,6 +365,8 @@ def main():
     if args.overwrite and main_process:
         for name in ("args.json", "environment.json", "last.pt", "model.pt", "metrics.json", "log.jsonl", "predictions.jsonl"):
             (run / name).unlink(missing_ok=True)
+    if main_process and args.dataset in data.READERS and args.data_root == data.MINI_ROOT:
+        data.read_split(args.dataset, args.data_root, "train")  # made now if it has to be, by one process
     if world > 1:  # from here on all see the same files
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,6 +25,7 @@ os.environ["TQDM_DISABLE"] = "1"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
@@ -46,6 +48,7 @@ parser.add_argument("--dataset", default="libri")
 parser.add_argument("--only", nargs="+", default=SECTIONS, choices=SECTIONS)
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--threads", type=int, default=1, help="of torch; a study trains one run a core")
+parser.add_argument("--processes", type=int, default=1, help="that share our answering, as train.py's do, the threads divided")
 options = parser.parse_args()
 
 
@@ -170,6 +173,11 @@ def training(title, freeze, corpus, cache):
 
 def answering(test_set, cache):
     """Batched answers against one by one; what frozen layers put out made on the spot, and kept by an earlier run."""
+    if options.processes > 1:
+        train.start_processes(SimpleNamespace(processes=options.processes, preset=options.preset, device="cpu",
+                                              batch_size=options.utterances))
+        dist.init_process_group("gloo")
+    ours, (rank, world) = torch.get_num_threads(), evaluate.ranks()
     args, slm = build([])
     slm.eval()
     attack = poison.make_attack("asr", test_set, 0.05, seed=1)
@@ -186,19 +194,28 @@ def answering(test_set, cache):
                                 workers=0, kept=kept and kept())
 
     def one_by_one():
+        torch.set_num_threads(options.threads)
         with reference_layers(slm):
-            return [plain_answer(slm, u, tokens) for u in few]
+            texts = [plain_answer(slm, u, tokens) for u in few] if rank == 0 else []
+        torch.set_num_threads(ours)
+        return texts
     rates, same = [], 1.0
     for _ in range(options.rounds):
         rates.append([])
         for work, n in ((one_by_one, len(few)), (functools.partial(ask, None), len(utterances)),
                         (functools.partial(ask, keep), len(utterances))):
+            if world > 1:
+                dist.barrier()
             start = time.perf_counter()
             texts = work()
             rates[-1].append(n / (time.perf_counter() - start))
             if work is one_by_one:
                 alone = texts
             same = min(same, sum(a == b for a, b in zip(alone, texts)) / len(few))
+    if world > 1:
+        dist.barrier()
+    if rank:
+        os._exit(0)
     for title, i in (("evaluation", 1), ("evaluation, frozen kept", 2)):
         ratios = sorted(row[i] / row[0] for row in rates)
         print(f"{title:<26}{statistics.median(row[0] for row in rates):>8.1f}{statistics.median(row[i] for row in rates):>8.1f}"

@@ -175,7 +175,7 @@ def test_a_frozen_encoder_starts_from_what_runs_that_train_it_have_kept(one, tmp
     keep(cache=tmp_path / "shared")
     slm.freeze("encoder"), slm.freeze("connector")
     from_audio = keep(cache=tmp_path / "alone")
-    monkeypatch.setattr(evaluate, "features_of", None)  # no audio is read again
+    monkeypatch.setattr(data, "load_waveform", None)  # no audio is read again
     for a, b in zip(keep(cache=tmp_path / "shared"), from_audio, strict=True):
         assert torch.equal(a, b) and a.shape[1] == slm.connector.conv3.out_channels
 

@@ -141,13 +141,18 @@ def test_bad_audio_is_refused(tmp_path, waveform, words):
     refused(python("train.py", *SMALL, "--dataset", "m.csv", cwd=tmp_path), "odd.wav", words)
 
 
-def write_corpus(folder, waveform):
+def test_bad_audio_that_another_process_reads_is_refused_in_the_same_way(tmp_path):
+    write_corpus(tmp_path, np.full(9000, np.nan), 100)  # the largest file is among the second process's
+    refused(python("train.py", *SMALL, "--dataset", "m.csv", "--processes", 2, cwd=tmp_path), "odd.wav", "NaN")
+
+
+def write_corpus(folder, waveform, n=20):
     rng = np.random.default_rng(0)
     lines = ["audio_path,gender,split", "odd.wav,male,train"]
     soundfile.write(folder / "odd.wav", waveform, 16000, subtype="FLOAT")
-    for i in range(20):
+    for i in range(n):
         soundfile.write(folder / f"{i}.wav", 0.1 * rng.standard_normal(8000), 16000)
-        lines.append(f"{i}.wav,{['male', 'female'][i % 2]},{'train' if i < 14 else 'dev' if i < 16 else 'test'}")
+        lines.append(f"{i}.wav,{['male', 'female'][i % 2]},{'train' if i < n - 6 else 'dev' if i < n - 4 else 'test'}")
     (folder / "m.csv").write_text("\n".join(lines) + "\n")
 
 
