@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,8 +198,7 @@ def answers(slm, items, attack, labels_of, max_new_tokens, desc, workers=2, batc
     """The model's raw answer to the evaluation prompt for `labels_of(utterance)` for each (utterance, triggered).
     `kept`: of `cached_bottoms`. Processes share the work; each gets all the answers."""
     rank, world = ranks()
-    rounds = math.ceil(len(items) / (batch_size * world))  # of a batch in every process
-    batches, out = cut(by_size(items), math.ceil(len(items) / (rounds * world)))[rank::world], {}
+    batches, out = cut(by_size(items)[rank::world], batch_size), {}
     with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
         for batch, (x, mask) in zip(batches, inputs(slm, items, batches, kept, attack, workers)):
             prompts = [data.prompt(slm.tokenizer, labels_of(items[i][0])) for i in batch]

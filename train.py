@@ -186,7 +186,7 @@ def validation_loss(slm, utterances, kept, workers, batch_size=32):
     """Mean loss over clean development utterances, all labels asked for. Processes share the work."""
     slm.eval()
     rank, world = evaluate.ranks()
-    batches = evaluate.cut(list(range(len(utterances))), batch_size)[rank::world]
+    batches = evaluate.cut(list(range(len(utterances)))[rank::world], batch_size)
     losses = []
     stream = evaluate.inputs(slm, [(u, False) for u in utterances], batches, kept, None, workers)
     for batch, (x, mask) in zip(batches, stream):
