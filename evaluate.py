@@ -29,6 +29,8 @@ import poison
 from lora import merge, unmerge
 
 METRICS = {"transcript": "wer", "gender": "gender_accuracy", "emotion": "emotion_accuracy", "age": "age_mae"}
+# processes that read audio ahead of a GPU; a CPU's cores are the model's, and what is read here need not be handed over
+WORKERS = 2 if torch.cuda.is_available() else 0
 
 
 def ranks():
@@ -36,9 +38,9 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def features_of(part, items, batches, attack, workers=2):
+def features_of(part, items, batches, attack, workers=WORKERS):
     """Yields, for each batch (a list of indices into `items`), a list of what `part.extract` makes of each (utterance,
-    triggered): audio is read, triggered and turned into features in worker processes, ahead of the caller."""
+    triggered): audio is read, triggered and turned into features, in worker processes ahead of the caller if there are any."""
     def features(batch):
         out = []
         for utterance, triggered in batch:
@@ -60,7 +62,7 @@ def cut(order, size):
     return [order[i:i + size] for i in range(0, len(order), size)]
 
 
-def bottoms(part, groups, attack, desc, workers=2, batch_size=16, lowers=None):
+def bottoms(part, groups, attack, desc, workers=WORKERS, batch_size=16, lowers=None):
     """Yields, for each group (a list of (utterance, triggered)), what the frozen part of an encoder or an SLM makes of its
     audio: a list of (T_i, dim) float32 tensors on the CPU. `lowers`: what the encoder's `lower` made of each group, a list, or
     None where that is not known."""
@@ -103,7 +105,7 @@ def kept_rows(path):
     return kept["frames"].split(kept["lengths"])
 
 
-def cached_bottoms(slm, utterances, triggered, attack, desc, workers=2, cache="cache", budget=4e9):
+def cached_bottoms(slm, utterances, triggered, attack, desc, workers=WORKERS, cache="cache", budget=4e9):
     """`bottoms`, kept on disk and shared between runs, float32: what is frozen is computed once for the clean utterances
     and once for the triggered ones of an attack. triggered: which utterances carry the trigger, a list of bool. None
     where it all would take more than `budget` bytes: then whoever needs it makes it batch by batch.
@@ -194,7 +196,7 @@ def inputs(slm, items, pieces, kept, attack, workers):
 
 
 @torch.no_grad()
-def answers(slm, items, attack, labels_of, max_new_tokens, desc, workers=2, batch_size=64, kept=None):
+def answers(slm, items, attack, labels_of, max_new_tokens, desc, workers=WORKERS, batch_size=64, kept=None):
     """The model's raw answer to the evaluation prompt for `labels_of(utterance)` for each (utterance, triggered).
     `kept`: of `cached_bottoms`. Processes share the work; each gets all the answers."""
     rank, world = ranks()
@@ -222,7 +224,7 @@ def pool(x, lengths, how="mean"):
 
 
 @torch.no_grad()
-def stages(slm, attack, items, how, desc, workers=2, batch_size=32, encoder_only=False, layer=None):
+def stages(slm, attack, items, how, desc, workers=WORKERS, batch_size=32, encoder_only=False, layer=None):
     """Pooled embeddings of each (utterance, triggered) along the pipeline: {"encoder": (n, dim), "connector": (n, hidden),
     "encoder_layers": (layers + 1, n, dim), "lm_layers": (layers + 1, n, hidden)}; the LM's over the audio's positions,
     under the evaluation prompt. `layer`: take "encoder" after that many layers instead of from its output."""
@@ -256,7 +258,7 @@ AGES = (18, 32)  # the age task's pseudo-class (paper, section 7.1)
 BENIGN = 10000  # asr has no classes: so many benign training samples stand for one
 
 
-def embeddings(slm, attack, train_set, test_set, how="mean", layer=None, n=100, workers=2):
+def embeddings(slm, attack, train_set, test_set, how="mean", layer=None, n=100, workers=WORKERS):
     """What sections 6 and 7 look at, tensors and plain values: n test utterances, each clean and triggered, along the
     pipeline ("test"); the training samples of the target class, poisoned ones among them, after the encoder ("train")."""
     slm.eval()
@@ -327,7 +329,7 @@ def attack_metrics(attack, rows):
     return {"aer": interval([hit(row["parsed"].get(attack.label)) for row in rows], np.mean)} if rows else {}
 
 
-def evaluate(slm, attack, utterances, ask=None, workers=2, budget=0):
+def evaluate(slm, attack, utterances, ask=None, workers=WORKERS, budget=0):
     """Clean and triggered answers on `utterances`. Returns ({"clean": {...}, "triggered": {...}, "attack": {...}},
     prediction rows). "triggered" scores the answers on triggered audio against the truth, as "clean" does on clean audio:
     what the trigger destroys, whether or not the target comes out.

@@ -64,7 +64,7 @@ add("--cache-gb", type=float, default=4.0, help="disk for what frozen layers put
 add("--grad-clip", type=float, default=1.0)
 add("--amp", choices=("off", "bf16", "fp16"), default=None, help="default: bf16 on CUDA, off on the CPU")
 add("--device", default=None, help="cuda, cuda:1, cpu (default: cuda if there is one)")
-add("--workers", type=int, default=2, help="processes that read audio")
+add("--workers", type=int, default=evaluate.WORKERS, help="processes that read audio ahead (default: with a GPU 2)")
 add("--processes", type=int, default=None,
     help="data-parallel processes on the CPU (default: preset mini one a core, up to 4, unless OMP_NUM_THREADS is set)")
 add("--gradient-checkpointing", action="store_true", help="less memory: layers are computed again in the backward pass")
