@@ -289,6 +289,8 @@ def start_processes(args):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != first:
                 raise SystemExit(1)
+            # torch makes its thread pool anew in a fork when it is next asked for, and cannot when two threads ask at once
+            torch.set_num_threads(torch.get_num_threads())
             return []
     return others
 
