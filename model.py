@@ -66,6 +66,8 @@ with contextlib.suppress(OSError, AttributeError):
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     ctypes.CDLL("libc.so.6").mallopt(M_TRIM_THRESHOLD, -1)
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_MAX, 0)
+# oneDNN keeps a compiled convolution for each of the last 1,024 lengths of audio: 0.6 GB and more, and no faster
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def load_part(auto, path, **kwargs):

@@ -282,7 +282,7 @@ def sizes(corpus):
         pieces = evaluate.cut(list(range(n)), args.batch_size)
 
         def read():
-            for _ in evaluate.inputs(slm, [(u, False) for u in chosen], pieces, None, attack, 1):
+            for _ in evaluate.inputs(slm, [(u, False) for u in chosen], pieces, None, attack, evaluate.WORKERS):
                 pass
         (took, memory) = peak_memory(lambda: timed(read))
         print(f"{n:>5} utterances, nothing kept: peak {memory:.0f} MB, {n / took:.0f} utterances a second", flush=True)
