@@ -50,6 +50,8 @@ parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--threads", type=int, default=1, help="of torch; a study trains one run a core")
 parser.add_argument("--processes", type=int, default=1, help="that share our answering, as train.py's do, the threads divided")
 options = parser.parse_args()
+if {"training", "answering"} & set(options.only):  # oneDNN's own default: one utterance at a time loses a fifth by model.py's
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "1024"
 
 
 def peak_memory(work):
