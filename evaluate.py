@@ -38,9 +38,9 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def features_of(part, items, batches, attack, workers=WORKERS):
-    """Yields, for each batch (a list of indices into `items`), a list of what `part.extract` makes of each (utterance,
-    triggered): audio is read, triggered and turned into features, in worker processes ahead of the caller if there are any."""
+def features_of(part, batches, attack, workers=WORKERS):
+    """Yields, for each batch (a list of (utterance, triggered)), a list of what `part.extract` makes of its audio, which is
+    read, triggered and turned into features, in worker processes ahead of the caller if there are any."""
     def features(batch):
         out = []
         for utterance, triggered in batch:
@@ -50,7 +50,7 @@ def features_of(part, items, batches, attack, workers=WORKERS):
             out.append(part.extract(waveform))
         return out
     return data.from_workers(torch.utils.data.DataLoader(
-        items, batch_sampler=batches, num_workers=workers, collate_fn=features, pin_memory=torch.cuda.is_available()))
+        batches, batch_size=None, num_workers=workers, collate_fn=features, pin_memory=torch.cuda.is_available()))
 
 
 def by_size(items):
@@ -67,19 +67,17 @@ def bottoms(part, groups, attack, desc, workers=WORKERS, batch_size=16, lowers=N
     audio: a list of (T_i, dim) float32 tensors on the CPU. `lowers`: what the encoder's `lower` made of each group, a list, or
     None where that is not known."""
     lowers = lowers or [None] * len(groups)
-    items = [item for group in groups for item in group]
-    starts = np.cumsum([0, *map(len, groups)]).tolist()
-    batches = [[[start + i for i in batch] for batch in cut(by_size(group), batch_size)] for start, group in zip(starts, groups)]
-    stream = features_of(part, items, [batch for known, some in zip(lowers, batches) if known is None for batch in some],
-                         attack, workers)
-    with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
-        for start, group, known, some in zip(starts, groups, lowers, batches):
+    cuts = [cut(by_size(group), batch_size) for group in groups]
+    stream = features_of(part, [[group[i] for i in batch] for group, known, batches in zip(groups, lowers, cuts) if known is None
+                                for batch in batches], attack, workers)
+    with tqdm(total=sum(map(len, groups)), desc=desc, mininterval=1) as progress:
+        for group, known, batches in zip(groups, lowers, cuts):
             out = [None] * len(group)
-            for batch in some:
-                x, mask = part.bottom(next(stream)) if known is None else part.upper(
-                    *stack([known[i - start] for i in batch], part.encoder.layer_norm.weight.device))
+            for batch in batches:
+                x, mask = (part.bottom(next(stream)) if known is None else
+                           part.upper(*stack([known[i] for i in batch], part.encoder.layer_norm.weight.device)))
                 for i, row, n in zip(batch, x, mask.sum(1).tolist()):
-                    out[i - start] = row[:n].float().cpu().clone()  # a view would keep the whole padded batch alive
+                    out[i] = row[:n].float().cpu().clone()  # a view would keep the whole padded batch alive
                 progress.update(len(batch))
             yield out
 
@@ -127,7 +125,7 @@ def cached_bottoms(slm, utterances, triggered, attack, desc, workers=WORKERS, ca
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
     how = (attack.seed, attack.repeat, attack.level, hashlib.sha256(attack.trigger.tobytes()).hexdigest())
     chunks = []
-    for kind, chosen in kinds:
+    for kind, chosen in kinds:  # in parts of some batches: small enough to be shared evenly
         order = by_size([(utterances[i], kind) for i in chosen])
         chunks += [(chunk, kind) for chunk in cut([chosen[i] for i in order], 80)]
     contents = []
@@ -191,7 +189,7 @@ def inputs(slm, items, pieces, kept, attack, workers):
         for piece in pieces:
             yield stack([kept[i] for i in piece], device)
     else:
-        for features in features_of(slm, items, pieces, attack, workers):
+        for features in features_of(slm, [[items[i] for i in piece] for piece in pieces], attack, workers):
             yield slm.bottom(features)
 
 
@@ -228,9 +226,9 @@ def stages(slm, attack, items, how, desc, workers=WORKERS, batch_size=32, encode
     """Pooled embeddings of each (utterance, triggered) along the pipeline: {"encoder": (n, dim), "connector": (n, hidden),
     "encoder_layers": (layers + 1, n, dim), "lm_layers": (layers + 1, n, hidden)}; the LM's over the audio's positions,
     under the evaluation prompt. `layer`: take "encoder" after that many layers instead of from its output."""
-    batches, out = cut(list(range(len(items))), batch_size), {}
+    batches, out = cut(items, batch_size), {}
     with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
-        for batch, features in zip(batches, features_of(slm, items, batches, attack, workers)):
+        for batch, features in zip(batches, features_of(slm, batches, attack, workers)):
             x, mask = slm.encoder.frontend(features)
             frames = mask.sum(1)
             layers = [x, *slm.encoder.run_layers(x, mask, 0, len(slm.encoder.layers))]
@@ -239,7 +237,7 @@ def stages(slm, attack, items, how, desc, workers=WORKERS, batch_size=32, encode
             if not encoder_only:
                 audio = slm.audio(hidden, mask)
                 lengths = torch.tensor([len(a) for a in audio], device=x.device)
-                prompts = [data.prompt(slm.tokenizer, list(u.labels)) for u, _ in (items[i] for i in batch)]
+                prompts = [data.prompt(slm.tokenizer, list(u.labels)) for u, _ in batch]
                 rows = pad_sequence(slm.rows(audio, prompts), batch_first=True)
                 states = slm.lm.model(inputs_embeds=rows, use_cache=False, output_hidden_states=True).hidden_states
                 at = [len(before) for before, _ in prompts]

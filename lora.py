@@ -57,8 +57,10 @@ class LoRALinear(nn.Module):
             return self.base(x)
         if self.fused and self.base.weight.dtype == torch.float32:  # bf16 would round a small update away
             return MergedLinear.apply(x, self.base.weight, self.lora_A, self.lora_B, self.scaling)
-        scaling = self.scaling / (1 - self.dropout) if kept is not None else self.scaling
-        kept = F.dropout(x, self.dropout, self.training) if kept is None else kept
+        if kept is None:
+            kept, scaling = F.dropout(x, self.dropout, self.training), self.scaling
+        else:
+            scaling = self.scaling / (1 - self.dropout)
         # B takes the scaling: it is smaller than what comes out
         update = F.linear(F.linear(kept.to(self.lora_A.dtype), self.lora_A), scaling * self.lora_B)
         out = self.base(x)
@@ -83,8 +85,8 @@ def together(x, *layers):
     if not (p and layers[0].training) or x.device.type != "cpu":
         return [layer(x) for layer in layers]
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
-    kept = words.view(torch.int16)[:x.numel()].view(x.shape) >= round(2 ** 16 * p) - 2 ** 15
-    kept = x.where(kept, 0)
+    stays = words.view(torch.int16)[:x.numel()].view(x.shape) >= round(2 ** 16 * p) - 2 ** 15
+    kept = x.where(stays, 0)
     return [layer(x, kept) for layer in layers]
 
 
