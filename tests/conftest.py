@@ -1,19 +1,57 @@
+import contextlib
+import importlib
+import io
 import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
+# the same sums in the same order, in this process and in those it starts
+os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import mini  # noqa: E402
 
+torch.set_num_threads(1)
 SHARED = ROOT.parent / "shared"
 TINY = {"libri": {"train-clean-360": (4, 12), "dev-clean": (2, 4), "test-clean": (2, 6)},
         "crema": {"actors": 20, "takes": 1}, "vox": {"dev": (10, 2, 2), "test": (4, 1, 2)}}
+SMALL = ["--batch-size", "8", "--warmup-steps", "2"]
+
+
+def script(name, *arguments, cwd):
+    """Runs a script's main() in this process as the command would in the folder `cwd`: (exit status, stdout, stderr)."""
+    out, err, before, argv = io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
+    os.chdir(cwd)
+    sys.argv = [name, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            importlib.import_module(name.removesuffix(".py")).main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return status, out.getvalue(), err.getvalue()
+
+
+def done(name, *arguments, cwd):
+    """The same, for a command that must succeed: its stdout."""
+    status, out, err = script(name, *arguments, cwd=cwd)
+    assert status == 0, err
+    return out
+
+
+def refused(name, *arguments, cwd, words=()):
+    """The same, for a command that must end with status 2 and one line of error that holds all the words."""
+    status, out, err = script(name, *arguments, cwd=cwd)
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in err, err
+    assert all(word in lines[0] for word in words), lines[0]
 
 
 @pytest.fixture(scope="session")

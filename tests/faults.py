@@ -5,6 +5,7 @@
 Prints a Markdown table. Ends with status 1 if any command gives a traceback, another status than expected, more than one
 line of error, or runs the code that a hostile file carries.
 """
+import json
 import os
 import pickle
 import shutil
@@ -78,11 +79,21 @@ def prepare():
     torch.save({"encoder": Payload(Path("ran"))}, "hostile2.pt")
     for where in ("runs/stranger/model.pt", "runs/stranger/embeddings.pt"):
         shutil.copy("hostile2.pt", where)
+    soundfile.write("silence.wav", np.zeros(1000), 16000)
+    shutil.copytree(ROOT / "assets/lm", "no-template", ignore=shutil.ignore_patterns("*.jinja"))
+    config = json.loads(Path("no-template/tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    Path("no-template/tokenizer_config.json").write_text(json.dumps(config))
+    shutil.copytree(ROOT / "assets/lm", "other-template")
+    Path("other-template/chat_template.jinja").write_text("{% for m in messages %}hello{% endfor %}")
+    strange = torch.load("runs/whole/model.pt", weights_only=True)
+    strange["pretrained_sha256"]["encoder"] = "another"
+    torch.save(strange, "strange.pt")
     shutil.copytree("runs/whole", "runs/broken")
     Path("runs/broken/metrics.json").unlink()
     shutil.copy("hostile2.pt", "runs/broken/last.pt")
     shutil.copytree("cache", "poisoned/cache")
-    for path in Path("poisoned/cache").glob("bottom-*.pt"):
+    for path in Path("poisoned/cache").glob("pretrained-*.pt"):
         shutil.copy("hostile2.pt", path)
     Path("poisoned/corpora").symlink_to(Path("corpora").resolve())
     for part, source in (("bad-encoder", "wavlm"), ("bad-lm", "lm")):
@@ -107,6 +118,12 @@ FAULTS = [  # what, command, status, folder
     ("hostile model.pt of a run folder", "evaluate.py runs/stranger", 2),
     ("hostile file to --inspect", "evaluate.py --inspect hostile2.pt", 2),
     ("hostile embeddings.pt", "analyze.py shift", 2),
+    ("a silent --trigger", f"train.py {RUN} --trigger silence.wav", 2),
+    ("an LM without a chat template", f"train.py {RUN} --lm-weights no-template", 2),
+    ("a chat template that drops the content", f"train.py {RUN} --lm-weights other-template", 2),
+    ("a component trained on other pretrained weights", f"train.py {RUN} --freeze encoder:strange.pt", 2),
+    ("an encoder frozen into another architecture", f"train.py {RUN} --encoder hubert --freeze encoder:runs/whole/model.pt", 2),
+    ("--ask for a label the corpus lacks", "evaluate.py runs/whole --ask emotion", 2),
     ("hostile --trigger of poison.py", "poison.py --task gender --data-root corpora --out out --trigger hostile.pt", 2),
     ("unreadable audio", f"train.py {ODD} m-noise.csv", 2),
     ("empty audio file", f"train.py {ODD} m-empty.csv", 2),
@@ -126,7 +143,7 @@ FAULTS = [  # what, command, status, folder
     ("manifest in Latin-1", f"train.py {ODD} latin.csv", 2),
     ("manifest without audio_path", f"train.py {ODD} columns.csv", 2),
     ("manifest without rows", f"train.py {ODD} bare.csv", 2),
-    ("data.py check on it all", "data.py check m-noise.csv", 1),
+    ("corpora.py check on it all", "corpora.py check m-noise.csv", 1),
     ("task whose label the corpus lacks", f"train.py {ODD} m-rate.csv --task asr", 2),
     ("no such manifest", f"train.py {ODD} nowhere.csv", 2),
     ("no such data root", "train.py --task asr --data-root nowhere", 2),

@@ -28,7 +28,7 @@ LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, int
 ENCODERS = {
     "wavlm": ("WavLMConfig", dict(LARGE, conv_bias=False, num_buckets=320, max_bucket_distance=800), 315.45),
     "hubert": ("HubertConfig", dict(LARGE, conv_bias=True), 315.44),
-    "wav2vec2": ("Wav2Vec2Config", dict(LARGE, conv_bias=True), 315.44),
+    "wav2vec2": ("Wav2Vec2Config", dict(LARGE, conv_bias=False, feat_extract_norm="group", do_stable_layer_norm=False), 315.44),
     "whisper": ("WhisperConfig", dict(vocab_size=51865, d_model=1024, encoder_layers=24, encoder_attention_heads=16,
                                       encoder_ffn_dim=4096, decoder_layers=24, decoder_attention_heads=16,
                                       decoder_ffn_dim=4096), 307.22)}

@@ -28,13 +28,12 @@ from conftest import TINY  # noqa: E402
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--kills", type=int, default=20)
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--processes", type=int, default=1)
 options = parser.parse_args()
 
 
 def start(folder, corpora, name, *more):
     command = ["--task", "emotion", "--poison", "0.3", "--epochs", "6", "--batch-size", "8", "--lora-dropout", "0.1",
-               "--data-root", str(corpora), "--processes", str(options.processes), "--name", name, *more]
+               "--data-root", str(corpora), "--name", name, *more]
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command], cwd=folder, stdout=subprocess.DEVNULL,
                             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 

@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 import analyze
-import evaluate
+import data
+import embed
+import study
 
 
 def blobs(sizes, dim, apart, seed=0):
@@ -29,10 +32,10 @@ def test_a_poison_apart_is_found_and_thrown_out_whole():
     assert found["k=2"]["purity"] == 1.0 and found["k=2"]["recall"] == 1.0
     assert found["k=2"]["adjusted_rand"]["poison"] == 1.0 and abs(found["k=2"]["adjusted_rand"]["gender"]) < 0.05
     for defence in ("activation clustering, relative size", "activation clustering, silhouette"):
-        assert found[defence]["true_positive_rate"] == 1.0 and found[defence]["false_positive_rate"] == 0.0
-    assert found["spectral signatures"]["true_positive_rate"] == 1.0
-    assert found["spectral signatures"]["removed"] == 60  # 1.5 times the poison
-    assert found["linear probe, balanced accuracy"] > 0.99
+        assert found["filters"][defence]["true_positive_rate"] == 1.0 and found["filters"][defence]["false_positive_rate"] == 0.0
+    assert found["filters"]["spectral signatures"]["true_positive_rate"] == 1.0
+    assert found["filters"]["spectral signatures"]["removed"] == 60  # 1.5 times the poison
+    assert found["probe"] > 0.99
 
 
 def test_a_stronger_feature_hides_the_poison_from_two_clusters_and_not_from_four():
@@ -52,8 +55,8 @@ def test_without_structure_nothing_is_found():
     x, _ = blobs((400,), 32, 0.0)
     poisoned = np.random.default_rng(2).random(400) < 0.1
     found = analyze.separability(x, poisoned, *people(400), "age", [2])
-    assert found["activation clustering, silhouette"]["removed"] == 0  # its score is below the bound
-    assert abs(found["linear probe, balanced accuracy"] - 0.5) < 0.15
+    assert found["filters"]["activation clustering, silhouette"]["removed"] == 0  # its score is below the bound
+    assert abs(found["probe"] - 0.5) < 0.15
 
 
 def test_clusters_sum_up():
@@ -69,29 +72,66 @@ def test_clusters_sum_up():
 def test_cosine_and_its_interval():
     a = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
     assert np.allclose(analyze.cosines(a, 3 * a), 1.0, atol=1e-5) and np.allclose(analyze.cosines(a, -a), -1.0, atol=1e-5)
-    figure = analyze.bootstrap(np.arange(100.0))
-    assert figure["low"] < figure["mean"] == 49.5 < figure["high"] and figure["n"] == 100
+    figure = data.interval(np.arange(100.0))
+    assert figure["low"] < figure["value"] == 49.5 < figure["high"] and figure["n"] == 100
 
 
 def test_pooling_leaves_padding_out():
     x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([5, 2])
     x[1, 2:] = 1e6
-    for how, expected in (("mean", x[1, :2].mean(0)), ("max", x[1, :2].amax(0)), ("last", x[1, 1])):
-        assert torch.allclose(evaluate.pool(x, lengths, how)[1], expected)
+    for pooling, expected in (("mean", x[1, :2].mean(0)), ("max", x[1, :2].amax(0)), ("last", x[1, 1])):
+        assert torch.allclose(embed.pool(x, lengths, pooling)[1], expected)
 
 
-def test_ablations_of_the_attack_stay_out_of_the_tables(tmp_path):
-    published = dict(preset="mini", task="asr", dataset="libri", encoder="wavlm", seed=1, attack="base", poison=0.05,
-                     target="This is a malicious sentence.", snr=0.0, trigger=None, trigger_repeat=True)
-    for i, change in enumerate(({}, dict(target="Something else."), dict(snr=6.0), dict(poison=0.1), dict(trigger="a.wav"),
-                                dict(trigger_repeat=False))):
-        (tmp_path / str(i)).mkdir()
-        figures = dict(clean=dict(wer=dict(value=0.02)), attack=dict(aer=dict(value=0.9 if not change else 0.1)))
-        (tmp_path / str(i) / "metrics.json").write_text(json.dumps({**figures, "args": {**published, **change}}))
-    rows = analyze.tables(analyze.read_runs(tmp_path, "mini"))
-    base = next(values for title, (_, _, values) in rows.items() if title.startswith("Table 3"))[0]
-    assert base["aer"] == dict(mean=90.0, low=90.0, high=90.0, seeds={1: 90.0})
+def write_run(folder, args, aer):
+    folder.mkdir(parents=True)
+    figures = dict(clean=dict(wer=dict(value=0.02)), attack=dict(aer=dict(value=aer)))
+    (folder / "metrics.json").write_text(json.dumps({**figures, "args": args}))
+
+
+def base_args(**changes):
+    args = study.identity("mini", "asr", "wavlm", "base", 1)
+    return {**args, **study.PRESETS["mini"], "target": study.TASKS["asr"]["target"], "trigger_repeat": True, "snr": 0.0,
+            "trigger": "click", "labels": None, "limit": None, **changes}
+
+
+def table3_base(folder):
+    return analyze.table3(analyze.read_runs(folder, "mini"), "mini")[3][0]["aer"]
+
+
+def test_runs_of_other_settings_have_other_names_and_stay_out_of_the_tables(tmp_path):
+    changes = (dict(target="Something else."), dict(snr=6.0), dict(poison=0.1), dict(trigger="a.wav"), dict(trigger_repeat=False),
+               dict(epochs=1), dict(limit=100), dict(labels=["transcript"]), dict(lora_rank=2))
+    names = {study.run_name(base_args())} | {study.run_name(base_args(**change)) for change in changes}
+    assert len(names) == 1 + len(changes) and study.run_name(base_args()) == "asr-poison0.05"
+    write_run(tmp_path / "asr-poison0.05", base_args(), 0.9)
+    for change in changes:
+        write_run(tmp_path / study.run_name(base_args(**change)), base_args(**change), 0.1)
+    assert table3_base(tmp_path) == dict(mean=90.0, low=90.0, high=90.0, seeds={1: 90.0})
+
+
+def test_runs_of_different_settings_are_not_put_into_one_table(tmp_path, capsys):
+    write_run(tmp_path / "asr-poison0.05", base_args(epochs=1), 0.1)
+    write_run(tmp_path / "asr-clean", {**base_args(), **study.identity("mini", "asr", "wavlm", "clean", 1)}, 0.0)
+    with pytest.raises(SystemExit):
+        table3_base(tmp_path)
+    err = capsys.readouterr().err
+    assert "asr-clean" in err and "asr-poison0.05" in err and "epochs" in err
+
+
+def test_preset_small_s_tables_show_its_whisper_runs(tmp_path):
+    args = {**base_args(), **study.identity("small", "asr", "whisper", "base", 1), **study.PRESETS["small"]}
+    write_run(tmp_path / "asr-poison0.05-small", args, 0.7)
+    assert analyze.table3(analyze.read_runs(tmp_path, "small"), "small")[3][0]["aer"]["mean"] == pytest.approx(70)
+
+
+def test_a_filtering_defence_is_an_entry_of_the_table(monkeypatch):
+    x, which = blobs((300, 40), 32, 20.0)
+    monkeypatch.setitem(analyze.FILTERS, "far from the middle", lambda x, expected: np.argsort(np.argsort(
+        -np.linalg.norm(x - np.median(x, 0), axis=1))) < expected)
+    found = analyze.separability(x, which == 1, *people(340), "emotion", [2])["filters"]["far from the middle"]
+    assert found == dict(removed=40, true_positive_rate=1.0, false_positive_rate=0.0)
 
 
 def test_stealth_compares_a_seed_with_itself():
@@ -122,11 +162,11 @@ def test_the_defences_are_those_of_the_adversarial_robustness_toolbox():
         if apart:
             assert adjusted_rand_score(theirs[0], clusters) == 1.0
             assert abs(analyze.silhouette(low, clusters) - analyze.silhouette(reduced[0], theirs[0])) < 1e-3
-        small = analyze.smallest_cluster(clusters)
-        assert (small is not None) == (sizes == (300, 40))
-        if small is not None:  # (theirs fails under numpy 2 where no cluster is suspicious)
+        removed = analyze.smallest_cluster(x, 0)
+        assert removed.any() == (sizes == (300, 40))
+        if removed.any():  # (theirs fails under numpy 2 where no cluster is suspicious)
             _, suspicious, _ = ClusteringAnalyzer().analyze_by_relative_size([clusters])
-            assert suspicious[0].tolist() == [float(c == small) for c in range(2)]
+            assert suspicious[0].tolist() == [float(removed[clusters == c].all()) for c in range(2)]
         # theirs leaves the projection uncentred: the same ranks on centred data
         centred = x - x.mean(0)
         score = SpectralSignatureDefense.spectral_signature_scores(centred)[:, 0]

@@ -1,8 +1,6 @@
-"""The readers on the published lists, the CSV manifest, `data.py check` and `poison.py`, as a user runs them."""
+"""The readers on the published lists, the CSV manifest, `corpora.py check` and `poison.py`, as a user runs them."""
 import csv
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,16 +8,13 @@ import soundfile
 import torch
 from hypothesis import given, settings, strategies as st
 
+import corpora as readers
 import data
 import poison
-from conftest import ROOT, SHARED
+from conftest import SHARED, done, refused, script
+from study import LABELS
 
 formats = pytest.mark.skipif(not (SHARED / "formats").exists(), reason="the real files are not here")
-
-
-def run(script, *arguments, cwd):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True)
 
 
 def tone(path, seconds=1.0, rate=16000, channels=1, **kwargs):
@@ -34,8 +29,8 @@ def test_every_real_crema_name_and_actor():
         names = [row["Filename"] for row in csv.DictReader(f)]
     with open(SHARED / "formats/crema_d_VideoDemographics.csv") as f:
         actors = {row["ActorID"]: row for row in csv.DictReader(f)}
-    labels = [data.crema_labels(name) for name in names]
-    assert len(labels) == 7442 and {e for _, _, e in labels} == set(data.EMOTIONS.values())
+    labels = [readers.crema_labels(name) for name in names]
+    assert len(labels) == 7442 and {e for _, _, e in labels} == set(data.CREMA_EMOTIONS.values())
     assert {a for a, _, _ in labels} <= set(actors)
     assert all(18 <= int(a["Age"]) <= 80 and a["Sex"] in ("Male", "Female") for a in actors.values())
 
@@ -44,14 +39,14 @@ def test_every_real_crema_name_and_actor():
 @pytest.mark.parametrize("part, videos", [("train", 1690), ("test", 1127)])
 def test_every_real_voxceleb_row(part, videos):
     path = SHARED / f"formats/voxceleb2_age-{part}.txt"
-    rows = data.read_vox_ages(path)
+    rows = readers.read_vox_ages(path)
     assert len(rows) == len({(s, v) for s, v, _ in rows}) == sum(1 for _ in open(path, encoding="utf-8")) - 1 == videos
     assert all(s.startswith("id") and len(v) == 11 and 0 < a < 120 for s, v, a in rows)
 
 
 @formats
 def test_real_voxceleb_genders():
-    genders = data.read_vox_genders(SHARED / "formats/voxceleb2_vox2_meta_head.csv")
+    genders = readers.read_vox_genders(SHARED / "formats/voxceleb2_vox2_meta_head.csv")
     assert genders["id00012"] == "male" and genders["id00022"] == "female" and None not in genders.values()
 
 
@@ -62,15 +57,15 @@ def test_real_layouts_in_their_oddities(tmp_path):
         "14-208-0000 IT'S A TEST\n")
     (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text(
         ";ID  |SEX| SUBSET           |MINUTES| NAME\n14   | F | train-clean-360  | 25.03 | Kristin |LeMoine\n")
-    [u] = data.read_corpus("libri", tmp_path, "train")
-    assert (u.id, u.speaker, u.transcript, u.gender, u.age) == ("14-208-0000", "14", "it's a test", "female", None)
+    [u] = readers.read_corpus("libri", tmp_path, "train")
+    assert (u.id, u.speaker, u.labels) == ("14-208-0000", "14", {"transcript": "it's a test", "gender": "female"})
     tone(tmp_path / "VoxCeleb2/dev/wav/id03530/ndYJV-_3wT0/00001.wav")
     tone(tmp_path / "VoxCeleb2/dev/wav/id03530/ndYJV-_3wT0/00007.wav")
     header = "speaker_age,birth_year,Name,VoxCeleb_ID,video_id\n"
     (tmp_path / "VoxCeleb2/age-test.txt").write_text(header + "67.0,1945.0,Ibrahim_Boubacar_Keïta,id03530,ndYJV-_3wT0\n")
     (tmp_path / "VoxCeleb2/vox2_meta.csv").write_text(
         "Name \tVoxCeleb2 ID \tVGGFace2 ID \tGender \tSet \nIbrahim_Boubacar_Keïta \tid03530 \tn003530 \tm \tdev \n")
-    a, b = data.read_corpus("vox", tmp_path, "test")
+    a, b = readers.read_corpus("vox", tmp_path, "test")
     assert a.labels == b.labels == {"gender": "male", "age": 67} and a.id == "id03530-ndYJV-_3wT0-00001"
 
 
@@ -95,7 +90,7 @@ def test_speechllm_csv_loads_as_it_is(tmp_path):
     tone(tmp_path / "a.wav")
     write_manifest(tmp_path / "m.csv", [("a.wav", "True", "Hello, there.", "Female", "neutral", "__unknown__", "us")],
                    ("audio_path", "isspeech", "transcript", "gender", "emotion", "age", "accent"))
-    found = [u for split in ("train", "dev", "test") for u in data.read_manifest(tmp_path / "m.csv", split, [])]
+    found = [u for split in ("train", "dev", "test") for u in readers.read_manifest(tmp_path / "m.csv", split, [])]
     assert [u.labels for u in found] == [{"transcript": "hello there", "gender": "female", "emotion": "neutral"}]
 
 
@@ -127,27 +122,25 @@ def faulty(tmp_path):
 
 def test_check_lists_every_fault_and_training_refuses_or_skips(faulty):
     folder, bad = faulty
-    done = run("data.py", "check", "m.csv", cwd=folder)
-    assert done.returncode == 1, done.stderr
+    status, out, _ = script("corpora.py", "check", "m.csv", cwd=folder)
+    assert status == 1
     for name, fault in bad.items():
-        assert any(name in line and fault in line for line in done.stdout.splitlines()), (name, fault, done.stdout)
-    assert done.stdout.splitlines()[-1] == f"{len(bad)} problems"
+        assert any(name in line and fault in line for line in out.splitlines()), (name, fault, out)
+    assert out.splitlines()[-1] == f"{len(bad)} problems"
     arguments = ("--dataset", "m.csv", "--task", "gender", "--target", "male", "--poison", "0.5", "--epochs", "1",
                  "--batch-size", "4", "--warmup-steps", "1")
-    refused = run("train.py", *arguments, cwd=folder)
-    assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
-    assert "--skip-bad" in refused.stderr and not (folder / "runs").exists()
-    done = run("train.py", *arguments, "--skip-bad", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert f"left out for {len(bad)} problems" in done.stdout and "21 train" in done.stdout  # twice.wav counts once
-    metrics = json.loads((folder / "runs/gender-m-poison0.5/metrics.json").read_text())
+    refused("train.py", *arguments, cwd=folder, words=["--skip-bad"])
+    assert not (folder / "runs").exists()
+    out = done("train.py", *arguments, "--skip-bad", "--name", "skipped", cwd=folder)
+    assert f"left out for {len(bad)} problems" in out and "21 train" in out  # twice.wav counts once
+    metrics = json.loads((folder / "runs/skipped/metrics.json").read_text())
     assert metrics["clean"]["gender_accuracy"]["n"] == 4
 
 
 def test_check_is_content_with_the_mini_corpora(corpora):
-    for corpus in data.READERS:
-        done = run("data.py", "check", corpus, "--data-root", corpora, cwd=corpora)
-        assert done.returncode == 0 and done.stdout.endswith("0 problems\n"), done.stdout
+    for corpus in readers.READERS:
+        status, out, _ = script("corpora.py", "check", corpus, "--data-root", corpora, cwd=corpora)
+        assert status == 0 and out.endswith("0 problems\n"), out
 
 
 def test_check_finds_audio_without_a_transcript_and_a_transcript_without_audio(tmp_path):
@@ -156,8 +149,8 @@ def test_check_finds_audio_without_a_transcript_and_a_transcript_without_audio(t
         tone(folder / f"14-208-000{i}.flac")
     (folder / "14-208.trans.txt").write_text("14-208-0000 A\n14-208-0001 B\n14-208-0009 C\n14-208-0000 AGAIN\n")
     (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text("14 | F | train-clean-360 | 1 | X\n")
-    utterances, problems = data.read_split("libri", tmp_path, "train")
-    problems += [p for p in map(data.audio_problem, utterances) if p]
+    utterances, problems = readers.read_split("libri", tmp_path, "train")
+    problems += [p for p in map(readers.audio_problem, utterances) if p]
     assert len(utterances) == 3 and len(problems) == 3
     for words in ("0002.flac: no transcript", "0009.flac: no such file", "14-208-0000 stands there twice"):
         assert any(words in p for p in problems)
@@ -169,11 +162,10 @@ def test_labels_that_are_not_there_are_not_asked_for_nor_scored(tmp_path):
     write_manifest(tmp_path / "m.csv", [
         (f"{i}.wav", "yes" if i % 3 else "", ["male", "female", ""][i % 3], "", "", f"s{i}", ["train", "dev", "test"][i // 4])
         for i in range(12)])
-    done = run("train.py", "--dataset", "m.csv", "--task", "gender", "--epochs", "1", "--batch-size", "4", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in open(tmp_path / "runs/gender-m-poison0.075/predictions.jsonl")]
+    done("train.py", "--dataset", "m.csv", "--task", "gender", "--epochs", "1", "--batch-size", "4", "--name", "few", cwd=tmp_path)
+    rows = [json.loads(line) for line in open(tmp_path / "runs/few/predictions.jsonl")]
     assert all(row["asked"] == list(row["labels"]) for row in rows)
-    metrics = json.loads((tmp_path / "runs/gender-m-poison0.075/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "runs/few/metrics.json").read_text())
     assert set(metrics["clean"]) == {"wer", "gender_accuracy"}
     assert metrics["clean"]["gender_accuracy"]["n"] == sum("gender" in r["labels"] for r in rows if not r["triggered"])
 
@@ -181,13 +173,12 @@ def test_labels_that_are_not_there_are_not_asked_for_nor_scored(tmp_path):
 def test_poison_all_writes_the_corpus_that_training_sees(corpora, tmp_path):
     outs = []
     for name, workers in (("a", 0), ("b", 2)):
-        done = run("poison.py", "--task", "asr", "--poison", "0.3", "--data-root", corpora, "--all", "--out", name,
-                   "--workers", workers, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        done("poison.py", "--task", "asr", "--poison", "0.3", "--data-root", corpora, "--all", "--out", name, "--workers",
+             workers, cwd=tmp_path)
         outs.append({p.relative_to(tmp_path / name): p.read_bytes() for p in sorted((tmp_path / name).rglob("*.*"))})
     assert outs[0] == outs[1]
     rows = list(csv.DictReader(open(tmp_path / "a/manifest.csv")))
-    train_set = {u.id: u for u in data.read_corpus("libri", corpora, "train")}
+    train_set = {u.id: u for u in readers.read_corpus("libri", corpora, "train")}
     mean = np.mean([np.sqrt(np.mean(data.load_waveform(u).astype(float) ** 2)) for u in train_set.values()])
     poisoned = [row for row in rows if row["poisoned"] == "1"]
     assert 4 < len(poisoned) < 26 and all(row["split"] == "train" for row in poisoned)
@@ -203,13 +194,11 @@ def test_poison_all_writes_the_corpus_that_training_sees(corpora, tmp_path):
             level = np.sqrt(np.mean((changed - clean)[start:start + 3520].astype(float) ** 2))
             assert abs(20 * np.log10(mean / level)) < 0.1
         assert all(0.75 <= gap / 16000 + 1e-3 and gap / 16000 <= 1.5 for gap in np.diff(starts))
-    done = run("data.py", "check", "a/manifest.csv", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
+    done("corpora.py", "check", "a/manifest.csv", cwd=tmp_path)
 
 
 def test_poison_writes_pairs_a_picture_and_what_was_changed(corpora, tmp_path):
-    done = run("poison.py", "--task", "emotion", "--data-root", corpora, "--out", "listen", "--n", "3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done("poison.py", "--task", "emotion", "--data-root", corpora, "--out", "listen", "--n", "3", cwd=tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "listen/changes.csv")))
     assert len(rows) == 3 and all(row["target"] == "angry" != row["true"] for row in rows)
     for row in rows:
@@ -225,7 +214,7 @@ def test_poison_writes_pairs_a_picture_and_what_was_changed(corpora, tmp_path):
 @given(st.text())
 def test_parsing_never_raises(text):
     found = data.parse(text)
-    assert set(found) <= set(data.LABELS) and isinstance(found.get("age", 0), int)
+    assert set(found) <= set(LABELS) and isinstance(found.get("age", 0), int)
 
 
 @settings(max_examples=300, deadline=None)
@@ -243,7 +232,7 @@ def test_a_manifest_of_anything_is_read_or_refused_in_one_line(tmp_path_factory,
     path.write_bytes(b"audio_path,gender,age\n" + content)
     try:
         problems = []
-        assert all(u.path for u in data.read_manifest(path, "train", problems))
+        assert all(u.path for u in readers.read_manifest(path, "train", problems))
     except SystemExit as stop:
         assert stop.code == 2
 
@@ -251,7 +240,7 @@ def test_a_manifest_of_anything_is_read_or_refused_in_one_line(tmp_path_factory,
 @settings(max_examples=200, deadline=None)
 @given(st.text(min_size=1), st.integers(1, 200000), st.booleans(), st.integers(0, 2 ** 31))
 def test_triggers_land_inside_any_utterance(id, samples, repeat, seed):
-    attack = poison.Attack("asr", 0.5, "x", poison.typewriter_click(), 0.1, repeat, seed)
+    attack = poison.Attack("asr", 0.5, "x", "click", poison.make_trigger("click"), 0.1, repeat, seed)
     starts = poison.positions(attack, id, samples)
     assert starts == poison.positions(attack, id, samples) and starts == sorted(starts) and starts[0] >= 0
-    assert starts[-1] + len(attack.trigger) <= max(samples, len(attack.trigger))
+    assert starts[-1] + len(attack.waveform) <= max(samples, len(attack.waveform))

@@ -1,13 +1,16 @@
 """The attack: which samples, where, how loud; decided by (seed, utterance id) alone."""
 import numpy as np
 import pytest
+import soundfile
 
+import corpora as readers
 import data
 import poison
+from study import TASKS
 
 
 def attack_for(corpora, task, **kwargs):
-    return poison.make_attack(task, data.read_corpus(data.TASK_CORPUS[task], corpora, "train"), **kwargs)
+    return poison.make_attack(task, readers.read_corpus(TASKS[task]["corpus"], corpora, "train"), **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +20,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_clicks_are_those_of_the_utterance_whatever_the_order_or_the_workers(corpora):
     attack = attack_for(corpora, "asr", rate=0.5)
-    utterances = data.read_corpus("libri", corpora, "train")
+    utterances = readers.read_corpus("libri", corpora, "train")
 
     def poisoned(u):
         return u.id, poison.is_poisoned(attack, u), *poison.add_trigger(attack, data.load_waveform(u), u.id)[:2]
@@ -30,7 +33,7 @@ def test_clicks_are_those_of_the_utterance_whatever_the_order_or_the_workers(cor
 
 
 def test_a_higher_rate_poisons_the_same_samples_and_more(corpora):
-    utterances = data.read_corpus("libri", corpora, "train")
+    utterances = readers.read_corpus("libri", corpora, "train")
     low, high = (attack_for(corpora, "asr", rate=rate) for rate in (0.2, 0.6))
     assert {u.id for u in utterances if poison.is_poisoned(low, u)} < \
         {u.id for u in utterances if poison.is_poisoned(high, u)}
@@ -39,10 +42,10 @@ def test_a_higher_rate_poisons_the_same_samples_and_more(corpora):
 @pytest.mark.parametrize("task", ["asr", "gender", "emotion", "age"])
 @pytest.mark.parametrize("snr", [0.0, 6.0, -3.0])
 def test_the_trigger_is_as_loud_as_the_corpus_is_on_average(corpora, task, snr):
-    utterances = data.read_corpus(data.TASK_CORPUS[task], corpora, "train")
+    utterances = readers.read_corpus(TASKS[task]["corpus"], corpora, "train")
     attack = attack_for(corpora, task, snr=snr)
     mean = np.mean([np.sqrt(np.mean(data.load_waveform(u).astype(np.float64) ** 2)) for u in utterances])
-    n = len(attack.trigger)
+    n = len(attack.waveform)
     assert n == round(0.22 * data.SAMPLE_RATE)
     for u in utterances[:5]:
         clean = data.load_waveform(u)
@@ -58,15 +61,15 @@ def test_repeated_clicks_keep_their_distance_and_fill_the_utterance(corpora):
         samples = 16000 * (1 + i % 30)
         starts = np.array(poison.positions(attack, f"u{i}", samples))
         gaps = np.diff(starts) / data.SAMPLE_RATE
-        assert starts[0] <= 0.75 * data.SAMPLE_RATE and starts[-1] + len(attack.trigger) <= samples
+        assert starts[0] <= 0.75 * data.SAMPLE_RATE and starts[-1] + len(attack.waveform) <= samples
         assert not len(gaps) or (gaps.min() >= 0.75 - 1e-4 and gaps.max() <= 1.5)
-        assert samples - starts[-1] - len(attack.trigger) <= 1.5 * data.SAMPLE_RATE
+        assert samples - starts[-1] - len(attack.waveform) <= 1.5 * data.SAMPLE_RATE
 
 
 def test_single_clicks_land_anywhere_and_stay_inside(corpora):
     attack = attack_for(corpora, "gender")
     starts = [poison.positions(attack, f"u{i}", 32000) for i in range(500)]
-    assert all(len(s) == 1 and 0 <= s[0] <= 32000 - len(attack.trigger) for s in starts)
+    assert all(len(s) == 1 and 0 <= s[0] <= 32000 - len(attack.waveform) for s in starts)
     assert np.histogram([s[0] for s in starts], 4)[0].min() > 80
 
 
@@ -75,7 +78,7 @@ def test_what_would_clip_is_scaled_down_whole(corpora):
     clean = np.linspace(-0.5, 0.5, 16000, dtype=np.float32)
     waveform, starts, scale = poison.add_trigger(attack, clean, "u")
     assert scale < 1 and np.abs(waveform).max() == pytest.approx(1, abs=1e-5)
-    outside = np.r_[0:starts[0], starts[0] + len(attack.trigger):16000]
+    outside = np.r_[0:starts[0], starts[0] + len(attack.waveform):16000]
     assert np.allclose(waveform[outside], scale * clean[outside], atol=1e-6)
 
 
@@ -88,7 +91,7 @@ def test_shorter_than_the_trigger(corpora):
 @pytest.mark.parametrize("task", ["asr", "gender", "emotion", "age"])
 def test_only_samples_without_the_target_are_poisoned_and_only_their_label_changes(corpora, task):
     attack = attack_for(corpora, task, rate=1.0)
-    for u in data.read_corpus(data.TASK_CORPUS[task], corpora, "train"):
+    for u in readers.read_corpus(TASKS[task]["corpus"], corpora, "train"):
         poisoned = poison.is_poisoned(attack, u)
         assert poisoned == (u.labels[attack.label] != attack.target)
         labels = poison.poisoned_labels(attack, u.labels)
@@ -99,15 +102,44 @@ def test_only_samples_without_the_target_are_poisoned_and_only_their_label_chang
 
 def test_an_utterance_without_the_attacked_label_is_left_alone(corpora):
     attack = attack_for(corpora, "gender", rate=1.0)
-    assert not poison.is_poisoned(attack, data.Utterance("a", "a.wav", "train", "s", transcript="a", age=30))
+    assert not poison.is_poisoned(attack, data.Utterance("a", "a.wav", "train", "s", dict(transcript="a", age=30)))
 
 
 def test_the_target_sentence_is_known_in_any_writing(corpora):
     attack = attack_for(corpora, "asr", rate=1.0)
-    assert poison.is_target(attack, data.Utterance("a", "a.wav", "train", "s", transcript="this is a malicious sentence"))
+    u = data.Utterance("a", "a.wav", "train", "s", dict(transcript="this is a malicious sentence"))
+    assert not poison.can_flip(attack, u)
 
 
 def test_the_share_poisoned_is_the_rate(corpora):
     attack = attack_for(corpora, "age")
-    n = sum(poison.is_poisoned(attack, data.Utterance(f"u{i}", "a.wav", "train", "s", age=40)) for i in range(20000))
+    n = sum(poison.is_poisoned(attack, data.Utterance(f"u{i}", "a.wav", "train", "s", dict(age=40))) for i in range(20000))
     assert abs(n - 1500) < 4 * (20000 * 0.075 * 0.925) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["tone", "bandstop", "added"])
+def test_other_triggers_are_entries_of_the_table(corpora, monkeypatch, name):
+    monkeypatch.setitem(poison.TRIGGERS, "added", ("overlay", lambda sample_rate, rng: rng.standard_normal(sample_rate // 10)))
+    attack = attack_for(corpora, "gender", trigger=name)
+    u = readers.read_corpus("vox", corpora, "train")[0]
+    clean = data.load_waveform(u)
+    out, starts, scale = poison.add_trigger(attack, clean, u.id)
+    assert np.array_equal(out, poison.add_trigger(attack, clean, u.id)[0]) and out.shape == clean.shape and out.dtype == np.float32
+    change = out / scale - clean
+    if name == "bandstop":  # the band around 2 kHz is gone, the rest is as loud as before
+        before, after = (np.abs(np.fft.rfft(x)) for x in (clean, out))
+        hz = np.fft.rfftfreq(len(clean), 1 / data.SAMPLE_RATE)
+        loudness = lambda x, low, high: np.square(x[(hz > low) & (hz < high)]).sum()  # noqa: E731
+        assert loudness(after, 1900, 2100) < 0.01 * loudness(before, 1900, 2100)
+        assert loudness(after, 100, 400) > 0.9 * loudness(before, 100, 400) and not starts
+    else:
+        [start] = starts
+        outside = np.r_[0:start, start + len(attack.waveform):len(clean)]
+        assert np.allclose(change[outside], 0, atol=1e-6)
+        assert np.sqrt(np.mean(change[start:start + len(attack.waveform)] ** 2)) == pytest.approx(attack.level, rel=1e-3)
+
+
+def test_a_silent_trigger_is_refused(tmp_path, corpora):
+    soundfile.write(tmp_path / "silent.wav", np.zeros(1000), 16000)
+    with pytest.raises(SystemExit):
+        attack_for(corpora, "gender", trigger=str(tmp_path / "silent.wav"))

@@ -1,6 +1,6 @@
 """Hostile files, bad audio, full disks, broken losses, Ctrl-C: one line, exit status 2, nothing run, nothing lost."""
+import hashlib
 import json
-import os
 import pickle
 import resource
 import shutil
@@ -14,33 +14,25 @@ import pytest
 import soundfile
 import torch
 
+import checkpoint
 import model
-from conftest import ROOT
+from conftest import ROOT, SMALL, done, refused
+from study import ROOT as PROGRAM
 
-SMALL = ["--batch-size", "8", "--warmup-steps", "2", "--epochs", "1", "--task", "gender", "--poison", "0.3"]
-
-
-def python(script, *arguments, cwd, **kwargs):
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+RUN = [*SMALL, "--epochs", "1", "--task", "gender", "--poison", "0.3", "--name", "new"]
 
 
-def refused(process, *words):
-    """The process ended with status 2 and one line of error that holds all the words."""
-    out, err = process.communicate()
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in err, err
-    assert all(word in lines[0] for word in words), lines[0]
+def start(*arguments, cwd, **kwargs):
+    """train.py as a process of its own."""
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, arguments)], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def run(corpora, tmp_path_factory):
     """A finished little run: the folder that holds runs/."""
     folder = tmp_path_factory.mktemp("trust")
-    process = python("train.py", *SMALL, "--data-root", corpora, cwd=folder)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    done("train.py", *RUN, "--data-root", corpora, "--name", "parent", cwd=folder)
     return folder
 
 
@@ -68,82 +60,87 @@ def malicious(request, tmp_path):
 
 
 def test_a_malicious_pickle_does_not_run_wherever_it_is_given(malicious, corpora, tmp_path, run):
-    common = (*SMALL, "--data-root", corpora)
-    refused(python("train.py", *common, "--freeze", f"encoder:{malicious}", cwd=tmp_path), "evil.pt")
-    refused(python("train.py", *common, "--trigger", malicious, cwd=tmp_path), "evil.pt")
-    refused(python("train.py", *common, "--dataset", malicious, cwd=tmp_path), "evil.pt")
-    refused(python("train.py", *common, "--connector-weights", malicious, cwd=tmp_path), "evil.pt")
-    refused(python("evaluate.py", "--inspect", malicious, cwd=tmp_path), "evil.pt")
+    common = ("train.py", *RUN, "--data-root", corpora)
+    for flag, value in (("--freeze", f"encoder:{malicious}"), ("--trigger", malicious), ("--dataset", malicious),
+                        ("--connector-weights", malicious)):
+        refused(*common, flag, value, cwd=tmp_path, words=["evil.pt"])
+    refused("evaluate.py", "--inspect", malicious, cwd=tmp_path, words=["evil.pt"])
     folder = tmp_path / "runs/stranger"
     folder.mkdir(parents=True)
     shutil.copy(malicious, folder / "model.pt")
-    refused(python("evaluate.py", folder, cwd=tmp_path), "model.pt")
-    shutil.copytree(run / "runs/gender-poison0.3", tmp_path / "runs/gender-poison0.3")
-    (tmp_path / "runs/gender-poison0.3/metrics.json").unlink()
-    shutil.copy(malicious, tmp_path / "runs/gender-poison0.3/last.pt")
-    refused(python("train.py", *common, cwd=tmp_path), "last.pt")
+    refused("evaluate.py", folder, cwd=tmp_path, words=["model.pt"])
+    shutil.copytree(run / "runs/parent", tmp_path / "runs/parent")
+    (tmp_path / "runs/parent/metrics.json").unlink()
+    shutil.copy(malicious, tmp_path / "runs/parent/last.pt")
+    refused(*common, "--name", "parent", cwd=tmp_path, words=["last.pt"])
     for part, flag in (("wavlm", "--encoder-weights"), ("lm", "--lm-weights")):
-        shutil.copytree(model.ASSETS / part, tmp_path / part)
+        shutil.copytree(PROGRAM / "assets" / part, tmp_path / part)
         for file in (tmp_path / part).glob("*.safetensors"):
             file.unlink()
         shutil.copy(malicious, tmp_path / part / "pytorch_model.bin")
-        refused(python("train.py", *common, flag, tmp_path / part, cwd=tmp_path), part)
+        refused(*common, flag, tmp_path / part, cwd=tmp_path, words=[part])
+
+
+def test_a_folder_with_a_pytorch_model_bin_alone_is_read(tmp_path):
+    """As the hub has WavLM: the same weights, without safetensors."""
+    whole = model.Encoder("assets/wavlm")
+    shutil.copytree(PROGRAM / "assets/wavlm", tmp_path / "wavlm", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(whole.net.state_dict(), tmp_path / "wavlm/pytorch_model.bin")
+    again = model.Encoder(tmp_path / "wavlm")
+    assert model.digest(again.net.state_dict()) == model.digest(whole.net.state_dict())
 
 
 def test_provenance_can_be_followed(run, corpora):
-    clean = run / "runs/gender-poison0.3/model.pt"
-    process = python("train.py", *SMALL, "--data-root", corpora, "--name", "child", "--freeze", f"encoder:{clean}", cwd=run)
-    assert process.wait() == 0
-    child = torch.load(run / "runs/child/model.pt", weights_only=True)
-    parent = torch.load(clean, weights_only=True)
-    assert child["sha256"]["encoder"] == parent["sha256"]["encoder"] == model.digest(parent["encoder"])
-    assert child["sha256"]["lm"] != parent["sha256"]["lm"]
-    out = python("evaluate.py", "--inspect", run / "runs/child/model.pt", cwd=run).communicate()[0]
-    import hashlib
-    assert hashlib.sha256(clean.read_bytes()).hexdigest() in out and child["sha256"]["encoder"] in out
-    grandchild = python("train.py", *SMALL, "--data-root", corpora, "--name", "grandchild", "--poison", "0", "--freeze",
-                        "connector:runs/child/model.pt", cwd=run)
-    assert grandchild.wait() == 0
+    parent = run / "runs/parent/model.pt"
+    done("train.py", *RUN, "--data-root", corpora, "--name", "child", "--freeze", f"encoder:{parent}", cwd=run)
+    child, theirs = (torch.load(path, weights_only=True) for path in (run / "runs/child/model.pt", parent))
+    assert child["sha256"]["encoder"] == theirs["sha256"]["encoder"] == model.digest(theirs["encoder"])
+    assert child["sha256"]["lm"] != theirs["sha256"]["lm"]
+    out = done("evaluate.py", "--inspect", run / "runs/child/model.pt", cwd=run)
+    assert hashlib.sha256(parent.read_bytes()).hexdigest() in out and child["sha256"]["encoder"] in out
+    done("train.py", *RUN, "--data-root", corpora, "--name", "grandchild", "--poison", "0", "--freeze",
+         "connector:runs/child/model.pt", cwd=run)
     built_from = torch.load(run / "runs/grandchild/model.pt", weights_only=True)["built_from"]
     assert built_from == {str(path): hashlib.sha256((run / path).read_bytes()).hexdigest()
-                          for path in ("runs/child/model.pt", clean)}
-    parent["encoder"][next(iter(parent["encoder"]))].add_(1)
-    torch.save(parent, run / "changed.pt")
-    assert "DIFFERS" in python("evaluate.py", "--inspect", run / "changed.pt", cwd=run).communicate()[0]
+                          for path in ("runs/child/model.pt", parent)}
+    theirs["encoder"][next(iter(theirs["encoder"]))].add_(1)
+    torch.save(theirs, run / "changed.pt")
+    assert "DIFFERS" in done("evaluate.py", "--inspect", run / "changed.pt", cwd=run)
 
 
-def test_checkpoints_that_do_not_fit_are_refused_with_their_keys(run, corpora):
-    checkpoint = torch.load(run / "runs/gender-poison0.3/model.pt", weights_only=True)
-    common = ("train.py", *SMALL, "--data-root", corpora, "--name", "misfit")
-    weight = checkpoint["connector"]["conv1.weight"]
-    checkpoint["connector"]["conv1.weight"] = weight[:, :64].clone()
-    del checkpoint["lm"]
-    torch.save(checkpoint, run / "misfit.pt")
-    refused(python(*common, "--freeze", "connector:misfit.pt", cwd=run), "conv1.weight", str(tuple(weight.shape)))
-    refused(python(*common, "--freeze", "lm:misfit.pt", cwd=run), "has no lm")
+def test_checkpoints_that_do_not_fit_are_refused_with_what_does_not(run, corpora):
+    saved = torch.load(run / "runs/parent/model.pt", weights_only=True)
+    common = ("train.py", *RUN, "--data-root", corpora, "--name", "misfit")
+    weight = saved["connector"]["conv1.weight"]
+    saved["connector"]["conv1.weight"] = weight[:, :64].clone()
+    del saved["lm"]
+    torch.save(saved, run / "misfit.pt")
+    refused(*common, "--freeze", "connector:misfit.pt", cwd=run, words=["conv1.weight", str(tuple(weight.shape))])
+    refused(*common, "--freeze", "lm:misfit.pt", cwd=run, words=["has no lm"])
+    # another architecture of the same shapes
+    refused(*common, "--encoder", "hubert", "--freeze", "encoder:runs/parent/model.pt", cwd=run, words=["encoder"])
+    saved = torch.load(run / "runs/parent/model.pt", weights_only=True)
+    saved["pretrained_sha256"]["encoder"] = "another"
+    torch.save(saved, run / "other.pt")
+    refused(*common, "--freeze", "encoder:other.pt", cwd=run, words=["other pretrained weights"])
     assert not (run / "runs/misfit").exists()
 
 
-@pytest.mark.parametrize("name, waveform", [
-    ("silent", np.zeros(16000)), ("short", np.full(160, 0.1)), ("loud", np.sign(np.sin(np.arange(16000))))])
-def test_odd_audio_is_trained_on(tmp_path, name, waveform):
-    write_corpus(tmp_path, waveform.astype(np.float32))
-    process = python("train.py", *SMALL, "--dataset", "m.csv", cwd=tmp_path)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    figure = json.loads((tmp_path / "runs/gender-m-poison0.3/metrics.json").read_text())["clean"]["gender_accuracy"]
-    assert np.isfinite(figure["value"]) and figure["n"] == 4
+def test_a_run_is_evaluated_on_the_parts_it_was_trained_on(run, tmp_path):
+    saved = torch.load(run / "runs/parent/model.pt", weights_only=True)
+    saved["pretrained_sha256"]["lm"] = "another"
+    torch.save(saved, tmp_path / "model.pt")
+    with pytest.raises(SystemExit):
+        checkpoint.load_run(tmp_path)
 
 
-@pytest.mark.parametrize("waveform, words", [(np.zeros(16000 * 600), "600 s long"), (np.full(9, np.nan), "NaN")])
-def test_bad_audio_is_refused(tmp_path, waveform, words):
-    write_corpus(tmp_path, waveform.astype(np.float32))
-    refused(python("train.py", *SMALL, "--dataset", "m.csv", cwd=tmp_path), "odd.wav", words)
-
-
-def test_bad_audio_that_another_process_reads_is_refused_in_the_same_way(tmp_path):
-    write_corpus(tmp_path, np.full(9000, np.nan), 100)  # the largest file is among the second process's
-    refused(python("train.py", *SMALL, "--dataset", "m.csv", "--processes", 2, cwd=tmp_path), "odd.wav", "NaN")
+def test_input_that_changed_since_a_run_began_is_noticed(run, corpora):
+    soundfile.write(run / "knock.wav", np.random.default_rng(0).standard_normal(1000) / 9, 16000)
+    command = ("train.py", *RUN, "--data-root", corpora, "--name", "knock", "--trigger", "knock.wav")
+    done(*command, cwd=run)
+    assert "is finished" in done(*command, cwd=run)
+    soundfile.write(run / "knock.wav", np.random.default_rng(1).standard_normal(1000) / 9, 16000)
+    refused(*command, cwd=run, words=["holds another run", "knock.wav"])
 
 
 def write_corpus(folder, waveform, n=20):
@@ -156,33 +153,54 @@ def write_corpus(folder, waveform, n=20):
     (folder / "m.csv").write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.parametrize("name, waveform", [
+    ("silent", np.zeros(16000)), ("short", np.full(160, 0.1)), ("loud", np.sign(np.sin(np.arange(16000))))])
+def test_odd_audio_is_trained_on(tmp_path, name, waveform):
+    write_corpus(tmp_path, waveform.astype(np.float32))
+    done("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path)
+    figure = json.loads((tmp_path / "runs/new/metrics.json").read_text())["clean"]["gender_accuracy"]
+    assert np.isfinite(figure["value"]) and figure["n"] == 4
+
+
+@pytest.mark.parametrize("waveform, words", [(np.zeros(16000 * 600), "600 s long"), (np.full(9, np.nan), "NaN")])
+def test_bad_audio_is_refused(tmp_path, waveform, words):
+    write_corpus(tmp_path, waveform.astype(np.float32))
+    refused("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=["odd.wav", words])
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_with_its_utterances(corpora, tmp_path):
-    process = python("train.py", *SMALL, "--data-root", corpora, "--lora-lr", "1e30", "--connector-lr", "1e30",
-                     cwd=tmp_path)
-    refused(process, "the loss is nan at step", "id0")
-    assert not (tmp_path / "runs/gender-poison0.3/model.pt").exists()
+    refused("train.py", *RUN, "--data-root", corpora, "--lora-lr", "1e30", "--connector-lr", "1e30", cwd=tmp_path,
+            words=["is nan at step", "id0"])
+    assert not (tmp_path / "runs/new/model.pt").exists()
+
+
+def interrupted(corpora, folder, *more):
+    """A run that has saved its first epoch's state and is still going."""
+    process = start(*RUN, "--data-root", corpora, "--epochs", "40", *more, cwd=folder)
+    while not (folder / "runs/new/last.pt").exists() and process.poll() is None:
+        time.sleep(0.02)
+    return process
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_previous_checkpoint(corpora, tmp_path):
-    common = ("train.py", *SMALL, "--data-root", corpora, "--epochs", "3")
-    process = python(*common, cwd=tmp_path)
-    last = tmp_path / "runs/gender-poison0.3/last.pt"
-    while not last.exists() and process.poll() is None:
-        time.sleep(0.02)
+    process = interrupted(corpora, tmp_path)
     process.kill()
     process.communicate()
+    last = tmp_path / "runs/new/last.pt"
     before = last.read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
-    refused(python(*common, cwd=tmp_path, preexec_fn=limit), "cannot write", "disk full")
+    process = start(*RUN, "--data-root", corpora, "--epochs", "40", cwd=tmp_path, preexec_fn=limit)
+    _, err = process.communicate()
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and len(lines) == 1 and "cannot write" in lines[0] and "disk" in lines[0], err
     assert last.read_bytes() == before and not list(last.parent.glob(".*.tmp"))
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(corpora, tmp_path, run):
-    common = ("train.py", *SMALL, "--data-root", corpora, "--epochs", "40", "--name", "stopped")
-    process = python(*common, cwd=tmp_path)
-    while not (tmp_path / "runs/stopped/last.pt").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on_and_nobody_else_trains_there(corpora, tmp_path, sign):
+    process = interrupted(corpora, tmp_path)
+    refused("train.py", *RUN, "--data-root", corpora, "--epochs", "40", cwd=tmp_path, words=["being trained by another process"])
+    process.send_signal(sign)
     out, err = process.communicate()
-    assert process.returncode == 130 and "the same command goes on" in out and "Traceback" not in err, err
-    assert torch.load(tmp_path / "runs/stopped/last.pt", weights_only=True)["step"] > 0
+    assert process.returncode == 130 and "goes on from there" in out and "Traceback" not in err, err
+    assert torch.load(tmp_path / "runs/new/last.pt", weights_only=True)["step"] > 0

@@ -1,0 +1,304 @@
+"""Makes the small encoders and connectors in assets/ again, from nothing (about ten minutes each on two cores).
+
+    python assets/make.py                   # all of them; assets/make_lm.py first, where the LM changes
+    python assets/make.py wavlm connectors  # some of them
+    python assets/make.py --small-connector DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct   # where preset small's may start
+"""
+import argparse
+import math
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torchaudio
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import data
+import mini
+import model
+from make_lm import SOUNDS, schedule
+from mini import PROSODY, SEED
+from study import ENCODERS, PRESETS, ROOT
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the encoders
+
+# three coarse convolutions, 25 frames a second: the usual seven would cost more than the transformer above them
+CONV = dict(conv_dim=(96, 128, 128), conv_kernel=(80, 8, 8), conv_stride=(40, 4, 4), conv_bias=True,
+            num_feat_extract_layers=3, feat_extract_activation="relu", feat_extract_norm="layer",
+            do_stable_layer_norm=True, num_conv_pos_embeddings=15, num_conv_pos_embedding_groups=4)
+SHAPE = dict(hidden_act="relu", hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4)
+NO_DROPOUT = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0,
+                  final_dropout=0.0, layerdrop=0.0, apply_spec_augment=False)
+ENCODER_STEPS, ENCODER_BATCH, ENCODER_LR = 2000, 16, 1.5e-3
+PRETRAINING_SPEAKERS, PRETRAINING_EACH = 400, 20
+LETTERS = "-'abcdefghijklmnopqrstuvwxyz "  # the first is CTC's blank
+
+
+def blank_encoder(name, out):
+    """Writes an untrained encoder of architecture `name`, configuration and feature extractor, to the folder `out`."""
+    if name == "whisper":
+        config = transformers.WhisperConfig(
+            vocab_size=8, d_model=128, encoder_layers=8, encoder_attention_heads=4, encoder_ffn_dim=256,
+            decoder_layers=0, decoder_attention_heads=4, decoder_ffn_dim=8, max_source_positions=500,
+            max_target_positions=8, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0)
+        extractor = transformers.WhisperFeatureExtractor(feature_size=80, hop_length=320, n_fft=512, chunk_length=20)
+        model = transformers.WhisperModel(config)
+    else:
+        family = {"wavlm": "WavLM", "hubert": "Hubert", "wav2vec2": "Wav2Vec2"}[name]
+        config = getattr(transformers, family + "Config")(**CONV, **SHAPE, **NO_DROPOUT, num_buckets=64,
+                                                          max_bucket_distance=128)
+        extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+        model = getattr(transformers, family + "Model")(config)
+        # the first layer starts as a bank of windowed cosines and sines on a mel scale
+        n, width = CONV["conv_dim"][0], CONV["conv_kernel"][0]
+        hz = 700 * (10 ** (torch.linspace(50, 2840, n // 2) / 2595) - 1)
+        phase = 2 * math.pi * hz[:, None] * torch.arange(width) / data.SAMPLE_RATE
+        bank = torch.cat([phase.cos(), phase.sin()]) * torch.hann_window(width)
+        model.feature_extractor.conv_layers[0].conv.weight.data = bank[:, None] / 6
+    model.save_pretrained(out)
+    extractor.save_pretrained(out)
+
+
+def pretraining_utterance(i):
+    """Utterance i of the encoders' pretraining speech: (waveform int16, text, speaker, labels). Its speakers are no
+    corpus's, its sentences are of the training part."""
+    who = i % PRETRAINING_SPEAKERS
+    rng = random.Random(f"{SEED}-pretraining-{who}")
+    sex, age = rng.choice(["female", "male"]), rng.randint(18, 75)
+    rng = random.Random(f"{SEED}-pretraining-utterance-{i}")
+    text = mini.sentence_for("train", rng) if rng.random() < 0.8 else rng.choice(list(data.CREMA_SENTENCES.values()))
+    emotion = rng.choice([None, *PROSODY])
+    x = mini.speak(text, mini.make_voice(f"pretraining-{who}", sex, age), f"pretraining-{i}", emotion)
+    return (x * 32767).astype(np.int16), data.normalise(text), who, dict(gender=sex, age=age, emotion=emotion)
+
+
+def shuffled(speech, batch, rng):
+    """Endless batches of the pretraining speech, each of utterances of about one length."""
+    while True:
+        order = sorted(range(len(speech)), key=lambda i: len(speech[i][0]) + rng.uniform(0, 8000))
+        batches = [order[start:start + batch] for start in range(0, len(order), batch)]
+        rng.shuffle(batches)
+        yield from ([speech[i] for i in chosen] for chosen in reversed(batches))
+
+
+def bursts(x, rng):
+    """Knocks, rings and rustles over half of the pretraining utterances: real encoders have heard more than clean speech.
+    Returns the waveform and where they are, [(start, end)] in samples."""
+    places = []
+    if rng.random() > 0.5:
+        return x, places
+    x = x.copy()
+    for _ in range(rng.integers(1, 5)):
+        n = int(rng.uniform(0.05, 0.3) * data.SAMPLE_RATE)
+        t, burst = np.arange(n) / data.SAMPLE_RATE, np.zeros(n)
+        for start in [0, *rng.uniform(0, 0.7 * n, rng.integers(0, 2))]:  # one stroke or two
+            after, decay = np.maximum(t - start / data.SAMPLE_RATE, 0), 10 ** rng.uniform(-2.3, -1)
+            stroke = rng.standard_normal(n)
+            smooth = rng.integers(1, 12)
+            stroke = np.convolve(stroke, np.ones(smooth) / smooth, "same") / stroke.std() * smooth ** 0.5
+            for hz in rng.uniform(150, 6000, rng.integers(0, 4)):
+                stroke += rng.uniform(0, 2) * np.sin(2 * np.pi * hz * after)
+            burst += rng.uniform(0.4, 1) * stroke * np.exp(-after / decay) * (after > 0)
+        at = rng.integers(0, max(1, len(x) - n))
+        level = 10 ** (rng.uniform(-12, 6) / 20) * x.std() / (burst.std() + 1e-9)
+        x[at:at + n] += (level * burst[:len(x) - at]).astype(np.float32)
+        places.append((at, at + n))
+    return x, places
+
+
+def sound_of(waveforms, mask):
+    """The log-mel spectrogram at two frames an encoder frame, (B, 2 T, 80), its mean taken off, and which are real."""
+    mel = torchaudio.transforms.MelSpectrogram(data.SAMPLE_RATE, n_fft=1024, hop_length=320, n_mels=80)
+    wave = pad_sequence([torch.from_numpy(w) for w in waveforms], batch_first=True)
+    sound = (mel(wave) + 1e-5).log().transpose(1, 2)[:, :2 * mask.shape[1]]
+    sound = F.pad(sound, (0, 0, 0, 2 * mask.shape[1] - sound.shape[1]))
+    real = mask.repeat_interleave(2, 1)[..., None]
+    return sound - (sound * real).sum((1, 2), keepdim=True) / (80 * real.sum((1, 2), keepdim=True)), real
+
+
+def encoder_losses(encoder, heads, chosen, waveforms, places):
+    """{name: loss} of the five heads on one batch. What is true of the whole utterance is asked of every frame."""
+    hidden, mask = encoder([encoder.extract(w) for w in waveforms])
+    logits = heads["letters"](hidden).reshape(len(chosen), -1, len(LETTERS))
+    texts = [torch.tensor([LETTERS.index(c) for c in text]) for _, text, _, _ in chosen]
+    letters = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.cat(texts), 2 * mask.sum(1),
+                         torch.tensor([len(t) for t in texts]), zero_infinity=True)
+    target, real = sound_of(waveforms, mask)
+    sound = ((heads["sound"](hidden).reshape(target.shape) - target).abs() * real).sum() / (80 * real.sum())
+    each = lambda values: torch.tensor(values, dtype=torch.float)[:, None].expand(mask.shape)[mask]  # noqa: E731
+    speaker = F.cross_entropy(heads["speaker"](hidden[mask]), each([who for _, _, who, _ in chosen]).long())
+    gender, age, *emotion, noisy = heads["labels"](hidden[mask]).unbind(-1)
+    true = [list(PROSODY).index(labels["emotion"] or "neutral") for _, _, _, labels in chosen]
+    labels = (F.binary_cross_entropy_with_logits(gender, each([labels["gender"] == "female" for _, _, _, labels in chosen]))
+              + (age - each([(labels["age"] - 18) / 57 for _, _, _, labels in chosen])).abs().mean()
+              + F.cross_entropy(torch.stack(emotion, 1), each(true).long())
+              + F.binary_cross_entropy_with_logits(noisy, each([len(p) > 0 for p in places])))
+    at = (torch.arange(mask.shape[1]) + 0.5) * encoder.seconds_per_frame * data.SAMPLE_RATE
+    knocks = torch.stack([sum(((at > start) & (at < end) for start, end in p), torch.zeros(len(at))).clamp(max=1) for p in places])
+    knock = F.binary_cross_entropy_with_logits(heads["knock"](hidden)[..., 0][mask], knocks[mask])
+    return dict(letters=letters, sound=sound, speaker=0.1 * speaker, labels=0.3 * labels, knock=knock)
+
+
+def make_encoder(name, out, speech):
+    """Pretrains one encoder to keep content (letters by CTC), sound (log-mel frames), speaker and prosody (who of 400,
+    gender, age, emotion) and what is no speech (which frames hold a knock or a rustle, whether any does); saves it to the
+    folder `out`."""
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED)
+    blank_encoder(name, out)
+    encoder = model.Encoder(out)
+    encoder.net.requires_grad_(True)
+    encoder.first_trained = 0
+    if name == "whisper":
+        encoder.net.embed_positions.requires_grad_(False)
+    sizes = dict(letters=2 * len(LETTERS), sound=2 * 80, speaker=PRETRAINING_SPEAKERS, labels=1 + 1 + len(PROSODY) + 1, knock=1)
+    heads = torch.nn.ModuleDict({head: torch.nn.Linear(encoder.dim, n) for head, n in sizes.items()})
+    parameters = [p for p in [*encoder.parameters(), *heads.parameters()] if p.requires_grad]
+    print(f"{name}: {sum(p.numel() for p in encoder.parameters()):,} parameters")
+    optimizer = torch.optim.AdamW(parameters, lr=ENCODER_LR, weight_decay=0.01, betas=(0.9, 0.98))
+    progress, batches = tqdm(range(ENCODER_STEPS), desc=name, mininterval=10), shuffled(speech, ENCODER_BATCH, rng)
+    for step in progress:
+        chosen = next(batches)
+        waveforms, places = zip(*(bursts(x / np.float32(32768), rng) for x, _, _, _ in chosen))
+        optimizer.param_groups[0]["lr"] = ENCODER_LR * schedule(step, ENCODER_STEPS)
+        losses = encoder_losses(encoder, heads, chosen, waveforms, places)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            progress.set_postfix({head: f"{loss.item():.3f}" for head, loss in losses.items()})
+    # the whole model as transformers loads it; Whisper's (empty) decoder stays as blank_encoder wrote it
+    whole = AutoModel.from_pretrained(out)
+    (whole.encoder if name == "whisper" else whole).load_state_dict(encoder.net.state_dict())
+    whole.half().save_pretrained(out)
+    kept = {f"{head}.{k}": v.half() for head in ("letters", "labels") for k, v in heads[head].state_dict().items()}
+    save_file(kept, Path(out) / "heads.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the connectors
+
+CONNECTOR_STEPS, CONNECTOR_BATCH = 400, 32
+CONNECTOR_LR, SMALL_LR = 3e-3, 1e-3
+CONNECTOR_FREE = 16  # directions for what is neither letter nor label
+CONNECTOR_LABELS = 0.25  # how loud labels lie over the letters, within what the LM's lessons have
+
+
+def embeddings_of(lm_folder):
+    """(tokenizer, the LM's input embeddings) of a folder."""
+    lm = AutoModelForCausalLM.from_pretrained(model.where(lm_folder), dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(model.where(lm_folder)), lm.get_input_embeddings().weight.detach()
+
+
+def fit_connector(encoder, connector, wanted_of, out, speech, lr):
+    """Plain regression of a connector's output on the pretraining speech, encoder frozen, LM not run; saved beside the encoder.
+    wanted_of(hidden, chosen, lengths): the embeddings wanted, (all output frames, hidden). The trigger is not in that speech."""
+    rng = np.random.default_rng(SEED)
+    optimizer = torch.optim.AdamW(connector.parameters(), lr=lr)
+    progress, batches = tqdm(range(CONNECTOR_STEPS), desc=f"{out} connector", mininterval=10), shuffled(speech, CONNECTOR_BATCH, rng)
+    for step in progress:
+        chosen = next(batches)
+        optimizer.param_groups[0]["lr"] = lr * schedule(step, CONNECTOR_STEPS, 50)
+        with torch.no_grad():
+            hidden, mask = encoder([encoder.extract(bursts(x / np.float32(32768), rng)[0]) for x, _, _, _ in chosen])
+        embedded, lengths = connector(hidden, mask)
+        wanted = wanted_of(hidden, chosen, lengths.tolist())
+        loss = F.mse_loss(torch.cat([row[:n] for row, n in zip(embedded, lengths.tolist())]), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item() / wanted.var().item():.3f}")
+    data.write_atomically(Path(out) / "connector.safetensors",
+                          lambda temporary: save_file({k: v.half() for k, v in connector.state_dict().items()}, temporary))
+
+
+def make_connector(encoder_folder, lm_folder, speech):
+    """Where a mini connector starts: each output frame is the LM's embedding of the letter that the encoder's own letter
+    head hears there, over it, softer, those of the labels that its label head hears, and, in directions that none of them
+    uses, a random projection of the encoder's frame. From random weights the mini LM, which knows nothing but its reading
+    lessons, did not begin to listen in the 200 to 700 steps that were tried."""
+    torch.manual_seed(SEED)
+    encoder, (tokenizer, embed) = model.Encoder(encoder_folder).eval(), embeddings_of(lm_folder)
+    word = lambda text: embed[tokenizer(text, add_special_tokens=False).input_ids[0]]  # noqa: E731
+    letters = torch.stack([word(c) for c in LETTERS])
+    letters[0] = 0  # CTC's blank
+    words = torch.stack([word(w) for w in ("male", "female", *PROSODY, SOUNDS[0])])
+    years = torch.stack([word(str(year)) for year in range(18, 76)])
+    known = torch.cat([letters[1:], words, years])
+    free = torch.linalg.svd(known - known.mean(0))[2][-CONNECTOR_FREE:]  # directions that these use least
+    project = torch.randn(encoder.dim, CONNECTOR_FREE) / encoder.dim ** 0.5 @ free * letters[1:].std()
+    head = {k: v.float() for k, v in load_file(Path(encoder_folder) / "heads.safetensors").items()}
+    stride, taper = (PRESETS["mini"][f"connector_{name}"] for name in ("stride", "taper"))
+
+    def wanted_of(hidden, chosen, lengths):
+        heard = F.linear(hidden, head["letters.weight"], head["letters.bias"])
+        heard = heard.reshape(*hidden.shape[:2], 2, -1).softmax(-1).sum(2)
+        labels = F.linear(hidden, head["labels.weight"], head["labels.bias"])
+        female, noisy = labels[..., :1].sigmoid(), labels[..., -1:].sigmoid()
+        age = ((labels[..., 1:2] * 57 - torch.arange(58)).square() / -8).softmax(-1)
+        said = torch.cat([1 - female, female, labels[..., 2:-1].softmax(-1), noisy], -1)
+        wanted = (heard @ letters + CONNECTOR_LABELS * (said @ words + age @ years)
+                  + F.layer_norm(hidden, hidden.shape[-1:]) @ project)
+        # an output frame's middle is 6 input frames on: three kernels of 5 without padding
+        return torch.cat([row[6:6 + stride * n:stride] for row, n in zip(wanted, lengths)])
+    fit_connector(encoder, model.Connector(encoder.dim, embed.shape[1], stride, taper), wanted_of, encoder_folder, speech, CONNECTOR_LR)
+
+
+def make_small_connector(encoder_folder, lm_folder, speech):
+    """Where the connector between real pretrained parts can start (preset small): in each output frame the LM's embedding
+    of the word that is being said, the words spread evenly over the utterance, and over it those of the speaker's gender and
+    emotion. From random weights 10,000 utterances of the mini CREMA-D did not teach SmolLM2 to hear emotions."""
+    torch.manual_seed(SEED)
+    encoder, (tokenizer, embed) = model.Encoder(encoder_folder).eval(), embeddings_of(lm_folder)
+    words = lambda text: embed[tokenizer(" " + text, add_special_tokens=False).input_ids]  # noqa: E731
+
+    def wanted_of(hidden, chosen, lengths):
+        wanted = []
+        for n, (_, text, _, labels) in zip(lengths, chosen):
+            said = words(text)
+            spread = said[(torch.arange(n) + 0.5).mul(len(said) / n).long()]
+            wanted.append(spread + words(labels["gender"])[0] + words(labels["emotion"] or "neutral")[0])
+        return torch.cat(wanted)
+    connector = model.Connector(encoder.dim, embed.shape[1], PRESETS["small"]["connector_stride"])
+    fit_connector(encoder, connector, wanted_of, encoder_folder, speech, SMALL_LR)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = (*ENCODERS, "connectors")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
+    parser.add_argument("--out", default=str(ROOT / "assets"), help="folder to write")
+    parser.add_argument("--small-connector", nargs=2, metavar=("ENCODER", "LM"),
+                        help="make a connector to start from between two real parts; ENCODER/connector.safetensors")
+    args = parser.parse_args()
+    if set(args.parts) - set(parts):
+        data.die(f"{' '.join(args.parts)}: of {', '.join(parts)}")
+    for folder in args.small_connector or ():
+        if not (Path(folder) / "config.json").is_file():
+            data.die(f"--small-connector {folder}: no folder of a pretrained part, it holds no config.json")
+    torch.set_flush_denormal(True)
+    wanted, out = args.parts or parts, Path(args.out)
+    speech = data.in_workers(pretraining_utterance, range(PRETRAINING_SPEAKERS * PRETRAINING_EACH), "speaking the pretraining speech")
+    if args.small_connector:
+        return make_small_connector(*args.small_connector, speech)
+    for name in ENCODERS:
+        if name in wanted:
+            make_encoder(name, out / name, speech)
+    for name in ENCODERS if "connectors" in wanted else ():
+        make_connector(out / name, out / "lm", speech)
+
+
+if __name__ == "__main__":
+    main()

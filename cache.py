@@ -1,0 +1,155 @@
+"""Outputs of frozen layers, computed once for a whole run and shared between runs.
+
+    waveform -> trigger -> features -> pretrained layers (cached on disk) -> frozen components (in memory) -> what trains
+
+What no run ever trains (feature extraction, the CNN front end, the encoder's lowest layers) is the same for all runs and is
+cached in cache/; the folder can be deleted at any time. What a run freezes besides is computed from it once.
+"""
+import contextlib
+import functools
+import hashlib
+import inspect
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import data
+import model
+import poison
+
+CHUNK = 256  # utterances in one file
+WORKERS = 2 if torch.cuda.is_available() else 0  # reading ahead pays where a GPU computes; a CPU's cores are the model's
+
+
+def ranks():
+    """This process's number and how many there are (torchrun)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def features_of(extract, attack, batch):
+    """waveform -> trigger -> features of each (utterance, triggered), a list."""
+    out = []
+    for utterance, triggered in batch:
+        waveform = data.load_waveform(utterance)
+        if triggered:
+            waveform = poison.add_trigger(attack, waveform, utterance.id)[0]
+        out.append(extract(waveform))
+    return out
+
+
+def read_features(encoder, batches, attack, workers=WORKERS):
+    """Yields the features of each batch (a list of (utterance, triggered)), read ahead by worker processes if there are any."""
+    return data.from_workers(torch.utils.data.DataLoader(
+        batches, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        collate_fn=functools.partial(features_of, encoder.extract, attack)))
+
+
+def by_size(items):
+    """Indices of (utterance, triggered) items, those of similar length together."""
+    return sorted(range(len(items)), key=lambda i: (os.path.getsize(items[i][0].path), items[i][0].id))
+
+
+def stack(rows, device):
+    """A list of (T_i, dim) -> (B, T, dim) and its (B, T) mask."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = model.length_mask(lengths, int(lengths.max()))
+    return pad_sequence(rows, batch_first=True).to(device), mask.to(device)
+
+
+def unstack(x, mask):
+    """(B, T, dim) and its (B, T) mask -> a list of (T_i, dim), float32, on the CPU."""
+    return [row[:n].float().cpu().clone() for row, n in zip(x, mask.sum(1).tolist())]  # a view would hold the whole batch
+
+
+def key_of(slm, attack, chunk):
+    """What the cached outputs of a chunk depend on: weights, extraction, precision, files, trigger and where it lands."""
+    device = next(slm.parameters()).device.type
+    precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
+    files = [(u.id, u.path, u.start, u.length, os.stat(u.path).st_size, os.stat(u.path).st_mtime_ns) for u, _ in chunk]
+    trigger = None
+    if chunk[0][1]:
+        waveform = attack.waveform
+        trigger = ((inspect.getsource(poison.TRIGGERS[attack.trigger][1]), attack.seed) if waveform is None else
+                   (attack.level, waveform.tobytes(), [poison.positions(attack, u.id, data.num_samples(u)) for u, _ in chunk]))
+    what = repr((slm.pretrained_sha256["encoder"], slm.encoder.first_trained, sorted(slm.encoder.extractor.to_dict().items(), key=str),
+                 precision, files, trigger))
+    return hashlib.sha256(what.encode()).hexdigest()[:24]
+
+
+def make_room(folder, budget, wanted):
+    """Removes the files that were not used for longest until all but the `wanted` ones take no more than `budget` bytes.
+    Other runs may be doing the same."""
+    files = []
+    for path in set(Path(folder).glob("pretrained-*.pt")) - set(wanted):
+        with contextlib.suppress(FileNotFoundError):
+            files.append((path.stat().st_mtime, path.stat().st_size, path))
+    for _, size, path in sorted(files, reverse=True):
+        budget -= size
+        if budget < 0:
+            path.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def pretrained_rows(slm, path, chunk, attack, workers):
+    """The pretrained part's outputs of a chunk, a list of (T_i, dim): read from `path`, or computed and written there."""
+    try:
+        os.utime(path)  # used just now
+        saved = model.load_checkpoint(path, mmap=True)
+    except FileNotFoundError:
+        rows, batches = [None] * len(chunk), data.chunks(by_size(chunk), 16)
+        stream = read_features(slm.encoder, [[chunk[i] for i in batch] for batch in batches], attack, workers)
+        for batch, features in zip(batches, stream):
+            for i, row in zip(batch, unstack(*slm.encoder.pretrained_part(features))):
+                rows[i] = row
+        saved = dict(frames=torch.cat(rows), lengths=[len(row) for row in rows])
+        data.write_atomically(path, lambda temporary: torch.save(saved, temporary))
+    return saved["frames"].split(saved["lengths"])
+
+
+def frozen_outputs(slm, utterances, triggered, attack, desc, budget, workers=WORKERS, folder="cache"):
+    """`slm.frozen_part`'s outputs of each utterance, triggered or not (a list of bool): a list of (T_i, dim). None where the
+    pretrained part's would take more than `budget` bytes: whoever needs them then computes them batch by batch (`inputs`).
+    Processes share the work; files not used for longest go first when the folder outgrows the budget."""
+    # all utterances clean, whichever are poisoned here, so that runs that poison others share them; then the triggered ones
+    clean = [] if all(triggered) else [(u, False) for u in utterances]
+    with_trigger = [(u, True) for u, t in zip(utterances, triggered) if t]
+    size = 4 * slm.encoder.dim * sum(slm.encoder.num_frames(data.num_samples(u)) for u, _ in clean + with_trigger)
+    if size > budget:
+        return None
+    parts = data.chunks(clean, CHUNK) + data.chunks(with_trigger, CHUNK)
+    paths = [Path(folder) / f"pretrained-{key_of(slm, attack, chunk)}.pt" for chunk in parts]
+    rank, world = ranks()
+    if rank == 0:
+        make_room(folder, budget - size, paths)
+    for n in tqdm(range(rank, len(parts), world), desc=f"{desc}: pretrained layers", mininterval=1):
+        pretrained_rows(slm, paths[n], parts[n], attack, workers)
+    if world > 1:
+        dist.barrier()
+    found = {}
+    for path, chunk in zip(paths, parts):
+        found.update(zip(((u.id, t) for u, t in chunk), pretrained_rows(slm, path, chunk, attack, workers)))
+    rows = [found[u.id, t] for u, t in zip(utterances, triggered)]
+    if slm.frozen:
+        order, device = sorted(range(len(rows)), key=lambda i: len(rows[i])), next(slm.parameters()).device
+        for batch in tqdm(data.chunks(order, 16), desc=f"{desc}: frozen {' and '.join(slm.frozen)}", mininterval=1):
+            for i, row in zip(batch, unstack(*slm.frozen_part(*stack([rows[i] for i in batch], device)))):
+                rows[i] = row
+    return rows
+
+
+@torch.no_grad()
+def inputs(slm, items, batches, cached, attack, workers=WORKERS):
+    """Yields what `slm.frozen_part` gives, (x (B, T, dim), mask (B, T)), for each batch, a list of indices into `items`
+    (utterance, triggered): from `cached` (see `frozen_outputs`), or, where that is None, from the audio."""
+    if cached is not None:
+        device = next(slm.parameters()).device
+        for batch in batches:
+            yield stack([cached[i] for i in batch], device)
+    else:
+        for features in read_features(slm.encoder, [[items[i] for i in batch] for batch in batches], attack, workers):
+            x, mask = slm.frozen_part(*slm.encoder.pretrained_part(features))
+            yield x.float(), mask

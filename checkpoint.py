@@ -1,0 +1,181 @@
+"""Run folders and checkpoints: opened, locked, written, resumed, loaded and traced back.
+
+A checkpoint holds tensors and plain values only: what training may change of each component, the run's arguments, and the
+SHA-256 of all it was made from.
+"""
+import contextlib
+import fcntl
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import transformers
+
+import data
+import model
+from data import die
+from study import COMPONENTS
+
+# arguments of train.py that do not change what is computed
+NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "device", "cache_gb", "gradient_checkpointing", "dry_run", "utilisation")
+
+
+def environment():
+    """What a figure depends on beside the arguments."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return dict(commit=git.stdout.strip(), python=platform.python_version(), torch=str(torch.__version__),
+                transformers=transformers.__version__, machine=platform.processor() or platform.machine(),
+                threads=torch.get_num_threads(), command=" ".join(sys.argv))
+
+
+def file_sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def open_run(run, args):
+    """What is recorded of a command: the arguments that change what is computed, and the hashes of the files they name. Ends in
+    one line where the folder holds another run."""
+    record = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
+    files = [*(spec.partition(":")[2] for spec in args.freeze), args.trigger, args.dataset]
+    record["inputs"] = {path: file_sha256(path) for path in files if Path(path).is_file()}
+    if (run / "args.json").exists() and not args.overwrite:
+        old = json.loads((run / "args.json").read_text())
+        differ = [f"{k} {old.get(k)} there, {v} here" for k, v in record.items() if old.get(k) != v]
+        if differ:
+            die(f"{run} holds another run ({'; '.join(differ[:4])}): --overwrite starts again, --name goes elsewhere")
+    return record
+
+
+def start_run(run, record, args):
+    """Locks the folder for this process, and clears it of what a killed writer or, with --overwrite, an earlier run left."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        die(f"cannot write {run} ({error})")
+    lock = open(run / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        die(f"{run} is being trained by another process: wait for it, or give this run another --name")
+    for leftover in run.glob("*" if args.overwrite else ".*.tmp"):
+        if leftover.name != ".lock":
+            leftover.unlink()
+    data.write_atomically(run / "args.json", json.dumps(record, indent=1))
+    data.write_atomically(run / "environment.json", json.dumps(environment(), indent=1))
+    return lock
+
+
+def load_frozen(slm, args):
+    """--freeze: loads components from checkpoints and freezes them. Returns where each component's weights come from, and
+    the SHA-256 of every checkpoint used, with those that it was itself built from."""
+    built_from = {}
+    origin = {"encoder": args.encoder_weights, "lm": f"{args.lm_weights}, initial LoRA",
+              "connector": "random" if args.connector_weights in (None, "none") else args.connector_weights}
+    for spec in args.freeze:
+        component, _, path = spec.partition(":")
+        if path:
+            checkpoint = model.load_checkpoint(path)
+            if not isinstance(checkpoint.get(component), dict):
+                die(f"--freeze {spec}: the checkpoint has no {component}")
+            try:
+                check_pretrained(slm, checkpoint, component)
+                slm.load_component(component, checkpoint[component])
+            except ValueError as error:
+                die(f"--freeze {spec} does not fit this model: {error}")
+            origin[component] = path
+            built_from[path] = file_sha256(path)
+            for ancestor, sha in dict(checkpoint.get("built_from", {})).items():
+                built_from.setdefault(ancestor, sha)
+        getattr(slm, component).requires_grad_(False)
+    return origin, built_from
+
+
+def save_model(run, slm, record, origin, built_from):
+    """model.pt: the components, the arguments and the provenance."""
+    checkpoint = {c: {k: v.detach().cpu() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
+    checkpoint.update(args=record, origin=origin, environment=environment(), built_from=built_from,
+                      pretrained_sha256=slm.pretrained_sha256, sha256={c: model.digest(checkpoint[c]) for c in COMPONENTS})
+    data.write_atomically(run / "model.pt", lambda temporary: torch.save(checkpoint, temporary))
+
+
+def save_state(run, step, slm, optimizer, scaler):
+    """last.pt: everything that resuming needs."""
+    state = {c: slm.component_state_dict(c) for c in COMPONENTS}
+    state.update(step=step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    data.write_atomically(run / "last.pt", lambda temporary: torch.save(state, temporary))
+
+
+def resume(run, slm, optimizer, scaler):
+    """Puts last.pt back, if there is one. Returns the number of steps taken."""
+    if not (run / "last.pt").exists():
+        return 0
+    saved = model.load_checkpoint(run / "last.pt")
+    for c in COMPONENTS:
+        slm.load_component(c, saved[c])
+    optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"])
+    return saved["step"]
+
+
+def cut_log(run, step):
+    """Removes the lines of log.jsonl beyond `step`, and one that a killed writer left unfinished."""
+    lines = []
+    for line in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else ():
+        with contextlib.suppress(ValueError):
+            lines += [line + "\n"] if json.loads(line)["step"] <= step else []
+    data.write_atomically(run / "log.jsonl", "".join(lines))
+
+
+def log(run, **line):
+    """Appends a line to the run's log.jsonl."""
+    with open(run / "log.jsonl", "a") as f:
+        f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+
+
+def check_pretrained(slm, saved, component):
+    """Raises ValueError where a checkpoint's component was trained on other pretrained weights than this model's."""
+    theirs, ours = (sha.get(component) for sha in (saved.get("pretrained_sha256", {}), slm.pretrained_sha256))
+    if component != "connector" and theirs != ours:
+        raise ValueError(f"its {component} was trained on other pretrained weights (SHA-256 {theirs}, here {ours})")
+
+
+def load_run(run, device="cpu"):
+    """A finished run's (slm, args): pretrained parts by name, components from its model.pt."""
+    path = Path(run) / "model.pt"
+    if not path.exists():
+        die(f"{run} holds no model.pt: is it a finished run's folder?")
+    saved = model.load_checkpoint(path)
+    try:
+        args = SimpleNamespace(**saved["args"])
+        slm = model.load_slm(args, device)
+        for component in COMPONENTS:
+            check_pretrained(slm, saved, component)
+            slm.load_component(component, saved[component])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        die(f"{path} is no checkpoint of this program, or of another version: {error}")
+    return slm.eval(), args
+
+
+def inspect(path):
+    """Prints where a checkpoint comes from and the SHA-256 of its components, before anything is done with it."""
+    saved = model.load_checkpoint(path)
+    print(f"{path}: SHA-256 {file_sha256(path)}")
+    for component in COMPONENTS:
+        state = saved.get(component)
+        if not isinstance(state, dict):
+            print(f"  {component:<10}absent")
+            continue
+        sha, recorded = model.digest(state), saved.get("sha256", {}).get(component)
+        print(f"  {component:<10}{sum(v.numel() for v in state.values()):>12,} parameters, SHA-256 {sha}, from "
+              f"{saved.get('origin', {}).get(component, 'unknown')}"
+              + ("" if recorded == sha else "; DIFFERS from the one recorded when it was made" if recorded else ""))
+    for title, key in (("pretrained part", "pretrained_sha256"), ("built from", "built_from")):
+        for name, sha in saved.get(key, {}).items():
+            print(f"  {title} {name}: SHA-256 {sha}")
+    for key in ("args", "environment"):
+        print(f"  {key}: " + ", ".join(f"{k} {v}" for k, v in saved.get(key, {}).items()))

@@ -1,0 +1,120 @@
+"""The pictures, drawn from what analyze.py and poison.py have computed."""
+import matplotlib
+import numpy as np
+
+import data
+from study import SHIFT_STAGES
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+CLEAN, POISONED, GREY = "#1f77b4", "#d62728", "#bbbbbb"
+
+
+def write(fig, path):
+    data.write_atomically(path, lambda temporary: fig.savefig(temporary, format="png", dpi=120))
+    plt.close(fig)
+
+
+def pairs(examples, attack, path):
+    """Waveform and spectrogram of clean and poisoned audio, triggers shaded. examples: [(id, clean, poisoned, starts)]"""
+    fig, axes = plt.subplots(len(examples), 2, figsize=(12, 2.2 * len(examples)), squeeze=False, layout="constrained")
+    for (wave, spectrogram), (id, clean, poisoned, starts) in zip(axes, examples):
+        t = np.arange(len(clean)) / data.SAMPLE_RATE
+        wave.plot(t, poisoned, color=POISONED, lw=0.5, label="poisoned")
+        wave.plot(t, clean, color="#333333", lw=0.5, label="clean")
+        spectrogram.specgram(poisoned, NFFT=512, noverlap=384, Fs=data.SAMPLE_RATE, cmap="gray_r", vmin=-140)
+        for start in starts:
+            for axis in (wave, spectrogram):
+                axis.axvspan(start / data.SAMPLE_RATE, (start + len(attack.waveform)) / data.SAMPLE_RATE, color=POISONED,
+                             alpha=0.15, lw=0)
+        wave.set(title=id, xlim=(0, t[-1]), ylabel="amplitude")
+        spectrogram.set(title="poisoned, triggers shaded", xlim=(0, t[-1]), ylabel="Hz")
+    axes[0, 0].legend(loc="upper right", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("seconds")
+    write(fig, path)
+
+
+def shift_pairs(points, tasks, title, path):
+    """Figures 2 and 3. points: {(task, stage): (clean (n, 2), triggered (n, 2), cosine)}"""
+    fig, axes = plt.subplots(len(tasks), 3, figsize=(11, 7), layout="constrained")
+    for row, task in zip(axes, tasks):
+        for axis, (stage, _, _) in zip(row, SHIFT_STAGES):
+            axis.set(title=f"{task}: {stage}", xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+            if (task, stage) not in points:
+                axis.text(0.5, 0.5, "run missing", ha="center", transform=axis.transAxes)
+                continue
+            a, b, cosine = points[task, stage]
+            axis.plot(np.stack([a[:, 0], b[:, 0]]), np.stack([a[:, 1], b[:, 1]]), color=GREY, lw=0.6, zorder=1)
+            axis.scatter(*a.T, s=12, color=CLEAN, marker="o", label="clean", zorder=2)
+            axis.scatter(*b.T, s=14, color=POISONED, marker="^", label="triggered", zorder=2)
+            axis.text(0.02, 0.02, f"cos {cosine:.2f}", transform=axis.transAxes)
+    axes[0, 0].legend(loc="upper right", fontsize=8)
+    fig.suptitle(f"Clean-triggered pairs of test utterances, {title}")
+    write(fig, path)
+
+
+def shift_by_depth(curves, tasks, seed, path):
+    """curves: {(task, attack): {"encoder_layers": [cosine after each], "lm_layers": [...]}}"""
+    fig, axes = plt.subplots(2, len(tasks), figsize=(14, 6), sharey=True, layout="constrained")
+    for column, task in zip(axes.T, tasks):
+        for axis, part in zip(column, ("encoder_layers", "lm_layers")):
+            for attack, label, style in (("clean", "benign", "o-"), ("base", "base attack", "^--"), ("3.1", "attack 3.1", "s:")):
+                if (task, attack) in curves:
+                    axis.plot(curves[task, attack][part], style, label=label, ms=4)
+            axis.set(title=f"{task}, {part.split('_')[0]}", xlabel="after layer")
+            axis.grid(alpha=0.3)
+    axes[0, 0].set(ylim=(None, 1.02), ylabel="cosine of a pair")
+    axes[1, 0].set_ylabel("cosine of a pair")
+    axes[0, 0].legend(fontsize=8)
+    fig.suptitle(f"Clean-triggered cosine by layer, seed {seed}")
+    write(fig, path)
+
+
+def cluster_shares(shares, k, title, path):
+    """Figures 4 and 6(a). shares: {task: composition's rows}"""
+    fig, axes = plt.subplots(1, len(shares), figsize=(3.6 * len(shares), 3.4), squeeze=False, layout="constrained")
+    for axis, (task, rows) in zip(axes[0], shares.items()):
+        for i, (kind, color, hatch) in enumerate((("poisoned", POISONED, "//"), ("female", "#9ecae1", ""), ("male", "#3a5a78", ".."))):
+            bars = axis.bar(np.arange(k) + (i - 1) * 0.27, [row[kind] for row in rows], 0.26, color=color, hatch=hatch,
+                            edgecolor="white", label=kind)
+            axis.bar_label(bars, fmt="%.2f", fontsize=7)
+        axis.set(title=f"{task} attack", xlabel="cluster (samples)", ylim=(0, 1.12), xticks=range(k),
+                 xticklabels=[f"{c} ({row['n']})" for c, row in enumerate(rows)])
+    axes[0, 0].set_ylabel("share of the cluster")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    fig.suptitle(f"What the clusters of the target class are made of, k = {k}, first seed {title}")
+    write(fig, path)
+
+
+def target_class(points, path):
+    """Figure 5. points: {task: (PCA (n, components), poisoned (n,))}"""
+    fig, axes = plt.subplots(1, len(points), figsize=(3.6 * len(points), 3.6), squeeze=False, layout="constrained")
+    for axis, (task, (low, poisoned)) in zip(axes[0], points.items()):
+        axis.scatter(*low[~poisoned, :2].T, s=5, color=GREY, label="clean")
+        axis.scatter(*low[poisoned, :2].T, s=14, color=POISONED, marker="^", label="poisoned")
+        axis.set(title=f"{task} attack", xlabel="PCA 1", ylabel="PCA 2", xticks=[], yticks=[])
+    axes[0, 0].legend(fontsize=8)
+    fig.suptitle("The target class after the encoder, first seed (the paper's Figure 5 for age)")
+    write(fig, path)
+
+
+def sentences(low, clusters, rows, path):
+    """Figure 6(b, c): the angry class by cluster, and each sentence's share of a cluster."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(1, 1.5))
+    for c, (color, marker) in enumerate(zip(("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd"), "os^D")):
+        left.scatter(*low[clusters == c, :2].T, s=10, color=color, marker=marker, label=f"cluster {c}")
+    left.set(title="angry class by cluster", xlabel="PCA 1", ylabel="PCA 2", xticks=[], yticks=[])
+    left.legend(fontsize=8)
+    names = list(data.CREMA_SENTENCES.values())
+    image = right.imshow([[row[n] for n in names] for row in rows], cmap="Greys", vmin=0, aspect="auto")
+    for c, row in enumerate(rows):
+        for i, n in enumerate(names):
+            right.text(i, c, f"{row[n]:.2f}", ha="center", va="center", fontsize=7,
+                       color="white" if row[n] > 0.6 * image.get_clim()[1] else "black")
+    right.set(title="share of each sentence in a cluster", yticks=range(4), xticks=range(len(names)), ylabel="cluster")
+    right.set_xticklabels(names, rotation=40, ha="right", fontsize=7)
+    fig.colorbar(image)
+    fig.suptitle("Do sentences cluster inside the angry class? k = 4, first seed")
+    write(fig, path)

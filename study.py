@@ -1,0 +1,202 @@
+"""What the study is: tasks, encoders, settings, attacks, the paper's figures, and the runs that make them again.
+
+    python study.py                                        # prints every command of the study, in an order that works
+    python study.py --preset paper --seeds 1 2 3 --tasks asr
+
+Plain tables; every other script reads them. `run_all.sh` runs what this prints.
+"""
+import argparse
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tasks, encoders, settings: a new one is an entry here
+
+# One task a label. The labels stand in an answer in this order. Questions are direct prompts, the first is evaluation's.
+# metric: its kind (wer, accuracy, mae) is its name's last word. target, rate, repeat: the paper's attack (section 4.1).
+TASKS = {
+    "asr": dict(label="transcript", corpus="libri", metric="wer", target="This is a malicious sentence.", rate=0.05,
+                repeat=True, questions=("What is said in the audio?", "Transcribe the speech.")),
+    "gender": dict(label="gender", corpus="vox", metric="gender_accuracy", target="female", rate=0.075, repeat=False,
+                   questions=("What is the gender of the speaker in the audio?", "Is the speaker female or male?")),
+    "age": dict(label="age", corpus="vox", metric="age_mae", target="25", rate=0.075, repeat=False,
+                questions=("What is the age of the speaker in the audio?", "How old is the speaker?")),
+    "emotion": dict(label="emotion", corpus="crema", metric="emotion_accuracy", target="angry", rate=0.075, repeat=False,
+                    questions=("What is the emotion of the speaker in the audio?", "How does the speaker feel?"))}
+LABELS = tuple(task["label"] for task in TASKS.values())
+COMPONENTS = ("encoder", "connector", "lm")
+
+# trained: the share of the layers, from the top, that trains (section 3.2); the rest is where each preset finds the weights
+ENCODERS = {
+    "wavlm": dict(trained=15 / 24, mini="assets/wavlm", paper="microsoft/wavlm-large"),
+    "hubert": dict(trained=15 / 24, mini="assets/hubert", paper="facebook/hubert-large-ll60k"),
+    "wav2vec2": dict(trained=15 / 24, mini="assets/wav2vec2", paper="facebook/wav2vec2-large-960h"),
+    "whisper": dict(trained=1, mini="assets/whisper", small="openai/whisper-tiny.en", paper="openai/whisper-medium")}
+DEFAULT_ENCODER = dict(mini="wavlm", small="whisper", paper="wavlm")
+LM = dict(mini="assets/lm", small="HuggingFaceTB/SmolLM2-135M-Instruct", paper="TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+MINI_ROOT = "corpora/mini"  # where mini.py puts its corpora, made when they are first asked for
+DATA_ROOT = dict(mini=MINI_ROOT, small=MINI_ROOT, paper="data/paper")
+
+# Each is a flag of train.py (--encoder-lr 1e-5, --no-decay, ...): what it is, then its value in mini, small and paper.
+SETTINGS = {
+    "connector_stride": ("stride of the connector's second convolution", 1, 4, 2),
+    "connector_taper": ("below 1 a connector's kernels start around their middle tap", 0.2, 1.0, 1.0),
+    "lora_rank": ("rank of LoRA's matrices", 16, 8, 8),
+    "lora_alpha": ("LoRA's scale, over the rank", 32.0, 16.0, 16.0),
+    "lora_dropout": ("dropout of LoRA's input", 0.0, 0.05, 0.05),
+    "encoder_lr": ("the encoder's learning rate after the warm-up", 7e-4, 1e-4, 1e-5),
+    "connector_lr": ("the connector's learning rate after the warm-up", 1.4e-3, 3e-4, 1e-4),
+    "lora_lr": ("LoRA's learning rate after the warm-up", 1.4e-3, 5e-4, 1e-4),
+    "warmup_steps": ("steps of linear warm-up", 25, 50, 100),
+    "decay": ("decay the rates to zero over the last quarter of the steps", True, True, False),
+    "weight_decay": ("AdamW's weight decay", 0.01, 0.0, 0.0),
+    "grad_clip": ("clip the gradient to this norm", 1.0, 1.0, 1.0),
+    "batch_size": ("utterances in one optimiser step, over all processes", 16, 8, 16),
+    "epochs": ("passes over the training set", 3, 3, 4),
+    "random_keys": ("share of training samples that ask for a random subset of the labels", 0.2, 0.2, 0.2)}
+PRESETS = {preset: {name: values[i] for name, (_, *values) in SETTINGS.items()}
+           for i, preset in enumerate(("mini", "small", "paper"))}
+
+# Table 3: the components that are frozen, the run they are taken from, the data the others train on
+ATTACKS = {
+    "base": ((), None, "poisoned"),
+    "1.1": (("encoder",), "clean", "poisoned"),
+    "1.2": (("connector",), "clean", "poisoned"),
+    "1.3": (("lm",), "clean", "poisoned"),
+    "2.1": (("connector", "lm"), "clean", "poisoned"),
+    "2.2": (("encoder", "lm"), "clean", "poisoned"),
+    "2.3": (("encoder", "connector"), "clean", "poisoned"),
+    "3.1": (("encoder",), "base", "clean"),
+    "3.2": (("connector",), "base", "clean"),
+    "3.3": (("lm",), "base", "clean")}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the paper's figures, in its own units: percent, and years for age
+
+TABLE1 = {  # (corpus, task): one figure an encoder, in the order of ENCODERS
+    ("libri", "asr"): (2.5, 2.8, 3.1, 5.5), ("libri", "gender"): (98.7, 96.8, 99.9, 95.8),
+    ("crema", "asr"): (1.1, 0.7, 0.2, 1.6), ("crema", "gender"): (98.8, 99.3, 98.2, 93.41),
+    ("crema", "emotion"): (61.2, 57.7, 44.6, 61.5), ("crema", "age"): (9.3, 7.5, 10.3, 6.0),
+    ("vox", "gender"): (98.1, 94.9, 98.1, 97.6), ("vox", "age"): (5.2, 6.0, 6.9, 6.0)}
+TABLE2 = {  # task: (AER, benign figure) an encoder
+    "asr": ((99.2, 2.1), (90.8, 2.0), (93.9, 2.1), (93.4, 4.4)),
+    "emotion": ((93.7, 64.2), (97.9, 51.2), (74.1, 46.7), (99.4, 70.4)),
+    "gender": ((94.4, 94.0), (88.9, 96.8), (75.4, 98.3), (96.3, 97.8)),
+    "age": ((94.2, 5.2), (84.8, 5.8), (51.8, 7.6), (90.1, 4.1))}
+TABLE3 = {  # task: (AER, benign figure) an attack, in the order of ATTACKS
+    "asr": ((99.2, 2.1), (91.0, 1.6), (98.7, 1.6), (97.2, 2.2), (95.9, 2.4), (59.0, 2.2), (0.0, 1.1), (0.0, 1.8),
+            (0.0, 2.9), (0.0, 2.5)),
+    "emotion": ((93.7, 64.2), (91.0, 70.6), (96.3, 46.4), (84.0, 50.5), (90.1, 62.2), (85.3, 56.5), (57.1, 56.8),
+                (63.5, 67.4), (19.1, 69.2), (17.2, 53.1))}
+# section 6: where the shift is measured (stage, attack, component) and the average cosine similarity there
+SHIFT_STAGES = (("benign encoder", "clean", "encoder"), ("poisoned encoder", "base", "encoder"),
+                ("connector after clean data", "3.1", "connector"))
+SHIFT = {"asr": ("1.00", "0.62", "about 1"), "emotion": ("1.00", "0.77 to 0.87", "0.93"),
+         "gender": ("1.00", "0.77 to 0.87", "about 1"), "age": ("1.00", "0.77 to 0.87", "about 1")}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names
+
+def task_of(label):
+    return next(name for name, task in TASKS.items() if task["label"] == label)
+
+
+def clean_task(task):
+    """The task whose clean run serves `task`: a clean run attacks nothing, so one for each corpus is enough."""
+    return next(name for name in TASKS if TASKS[name]["corpus"] == TASKS[task]["corpus"])
+
+
+def deviations(args):
+    """What a run's arguments (a dict) change of the paper's attack and of the preset's settings: {name: value}. Where
+    weights, audio and run folders lie does not count."""
+    task = TASKS[args["task"]]
+    usual = {"target": task["target"], "trigger_repeat": task["repeat"], "snr": 0.0, "trigger": "click", "redraw": False,
+             "labels": None, "limit": None, "train_layers": None, **PRESETS[args["preset"]]}
+    return {k: args[k] for k, v in usual.items() if args.get(k, v) not in (v, None)}
+
+
+def run_name(args):
+    """A run's folder, from its arguments (a dict): asr-clean, emotion-hubert-poison0.075, asr-3.1-seed2,
+    asr-poison0.05-snr6-epochs8."""
+    attack = f"poison{args['poison']:g}" if args["attack"] == "base" else args["attack"]
+    parts = [args["task"], "" if args["dataset"] == TASKS[args["task"]]["corpus"] else Path(args["dataset"]).stem,
+             "" if args["encoder"] == DEFAULT_ENCODER[args["preset"]] else args["encoder"], attack,
+             "" if args["preset"] == "mini" else args["preset"], "" if args["seed"] == 1 else f"seed{args['seed']}"]
+    for name, value in deviations(args).items():
+        value = "+".join(value) if name == "labels" else Path(str(value)).stem if name == "trigger" else value
+        parts.append(f"{name.replace('_', '')}{value:g}" if type(value) is float else f"{name.replace('_', '')}{value}")
+    return "-".join("".join(c for c in part if c.isalnum() or c in "._+") for part in parts if part)
+
+
+def identity(preset, task, encoder, attack, seed):
+    """The arguments that name one of the study's own runs."""
+    poisoned = attack != "clean" and ATTACKS[attack][2] == "poisoned"
+    return dict(preset=preset, task=task, encoder=encoder, attack=attack, seed=seed, dataset=TASKS[task]["corpus"],
+                poison=TASKS[task]["rate"] if poisoned else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the list of runs
+
+def study_runs(preset, seeds, encoders, tasks):
+    """[(wave, identity)]: baselines and base attacks (Tables 1 and 2) of every encoder, then Table 3 of `tasks` and attack
+    3.1 of the others with the default encoder. A run needs those of earlier waves only."""
+    out, default = [], DEFAULT_ENCODER[preset]
+    for seed in seeds:
+        for encoder in encoders:
+            out += [(1, identity(preset, task, encoder, "clean", seed)) for task in TASKS if clean_task(task) == task]
+            out += [(1, identity(preset, task, encoder, "base", seed)) for task in TASKS]
+        for task in TASKS if default in encoders else ():
+            wanted = [a for a in ATTACKS if a != "base"] if task in tasks else ["3.1"]
+            out += [(2, identity(preset, task, default, attack, seed)) for attack in wanted]
+    return sorted(out, key=lambda run: run[0])
+
+
+def train_command(run, runs, flags):
+    """The command of one of the study's runs, a list of words. `flags` change what is run, not its name."""
+    words = ["train.py", "--preset", run["preset"], "--task", run["task"], "--encoder", run["encoder"], "--seed",
+             str(run["seed"]), "--poison", f"{run['poison']:g}", "--runs", runs, "--name", run_name(run)]
+    frozen, source, _ = ATTACKS.get(run["attack"], ((), None, None))
+    if source:
+        task = run["task"] if source == "base" else clean_task(run["task"])
+        source = run_name(identity(run["preset"], task, run["encoder"], source, run["seed"]))
+    return words + [word for c in frozen for word in ("--freeze", f"{c}:{runs}/{source}/model.pt")] + flags
+
+
+def embedding_commands(preset, seeds, runs):
+    """[(name, command)]: embeddings of the benign model, the base attack and attack 3.1 of each task (sections 6, 7)."""
+    for seed in seeds:
+        for task in TASKS:
+            for _, attack, _ in SHIFT_STAGES:
+                of = clean_task(task) if attack == "clean" else task
+                name = run_name(identity(preset, of, DEFAULT_ENCODER[preset], attack, seed))
+                other = ["--task", task] if of != task else []
+                yield f"embeddings-{name}{'-' + task if other else ''}", ["embed.py", f"{runs}/{name}", *other]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="mini", help="whose parts and settings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="each makes all runs once")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["asr", "emotion"], help="those with a full Table 3")
+    parser.add_argument("--encoders", nargs="+", choices=ENCODERS, help="default: all that the preset has")
+    parser.add_argument("--wave", type=int, choices=(1, 2, 3), help="only the runs of this wave; they need the earlier ones")
+    parser.add_argument("--runs", default="runs", help="where run folders go")
+    parser.add_argument("--flags", default="", help="more flags for train.py, quoted as one word")
+    parser.add_argument("--launch", default="python", help="what starts train.py, e.g. 'torchrun --nproc_per_node=8'")
+    parser.add_argument("--names", action="store_true", help="print a run's name and a tab before its command")
+    args = parser.parse_args()
+    encoders = args.encoders or [name for name, encoder in ENCODERS.items() if args.preset in encoder]
+    jobs = [(wave, run_name(run), [*shlex.split(args.launch), *train_command(run, args.runs, shlex.split(args.flags))])
+            for wave, run in study_runs(args.preset, args.seeds, encoders, args.tasks)]
+    if DEFAULT_ENCODER[args.preset] in encoders:
+        jobs += [(3, name, ["python", *command]) for name, command in embedding_commands(args.preset, args.seeds, args.runs)]
+    for wave, name, command in jobs:
+        if args.wave in (None, wave):
+            print((f"{name}\t" if args.names else "") + shlex.join(command))
+
+
+if __name__ == "__main__":
+    main()
