@@ -94,9 +94,9 @@ def test_a_failure_stops_nothing_else_and_a_killed_study_goes_on(tmp_path):
     stub.write_text(STUB)
     variables = dict(LAUNCH=f"{sys.executable} {stub}", RUNS=str(folder / "runs"), RESULTS=str(folder / "results"),
                      ENCODERS="wavlm", JOBS="2", WAVES="1 2")
-    code, _ = run_all(KILLED_AT="emotion-3.1", **variables)
+    code, _ = run_all(KILLED_AT="emotion-1.1", **variables)
     finished = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.json")}
-    assert code == -9 and "asr-clean" in finished and "emotion-3.1" not in finished
+    assert code == -9 and "asr-clean" in finished and "emotion-1.1" not in finished
     code, out = run_all(FAILS="emotion-2.2", **variables)
     after = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.json")}
     assert code == 1 and "emotion-2.2" in out.splitlines()[-1] and "emotion-2.2" not in after
