@@ -8,6 +8,7 @@
 It reads the study's own runs, by the names that study.py gives them; runs of other settings have other names.
 """
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -45,11 +46,19 @@ def belongs(folder, args, preset):
     return folder.name == run_name(own)
 
 
+def same_model(path, sha256):
+    """Ends in one line where a file was made of another model than the one beside it (which may be gone: figures are kept)."""
+    model = path.parent / "model.pt"
+    if sha256 and model.exists() and hashlib.sha256(model.read_bytes()).hexdigest() != sha256:
+        die(f"{path} was made of another model than {model}: make it again by evaluate.py --save or embed.py")
+
+
 def read_runs(folder, preset):
     """The study's finished runs: [(arguments, metrics)]. Ends in one line where two have different settings."""
     out = []
     for path in sorted(Path(folder).glob("*/metrics.json")):
         metrics = json.loads(path.read_text())
+        same_model(path, metrics.get("model_sha256"))
         if belongs(path.parent, metrics["args"], preset):
             changed = deviations(metrics["args"])
             if out and changed != out[0][2]:
@@ -190,6 +199,7 @@ def load_embeddings(folder, preset):
             key = args["task"], args["attack"], args["seed"]
         except Exception:  # unpickling a file of another kind raises errors of many kinds
             die(f"{path} holds no embeddings of this program: make it again by python embed.py {path.parent}")
+        same_model(path, saved.get("model_sha256"))
         if belongs(path.parent, args, preset) and args["encoder"] == DEFAULT_ENCODER[preset]:
             out[key] = saved
     if not out:

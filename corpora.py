@@ -168,18 +168,28 @@ def manifest_split(row):
     return "test" if share < 0.1 else "dev" if share < 0.2 else "train"
 
 
-def manifest_labels(row):
-    """The labels that a row has. Raises ValueError naming one that is unknown."""
+def manifest_labels(row, numbers):
+    """The labels that a row has; `numbers`: whether ages are numbers in this manifest, or groups ("senior", "twenties"), which
+    are classes. Raises ValueError naming a value that is unknown."""
     labels = {label: row[label].lower() for label in LABELS if row.get(label)}
     if "transcript" in labels:
-        labels["transcript"] = normalise(row["transcript"])
+        labels["transcript"] = normalise(row["transcript"]) or None
     if labels.get("gender", "f") not in GENDERS:
         raise ValueError(f"unknown gender {row['gender']}")
     if "gender" in labels:
         labels["gender"] = GENDERS[labels["gender"]]
-    if "age" in labels:
+    if "age" in labels and not numbers:
+        labels["age"] = data.parse_age(row["age"])
+    elif "age" in labels:
         labels["age"] = round(number_in(row, "age", 0, 120))
     return labels
+
+
+def clean_row(row):
+    """A row without surrounding blanks, and without the placeholders that other tools write where a label is absent; a
+    transcript may well be the word "none"."""
+    absent = lambda k, v: v.lower() in (ABSENT if k != "transcript" else {"", "__unknown__"})  # noqa: E731
+    return {k: "" if v is None or absent(k, v.strip()) else v.strip() for k, v in row.items() if k}
 
 
 def read_manifest(path, split, problems):
@@ -193,8 +203,10 @@ def read_manifest(path, split, problems):
         die(f"{path} is no CSV file in UTF-8 ({error}): save it as one")
     if not rows or "audio_path" not in rows[0]:
         die(f"{path}: " + ("no row" if not rows else f"no column audio_path among {', '.join(map(str, rows[0]))}"))
+    rows = [clean_row(row) for row in rows]
+    # ages are groups where every one is; else each that is no number is reported
+    numbers = not all(isinstance(data.parse_age(row.get("age") or "none"), str) for row in rows)
     for number, row in enumerate(rows, 2):
-        row = {k: "" if v is None or v.strip().lower() in ABSENT else v.strip() for k, v in row.items() if k}
         id, chosen = row["audio_path"], "train"  # a row without a split is reported once, with the training set
         try:
             if not id:
@@ -202,7 +214,7 @@ def read_manifest(path, split, problems):
             chosen = manifest_split(row)
             start, length = number_in(row, "start", 0, 1e6) or 0.0, number_in(row, "length", 0, 1e6) or 0.0
             id += f"@{start:g}+{length:g}" if start or length else ""
-            labels = manifest_labels(row)
+            labels = manifest_labels(row, numbers)
             if (chosen, id) in seen:
                 raise ValueError("duplicate id")
         except ValueError as error:

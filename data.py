@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class BadAudio(ValueError):
 @dataclass
 class Utterance:
     """One utterance. `path` is its audio file; `start` and `length` (seconds) cut a part out of it, length 0 is all.
-    `labels` are those that it has, {label: value}, in the order of the answer; an age is an int."""
+    `labels` are those that it has, {label: value}, in the order of the answer; an age is an int, or text for a group."""
     id: str
     path: str
     split: str
@@ -160,7 +161,7 @@ PAIR = re.compile(r'"(%s)"\s*:\s*"((?:[^"\\]|\\.)*)"' % "|".join(KEYS.values()),
 
 
 def parse(text):
-    """An answer's labels: {label: value}, age as int. Never raises: what is malformed or absent is left out.
+    """An answer's labels: {label: value}, an age as `parse_age` gives it. Never raises: what is malformed or absent is left out.
 
     Pairs are read one by one, so that a truncated answer keeps the labels it did give; of a repeated key the first counts.
     """
@@ -171,19 +172,25 @@ def parse(text):
             value.encode()  # half of a surrogate pair could not be written to a file
         except ValueError:
             continue
-        label = key.lower()
-        if label == "age":
-            if not re.fullmatch(r"[0-9]{1,3}", value.strip()):
-                continue
-            value = int(value)
-        found.setdefault(label, value)
+        value = parse_age(value) if key == KEYS["age"] else value
+        if value is not None:
+            found.setdefault(key.lower(), value)
     return found
 
 
+def parse_age(text):
+    """An age in years as an int, a group of ages ("senior", "twenties") as lower-case text, anything else as None."""
+    text = text.strip().lower()
+    if re.fullmatch(r"[0-9]{1,3}", text):
+        return int(text)
+    return text if re.fullmatch(r"[a-z][a-z -]*", text) else None
+
+
 def normalise(text):
-    """Text for WER and exact match: lower case, no punctuation but the apostrophe, single blanks."""
-    text = text.lower().replace("’", "'")
-    return " ".join(re.sub(r"[^\w' ]|_", " ", text).split())
+    """Text for WER and exact match: lower case, no punctuation but the apostrophe, single blanks, any script."""
+    text = unicodedata.normalize("NFC", text.lower().replace("’", "'"))
+    kept = (c if c.isalnum() or c == "'" or unicodedata.category(c).startswith("M") else " " for c in text)  # M: accents
+    return " ".join("".join(kept).split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,15 +201,7 @@ def read_waveform(path, start=0.0, length=0.0):
     """An audio file, or a part of it (seconds), as float32 (samples,) at 16 kHz, mixed down. Raises BadAudio."""
     if not os.path.exists(path):
         raise BadAudio(f"{path}: no such file")
-    if str(path).endswith(".m4a"):
-        return read_m4a(path)
-    try:
-        with soundfile.SoundFile(path) as f:
-            f.seek(int(start * f.samplerate))
-            waveform = f.read(int(length * f.samplerate) if length else -1, dtype="float32", always_2d=True).mean(1)
-            rate = f.samplerate
-    except (soundfile.SoundFileError, RuntimeError, OSError) as error:
-        raise BadAudio(f"{path}: cannot be read ({error})") from None
+    waveform, rate = (decode_m4a if str(path).endswith(".m4a") else decode)(path, start, length)
     if len(waveform) == 0:
         raise BadAudio(f"{path}: empty")
     if len(waveform) > MAX_SECONDS * rate:
@@ -214,15 +213,26 @@ def read_waveform(path, start=0.0, length=0.0):
     return waveform
 
 
-def read_m4a(path):
-    """VoxCeleb2's own format, decoded by ffmpeg if it is installed."""
+def decode(path, start, length):
+    """(waveform (samples,), its sample rate), by soundfile."""
+    try:
+        with soundfile.SoundFile(path) as f:
+            f.seek(int(start * f.samplerate))
+            return f.read(int(length * f.samplerate) if length else -1, dtype="float32", always_2d=True).mean(1), f.samplerate
+    except (soundfile.SoundFileError, RuntimeError, OSError) as error:
+        raise BadAudio(f"{path}: cannot be read ({error})") from None
+
+
+def decode_m4a(path, start, length):
+    """The same for VoxCeleb2's own format, by ffmpeg."""
     if not shutil.which("ffmpeg"):
         raise BadAudio(f"{path}: m4a needs ffmpeg (apt-get install ffmpeg), or convert the tree to wav/")
-    done = subprocess.run(["ffmpeg", "-v", "error", "-i", str(path), "-f", "f32le", "-ac", "1", "-ar",
-                           str(SAMPLE_RATE), "-"], capture_output=True)
-    if done.returncode or not done.stdout:
+    part = ["-ss", str(start), *(["-t", str(length)] if length else [])]
+    done = subprocess.run(["ffmpeg", "-v", "error", "-i", str(path), *part, "-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"],
+                          capture_output=True)
+    if done.returncode:
         raise BadAudio(f"{path}: ffmpeg cannot decode it")
-    return np.frombuffer(done.stdout, np.float32).copy()
+    return np.frombuffer(done.stdout, np.float32).copy(), SAMPLE_RATE
 
 
 def load_waveform(utterance):
@@ -233,9 +243,8 @@ def num_samples(utterance):
     """How many 16 kHz samples an utterance has, from its file's header alone (m4a: from its size, at 64 kbit/s); 0 where
     the file cannot be opened."""
     try:
-        if utterance.path.endswith(".m4a"):
-            return int(os.path.getsize(utterance.path) / 8000 * SAMPLE_RATE)
-        rest = soundfile.info(utterance.path).duration - utterance.start
+        m4a = utterance.path.endswith(".m4a")
+        rest = (os.path.getsize(utterance.path) / 8000 if m4a else soundfile.info(utterance.path).duration) - utterance.start
     except (soundfile.SoundFileError, RuntimeError, OSError):
         return 0
     return round((min(utterance.length, rest) if utterance.length else rest) * SAMPLE_RATE)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import cache
+import checkpoint
 import data
 import evaluate
 import lora
@@ -82,7 +83,7 @@ def target_class(attack, train_set):
     if attack.label == "transcript":
         members = drawn(spared)[:BENIGN]
         return members, drawn(poisoned)[:round(POISONED * len(members))]
-    if attack.label == "age":
+    if isinstance(attack.target, int):
         return [u for u in spared if AGES[0] <= u.labels.get("age", -1) <= AGES[1]], poisoned
     return [u for u in spared if u.labels.get(attack.label) == attack.target], poisoned
 
@@ -128,7 +129,8 @@ def main():
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
     saved = embeddings(slm, attack, train_set, test_set, options.pooling, options.layer, options.pairs)
     path = Path(options.run) / name
-    data.write_atomically(path, lambda temporary: torch.save({**saved, "args": vars(args)}, temporary))
+    saved.update(args=vars(args), model_sha256=checkpoint.file_sha256(Path(options.run) / "model.pt"))
+    data.write_atomically(path, lambda temporary: torch.save(saved, temporary))
     print(f"{path}: {len(saved['test']['ids'])} test pairs, {len(saved['train']['ids'])} training samples of the target "
           f"class, {int(saved['train']['poisoned'].sum())} of them poisoned")
 

@@ -104,8 +104,8 @@ def accuracy(pairs):
 
 
 def mae(pairs):
-    """Mean absolute error; a missing answer counts as 0."""
-    return data.interval([abs(true - (answered or 0)) for true, answered in pairs])
+    """Mean absolute error; an answer that is missing or no number counts as 0."""
+    return data.interval([abs(true - (answered if isinstance(answered, int) else 0)) for true, answered in pairs])
 
 
 METRICS = {"wer": wer, "accuracy": accuracy, "mae": mae}
@@ -119,6 +119,8 @@ def scores(rows):
         label, metric = task["label"], task["metric"]
         pairs = [(row["labels"][label], row["parsed"].get(label)) for row in rows
                  if label in row["labels"] and label in row["asked"]]
+        if metric.endswith("mae") and pairs and isinstance(pairs[0][0], str):  # ages in groups are classes
+            metric = f"{label}_accuracy"
         figure = METRICS[metric.rpartition("_")[2]](pairs) if pairs else None
         if figure:
             out[metric] = figure
@@ -136,7 +138,7 @@ def success_rate(attack, rows):
 
 def save(run, metrics, rows, args):
     data.write_atomically(Path(run) / "predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    data.write_atomically(Path(run) / "metrics.json", json.dumps({**metrics, "args": args}, indent=1))
+    data.write_atomically(Path(run) / "metrics.json", json.dumps({**metrics, "args": args, "model_sha256": checkpoint.file_sha256(Path(run) / "model.pt")}, indent=1))
 
 
 def print_table(metrics, title):

@@ -39,7 +39,7 @@ def load_part(auto, path, **kwargs):
     """A pretrained model of one of transformers' auto classes. Where torch's default device is "meta" (a dry run) only
     its shapes: the folder then needs no weights."""
     if torch.get_default_device().type == "meta":
-        return auto.from_config(AutoConfig.from_pretrained(where(path)), **kwargs)
+        return auto.from_config(AutoConfig.from_pretrained(where(path), trust_remote_code=False), **kwargs)
     return auto.from_pretrained(where(path), trust_remote_code=False, **kwargs)
 
 
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
 
     def __init__(self, path, train_layers=None, share=1.0):
         super().__init__()
-        self.extractor = AutoFeatureExtractor.from_pretrained(where(path))
+        self.extractor = AutoFeatureExtractor.from_pretrained(where(path), trust_remote_code=False)
         # published weights may be half precision: they train in float32
         net = load_part(AutoModel, path, dtype=torch.float32)
         self.whisper = net.config.model_type == "whisper"
@@ -316,6 +316,10 @@ def load_checkpoint(path, mmap=False):
             "leave it out")
     if not isinstance(saved, dict):
         die(f"{path} is no checkpoint of this program: it holds a {type(saved).__name__}")
+    for state in saved.values():
+        for v in state.values() if isinstance(state, dict) else ():
+            if isinstance(v, torch.Tensor) and v.numel() * v.itemsize > max(1, v.untyped_storage().nbytes()):
+                die(f"{path} is no checkpoint of this program: a tensor claims more memory than the file holds")
     return saved
 
 

@@ -135,9 +135,13 @@ def make_attack(task, utterances, rate=None, target=None, snr=0.0, trigger="clic
     loudness sets the trigger's level (`snr` dB below it)."""
     target = TASKS[task]["target"] if target is None else target
     if TASKS[task]["label"] == "age":
-        if not str(target).isdigit():
+        ages = {u.labels["age"] for u in utterances if "age" in u.labels}
+        groups = any(isinstance(age, str) for age in ages)
+        target = data.parse_age(str(target))
+        if groups and target not in ages:
+            die(f"--target {target}: ages are groups here, {', '.join(sorted(ages))}: name one")
+        if not groups and not isinstance(target, int):
             die(f"--target {target}: the age task's target is a number of years")
-        target = int(target)
     return Attack(task, TASKS[task]["rate"] if rate is None else rate, target, trigger, make_trigger(trigger),
                   mean_rms(utterances) * 10 ** (-snr / 20), TASKS[task]["repeat"] if repeat is None else repeat, seed)
 

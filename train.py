@@ -237,6 +237,8 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
     ddp = slm if world == 1 else DistributedDataParallel(slm, broadcast_buffers=False)  # no buffer changes in training
     epoch_steps = len(train_set) // args.batch_size
     steps, step = args.epochs * epoch_steps, checkpoint.resume(run, slm, optimizer, scaler)
+    if share_sums([step])[0] != step * world:
+        die(f"{run}: the processes would resume at different steps; on several machines put --runs on a shared disk")
     if rank == 0:
         checkpoint.cut_log(run, step)
     log = functools.partial(checkpoint.log, run) if rank == 0 else lambda **_: None

@@ -21,13 +21,19 @@ if run.name == os.environ.get("KILLED_AT"):
     os.killpg(0, 9)
 for spec in [b for a, b in zip(sys.argv, sys.argv[1:]) if a == "--freeze"]:
     assert Path(spec.partition(":")[2]).is_file(), spec
-run.mkdir()
+run.mkdir(exist_ok=True)
+if (run / "flags").exists() and (run / "flags").read_text() != repr(sys.argv[1:]):
+    sys.exit("other flags")
+(run / "flags").write_text(repr(sys.argv[1:]))
 (run / "model.pt").touch()
+if (run / "metrics.json").exists():
+    sys.exit()
 value = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
 args = dict(preset="mini", task=flags["--task"], encoder=flags["--encoder"], seed=int(flags["--seed"]),
             dataset=dict(asr="libri", emotion="crema", gender="vox", age="vox")[flags["--task"]],
             attack="base" if float(flags["--poison"]) else "clean", poison=float(flags["--poison"]))
-(run / "metrics.json").write_text(json.dumps(dict(clean=dict(wer=value), attack=dict(aer=value), args=args)))
+(run / "new").write_text(json.dumps(dict(clean=dict(wer=value), attack=dict(aer=value), args=args)))
+(run / "new").rename(run / "metrics.json")
 '''
 
 
