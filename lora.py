@@ -32,8 +32,8 @@ class LoRALinear(nn.Module):
         if self.original is not None:
             return self.base(x)
         out = self.base(x)
-        update = F.linear(F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return out + (self.scaling * update).to(out.dtype)
+        low = self.scaling * F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # scaled where it is small
+        return out + F.linear(low, self.lora_B).to(out.dtype)
 
     @torch.no_grad()
     def merge(self):
