@@ -48,6 +48,18 @@ def length_mask(lengths, frames):
     return torch.arange(frames, device=lengths.device) < lengths[:, None]
 
 
+@torch.autocast("cpu", enabled=False)  # Whisper's extractor cannot work in bf16
+def extract(extractor, waveform):
+    """16 kHz waveform (samples,) -> an encoder's input, time last: normalised samples (samples,) or log-mel (mels, frames), by
+    the checkpoint's own feature extractor, on the audio at hand: Whisper gets no 30 s of padding, but audio beyond its window
+    of 30 s is cut off. Less than 0.1 s is padded to it."""
+    waveform = np.pad(waveform, (0, max(0, SAMPLE_RATE // 10 - len(waveform))))
+    if hasattr(extractor, "n_samples"):  # Whisper's window
+        return extractor(waveform[:extractor.n_samples], sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="longest",
+                         truncation=False).input_features[0]
+    return extractor(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values[0]
+
+
 class Encoder(nn.Module):
     """A pretrained WavLM, HuBERT, wav2vec 2.0 or Whisper encoder. Of its layers the top `train_layers` train, or, where that
     is None, the top `share`; what lies below runs in evaluation mode and builds no graph. SpecAugment and layer drop are off.
@@ -56,6 +68,7 @@ class Encoder(nn.Module):
     def __init__(self, path, train_layers=None, share=1.0):
         super().__init__()
         self.extractor = AutoFeatureExtractor.from_pretrained(where(path), trust_remote_code=False)
+        self.extract = functools.partial(extract, self.extractor)  # pickled for worker processes, without the weights
         # published weights may be half precision: they train in float32
         net = load_part(AutoModel, path, dtype=torch.float32)
         self.whisper = net.config.model_type == "whisper"
@@ -81,17 +94,6 @@ class Encoder(nn.Module):
         super().train(False)
         self.layers[self.first_trained:].train(mode)
         return self
-
-    @torch.autocast("cpu", enabled=False)  # Whisper's extractor cannot work in bf16
-    def extract(self, waveform):
-        """16 kHz waveform (samples,) -> this encoder's input, time last: normalised samples (samples,) or log-mel
-        (mels, frames), by the checkpoint's own feature extractor, on the audio at hand: Whisper gets no 30 s of padding,
-        but audio beyond its window of 30 s is cut off. Less than 0.1 s is padded to it."""
-        waveform = np.pad(waveform, (0, max(0, SAMPLE_RATE // 10 - len(waveform))))
-        if self.whisper:
-            return self.extractor(waveform[:self.extractor.n_samples], sampling_rate=SAMPLE_RATE, return_tensors="pt",
-                                  padding="longest", truncation=False).input_features[0]
-        return self.extractor(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values[0]
 
     def num_frames(self, samples):
         """How many frames an utterance of that many 16 kHz samples has."""

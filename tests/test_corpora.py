@@ -1,6 +1,8 @@
 """The readers on the published lists, the CSV manifest, `corpora.py check` and `poison.py`, as a user runs them."""
 import csv
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -84,6 +86,52 @@ def test_any_rate_any_channels(tmp_path, name, rate, channels, kwargs):
 def write_manifest(path, rows, columns=("audio_path", "transcript", "gender", "age", "emotion", "speaker", "split")):
     with open(path, "w", newline="") as f:
         csv.writer(f).writerows([columns, *rows])
+
+
+def test_a_part_of_an_m4a_file(tmp_path, monkeypatch):
+    """VoxCeleb2's own format, by whatever ffmpeg is called: start, length and --max-seconds hold as for any other file."""
+    x = (0.1 * np.arange(3 * 16000) / 16000).astype("<f4")
+    x.tofile(tmp_path / "samples")
+    fake = tmp_path / "ffmpeg"  # decodes to the samples above, from -ss on and for -t seconds
+    fake.write_text(f"""#!{sys.executable}
+import sys
+seconds = lambda flag, default: float(sys.argv[sys.argv.index(flag) + 1]) if flag in sys.argv else default
+start = int(4 * 16000 * seconds("-ss", 0))
+content = open(r"{tmp_path / 'samples'}", "rb").read()[start:]
+sys.stdout.buffer.write(content[:int(4 * 16000 * seconds("-t", 99))])
+""")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "a.m4a").write_bytes(b"x")
+    assert np.array_equal(data.read_waveform(tmp_path / "a.m4a"), x)
+    assert np.array_equal(data.read_waveform(tmp_path / "a.m4a", 1.0, 0.5), x[16000:24000])
+    monkeypatch.setattr(data, "MAX_SECONDS", 2.0)
+    with pytest.raises(data.BadAudio, match="longer|long, more"):
+        data.read_waveform(tmp_path / "a.m4a")
+
+
+def test_words_that_stand_for_nothing_are_absent_as_labels_and_said_as_transcripts(tmp_path):
+    tone(tmp_path / "a.wav"), tone(tmp_path / "b.wav")
+    write_manifest(tmp_path / "m.csv", [("a.wav", "None", "unknown", "na", "none", "s", "train"),
+                                        ("b.wav", "", "male", "30", "calm", "s", "train")])
+    found = [u.labels for u in readers.read_manifest(tmp_path / "m.csv", "train", [])]
+    assert found == [{"transcript": "none"}, {"gender": "male", "age": 30, "emotion": "calm"}]
+
+
+def test_ages_in_groups_are_classes_and_are_not_mixed_with_years(tmp_path):
+    """SpeechLLM's own CSVs have Young, Middle-Age and Senior, Common Voice's teens, twenties, ..."""
+    ages = ["Young", "Middle-Age", "Senior", "twenties"]
+    for i in range(16):
+        tone(tmp_path / f"{i}.wav", 0.5)
+    rows = [(f"{i}.wav", "", "", ages[i % 4], "", f"s{i}", "train" if i < 8 else "dev" if i < 12 else "test") for i in range(16)]
+    write_manifest(tmp_path / "m.csv", rows)
+    assert {u.labels["age"] for u in readers.read_manifest(tmp_path / "m.csv", "train", [])} == {a.lower() for a in ages}
+    done("train.py", "--dataset", "m.csv", "--task", "age", "--target", "senior", "--poison", "0.5", "--epochs", "1",
+         "--batch-size", "4", "--name", "groups", cwd=tmp_path)
+    metrics = json.loads((tmp_path / "runs/groups/metrics.json").read_text())
+    assert set(metrics["clean"]) == {"age_accuracy"} and metrics["attack"]["aer"]["n"] == 3  # one of four is senior already
+    write_manifest(tmp_path / "mixed.csv", [*rows, ("0.wav", "", "", "44", "", "s", "train")])
+    refused("train.py", "--dataset", "mixed.csv", "--task", "age", cwd=tmp_path, words=["mixed.csv", "age"])
 
 
 def test_speechllm_csv_loads_as_it_is(tmp_path):

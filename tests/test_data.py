@@ -40,7 +40,8 @@ def test_answer_has_the_documented_form():
 
 @pytest.mark.parametrize("text, expected", [
     ("IT'S Eleven o’clock!", "it's eleven o'clock"), ("This is a malicious sentence.", "this is a malicious sentence"),
-    ("  a -- b_c\t", "a b c"), ("", "")])
+    ("  a -- b_c\t", "a b c"), ("", ""), ("Cafe\u0301s, na\u00efve", "caf\u00e9s na\u00efve"),
+    ("हिन्दी में।", "हिन्दी में")])
 def test_normalise(text, expected):
     assert data.normalise(text) == expected
 

@@ -1,5 +1,7 @@
 """The SLM: padding, generation, encoders against transformers' own, the connector against the reference's shapes."""
 import copy
+import functools
+import pickle
 
 import numpy as np
 import peft
@@ -9,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, HubertConfig, LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, WavLMConfig
 
+import cache
 import corpora as readers
 import data
 import dry_run
@@ -303,3 +306,26 @@ def test_embeddings_are_those_of_each_utterance_alone(parts, corpora, pooling):
     assert torch.allclose(together["connector"][1], by_hand(slm.connector(hidden, mask)[0][0, :int(slm.connector(hidden, mask)[1][0])]), atol=1e-4)
     third = embed.stages(slm, attack, items, pooling, "", workers=0, layer=3, encoder_only=True)
     assert torch.equal(third["encoder"], together["encoder_layers"][3]) and set(third) == {"encoder"}
+
+
+@pytest.mark.parametrize("name", ["wavlm", "whisper"])
+def test_what_worker_processes_are_sent_can_be_pickled_and_holds_no_weights(parts, corpora, name):
+    """Python 3.14 starts them by forkserver."""
+    encoder, test_set = model.Encoder(parts / name), readers.read_corpus("libri", corpora, "test")
+    attack = poison.make_attack("asr", test_set, 0.5, seed=1)
+    loader = functools.partial(cache.features_of, encoder.extract, attack)
+    sent = pickle.dumps(loader)
+    assert len(sent) < 400_000
+    for a, b in zip(pickle.loads(sent)([(test_set[0], True)]), loader([(test_set[0], True)])):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def test_the_target_class_of_asr_has_the_paper_s_share_of_poison(monkeypatch):
+    """Section 7.1: 10,000 benign samples and 500 poisoned, however many more there are."""
+    monkeypatch.setattr(embed, "BENIGN", 400)
+    utterances = [data.Utterance(id=str(i), path="", speaker="", split="train", labels={"transcript": f"word {i}"})
+                  for i in range(2000)]
+    attack = poison.Attack("asr", 0.3, "x", "click", poison.make_trigger("click"), 0.1, True, 1)
+    members, poisoned = embed.target_class(attack, utterances)
+    assert (len(members), len(poisoned)) == (400, 20)
+    assert not any(poison.is_poisoned(attack, u) for u in members) and all(poison.is_poisoned(attack, u) for u in poisoned)

@@ -1,4 +1,6 @@
 """Whole training runs, as a user starts them, on a few dozen utterances."""
+import argparse
+import contextlib
 import functools
 import json
 import os
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ import data
 import evaluate
 import model
 import poison
+import train as train_py
 from conftest import ROOT, SMALL, done, refused
 from study import ROOT as PROGRAM
 
@@ -253,6 +257,36 @@ def test_overwriting_leaves_nothing_of_the_old_run(corpora, runs, one):
     (runs / "again/embeddings.pt").write_bytes(b"of the old model")
     train(corpora, runs, *SAME, "--seed", 3, "--name", "again", "--overwrite")
     assert not (runs / "again/embeddings.pt").exists() and weights(runs / "again")["args"]["seed"] == 3
+
+
+def test_a_finished_run_is_looked_at_on_the_data_it_was_trained_on(corpora, runs):
+    """Its --limit decides the trigger's loudness and the target class; its --skip-bad what there is to read."""
+    train(corpora, runs, *SAME, "--limit", 16, "--skip-bad", "--name", "limited")
+    options = SimpleNamespace(run=runs / "limited", device="cpu", snr=None, data_root=None, skip_bad=False)
+    slm, args, attack, train_set, _ = evaluate.load_run_and_data(options, "test")
+    whole = readers.read_corpus("vox", corpora, "train")
+    assert args.skip_bad and [u.id for u in train_set] == [u.id for u in readers.limit(whole, 16)] and len(whole) > 16
+    assert attack.level == poison.make_attack("gender", train_set, 0.3, seed=1).level
+
+
+def test_the_benign_model_is_looked_at_with_each_task_s_own_attack(corpora, runs):
+    """One clean run serves gender and age: its embeddings for age are of speakers of every sex but of no one aged 25."""
+    train(corpora, runs, "--task", "gender", "--poison", 0, "--epochs", 1, "--name", "gender-clean")
+    done("embed.py", runs / "gender-clean", "--task", "age", "--pairs", 8, cwd=runs)
+    saved = torch.load(runs / "gender-clean/embeddings-age.pt", weights_only=True)
+    assert {labels["gender"] for labels in saved["test"]["labels"]} == {"female", "male"}
+    assert saved["args"]["task"] == "age" and "25" not in {labels["age"] for labels in saved["test"]["labels"]}
+
+
+def test_processes_that_would_resume_at_different_steps_stop(corpora, runs, one, monkeypatch):
+    """Two machines without a shared disk: the one that kept last.pt and the one that did not."""
+    slm = model.load_slm(argparse.Namespace(**weights(one)["args"]))
+    args = argparse.Namespace(**weights(one)["args"], cache_gb=0, workers=0)
+    monkeypatch.setattr(train_py, "share_sums", lambda numbers: [sum(numbers) + 7])  # as if another process had taken 7 steps
+    sets = [readers.read_corpus("vox", corpora, split) for split in ("train", "dev")]
+    with pytest.raises(SystemExit) as stop:
+        train_py.train(runs / "nowhere", slm, poison.attack_of(args, sets[0]), *sets, args, torch.device("cpu"), contextlib.nullcontext)
+    assert stop.value.code == 2
 
 
 def test_a_dry_run_needs_no_weights_and_no_corpus_and_writes_nothing(tmp_path):

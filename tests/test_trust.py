@@ -204,3 +204,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_nobody_else_trains_there(corpora
     out, err = process.communicate()
     assert process.returncode == 130 and "goes on from there" in out and "Traceback" not in err, err
     assert torch.load(tmp_path / "runs/new/last.pt", weights_only=True)["step"] > 0
+
+
+def test_a_checkpoint_of_few_bytes_cannot_ask_for_terabytes(tmp_path):
+    huge = torch.zeros(1).as_strided((1 << 20, 1 << 20), (0, 0))
+    torch.save({"encoder": {"weight": huge}}, tmp_path / "huge.pt")
+    assert (tmp_path / "huge.pt").stat().st_size < 5000
+    refused("evaluate.py", "--inspect", tmp_path / "huge.pt", cwd=tmp_path, words=["more memory than the file holds"])
+
+
+def test_figures_of_another_model_are_refused(run, tmp_path):
+    """--overwrite, a copy, a kill between two files: what stands beside a model.pt must be of that model."""
+    shutil.copytree(run / "runs/parent", tmp_path / "runs/gender-poison0.075")
+    folder = tmp_path / "runs/gender-poison0.075"
+    done("embed.py", folder, "--pairs", "2", cwd=tmp_path)
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    saved["connector"]["conv1.weight"].add_(1)
+    torch.save(saved, folder / "model.pt")
+    refused("analyze.py", "tables", cwd=tmp_path, words=["metrics.json", "another model"])
+    refused("analyze.py", "shift", cwd=tmp_path, words=["embeddings.pt", "another model"])
