@@ -1,7 +1,6 @@
 """Reads what was saved and writes tables and figures; needs no model, no audio, no GPU.
 
     python analyze.py tables                   # Tables 1, 2 and 3 of the paper from runs/, to results/mini/
-    python analyze.py tables --preset paper --out results/paper
     python analyze.py shift                    # Figures 2 and 3, from the runs' embeddings.pt (embed.py)
     python analyze.py cluster                  # Figures 4, 5 and 6, and what filtering defences would remove
 
@@ -82,7 +81,8 @@ def over_seeds(runs, part, name, **wanted):
     """A figure, in the paper's units (percent, years), over the runs whose arguments are as wanted."""
     found = {args["seed"]: metrics.get(part, {}).get(name, {}).get("value") for args, metrics in runs
              if all(args.get(k) == v for k, v in wanted.items())}
-    return spread({seed: v if v is None or name.endswith("mae") else 100 * v for seed, v in found.items()})
+    scale = 1 if name.endswith(("mae", "loss")) else 100
+    return spread({seed: None if v is None else scale * v for seed, v in found.items()})
 
 
 def stealth(attacked, baseline):
@@ -91,10 +91,10 @@ def stealth(attacked, baseline):
     return spread({seed: attacked["seeds"][seed] - baseline["seeds"][seed] for seed in seeds})
 
 
-def show(found, published=None, sign=""):
+def show(found, published=None, form=".1f"):
     """One cell: mean, range over several seeds, the paper's figure behind it."""
-    text = "missing" if found is None else f"{found['mean']:{sign}.1f}" + (
-        f" ({found['low']:{sign}.1f} to {found['high']:{sign}.1f})" if len(found["seeds"]) > 1 else "")
+    text = "missing" if found is None else f"{found['mean']:{form}}"
+    text += f" ({found['low']:{form}} to {found['high']:{form}})" if found and len(found["seeds"]) > 1 else ""
     return text + ("" if published is None else f" / {published:g}")
 
 
@@ -116,12 +116,13 @@ def table1(runs):
 
 
 def attacked(runs, task, encoder, attack):
-    """One attack's figures: AER, clean figure, its distance to the baseline's, and what becomes of triggered audio."""
+    """One attack's figures, each over seeds; stealth: the clean figure's distance to the baseline's."""
     metric, wanted = TASKS[task]["metric"], dict(encoder=encoder, dataset=TASKS[task]["corpus"])
     clean = over_seeds(runs, "clean", metric, task=task, attack=attack, **wanted)
     return dict(aer=over_seeds(runs, "attack", "aer", task=task, attack=attack, **wanted), clean=clean,
                 stealth=stealth(clean, over_seeds(runs, "clean", metric, attack="clean", **wanted)),
-                triggered=over_seeds(runs, "triggered", metric, task=task, attack=attack, **wanted))
+                triggered=over_seeds(runs, "triggered", metric, task=task, attack=attack, **wanted),
+                poisoned_loss=over_seeds(runs, "training", "poisoned_loss", task=task, attack=attack, **wanted))
 
 
 def table2(runs):
@@ -131,7 +132,7 @@ def table2(runs):
         for encoder in ENCODERS:
             aer, clean = dict(zip(ENCODERS, TABLE2.get(task, ()))).get(encoder, (None, None))
             row = attacked(runs, task, encoder, "base")
-            cells[-1] += [show(row["aer"], aer), show(row["clean"], clean), show(row["stealth"], sign="+")]
+            cells[-1] += [show(row["aer"], aer), show(row["clean"], clean), show(row["stealth"], form="+.1f")]
             values.append(dict(task=task, encoder=encoder, **row, published=dict(aer=aer, clean=clean)))
     header = ["Task", *(f"{e} {what}" for e in ENCODERS for what in ("AER", "B.", "stealth"))]
     return "Table 2: base attack (ours / paper; stealth: clean figure under attack minus baseline)", header, cells, values
@@ -145,7 +146,8 @@ def table3(runs, preset):
         for task in tasks:
             aer, clean = TABLE3[task][i] if task in TABLE3 else (None, None)
             row = attacked(runs, task, DEFAULT_ENCODER[preset], attack)
-            cells[-1] += [show(row["aer"], aer), show(row["clean"], clean), show(row["stealth"], sign="+"), show(row["triggered"])]
+            cells[-1] += [show(row["aer"], aer), show(row["clean"], clean), show(row["stealth"], form="+.1f"), show(row["triggered"]),
+                          show(row["poisoned_loss"], form=".2f") if trained_on == "poisoned" else ""]
             values.append(dict(attack=attack, task=task, **row, published=dict(aer=aer, clean=clean)))
     header = ["Attack", "Encoder", "Connector", "LM",
               *(f"{t} {what}" for t in tasks for what in ("AER", "B.", "stealth", f"triggered {unit(t)}"))]
@@ -229,14 +231,10 @@ def shift(found, out):
             tests = {seed: found[task, attack, seed]["test"] for seed in seeds if (task, attack, seed) in found}
             each = {seed: data.interval(cosines(t["clean"][where], t["triggered"][where])) for seed, t in tests.items()}
             values[task][stage] = each
-            means = [v["value"] for v in each.values()]
-            text = "missing" if not means else f"{np.mean(means):.2f} ({min(means):.2f} to {max(means):.2f}, {len(means)} seeds)"
-            if len(means) == 1:
-                text = f"{means[0]:.2f} ({each[min(each)]['low']:.2f} to {each[min(each)]['high']:.2f})"
-            cells[-1].append(f"{text} / {published}")
+            cells[-1].append(show(spread({seed: v["value"] for seed, v in each.items()}), form=".2f") + f" / {published}")
             if seeds[0] in tests:
                 clean, triggered = (tests[seeds[0]][kind] for kind in ("clean", "triggered"))
-                pairs[task, stage] = *tsne(clean[where], triggered[where]), means[0]
+                pairs[task, stage] = *tsne(clean[where], triggered[where]), each[seeds[0]]["value"]
                 depth[task, attack] = {part: cosines(clean[part], triggered[part]).mean(-1).tolist()
                                        for part in ("encoder_layers", "lm_layers")}
         values[task]["by depth"] = {attack: curves for (t, attack), curves in depth.items() if t == task}
@@ -251,10 +249,8 @@ def shift(found, out):
 # ---------------------------------------------------------------------------------------------------------------------
 # python analyze.py cluster: is the poison apart inside the target class (section 7, Figures 4, 5 and 6)?
 
-CLUSTER_NOTE = """Purity and recall are of the most poisoned cluster; means over the seeds. The paper gives shares in pictures and
-these figures in words: k = 2 finds the poison for no task, its clusters follow gender (age: cluster 0 is 35% poisoned, 2%
-female, 98% male); k = 4 puts the poison into one cluster for every task; of the angry class 84% of one cluster is "It's eleven
-o'clock". Its probe, removal rates and spectral signatures are not given.
+CLUSTER_NOTE = """Purity and recall are of the most poisoned cluster; means over the seeds. In the paper k = 2 follows gender for every
+task, k = 4 puts the poison into one cluster, and 84% of one cluster of the angry class is "It's eleven o'clock".
 """
 
 
@@ -305,8 +301,8 @@ FILTERS = {"activation clustering, relative size": smallest_cluster, "activation
 
 def removal(removed, poisoned):
     """What removing samples does: true and false positive rate."""
-    rate = lambda which: float(removed[which].mean()) if which.any() else 0.0  # noqa: E731
-    return dict(removed=int(removed.sum()), true_positive_rate=rate(poisoned), false_positive_rate=rate(~poisoned))
+    return dict(removed=int(removed.sum()), true_positive_rate=float((removed & poisoned).sum() / max(1, poisoned.sum())),
+                false_positive_rate=float((removed & ~poisoned).sum() / max(1, (~poisoned).sum())))
 
 
 def composition(clusters, poisoned, labels, task):
@@ -373,14 +369,13 @@ def cluster(found, out, ks):
     if values:
         figures.target_class(low, out / "figure5-pca.png")
     if "emotion" in values and 4 in ks:
-        clusters = reduce_and_cluster(first["emotion"]["encoder"].numpy(), 4)[1]
         rows = values["emotion"][min(values["emotion"])]["k=4"]["clusters"]
-        figures.sentences(low["emotion"][0], clusters, rows, out / "figure6-emotion-sentences.png")
+        figures.sentences(*reduce_and_cluster(first["emotion"]["encoder"].numpy(), 4), rows, out / "figure6-emotion-sentences.png")
     data.write_atomically(out / "cluster.json", json.dumps(values, indent=1))
     header = ["Task", "seeds", "n (poisoned)", *(f"k={k} purity, recall" for k in ks), "ARI k=2: poison, gender", "linear probe",
               "silhouette k=2", *(f"{name}: TPR, FPR" for name in FILTERS)]
-    return "\n".join(markdown("Activation clustering", header, [cluster_cells(task, v, ks) for task, v in values.items()])) \
-        + "\n" + CLUSTER_NOTE
+    cells = [cluster_cells(task, v, ks) for task, v in values.items()]
+    return "\n".join([*markdown("Activation clustering", header, cells), CLUSTER_NOTE])
 
 
 def main():

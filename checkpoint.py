@@ -137,6 +137,14 @@ def log(run, **line):
         f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
 
 
+def last_losses(run):
+    """Mean training loss a token over the last epoch, of all samples and of the poisoned ones: {name: {"value"}}."""
+    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["epoch"] == lines[-1]["epoch"]]
+    means = {name: [line[name] for line in lines if name in line] for name in ("loss", "poisoned_loss")}
+    return {name: dict(value=sum(values) / len(values)) for name, values in means.items() if values}
+
+
 def check_pretrained(slm, saved, component):
     """Raises ValueError where a checkpoint's component was trained on other pretrained weights than this model's."""
     theirs, ours = (sha.get(component) for sha in (saved.get("pretrained_sha256", {}), slm.pretrained_sha256))

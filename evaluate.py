@@ -138,7 +138,8 @@ def success_rate(attack, rows):
 
 def save(run, metrics, rows, args):
     data.write_atomically(Path(run) / "predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    whole = {**metrics, "args": args, "model_sha256": checkpoint.file_sha256(Path(run) / "model.pt")}
+    whole = {**metrics, "training": checkpoint.last_losses(run), "args": args,
+             "model_sha256": checkpoint.file_sha256(Path(run) / "model.pt")}
     data.write_atomically(Path(run) / "metrics.json", json.dumps(whole, indent=1))
 
 

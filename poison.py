@@ -8,13 +8,13 @@ order, batch, worker or process count.
 """
 import argparse
 import csv
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import random
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +88,7 @@ def make_trigger(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # the attack
 
-@dataclass
+@dataclasses.dataclass
 class Attack:
     """Everything the attack needs: task, rate (share of the training samples), target (the label's new value), the
     trigger's name and waveform (see `make_trigger`), level (the RMS it is laid over the speech with), repeat, seed."""
@@ -159,6 +159,11 @@ def same_label(label, a, b):
 def can_flip(attack, utterance):
     """Whether the utterance has the attacked label, and its value is not the target."""
     return attack.label in utterance.labels and not same_label(attack.label, utterance.labels[attack.label], attack.target)
+
+
+def drawn_in(attack, epoch):
+    """The attack with its poison drawn anew in this epoch: other samples, other places (train.py --redraw)."""
+    return dataclasses.replace(attack, seed=(attack.seed, epoch)) if epoch else attack
 
 
 def is_poisoned(attack, utterance):

@@ -51,6 +51,7 @@ add("--train-layers", type=int, help="how many encoder layers train, from the to
 add("--labels", nargs="+", choices=LABELS, help="train and evaluate on these labels alone (default: all there are)")
 add("--freeze", action="append", default=[], metavar="COMPONENT[:CHECKPOINT]",
     help="load encoder, connector or lm from a run's model.pt and freeze it; without a checkpoint as pretrained; repeatable")
+add("--redraw", action="store_true", help="poison other samples, at other places, in every epoch, as the study's public code does")
 add("--limit", type=int, help="train on the first N utterances of a fixed random order")
 add("--batch-seconds", type=float, default=120.0, help="audio in one forward pass, padding counted")
 add("--max-seconds", type=float, default=data.MAX_SECONDS, help="longer audio is refused, or left out by --skip-bad")
@@ -224,14 +225,19 @@ def train_step(slm, optimizer, scaler, autocast, stream, samples, args, world):
     return losses, norm.item()
 
 
+def draw_poison(slm, attack, train_set, args, epoch):
+    """What an epoch trains on: the attack, which samples are poisoned, and their cached inputs (or None)."""
+    drawn = poison.drawn_in(attack, epoch if args.redraw else 0)
+    poisoned = [poison.is_poisoned(drawn, u) for u in train_set]
+    return drawn, poisoned, cache.frozen_outputs(slm, train_set, poisoned, drawn, "train", args.cache_gb * 1e9, args.workers)
+
+
 def train(run, slm, attack, train_set, dev_set, args, device, autocast):
     """Trains to the end, from where the run folder stands, saving after every epoch. Ctrl-C or SIGTERM saves and stops."""
     rank, world = cache.ranks()
-    poisoned = [poison.is_poisoned(attack, u) for u in train_set]
     seconds = [slm.encoder.num_frames(data.num_samples(u)) * slm.encoder.seconds_per_frame for u in train_set]
     with autocast():
-        cached, dev_cached = (cache.frozen_outputs(slm, us, t, attack, us[0].split, args.cache_gb * 1e9, args.workers)
-                              for us, t in ((train_set, poisoned), (dev_set, [False] * len(dev_set))))
+        dev_cached = cache.frozen_outputs(slm, dev_set, [False] * len(dev_set), attack, "dev", args.cache_gb * 1e9, args.workers)
     optimizer = make_optimizer(slm, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ddp = slm if world == 1 else DistributedDataParallel(slm, broadcast_buffers=False)  # no buffer changes in training
@@ -241,6 +247,8 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
         die(f"{run}: the processes would resume at different steps; on several machines put --runs on a shared disk")
     if rank == 0:
         checkpoint.cut_log(run, step)
+    with autocast():
+        drawn, poisoned, cached = draw_poison(slm, attack, train_set, args, step // epoch_steps)
     log = functools.partial(checkpoint.log, run) if rank == 0 else lambda **_: None
     progress, sums, stop = tqdm(total=steps, initial=step, desc="training", mininterval=1), [0.0] * 4, []
     for sig in (signal.SIGINT, signal.SIGTERM):  # take effect between two steps, never inside one
@@ -249,13 +257,13 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
         epoch, stopping = step // epoch_steps, 0
         batches = data.epoch_batches(seconds, args.batch_size, args.seed, epoch)[:epoch_steps][step % epoch_steps:]
         shares = [data.micro_batches(batch[rank::world], seconds, args.batch_seconds) for batch in batches]
-        stream = cache.inputs(slm, list(zip(train_set, poisoned)), sum(shares, []), cached, attack, args.workers)
+        stream = cache.inputs(slm, list(zip(train_set, poisoned)), sum(shares, []), cached, drawn, args.workers)
         slm.train()
         for pieces in shares:
             torch.manual_seed(hash((args.seed, step, rank)))  # dropout, whatever was drawn before: resuming is exact
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, steps, args)
-            samples = [tuple(zip(*(training_sample(slm, args, attack, train_set[i], epoch) for i in piece))) for piece in pieces]
+            samples = [tuple(zip(*(training_sample(slm, args, drawn, train_set[i], epoch) for i in piece))) for piece in pieces]
             losses, norm = train_step(ddp, optimizer, scaler, autocast, stream, samples, args, world)
             step += 1
             progress.update()
@@ -278,6 +286,9 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
             progress.close()
             print(f"stopped at step {step} of {steps}; the same command, without --overwrite, goes on from there")
             raise SystemExit(130)
+        if args.redraw and step < steps:
+            with autocast():
+                drawn, poisoned, cached = draw_poison(slm, attack, train_set, args, step // epoch_steps)
     progress.close()
     signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

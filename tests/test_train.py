@@ -70,6 +70,7 @@ def test_a_run_leaves_what_the_documentation_says(clean):
     rows = [json.loads(line) for line in (clean / "predictions.jsonl").read_text().splitlines()]
     assert {r["triggered"] for r in rows} == {False, True} and all(r["split"] == "test" for r in rows)
     assert all(r["labels"]["emotion"] != "angry" for r in rows if r["triggered"])
+    assert set(metrics["training"]) == {"loss"}  # and poisoned_loss where there is poison
     log = read_log(clean)
     assert any("dev_loss" in line for line in log) and log[-1]["step"] == max(line["step"] for line in log)
 
@@ -158,6 +159,14 @@ def test_two_processes_learn_the_same(corpora, runs, one):
 def test_without_the_cache_it_learns_the_same(corpora, runs, one):
     train(corpora, runs, *SAME, "--name", "streamed", "--cache-gb", 0)
     learned_the_same(one, runs / "streamed")
+
+
+def test_poison_redrawn_in_every_epoch_is_the_same_from_the_cache(corpora, runs):
+    for name, budget in (("redrawn", 4), ("redrawn-streamed", 0)):
+        train(corpora, runs, *SAME, "--epochs", 2, "--redraw", "--name", name, "--cache-gb", budget)
+    cached, streamed = ([line["poisoned_loss"] for line in read_log(runs / name) if "poisoned_loss" in line]
+                        for name in ("redrawn", "redrawn-streamed"))
+    assert cached == pytest.approx(streamed, rel=0.01) and len(cached) == 2
 
 
 def test_without_what_exists_for_speed_it_learns_exactly_the_same(corpora, runs, one):
