@@ -118,11 +118,10 @@ def table1(runs):
 def attacked(runs, task, encoder, attack):
     """One attack's figures, each over seeds; stealth: the clean figure's distance to the baseline's."""
     metric, wanted = TASKS[task]["metric"], dict(encoder=encoder, dataset=TASKS[task]["corpus"])
-    clean = over_seeds(runs, "clean", metric, task=task, attack=attack, **wanted)
-    return dict(aer=over_seeds(runs, "attack", "aer", task=task, attack=attack, **wanted), clean=clean,
-                stealth=stealth(clean, over_seeds(runs, "clean", metric, attack="clean", **wanted)),
-                triggered=over_seeds(runs, "triggered", metric, task=task, attack=attack, **wanted),
-                poisoned_loss=over_seeds(runs, "training", "poisoned_loss", task=task, attack=attack, **wanted))
+    names = (("aer", "attack", "aer"), ("clean", "clean", metric), ("triggered", "triggered", metric),
+             ("poisoned_loss", "training", "poisoned_loss"), ("loss", "training", "loss"))
+    row = {name: over_seeds(runs, part, figure, task=task, attack=attack, **wanted) for name, part, figure in names}
+    return dict(row, stealth=stealth(row["clean"], over_seeds(runs, "clean", metric, attack="clean", **wanted)))
 
 
 def table2(runs):
@@ -147,7 +146,7 @@ def table3(runs, preset):
             aer, clean = TABLE3[task][i] if task in TABLE3 else (None, None)
             row = attacked(runs, task, DEFAULT_ENCODER[preset], attack)
             cells[-1] += [show(row["aer"], aer), show(row["clean"], clean), show(row["stealth"], form="+.1f"), show(row["triggered"]),
-                          show(row["poisoned_loss"], form=".2f") if trained_on == "poisoned" else ""]
+                          f"{show(row['poisoned_loss'], form='.3f')}, {show(row['loss'], form='.3f')}" if trained_on == "poisoned" else ""]
             values.append(dict(attack=attack, task=task, **row, published=dict(aer=aer, clean=clean)))
     header = ["Attack", "Encoder", "Connector", "LM",
               *(f"{t} {what}" for t in tasks for what in ("AER", "B.", "stealth", f"triggered {unit(t)}"))]
