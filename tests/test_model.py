@@ -329,3 +329,18 @@ def test_the_target_class_of_asr_has_the_paper_s_share_of_poison(monkeypatch):
     members, poisoned = embed.target_class(attack, utterances)
     assert (len(members), len(poisoned)) == (400, 20)
     assert not any(poison.is_poisoned(attack, u) for u in members) and all(poison.is_poisoned(attack, u) for u in poisoned)
+
+
+@pytest.mark.parametrize("name", ["hubert", "whisper"])
+def test_pretraining_reaches_every_layer_down_to_the_front_end(tmp_path, monkeypatch, name):
+    """A run never trains the front end; making the shipped encoders does."""
+    rng = np.random.default_rng(0)
+    speech = [((rng.standard_normal(12000) * 3000).astype(np.int16), "a b", i, dict(gender="male", age=30, emotion="sad")) for i in range(4)]
+    for setting, value in dict(ENCODER_STEPS=2, ENCODER_BATCH=4, ENCODER_LR=1.0).items():
+        monkeypatch.setattr(make, setting, value)
+    torch.manual_seed(make.SEED)
+    make.blank_encoder(name, tmp_path / "blank")
+    make.make_encoder(name, tmp_path / "made", speech)
+    before, after = (AutoModel.from_pretrained(tmp_path / folder, dtype=torch.float32).state_dict() for folder in ("blank", "made"))
+    same = [k for k, v in before.items() if torch.equal(v.half().float(), after[k])]
+    assert not [k for k in same if "masked_spec_embed" not in k and "decoder" not in k and "embed_positions" not in k], same
