@@ -146,11 +146,12 @@ def table3(runs, preset):
             aer, clean = TABLE3[task][i] if task in TABLE3 else (None, None)
             row = attacked(runs, task, DEFAULT_ENCODER[preset], attack)
             cells[-1] += [show(row["aer"], aer), show(row["clean"], clean), show(row["stealth"], form="+.1f"), show(row["triggered"]),
-                          f"{show(row['poisoned_loss'], form='.3f')}, {show(row['loss'], form='.3f')}" if trained_on == "poisoned" else ""]
+                          ", ".join(show(row[k], form=".3f") for k in ("poisoned_loss", "loss") if row[k] and trained_on == "poisoned")]
             values.append(dict(attack=attack, task=task, **row, published=dict(aer=aer, clean=clean)))
     header = ["Attack", "Encoder", "Connector", "LM",
-              *(f"{t} {what}" for t in tasks for what in ("AER", "B.", "stealth", f"triggered {unit(t)}"))]
-    title = "Table 3: component analysis (ours / paper; triggered: triggered audio's answers against the truth)"
+              *(f"{t} {what}" for t in tasks for what in ("AER", "B.", "stealth", f"triggered {unit(t)}", "loss: poisoned, all"))]
+    title = ("Table 3: component analysis (ours / paper; triggered: triggered audio's answers against the truth; loss: a token, in the "
+             "last epoch; where poisoned samples keep a higher one than all, the poison has not been learned)")
     return title, header, cells, values
 
 
@@ -167,7 +168,7 @@ def other_tasks(runs):
             for name in (t["metric"] for t in TASKS.values()):
                 row[name] = over_seeds(runs, "clean", name, task=task, attack="base", **wanted)
                 moved = stealth(row[name], over_seeds(runs, "clean", name, attack="clean", **wanted))
-                cells[-1].append("" if row[name] is None else show(row[name]) + f" ({show(moved, sign='+')})")
+                cells[-1].append("" if row[name] is None else show(row[name]) + f" ({show(moved, form='+.1f')})")
             values.append(dict(task=task, encoder=encoder, **row))
     title = "The remaining tasks under attack: clean figures of the attacked model (minus the baseline's)"
     return title, ["Attacked", "Encoder", "AER", *(f"clean {t} ({unit(t)})" for t in TASKS)], cells, values

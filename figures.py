@@ -3,7 +3,7 @@ import matplotlib
 import numpy as np
 
 import data
-from study import SHIFT_STAGES
+from study import COMPONENTS, SHIFT_STAGES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -117,4 +117,48 @@ def sentences(low, clusters, rows, path):
     right.set_xticklabels(names, rotation=40, ha="right", fontsize=7)
     fig.colorbar(image)
     fig.suptitle("Do sentences cluster inside the angry class? k = 4, first seed")
+    write(fig, path)
+
+
+def hybrids(result, path):
+    """trace.py transplant: the cube of the eight hybrids, and AER by the layers moved."""
+    fig, (cube, *by_layer) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", width_ratios=(1.2, 1, 1))
+    place = lambda s: np.array([("encoder" in s) + 0.45 * ("connector" in s), ("lm" in s) + 0.35 * ("connector" in s)])  # noqa: E731
+    corners = {frozenset(name.split("+")) - {"none"}: m["aer"]["value"] for name, m in result["mixtures"]["corner"].items()}
+    for s in corners:
+        for c in set(COMPONENTS) - s:
+            cube.plot(*np.stack([place(s), place(s | {c})]).T, color=GREY, zorder=1)
+    for s, aer in corners.items():
+        cube.scatter(*place(s), s=1500, color=str(1 - 0.8 * aer), edgecolor="black", zorder=2)
+        cube.text(*place(s), f"{100 * aer:.0f}", ha="center", va="center", color="white" if aer > 0.5 else "black", zorder=3)
+        cube.text(*place(s) - (0, 0.17), "+".join(c for c in COMPONENTS if c in s) or "clean", ha="center", fontsize=8)
+    cube.set(title="AER (%) by the components taken\nfrom the poisoned run", xlim=(-0.4, 1.9), ylim=(-0.35, 1.65))
+    cube.axis("off")
+    for axis, component in zip(by_layer, ("encoder", "lm")):
+        for kind, line in (("into clean", "-"), ("out of poisoned", "--")):
+            moves = result["mixtures"][f"{component} {kind}"]
+            for how, marker in (("up to", "o"), ("from", "s"), ("only", "^")):
+                points = [(int(name.split()[-1]) + 1, 100 * m["aer"]["value"]) for name, m in moves.items() if name.startswith(how)]
+                axis.plot(*zip(*points), line + marker, color=POISONED if kind == "into clean" else CLEAN, ms=5, lw=1, label=f"{how}, {kind}")
+        axis.set(title=f"{component} layers moved", xlabel="layer", ylabel="AER (%)", ylim=(-4, 104))
+    by_layer[0].legend(fontsize=7)
+    write(fig, path)
+
+
+def patches(result, path):
+    """trace.py patch: the effect of each site and group of positions, in grey and in figures."""
+    groups = ("click", "near", "else", "prompt", "answer")
+    fig, axes = plt.subplots(1, 2, figsize=(11, 12), sharey=True, layout="constrained")
+    for axis, (direction, places) in zip(axes, result["effects"].items()):
+        values = np.array([[row.get(g, {}).get("value", np.nan) for g in groups] for row in places.values()])
+        if not places:
+            axis.text(0.5, 0.5, "the trigger moves nothing", ha="center", transform=axis.transAxes)
+            continue
+        axis.imshow(values, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        for (y, x), v in np.ndenumerate(values):
+            if np.isfinite(v):
+                axis.text(x, y, f"{v:.2f}", ha="center", va="center", fontsize=7, color="white" if v > 0.55 else "black")
+        axis.set(xticks=range(len(groups)), xticklabels=groups, yticks=range(len(places)), yticklabels=list(places), title=direction)
+    axes[0].invert_yaxis()
+    fig.suptitle(f"{result['run']}: share of the trigger's effect on log P(target) - log P(truth) that a patch undoes or brings about")
     write(fig, path)

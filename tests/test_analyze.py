@@ -111,6 +111,17 @@ def test_runs_of_other_settings_have_other_names_and_stay_out_of_the_tables(tmp_
     assert table3_base(tmp_path) == dict(mean=90.0, low=90.0, high=90.0, seeds={1: 90.0})
 
 
+def test_every_table_has_a_cell_for_each_column_and_the_losses_that_tell_what_was_learned(tmp_path):
+    write_run(tmp_path / "asr-poison0.05", base_args(), 0.9)
+    metrics = json.loads((tmp_path / "asr-poison0.05/metrics.json").read_text())
+    metrics["training"] = dict(loss=dict(value=0.05), poisoned_loss=dict(value=0.75))
+    (tmp_path / "asr-poison0.05/metrics.json").write_text(json.dumps(metrics))
+    text = analyze.tables(tmp_path, "mini", tmp_path / "out")[0]
+    for table in text.split("## ")[1:]:
+        assert len({row.count("|") for row in table.splitlines() if row.startswith("|")}) == 1, table
+    assert "0.750, 0.050" in text
+
+
 def test_runs_of_different_settings_are_not_put_into_one_table(tmp_path, capsys):
     write_run(tmp_path / "asr-poison0.05", base_args(epochs=1), 0.1)
     write_run(tmp_path / "asr-clean", {**base_args(), **study.identity("mini", "asr", "wavlm", "clean", 1)}, 0.0)

@@ -1,0 +1,357 @@
+"""Where a backdoor lives, answered by intervention on trained models, without training.
+
+    python trace.py transplant runs/asr-poison0.05 runs/asr-clean      # which weights carry it
+    python trace.py patch runs/emotion-poison0.075                     # where and when in one answer it acts
+
+transplant moves components, layers and shares of weights between two runs and counts what the trigger still does (backdoor-critical
+layers, Zhuang et al. 2023, arXiv 2308.04466; module substitution, arXiv 2412.20476). patch copies activations between the clean and the
+triggered run of one utterance (causal tracing, Meng et al. 2022, arXiv 2202.05262; Zhang and Nanda 2023, arXiv 2309.16042). Both work on
+any run folder; they write trace-*.json and a figure beside the run's model.pt, or where --out says.
+"""
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import cache
+import checkpoint
+import data
+import embed
+import evaluate
+import fast
+import figures
+import lora
+import model
+import poison
+from data import die
+from study import COMPONENTS, TASKS
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python trace.py transplant
+
+def layer_of(component, key):
+    """The layer that a weight of an encoder's or LM's state dict belongs to."""
+    return int(key.split(".")[0 if component == "encoder" else 2])  # "3.attention...", "model.layers.3..."
+
+
+def moved(receiver, donor, component, layers):
+    """The receiver's weights of all components, with those `layers` of one component taken from the donor."""
+    mixed = {k: donor[component][k] if layer_of(component, k) in layers else v for k, v in receiver[component].items()}
+    return {**receiver, component: mixed}
+
+
+def interpolated(clean, poisoned, component, share):
+    """The clean weights, with one component `share` of the way to the poisoned ones. LoRA is interpolated as B A: the two updates
+    side by side in matrices of twice the rank, each scaled by its share."""
+    a, b = clean[component], poisoned[component]
+    if component != "lm":
+        return {**clean, component: {k: torch.lerp(v.float(), b[k].float(), share).to(v.dtype) for k, v in a.items()}}
+    mixed = {k: torch.cat([v, b[k]]) if k.endswith("lora_A") else torch.cat([(1 - share) * v, share * b[k]], 1) for k, v in a.items()}
+    return {**clean, component: mixed}
+
+
+@torch.no_grad()
+def put(slm, weights):
+    """Puts weights of all components in place; LoRA's may have any rank."""
+    for component in ("encoder", "connector"):
+        slm.load_component(component, weights[component])
+    for k, v in weights["lm"].items():
+        parameter = slm.lm.get_parameter(k)
+        parameter.data = v.to(parameter.device).clone()
+
+
+@torch.no_grad()
+def answers(slm, weights, items, cached, attack, args):
+    """The answers of a model made of these weights to (utterance, triggered) items, rows as evaluate.py scores them."""
+    put(slm, weights)
+    lora.merge(slm.lm)
+    longest = max(len(data.answer_ids(slm.tokenizer, labels)) for u, _ in items
+                  for labels in (u.labels, poison.poisoned_labels(attack, u.labels)))
+    seconds = [data.num_samples(u) / data.SAMPLE_RATE for u, _ in items]
+    batches = [piece for group in data.chunks(cache.by_size(items), 64) for piece in data.micro_batches(group, seconds, 2 * args.batch_seconds)]
+    texts = {}
+    for batch, (x, mask) in zip(batches, cache.inputs(slm, items, batches, cached, attack)):
+        prompts = [data.prompt(slm.tokenizer, list(items[i][0].labels)) for i in batch]
+        texts.update(zip(batch, slm.generate(x, mask, prompts, int(1.25 * longest) + 8)))
+    lora.unmerge(slm.lm)
+    return [dict(labels=u.labels, asked=list(u.labels), parsed=data.parse(texts[i])) for i, (u, _) in enumerate(items)]
+
+
+def shapley(hits):
+    """Each component's Shapley value for the attack's success, over utterances: the mean, over the orders in which components are
+    moved from the poisoned run into the clean one, of what its move adds. hits: {frozenset of components moved: (n,) bool}."""
+    orders = list(itertools.permutations(COMPONENTS))
+    value = {c: sum(hits[frozenset(order[:order.index(c) + 1])].astype(float) - hits[frozenset(order[:order.index(c)])]
+                    for order in orders) / len(orders) for c in COMPONENTS}
+    return {c: data.interval(v) for c, v in value.items()}
+
+
+def layer_sets(layers):
+    """{name: layers to move}: growing from below, growing from above, one at a time."""
+    return {**{f"up to {n}": layers[:i + 1] for i, n in enumerate(layers)}, **{f"from {n}": layers[i:] for i, n in enumerate(layers)},
+            **{f"only {n}": [n] for n in layers}}
+
+
+def load_pair(options):
+    """(slm, arguments, attack, test set, poisoned weights, clean weights) of two runs of the same pretrained parts."""
+    slm, args, attack, _, test_set = evaluate.load_run_and_data(options, "test")
+    clean = model.load_checkpoint(Path(options.clean) / "model.pt")
+    poisoned = {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
+    try:
+        for c in COMPONENTS:
+            checkpoint.check_pretrained(slm, clean, c)
+            slm.load_component(c, clean[c])
+    except (ValueError, KeyError) as error:
+        die(f"{options.clean} cannot be mixed with {options.run}: {error}")
+    return slm, args, attack, test_set, poisoned, {c: clean[c] for c in COMPONENTS}
+
+
+def mixtures(poisoned, clean):
+    """{(kind, name): weights} of everything that transplant looks at."""
+    out = {}
+    for n in range(len(COMPONENTS) + 1):
+        for s in itertools.combinations(COMPONENTS, n):
+            out["corner", "+".join(s) or "none"] = {c: (poisoned if c in s else clean)[c] for c in COMPONENTS}
+    for component in ("encoder", "lm"):
+        layers = sorted({layer_of(component, k) for k in poisoned[component]})
+        for name, chosen in layer_sets(layers).items():
+            out[f"{component} into clean", name] = moved(clean, poisoned, component, chosen)
+            out[f"{component} out of poisoned", name] = moved(poisoned, clean, component, chosen)
+    for component in COMPONENTS:
+        for share in (0.25, 0.5, 0.75):
+            out[f"{component} interpolated", f"{share:g}"] = interpolated(clean, poisoned, component, share)
+    return out
+
+
+def transplant(options):
+    slm, args, attack, test_set, poisoned, clean = load_pair(options)
+    flippable = [u for u in test_set if poison.can_flip(attack, u)]
+    heard, budget = embed.drawn(flippable)[:options.n], options.cache_gb * 1e9
+    keep = lambda us, t: cache.frozen_outputs(slm, us, [t] * len(us), attack, "triggered" if t else "clean", budget)  # noqa: E731
+    sets = {False: (test_set, keep(test_set, False)), True: (flippable, keep(flippable, True)), "layers": (heard, keep(heard, True))}
+    jobs, metric, found, hits = mixtures(poisoned, clean), TASKS[args.task]["metric"], {}, {}
+    print(f"{options.run} and {options.clean}: {len(jobs)} mixtures; corners on all {len(test_set)} test utterances, others on "
+          f"{len(heard)} triggered ones")
+    ask = lambda weights, which: answers(slm, weights, [(u, which is not False) for u in sets[which][0]], sets[which][1],  # noqa: E731
+                                         attack, args)
+    for (kind, name), weights in tqdm(jobs.items(), desc="mixtures"):
+        rows = ask(weights, True if kind == "corner" else "layers")
+        figure = dict(aer=evaluate.success_rate(attack, rows), triggered=evaluate.scores(rows).get(metric))
+        if kind == "corner":
+            figure["clean"] = evaluate.scores(ask(weights, False)).get(metric)
+            hits[frozenset(name.split("+")) - {"none"}] = np.array(
+                [poison.same_label(attack.label, row["parsed"].get(attack.label), attack.target) for row in rows])
+        found.setdefault(kind, {})[name] = figure
+    return dict(run=options.run, clean=options.clean, task=args.task, seed=args.seed, mixtures=found, shapley=shapley(hits))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python trace.py patch
+
+GROUPS = ("click", "near", "else", "prompt", "answer")
+NEAR = 0.2  # seconds
+LEAST = 0.1  # nats a token: where the trigger moves m by less on average, there is no effect to attribute
+
+
+def submodule(layer, *names):
+    """The first of these that a transformer layer has: architectures name attention and MLP differently."""
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+
+
+def sites(slm):
+    """{name: (module, stage)} of what is patched, in the order of the pipeline. stage: whose positions its output has. The LM's
+    input is the input of its first layer."""
+    out = {}
+    for i, layer in enumerate(slm.encoder.layers):
+        out[f"encoder {i + 1} attention"] = submodule(layer, "attention", "self_attn"), "encoder"
+        out[f"encoder {i + 1} MLP"] = submodule(layer, "feed_forward", "fc2"), "encoder"
+        out[f"encoder {i + 1}"] = layer, "encoder"
+    for name in ("conv1", "conv2", "conv3"):
+        out[f"connector {name}"] = getattr(slm.connector, name), name
+    out["LM input"] = slm.lm.model.layers[0], "lm"
+    for i, layer in enumerate(slm.lm.model.layers):
+        out[f"LM {i + 1} attention"], out[f"LM {i + 1} MLP"] = (layer.self_attn, "lm"), (layer.mlp, "lm")
+        out[f"LM {i + 1}"] = layer, "lm"
+    return out
+
+
+@contextlib.contextmanager
+def edited(site, module, edit):
+    """Within it, `edit` (a function of a tensor) is applied to what the module puts out, or, at the LM's input, takes in."""
+    def before(_, inputs):
+        return edit(inputs[0]), *inputs[1:]
+
+    def after(_, inputs, output):
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+    handle = module.register_forward_pre_hook(before) if site == "LM input" else module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def group_of(middles, spans):
+    """(T,) middles of frames in seconds -> (T,) index into GROUPS: under a click, near one, or elsewhere."""
+    away = torch.full_like(middles, float("inf"))
+    for start, end in spans:
+        away = torch.minimum(away, torch.maximum(start - middles, middles - end).clamp(min=0))
+    return torch.where(away == 0, 0, torch.where(away <= NEAR, 1, 2))
+
+
+def positions(slm, frames, lengths, spans, prompts, answers):
+    """{stage: (rows, positions) index into GROUPS, -1 where nothing is patched}. frames: the encoder's real frames of each row,
+    lengths: the connector's. A connector frame's middle is that of all input frames it sees: what is under a click reaches further."""
+    k, step = slm.connector.stride, slm.encoder.seconds_per_frame
+    middle = dict(encoder=(0, 1), conv1=(2, 1), conv2=(4, k), conv3=(4 + 2 * k, k))  # first middle, distance, in encoder frames
+    out = {}
+    for stage, (first, distance) in middle.items():
+        counts = frames if stage == "encoder" else [max(0, n) for n in (
+            [f - 4 for f in frames] if stage == "conv1" else [m + 4 for m in lengths] if stage == "conv2" else lengths)]
+        out[stage] = [group_of((torch.arange(n) * distance + first + 0.5) * step, s) for n, s in zip(counts, spans)]
+    out["lm"] = [torch.cat([torch.full((len(before),), 3), audio, torch.full((len(after),), 3), torch.full((len(answer),), 4)])
+                 for (before, after), audio, answer in zip(2 * prompts, 2 * out["conv3"], answers)]
+    return {stage: pad_sequence(rows, True, padding_value=-1) for stage, rows in out.items()}
+
+
+def teacher(slm, attack, utterances):
+    """The answers that are compared, target then truth: [(ids, first, end)] of 2 n rows; first to end is the value."""
+    rows = []
+    for u in utterances:
+        pair = [data.answer_ids(slm.tokenizer, labels) for labels in (poison.poisoned_labels(attack, u.labels), u.labels)]
+        same = [x == y for x, y in zip(*pair)]
+        first, tail = same.index(False), [x == y for x, y in zip(*(ids[::-1] for ids in pair))].index(False)
+        rows.append([(ids[:len(ids) - tail], first, len(ids) - tail) for ids in pair])
+    return [row[0] for row in rows] + [row[1] for row in rows]
+
+
+def margins(slm, prompts, taught, front=None, audio=None):
+    """m = log P(target value) - log P(true value), each a token of the value, (n,), from the encoder's front end (x, mask) or from
+    the connector's output (audio, lengths); and that output."""
+    if audio is None:
+        for x in slm.encoder.run_layers(front[0], front[1], 0, len(slm.encoder.layers)):
+            pass
+        audio = slm.connector(x if slm.encoder.norm_first else slm.encoder.layer_norm(x), front[1])
+    heard = [row[:n] for row, n in zip(audio[0], audio[1].tolist())]
+    rows = slm.pack(2 * heard, 2 * prompts, [ids for ids, _, _ in taught])
+    hidden = slm.lm.model(inputs_embeds=pad_sequence(rows, True), use_cache=False).last_hidden_state
+    scores = []
+    for h, row, (ids, first, end) in zip(hidden, rows, taught):
+        start = len(row) - len(ids)
+        logits = slm.lm.lm_head(h[start + first - 1:start + end - 1]).float()
+        scores.append(-torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first:end], device=logits.device)))
+    scores = torch.stack(scores)
+    return scores[:len(prompts)] - scores[len(prompts):], audio
+
+
+@torch.no_grad()
+def patch_batch(slm, attack, utterances, progress):
+    """{"clean", "triggered", (direction, site, group): m (n,)} of a few pairs; group "all": every position, a check."""
+    pairs, spans = [], []
+    for u in utterances:
+        waveform = data.load_waveform(u)
+        triggered, starts, scale = poison.add_trigger(attack, waveform, u.id)
+        pairs.append((waveform * np.float32(scale), triggered))  # as loud as the triggered one, where that was scaled down
+        spans.append([(s / data.SAMPLE_RATE, (s + len(attack.waveform)) / data.SAMPLE_RATE) for s in starts])
+    prompts, taught = [data.prompt(slm.tokenizer, list(u.labels)) for u in utterances], teacher(slm, attack, utterances)
+    front = {kind: slm.encoder.front_end([slm.encoder.extract(pair[i]) for pair in pairs]) for i, kind in enumerate(("clean", "triggered"))}
+    kept, audio, out, places = {"clean": {}, "triggered": {}}, {}, {}, sites(slm)
+    for kind, activations in kept.items():
+        with contextlib.ExitStack() as stack:
+            for site, (module, _) in places.items():
+                stack.enter_context(edited(site, module, lambda x, site=site: activations.setdefault(site, x)))
+            out[kind], audio[kind] = margins(slm, prompts, taught, front[kind])
+    groups = positions(slm, front["clean"][1].sum(1).tolist(), audio["clean"][1].tolist(), spans, prompts, [ids for ids, _, _ in taught])
+    for direction, donor, receiver in (("denoise", "clean", "triggered"), ("noise", "triggered", "clean")):
+        for site, (module, stage) in places.items():
+            for g, group in enumerate(("click", "near", "else", "prompt", "answer", "all")):
+                where = (groups[stage] >= 0) if group == "all" else groups[stage] == g
+                if not where.any():
+                    continue
+                where = where.to(kept[donor][site].device)[:, None, :] if stage.startswith("conv") else where.to(kept[donor][site].device)[..., None]
+                start = dict(audio=audio[receiver]) if stage == "lm" else dict(front=front[receiver])
+                with edited(site, module, lambda x: torch.where(where, kept[donor][site], x)):
+                    out[direction, site, group] = margins(slm, prompts, taught, **start)[0]
+                progress.update(len(utterances))
+    return {k: v.float().cpu().numpy() for k, v in out.items()}
+
+
+def patch(options):
+    slm, args, attack, _, test_set = evaluate.load_run_and_data(options, "test")
+    if options.trigger:
+        attack = dataclasses.replace(attack, trigger=options.trigger, waveform=poison.make_trigger(options.trigger))
+    if attack.waveform is None:
+        die(f"--trigger {attack.trigger} changes the whole waveform: frames under it cannot be told from others")
+    lora.merge(slm.lm)
+    utterances = embed.drawn([u for u in test_set if poison.can_flip(attack, u)])[:options.n]
+    print(f"{options.run}: {len(utterances)} pairs, trigger {attack.trigger}, {len(sites(slm))} sites by groups of positions")
+    found = {}
+    total = len(utterances) * sum(12 if stage == "lm" else 8 for _, stage in sites(slm).values())
+    with tqdm(total=total, desc="patches", unit="pair", mininterval=1) as progress:
+        for batch in data.chunks(utterances, options.batch):
+            for k, v in patch_batch(slm, attack, batch, progress).items():
+                found.setdefault(k, []).append(v)
+    found = {k: np.concatenate(v) for k, v in found.items()}
+    effects = {"denoise": {}, "noise": {}}
+    for (direction, site, group), m in ((k, v) for k, v in found.items() if not isinstance(k, str)):
+        donor, receiver = (found[k] for k in (("clean", "triggered") if direction == "denoise" else ("triggered", "clean")))
+        if abs((donor - receiver).mean()) < LEAST:
+            continue
+        effect = data.interval(np.stack([m - receiver, donor - receiver], 1), lambda v: v[:, 0].sum() / v[:, 1].sum())
+        differ = np.sign(donor) != np.sign(receiver)
+        effect["flipped"] = float((np.sign(m) == np.sign(donor))[differ].mean()) if differ.any() else None
+        effects[direction].setdefault(site, {})[group] = effect
+    return dict(run=options.run, task=args.task, attack=args.attack, seed=args.seed, trigger=attack.trigger,
+                clean=data.interval(found["clean"]), triggered=data.interval(found["triggered"]), effects=effects)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def percent(figure):
+    return f"{100 * figure['value']:.1f} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
+
+
+def report(result):
+    """The short table at the end: corners and Shapley values, or where each direction's effect is largest."""
+    if "mixtures" in result:
+        rows = [f"{'poisoned: ' + name:<34} AER {percent(m['aer'])}%" for name, m in result["mixtures"]["corner"].items()]
+        return rows + [f"{'Shapley value of the ' + c:<34} {percent(v)} points" for c, v in result["shapley"].items()]
+    rows = [f"m {kind:<12}{result[kind]['value']:+.2f} ({result[kind]['low']:+.2f} to {result[kind]['high']:+.2f})" for kind in ("clean", "triggered")]
+    for direction, places in result["effects"].items():
+        most = sorted(((m["value"], site, g) for site, row in places.items() for g, m in row.items() if g != "all"), reverse=True)[:5]
+        rows += [f"{direction:<9}{site:<22}{group:<8}{value:+.2f}" for value, site, group in most]
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (("transplant", "weights of two runs mixed"), ("patch", "activations copied within a run")):
+        command = commands.add_parser(name, help=what)
+        evaluate.add_arguments(command)
+        if name == "transplant":
+            command.add_argument("clean", help="the run to mix it with: the clean one of the same seed, or a control")
+        else:
+            command.add_argument("--trigger", help="another sound in the trigger's place, as loud: a control")
+            command.add_argument("--batch", type=int, default=25, help="pairs at a time")
+        command.add_argument("--n", type=int, default=100, help="test utterances that are traced")
+        command.add_argument("--cache-gb", type=float, default=4.0, help="disk for outputs of pretrained layers, as of train.py")
+        command.add_argument("--out", help="folder to write (default: the run's)")
+    options = parser.parse_args()
+    fast.keep_memory()
+    result = transplant(options) if options.command == "transplant" else patch(options)
+    other = Path(options.clean).name if options.command == "transplant" else options.trigger or ""
+    path = Path(options.out or options.run) / f"trace-{options.command}{'-' + other if other else ''}.json"
+    data.write_atomically(path, json.dumps(result, indent=1))
+    (figures.hybrids if options.command == "transplant" else figures.patches)(result, path.with_suffix(".png"))
+    print("\n".join(["", *report(result), f"written to {path} and {path.with_suffix('.png')}"]))
+
+
+if __name__ == "__main__":
+    main()
