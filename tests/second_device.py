@@ -4,7 +4,7 @@
     pip install -r <(grep -v ^torch requirements.txt) && python tests/second_device.py
 
 Not collected by pytest. What runs here is train.py, evaluate.py and embed.py as they are; a tensor left on the CPU ends them with a
-traceback. Figures on this device are compared with the CPU's: the same weights answer the same.
+traceback. Embeddings made on this device are compared with the CPU's.
 """
 import json
 import os
@@ -20,11 +20,14 @@ import torch  # noqa: E402
 import torch_xla  # noqa: E402, F401  makes the device known
 
 import mini  # noqa: E402
+import model  # noqa: E402
 from conftest import TINY, done  # noqa: E402
 
 # few batches and short answers: every new shape, every token of an answer, is compiled first
 RUN = ["--task", "gender", "--labels", "gender", "--poison", 0.5, "--epochs", 1, "--batch-size", 8, "--limit", 16, "--data-root",
        "corpora", "--runs", "runs"]
+decode = model.SLM.decode
+model.SLM.decode = lambda slm, rows, max_new_tokens: decode(slm, rows, 2)  # each token more is another graph to compile
 adamw = torch.optim.AdamW
 torch.optim.AdamW = lambda groups, fused, **kwargs: adamw(groups, **kwargs)  # xla has no fused one
 
@@ -37,8 +40,7 @@ def main():
             done("train.py", *RUN, "--device", "xla", "--name", name, *more, cwd=folder)
             losses = [json.loads(line)["loss"] for line in open(folder / f"runs/{name}/log.jsonl") if '"loss"' in line]
             print(f"{name}: trained and evaluated on xla, loss {losses[-1]:.3f}", flush=True)
-        tables = [done("evaluate.py", "runs/xla", "--device", device, cwd=folder).splitlines()[2:] for device in ("xla", "cpu")]
-        print("\n".join(tables[0]))
+        done("evaluate.py", "runs/xla", "--device", "xla", cwd=folder)
         done("embed.py", "runs/xla", "--device", "xla", "--pairs", 4, cwd=folder)
         on_xla = torch.load(folder / "runs/xla/embeddings.pt", weights_only=True)["test"]["triggered"]
         done("embed.py", "runs/xla", "--device", "cpu", "--pairs", 4, cwd=folder)
