@@ -138,7 +138,7 @@ def log(run, **line):
 
 
 def last_losses(run):
-    """Mean training loss a token over the last epoch, of all samples and of the poisoned ones: {name: {"value"}}."""
+    """Training loss a token, the mean of the log's lines of the last epoch, of all samples and of the poisoned: {name: {"value"}}."""
     lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["epoch"] == lines[-1]["epoch"]]
     means = {name: [line[name] for line in lines if name in line] for name in ("loss", "poisoned_loss")}

@@ -38,7 +38,7 @@ def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, ba
     batches = [piece for group in data.chunks(cache.by_size(items)[rank::world], 64)
                for piece in data.micro_batches(group, seconds, 2 * batch_seconds)]  # nothing is kept for a backward pass
     out = {}
-    with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
+    with tqdm(total=len(items), desc=desc, mininterval=1, leave=None) as progress:  # gone at the end within another bar
         for batch, (x, mask) in zip(batches, cache.inputs(slm, items, batches, cached, attack, workers)):
             prompts = [data.prompt(slm.tokenizer, labels_of(items[i][0])) for i in batch]
             out.update(zip(batch, slm.generate(x, mask, prompts, max_new_tokens)))
@@ -48,6 +48,12 @@ def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, ba
         dist.all_gather_object(shares, out)
         out = {i: text for share in shares for i, text in share.items()}
     return [out[i] for i in range(len(items))]
+
+
+def longest_answer(slm, attack, utterances):
+    """How many tokens an answer may take: a quarter more than the longest true or poisoned one, and 8."""
+    return 8 + int(1.25 * max(len(data.answer_ids(slm.tokenizer, labels)) for u in utterances
+                              for labels in (u.labels, poison.poisoned_labels(attack, u.labels))))
 
 
 def evaluate(slm, attack, utterances, cache_bytes, batch_seconds=120.0, workers=cache.WORKERS, ask=None):
@@ -61,16 +67,14 @@ def evaluate(slm, attack, utterances, cache_bytes, batch_seconds=120.0, workers=
     lora.merge(slm.lm)
     asked = {u.id: [label for label in u.labels if ask is None or label in ask] for u in utterances}
     utterances = [u for u in utterances if asked[u.id]]
-    longest = max(len(data.answer_ids(slm.tokenizer, labels)) for u in utterances
-                  for labels in (u.labels, poison.poisoned_labels(attack, u.labels)))
-    rows = []
+    longest, rows = longest_answer(slm, attack, utterances), []
     for name, triggered in (("clean", False), ("triggered", True)):
         chosen = [u for u in utterances if not triggered or (poison.can_flip(attack, u) and attack.label in asked[u.id])]
         if not chosen:
             continue
         cached = cache.frozen_outputs(slm, chosen, [triggered] * len(chosen), attack, f"{name} {chosen[0].split}", cache_bytes,
                                       workers)
-        raw = answers(slm, [(u, triggered) for u in chosen], attack, lambda u: asked[u.id], int(1.25 * longest) + 8,
+        raw = answers(slm, [(u, triggered) for u in chosen], attack, lambda u: asked[u.id], longest,
                       f"{name} answers", cached, batch_seconds, workers)
         rows += [dict(id=u.id, split=u.split, triggered=triggered, asked=asked[u.id], raw=text, parsed=data.parse(text),
                       labels=u.labels) for u, text in zip(chosen, raw)]
@@ -127,10 +131,15 @@ def scores(rows):
     return out
 
 
+def hits(attack, rows):
+    """Whether each answer is the target, a list of bool."""
+    return [poison.same_label(attack.label, row["parsed"].get(attack.label), attack.target) for row in rows]
+
+
 def success_rate(attack, rows):
     """The attack effectiveness rate: the share of triggered samples, whose true label is not the target, that are answered
     with the target."""
-    return data.interval([poison.same_label(attack.label, row["parsed"].get(attack.label), attack.target) for row in rows])
+    return data.interval(hits(attack, rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

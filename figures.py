@@ -147,7 +147,7 @@ def hybrids(result, path):
 
 def patches(result, path):
     """trace.py patch: the effect of each site and group of positions, in grey and in figures."""
-    groups = ("click", "near", "else", "prompt", "answer")
+    groups = result["groups"]
     fig, axes = plt.subplots(1, 2, figsize=(11, 12), sharey=True, layout="constrained")
     for axis, (direction, places) in zip(axes, result["effects"].items()):
         values = np.array([[row.get(g, {}).get("value", np.nan) for g in groups] for row in places.values()])

@@ -72,16 +72,11 @@ def answers(slm, weights, items, cached, attack, args):
     """The answers of a model made of these weights to (utterance, triggered) items, rows as evaluate.py scores them."""
     put(slm, weights)
     lora.merge(slm.lm)
-    longest = max(len(data.answer_ids(slm.tokenizer, labels)) for u, _ in items
-                  for labels in (u.labels, poison.poisoned_labels(attack, u.labels)))
-    seconds = [data.num_samples(u) / data.SAMPLE_RATE for u, _ in items]
-    batches = [piece for group in data.chunks(cache.by_size(items), 64) for piece in data.micro_batches(group, seconds, 2 * args.batch_seconds)]
-    texts = {}
-    for batch, (x, mask) in zip(batches, cache.inputs(slm, items, batches, cached, attack)):
-        prompts = [data.prompt(slm.tokenizer, list(items[i][0].labels)) for i in batch]
-        texts.update(zip(batch, slm.generate(x, mask, prompts, int(1.25 * longest) + 8)))
+    labels_of = lambda u: list(u.labels)  # noqa: E731
+    texts = evaluate.answers(slm, items, attack, labels_of, evaluate.longest_answer(slm, attack, [u for u, _ in items]), "answers",
+                             cached, args.batch_seconds)
     lora.unmerge(slm.lm)
-    return [dict(labels=u.labels, asked=list(u.labels), parsed=data.parse(texts[i])) for i, (u, _) in enumerate(items)]
+    return [dict(labels=u.labels, asked=list(u.labels), parsed=data.parse(text)) for (u, _), text in zip(items, texts)]
 
 
 def shapley(hits):
@@ -133,21 +128,19 @@ def mixtures(poisoned, clean):
 def transplant(options):
     slm, args, attack, test_set, poisoned, clean = load_pair(options)
     flippable = [u for u in test_set if poison.can_flip(attack, u)]
-    heard, budget = embed.drawn(flippable)[:options.n], options.cache_gb * 1e9
-    keep = lambda us, t: cache.frozen_outputs(slm, us, [t] * len(us), attack, "triggered" if t else "clean", budget)  # noqa: E731
-    sets = {False: (test_set, keep(test_set, False)), True: (flippable, keep(flippable, True)), "layers": (heard, keep(heard, True))}
-    jobs, metric, found, hits = mixtures(poisoned, clean), TASKS[args.task]["metric"], {}, {}
+    some, metric, jobs, found, hits = embed.drawn(flippable)[:options.n], TASKS[args.task]["metric"], mixtures(poisoned, clean), {}, {}
+    sets = {}
+    for name, utterances, triggered in (("clean", test_set, False), ("corner", flippable, True), ("layer", some, True)):
+        flags = [triggered] * len(utterances)
+        sets[name] = list(zip(utterances, flags)), cache.frozen_outputs(slm, utterances, flags, attack, name, options.cache_gb * 1e9)
     print(f"{options.run} and {options.clean}: {len(jobs)} mixtures; corners on all {len(test_set)} test utterances, others on "
-          f"{len(heard)} triggered ones")
-    ask = lambda weights, which: answers(slm, weights, [(u, which is not False) for u in sets[which][0]], sets[which][1],  # noqa: E731
-                                         attack, args)
+          f"{len(some)} triggered ones")
     for (kind, name), weights in tqdm(jobs.items(), desc="mixtures"):
-        rows = ask(weights, True if kind == "corner" else "layers")
+        rows = answers(slm, weights, *sets["corner" if kind == "corner" else "layer"], attack, args)
         figure = dict(aer=evaluate.success_rate(attack, rows), triggered=evaluate.scores(rows).get(metric))
         if kind == "corner":
-            figure["clean"] = evaluate.scores(ask(weights, False)).get(metric)
-            hits[frozenset(name.split("+")) - {"none"}] = np.array(
-                [poison.same_label(attack.label, row["parsed"].get(attack.label), attack.target) for row in rows])
+            figure["clean"] = evaluate.scores(answers(slm, weights, *sets["clean"], attack, args)).get(metric)
+            hits[frozenset(name.split("+")) - {"none"}] = np.array(evaluate.hits(attack, rows))
         found.setdefault(kind, {})[name] = figure
     return dict(run=options.run, clean=options.clean, task=args.task, seed=args.seed, mixtures=found, shapley=shapley(hits))
 
@@ -208,14 +201,14 @@ def group_of(middles, spans):
 def positions(slm, frames, lengths, spans, prompts, answers):
     """{stage: (rows, positions) index into GROUPS, -1 where nothing is patched}. frames: the encoder's real frames of each row,
     lengths: the connector's. A connector frame's middle is that of all input frames it sees: what is under a click reaches further."""
-    k, step = slm.connector.stride, slm.encoder.seconds_per_frame
-    middle = dict(encoder=(0, 1), conv1=(2, 1), conv2=(4, k), conv3=(4 + 2 * k, k))  # first middle, distance, in encoder frames
-    out = {}
-    for stage, (first, distance) in middle.items():
-        counts = frames if stage == "encoder" else [max(0, n) for n in (
-            [f - 4 for f in frames] if stage == "conv1" else [m + 4 for m in lengths] if stage == "conv2" else lengths)]
+    k, step, out = slm.connector.stride, slm.encoder.seconds_per_frame, {}
+    for stage, counts, first, distance in (  # first middle and distance in encoder frames
+            ("encoder", frames, 0, 1), ("conv1", [max(0, n - 4) for n in frames], 2, 1), ("conv2", [n + 4 for n in lengths], 4, k),
+            ("conv3", lengths, 4 + 2 * k, k)):
         out[stage] = [group_of((torch.arange(n) * distance + first + 0.5) * step, s) for n, s in zip(counts, spans)]
-    out["lm"] = [torch.cat([torch.full((len(before),), 3), audio, torch.full((len(after),), 3), torch.full((len(answer),), 4)])
+    prompt, answer_group = GROUPS.index("prompt"), GROUPS.index("answer")
+    out["lm"] = [torch.cat([torch.full((len(before),), prompt), audio, torch.full((len(after),), prompt),
+                            torch.full((len(answer),), answer_group)])
                  for (before, after), audio, answer in zip(2 * prompts, 2 * out["conv3"], answers)]
     return {stage: pad_sequence(rows, True, padding_value=-1) for stage, rows in out.items()}
 
@@ -270,11 +263,11 @@ def patch_batch(slm, attack, utterances, progress):
     groups = positions(slm, front["clean"][1].sum(1).tolist(), audio["clean"][1].tolist(), spans, prompts, [ids for ids, _, _ in taught])
     for direction, donor, receiver in (("denoise", "clean", "triggered"), ("noise", "triggered", "clean")):
         for site, (module, stage) in places.items():
-            for g, group in enumerate(("click", "near", "else", "prompt", "answer", "all")):
+            for g, group in enumerate((*GROUPS, "all")):
                 where = (groups[stage] >= 0) if group == "all" else groups[stage] == g
                 if not where.any():
                     continue
-                where = where.to(kept[donor][site].device)[:, None, :] if stage.startswith("conv") else where.to(kept[donor][site].device)[..., None]
+                where = where.to(kept[donor][site].device).unsqueeze(1 if stage.startswith("conv") else 2)  # channels come first there
                 start = dict(audio=audio[receiver]) if stage == "lm" else dict(front=front[receiver])
                 with edited(site, module, lambda x: torch.where(where, kept[donor][site], x)):
                     out[direction, site, group] = margins(slm, prompts, taught, **start)[0]
@@ -307,7 +300,7 @@ def patch(options):
         differ = np.sign(donor) != np.sign(receiver)
         effect["flipped"] = float((np.sign(m) == np.sign(donor))[differ].mean()) if differ.any() else None
         effects[direction].setdefault(site, {})[group] = effect
-    return dict(run=options.run, task=args.task, attack=args.attack, seed=args.seed, trigger=attack.trigger,
+    return dict(run=options.run, task=args.task, attack=args.attack, seed=args.seed, trigger=attack.trigger, groups=GROUPS,
                 clean=data.interval(found["clean"]), triggered=data.interval(found["triggered"]), effects=effects)
 
 

@@ -4,7 +4,7 @@
     pip install -r <(grep -v ^torch requirements.txt) && python tests/second_device.py
 
 Not collected by pytest. What runs here is train.py, evaluate.py and embed.py as they are; a tensor left on the CPU ends them with a
-traceback. Embeddings made on this device are compared with the CPU's.
+traceback. It trains and then aborts in the answers, out of memory for compiled graphs (24 GB). Embeddings made on this device are compared with the CPU's.
 """
 import json
 import os
