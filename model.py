@@ -238,8 +238,10 @@ class SLM(nn.Module):
         x, mask: what `frozen_part` gives."""
         rows = self.pack(self.audio_embeddings(x, mask), prompts, answers)
         x = pad_sequence(rows, batch_first=True)  # right padding under causal attention: no real token sees it
-        hidden = self.lm.model(inputs_embeds=x, use_cache=False).last_hidden_state
-        answered = torch.cat([h[len(row) - len(a) - 1:len(row) - 1] for h, row, a in zip(hidden, rows, answers)])
+        ends = torch.tensor([len(row) - 1 for row in rows], device=x.device)
+        starts = ends - torch.tensor([len(a) for a in answers], device=x.device)
+        self.answered = length_mask(ends, x.shape[1]) & ~length_mask(starts, x.shape[1])  # where the next token is the answer's
+        answered = self.lm.model(inputs_embeds=x, use_cache=False).last_hidden_state[self.answered]
         targets = torch.tensor([token for a in answers for token in a], device=answered.device)
         losses = F.cross_entropy(self.lm.lm_head(answered).float(), targets, reduction="none")
         return torch.stack([row.mean() for row in losses.split([len(a) for a in answers])])

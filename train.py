@@ -350,6 +350,7 @@ def main():
     slm = model.load_slm(args, device)
     origin, built_from = checkpoint.load_frozen(slm, args)
     frozen = {c: model.digest(slm.component_state_dict(c)) for c in COMPONENTS if not slm.parameters_of(c)}
+    fast.only_answers(slm)
     if args.gradient_checkpointing:
         slm.checkpoint_gradients()
     if rank == 0:

@@ -17,6 +17,7 @@ import data
 import dry_run
 import embed
 import evaluate
+import fast
 import lora
 import make
 import model
@@ -231,6 +232,18 @@ def test_checkpointed_gradients_are_the_same(parts, frozen):
     assert len(calls) == 4  # once forward, once more backward
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_fast_path_has_the_plain_path_s_loss_and_gradients(parts, checkpointed):
+    plain, quick = (make_slm(parts, "wavlm") for _ in range(2))
+    fast.only_answers(quick)
+    if checkpointed:
+        quick.checkpoint_gradients()
+    (losses, gradients), (again, same) = map(loss_and_gradients, (plain, quick))
+    assert torch.allclose(losses, again, rtol=1e-5) and gradients.keys() == same.keys()
+    for k, v in gradients.items():
+        assert torch.allclose(v, same[k], rtol=1e-3, atol=1e-6), k
+
+
 @pytest.mark.parametrize("name, frozen", [("wavlm", ()), ("whisper", ()), ("hubert", ("encoder",)),
                                           ("wav2vec2", ("encoder", "connector"))])
 def test_a_dry_run_counts_what_a_step_does(name, frozen):
@@ -336,7 +349,7 @@ def test_pretraining_reaches_every_layer_down_to_the_front_end(tmp_path, monkeyp
     """A run never trains the front end; making the shipped encoders does."""
     rng = np.random.default_rng(0)
     speech = [((rng.standard_normal(12000) * 3000).astype(np.int16), "a b", i, dict(gender="male", age=30, emotion="sad")) for i in range(4)]
-    for setting, value in dict(ENCODER_STEPS=2, ENCODER_BATCH=4, ENCODER_LR=1.0).items():
+    for setting, value in dict(ENCODER_STEPS=2, ENCODER_BATCH=4, ENCODER_LR=1.0, SOUNDS=4).items():
         monkeypatch.setattr(make, setting, value)
     torch.manual_seed(make.SEED)
     make.blank_encoder(name, tmp_path / "blank")
