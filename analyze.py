@@ -25,15 +25,11 @@ from sklearn.preprocessing import StandardScaler
 import data
 import figures
 from data import die
-from study import (ATTACKS, DEFAULT_ENCODER, ENCODERS, PRESETS, SHIFT, SHIFT_STAGES, TABLE1, TABLE2, TABLE3, TASKS, clean_task,
-                   deviations, identity, run_name)
+from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, SHIFT, SHIFT_STAGES, TABLE1, TABLE2, TABLE3, TASKS,
+                   clean_task, deviations, identity, run_name)
 
-UNITS = {"wer": "WER", "accuracy": "Acc", "mae": "MAE"}
 ORDER = [*TABLE2, *(task for task in TASKS if task not in TABLE2)]  # the paper's tasks in its order, then any other
-
-
-def unit(task):
-    return UNITS[TASKS[task]["metric"].rpartition("_")[2]]
+UNIT = {task: {"wer": "WER", "accuracy": "Acc", "mae": "MAE"}[TASKS[task]["metric"].rpartition("_")[2]] for task in TASKS}
 
 
 def belongs(folder, args, preset):
@@ -53,18 +49,17 @@ def same_model(path, sha256):
 
 
 def read_runs(folder, preset):
-    """The study's finished runs: [(arguments, metrics)]. Ends in one line where two have different settings."""
-    out = []
+    """metrics.json of each of the study's finished runs. Ends in one line where two have different settings."""
+    runs = []
     for path in sorted(Path(folder).glob("*/metrics.json")):
         metrics = json.loads(path.read_text())
         same_model(path, metrics.get("model_sha256"))
         if belongs(path.parent, metrics["args"], preset):
-            changed = deviations(metrics["args"])
-            if out and changed != out[0][2]:
-                die(f"{out[0][3]} and {path.parent} have different settings ({out[0][2] or 'the preset'}; "
-                    f"{changed or 'the preset'}): move one of them out of {folder}")
-            out.append((metrics["args"], metrics, changed, path.parent))
-    return [(args, metrics) for args, metrics, _, _ in out]
+            runs.append((path.parent, metrics))
+            (first, ours), (last, theirs) = ((run, deviations(m["args"]) or "the preset") for run, m in (runs[0], runs[-1]))
+            if ours != theirs:
+                die(f"{first} and {last} have different settings ({ours}; {theirs}): move one of them out of {folder}")
+    return [metrics for _, metrics in runs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,16 +68,16 @@ def read_runs(folder, preset):
 def spread(values):
     """{seed: figure} -> {"mean", "low", "high", "seeds": {seed: figure}}, or None where there is none."""
     values = {seed: v for seed, v in sorted(values.items()) if v is not None}
-    return dict(mean=sum(values.values()) / len(values), low=min(values.values()), high=max(values.values()),
-                seeds=values) if values else None
+    if values:
+        mean = sum(values.values()) / len(values)
+        return dict(mean=mean, low=min(values.values()), high=max(values.values()), seeds=values)
 
 
 def over_seeds(runs, part, name, **wanted):
     """A figure, in the paper's units (percent, years), over the runs whose arguments are as wanted."""
-    found = {args["seed"]: metrics.get(part, {}).get(name, {}).get("value") for args, metrics in runs
-             if all(args.get(k) == v for k, v in wanted.items())}
-    scale = 1 if name.endswith(("mae", "loss")) else 100
-    return spread({seed: None if v is None else scale * v for seed, v in found.items()})
+    scale = 1 if name.endswith(("mae", "loss", "epoch")) else 100
+    return spread({run["args"]["seed"]: scale * run[part][name]["value"] for run in runs
+                   if name in run.get(part, {}) and all(run["args"].get(k) == v for k, v in wanted.items())})
 
 
 def stealth(attacked, baseline):
@@ -93,99 +88,114 @@ def stealth(attacked, baseline):
 
 def show(found, published=None, form=".1f"):
     """One cell: mean, range over several seeds, the paper's figure behind it."""
-    text = "missing" if found is None else f"{found['mean']:{form}}"
-    text += f" ({found['low']:{form}} to {found['high']:{form}})" if found and len(found["seeds"]) > 1 else ""
-    return text + ("" if published is None else f" / {published:g}")
+    text = f"{found['mean']:{form}}" if found else "missing"
+    if found and len(found["seeds"]) > 1:
+        text += f" ({found['low']:{form}} to {found['high']:{form}})"
+    return text if published is None else f"{text} / {published:g}"
 
 
-def markdown(title, header, cells):
-    return [f"## {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(r)} |" for r in cells), ""]
+def markdown(title, rows):
+    """A table of Markdown; rows: [{column: cell}]."""
+    lines = [list(rows[0]), *(row.values() for row in rows)]
+    header, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([f"## {title}", "", header, "|---" * len(rows[0]) + "|", *body, ""])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# python analyze.py tables: each gives (title, header, rows of cells, rows of values)
+# python analyze.py tables: each gives (title, explanation, [{column: cell}], values for tables.json)
 
 def table1(runs):
-    cells, values = [], []
+    rows, values = [], []
     for (corpus, task), published in TABLE1.items():
         published = dict(zip(ENCODERS, published))
         found = {e: over_seeds(runs, "clean", TASKS[task]["metric"], dataset=corpus, encoder=e, attack="clean") for e in ENCODERS}
-        cells.append([corpus, f"{task} ({unit(task)})", *(show(found[e], published.get(e)) for e in ENCODERS)])
+        cells = {e: show(found[e], published.get(e)) for e in ENCODERS}
+        rows.append({"Dataset": corpus, "Task": f"{task} ({UNIT[task]})", **cells})
         values.append(dict(dataset=corpus, task=task, found=found, published=published))
-    return "Table 1: clean baselines (ours / paper)", ["Dataset", "Task", *ENCODERS], cells, values
+    return "Table 1: clean baselines", "ours / paper", rows, values
 
 
-def attacked(runs, task, encoder, attack):
-    """One attack's figures, each over seeds; stealth: the clean figure's distance to the baseline's."""
+def attacked(runs, task, encoder, attack, published):
+    """One attack's figures, each over seeds, beside the paper's AER and clean figure; stealth: the clean figure's distance to
+    the baseline's."""
     metric, wanted = TASKS[task]["metric"], dict(encoder=encoder, dataset=TASKS[task]["corpus"])
     names = (("aer", "attack", "aer"), ("clean", "clean", metric), ("triggered", "triggered", metric),
-             ("poisoned_loss", "training", "poisoned_loss"), ("loss", "training", "loss"))
-    row = {name: over_seeds(runs, part, figure, task=task, attack=attack, **wanted) for name, part, figure in names}
-    return dict(row, stealth=stealth(row["clean"], over_seeds(runs, "clean", metric, attack="clean", **wanted)))
+             ("poisoned_loss", "training", "poisoned_loss"), ("loss", "training", "loss"), ("settled", "training", "settled_epoch"))
+    found = {name: over_seeds(runs, part, figure, task=task, attack=attack, **wanted) for name, part, figure in names}
+    found["stealth"] = stealth(found["clean"], over_seeds(runs, "clean", metric, attack="clean", **wanted))
+    return dict(found, published=dict(zip(("aer", "clean"), published)))
+
+
+def attack_cells(of, found):
+    """The columns that Tables 2 and 3 share, of an encoder or a task."""
+    published = found["published"]
+    return {f"{of} AER": show(found["aer"], published["aer"]), f"{of} B.": show(found["clean"], published["clean"]),
+            f"{of} stealth": show(found["stealth"], form="+.1f")}
 
 
 def table2(runs):
-    cells, values = [], []
+    rows, values = [], []
     for task in ORDER:
-        cells.append([f"{task} ({unit(task)})"])
+        rows.append({"Task": f"{task} ({UNIT[task]})"})
+        paper = dict(zip(ENCODERS, TABLE2.get(task, ())))
         for encoder in ENCODERS:
-            aer, clean = dict(zip(ENCODERS, TABLE2.get(task, ()))).get(encoder, (None, None))
-            row = attacked(runs, task, encoder, "base")
-            cells[-1] += [show(row["aer"], aer), show(row["clean"], clean), show(row["stealth"], form="+.1f")]
-            values.append(dict(task=task, encoder=encoder, **row, published=dict(aer=aer, clean=clean)))
-    header = ["Task", *(f"{e} {what}" for e in ENCODERS for what in ("AER", "B.", "stealth"))]
-    return "Table 2: base attack (ours / paper; stealth: clean figure under attack minus baseline)", header, cells, values
+            found = attacked(runs, task, encoder, "base", paper.get(encoder, (None, None)))
+            rows[-1].update(attack_cells(encoder, found))
+            rows[-1][f"{encoder} settled"] = show(found["settled"], form=".0f") if found["settled"] or not found["aer"] else "no"
+            values.append(dict(task=task, encoder=encoder, **found))
+    explanation = ("ours / paper; stealth: clean figure under attack minus baseline; settled: the last epoch that brought the "
+                   "loss on poisoned samples nearer to that on all")
+    return "Table 2: base attack", explanation, rows, values
 
 
 def table3(runs, preset):
-    tasks = [t for t in ORDER if t in TABLE3 or any(a["task"] == t and a["attack"] in ("1.1", "2.1") for a, _ in runs)]
-    cells, values = [], []
+    ran = {run["args"]["task"] for run in runs if run["args"]["attack"] in ("1.1", "2.1")}
+    rows, values = [], []
     for i, (attack, (frozen, source, trained_on)) in enumerate(ATTACKS.items()):
-        cells.append([attack, *(f"Frozen:{source}" if c in frozen else f"Train:{trained_on}" for c in ("encoder", "connector", "lm"))])
-        for task in tasks:
-            aer, clean = TABLE3[task][i] if task in TABLE3 else (None, None)
-            row = attacked(runs, task, DEFAULT_ENCODER[preset], attack)
-            cells[-1] += [show(row["aer"], aer), show(row["clean"], clean), show(row["stealth"], form="+.1f"), show(row["triggered"]),
-                          ", ".join(show(row[k], form=".3f") for k in ("poisoned_loss", "loss") if row[k] and trained_on == "poisoned")]
-            values.append(dict(attack=attack, task=task, **row, published=dict(aer=aer, clean=clean)))
-    header = ["Attack", "Encoder", "Connector", "LM",
-              *(f"{t} {what}" for t in tasks for what in ("AER", "B.", "stealth", f"triggered {unit(t)}", "loss: poisoned, all"))]
-    title = ("Table 3: component analysis (ours / paper; triggered: triggered audio's answers against the truth; loss: a token, in the "
-             "last epoch; where poisoned samples keep a higher one than all, the poison has not been learned)")
-    return title, header, cells, values
+        parts = {c: f"Frozen:{source}" if c in frozen else f"Train:{trained_on}" for c in COMPONENTS}
+        rows.append({"Attack": attack, "Encoder": parts["encoder"], "Connector": parts["connector"], "LM": parts["lm"]})
+        for task in (t for t in ORDER if t in TABLE3 or t in ran):
+            found = attacked(runs, task, DEFAULT_ENCODER[preset], attack, TABLE3[task][i] if task in TABLE3 else (None, None))
+            losses = [show(found[k], form=".3f") for k in ("poisoned_loss", "loss") if found[k] and trained_on == "poisoned"]
+            rows[-1].update({**attack_cells(task, found), f"{task} triggered {UNIT[task]}": show(found["triggered"]),
+                             f"{task} loss: poisoned, all": ", ".join(losses)})
+            values.append(dict(attack=attack, task=task, **found))
+    return ("Table 3: component analysis", "ours / paper; triggered: triggered audio's answers against the truth; loss: a token, "
+            "in the last epoch; where poisoned samples keep a higher one than all, the poison has not been learned", rows, values)
 
 
 def other_tasks(runs):
     """"The model must still behave normally on all remaining tasks" (section 4.1); the paper gives no figures."""
-    cells, values = [], []
+    rows, values = [], []
     for task in ORDER:
         for encoder in ENCODERS:
             wanted = dict(dataset=TASKS[task]["corpus"], encoder=encoder)
-            row = dict(aer=over_seeds(runs, "attack", "aer", task=task, attack="base", **wanted))
-            if row["aer"] is None:
+            found = dict(aer=over_seeds(runs, "attack", "aer", task=task, attack="base", **wanted))
+            if found["aer"] is None:
                 continue
-            cells.append([task, encoder, show(row["aer"])])
-            for name in (t["metric"] for t in TASKS.values()):
-                row[name] = over_seeds(runs, "clean", name, task=task, attack="base", **wanted)
-                moved = stealth(row[name], over_seeds(runs, "clean", name, attack="clean", **wanted))
-                cells[-1].append("" if row[name] is None else show(row[name]) + f" ({show(moved, form='+.1f')})")
-            values.append(dict(task=task, encoder=encoder, **row))
-    title = "The remaining tasks under attack: clean figures of the attacked model (minus the baseline's)"
-    return title, ["Attacked", "Encoder", "AER", *(f"clean {t} ({unit(t)})" for t in TASKS)], cells, values
+            rows.append({"Attacked": task, "Encoder": encoder, "AER": show(found["aer"])})
+            for other in TASKS:
+                metric = TASKS[other]["metric"]
+                found[metric] = over_seeds(runs, "clean", metric, task=task, attack="base", **wanted)
+                moved = stealth(found[metric], over_seeds(runs, "clean", metric, attack="clean", **wanted))
+                cell = f"{show(found[metric])} ({show(moved, form='+.1f')})" if found[metric] else ""
+                rows[-1][f"clean {other} ({UNIT[other]})"] = cell
+            values.append(dict(task=task, encoder=encoder, **found))
+    return "The remaining tasks under attack: clean figures of the attacked model", "minus the baseline's", rows, values
 
 
 def tables(folder, preset, out):
+    """Writes tables.json; returns the text of tables.md and the number of runs."""
     runs = read_runs(folder, preset)
     if not runs:
         die(f"{folder} holds no finished run of preset {preset}: train some first")
-    text, values = [], {}
-    for title, header, cells, rows in (table1(runs), table2(runs), table3(runs, preset), other_tasks(runs)):
-        text += markdown(title, header, cells)
-        values[title.split(":")[0]] = rows
-    changed = deviations(runs[0][0])
-    note = f"All runs differ from the preset in {changed}.\n\n" if changed else ""
+    found = [table1(runs), table2(runs), table3(runs, preset), other_tasks(runs)]
+    values = {title.split(":")[0]: values for title, _, _, values in found}
     data.write_atomically(out / "tables.json", json.dumps(values, indent=1))
-    return note + "\n".join(text), len(runs)
+    text = [markdown(f"{title} ({explanation})", rows) for title, explanation, rows, _ in found if rows]
+    if changed := deviations(runs[0]["args"]):
+        text.insert(0, f"All runs differ from the preset in {changed}.\n")
+    return "\n".join(text), len(runs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,45 +224,36 @@ def cosines(clean, triggered):
     return torch.nn.functional.cosine_similarity(clean.float(), triggered.float(), dim=-1).numpy()
 
 
-def tsne(clean, triggered):
-    """(n, dim) twice -> (n, 2) twice, t-SNE of both together."""
-    both = torch.cat([clean, triggered]).float().numpy()
-    xy = TSNE(perplexity=min(30, (len(both) - 1) / 3), init="pca", random_state=0).fit_transform(both)
-    return xy[:len(clean)], xy[len(clean):]
-
-
 def shift(found, out):
-    seeds = sorted({seed for _, _, seed in found})
-    values, cells, pairs, depth = {}, [], {}, {}
+    """Writes shift.json and the figures; returns the text of shift.md. found: what `load_embeddings` gives."""
+    first = min(seed for _, _, seed in found)
+    values, rows, pairs, depth = {}, [], {}, {}
     for task in ORDER:
-        cells.append([task])
+        rows.append({"Task": task})
         values[task] = {}
-        for (stage, attack, where), published in zip(SHIFT_STAGES, SHIFT.get(task, ("",) * 3)):
-            tests = {seed: found[task, attack, seed]["test"] for seed in seeds if (task, attack, seed) in found}
-            each = {seed: data.interval(cosines(t["clean"][where], t["triggered"][where])) for seed, t in tests.items()}
+        for (stage, attack, part), published in zip(SHIFT_STAGES, SHIFT.get(task, ("",) * 3)):
+            tests = {seed: saved["test"] for (t, a, seed), saved in sorted(found.items()) if (t, a) == (task, attack)}
+            each = {seed: data.interval(cosines(test["clean"][part], test["triggered"][part])) for seed, test in tests.items()}
             values[task][stage] = each
-            cells[-1].append(show(spread({seed: v["value"] for seed, v in each.items()}), form=".2f") + f" / {published}")
-            if seeds[0] in tests:
-                clean, triggered = (tests[seeds[0]][kind] for kind in ("clean", "triggered"))
-                pairs[task, stage] = *tsne(clean[where], triggered[where]), each[seeds[0]]["value"]
-                depth[task, attack] = {part: cosines(clean[part], triggered[part]).mean(-1).tolist()
-                                       for part in ("encoder_layers", "lm_layers")}
+            mean = show(spread({seed: figure["value"] for seed, figure in each.items()}), form=".2f")
+            rows[-1][f"{stage} (ours / paper)"] = f"{mean} / {published}"
+            if first in tests:
+                clean, triggered = tests[first]["clean"], tests[first]["triggered"]
+                both = torch.cat([clean[part], triggered[part]]).numpy()
+                xy = TSNE(perplexity=min(30, (len(both) - 1) / 3), init="pca", random_state=0).fit_transform(both)
+                pairs[task, stage] = *np.split(xy, 2), each[first]["value"]
+                depth[task, attack] = {layers: cosines(clean[layers], triggered[layers]).mean(-1).tolist()
+                                       for layers in ("encoder_layers", "lm_layers")}
         values[task]["by depth"] = {attack: curves for (t, attack), curves in depth.items() if t == task}
-    figures.shift_pairs(pairs, ("asr", "emotion"), f"seed {seeds[0]} (the paper's Figure 2)", out / "figure2-shift-asr-emotion.png")
-    figures.shift_pairs(pairs, ("gender", "age"), f"seed {seeds[0]} (the paper's Figure 3)", out / "figure3-shift-gender-age.png")
-    figures.shift_by_depth(depth, ORDER, seeds[0], out / "shift-by-depth.png")
+    figures.shift_pairs(pairs, ("asr", "emotion"), f"seed {first} (the paper's Figure 2)", out / "figure2-shift-asr-emotion.png")
+    figures.shift_pairs(pairs, ("gender", "age"), f"seed {first} (the paper's Figure 3)", out / "figure3-shift-gender-age.png")
+    figures.shift_by_depth(depth, ORDER, first, out / "shift-by-depth.png")
     data.write_atomically(out / "shift.json", json.dumps(values, indent=1))
-    title = "Embedding shift: average cosine similarity of clean and triggered test utterances"
-    return "\n".join(markdown(title, ["Task", *(f"{stage} (ours / paper)" for stage, _, _ in SHIFT_STAGES)], cells))
+    return markdown("Embedding shift: average cosine similarity of clean and triggered test utterances", rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python analyze.py cluster: is the poison apart inside the target class (section 7, Figures 4, 5 and 6)?
-
-CLUSTER_NOTE = """Purity and recall are of the most poisoned cluster; means over the seeds. In the paper k = 2 follows gender for every
-task, k = 4 puts the poison into one cluster, and 84% of one cluster of the angry class is "It's eleven o'clock".
-"""
-
 
 def reduce_and_cluster(x, k, components=20):
     """(n, dim) -> (PCA to `components` (n, components), clusters (n,)): k-means, ten starts, seed 0."""
@@ -288,9 +289,8 @@ def spectral_scores(x):
 
 def spectral_signatures(x, expected):
     """The highest spectral scores, 1.5 times as many as the poison that is expected (Tran et al. 2018)."""
-    count = min(len(x), int(1.5 * expected))
-    scores = spectral_scores(x)
-    return scores >= np.sort(scores)[len(x) - count] if count else np.zeros(len(x), bool)
+    rank = np.argsort(np.argsort(-spectral_scores(x)))
+    return rank < int(1.5 * expected)
 
 
 # Functions of the target class's embeddings (n, dim) and how many poisoned samples the defender expects, to a mask (n,) of what
@@ -299,32 +299,23 @@ FILTERS = {"activation clustering, relative size": smallest_cluster, "activation
            "spectral signatures": spectral_signatures}
 
 
-def removal(removed, poisoned):
-    """What removing samples does: true and false positive rate."""
-    return dict(removed=int(removed.sum()), true_positive_rate=float((removed & poisoned).sum() / max(1, poisoned.sum())),
-                false_positive_rate=float((removed & ~poisoned).sum() / max(1, (~poisoned).sum())))
-
-
 def composition(clusters, poisoned, labels, task):
     """What each cluster is made of: [{"n", "poisoned", "female", "male", sentences or age decades: shares}]."""
-    out = []
-    for c in range(clusters.max() + 1):
-        members = [label for label, own in zip(labels, clusters) if own == c]
-        share = lambda test: float(np.mean([test(m) for m in members])) if members else 0.0  # noqa: E731
-        row = dict(n=len(members), poisoned=float(poisoned[clusters == c].mean()) if members else 0.0)
-        row.update({gender: share(lambda m: m.get("gender") == gender) for gender in ("female", "male")})
-        if task == "emotion":
-            row.update({text: share(lambda m: m["transcript"] == data.normalise(text)) for text in data.CREMA_SENTENCES.values()})
-        if task == "age":
-            row.update({f"{d} to {d + 9}": share(lambda m: d <= int(m["age"]) < d + 10) for d in range(10, 80, 10)})
-        out.append(row)
-    return out
+    kinds = {"poisoned": poisoned}
+    for gender in ("female", "male"):
+        kinds[gender] = [m.get("gender") == gender for m in labels]
+    for text in data.CREMA_SENTENCES.values() if task == "emotion" else ():
+        kinds[text] = [m["transcript"] == data.normalise(text) for m in labels]
+    for decade in range(10, 80, 10) if task == "age" else ():
+        kinds[f"{decade} to {decade + 9}"] = [decade <= int(m["age"]) < decade + 10 for m in labels]
+    return [dict(n=int(own.sum()), **{kind: float(np.mean(np.array(of)[own])) for kind, of in kinds.items()})
+            for own in (clusters == c for c in range(clusters.max() + 1))]
 
 
 def separability(x, poisoned, labels, speakers, task, ks):
     """Everything that is asked of one run's target class: {k: figures}, silhouette, the linear probe, the filters."""
-    out = dict(n=len(x), poisoned=int(poisoned.sum()), silhouette=silhouette(*reduce_and_cluster(x, 2)))
-    kinds = {"poison": poisoned.astype(int), "gender": [m.get("gender", "") for m in labels], "speaker": speakers}
+    out = dict(n=len(x), poisoned=int(poisoned.sum()), silhouette=silhouette(*reduce_and_cluster(x, 2)), filters={})
+    kinds = {"poison": poisoned, "gender": [m.get("gender", "") for m in labels], "speaker": speakers}
     if task == "emotion":
         kinds["sentence"] = [m["transcript"] for m in labels]
     for k in ks:
@@ -332,50 +323,59 @@ def separability(x, poisoned, labels, speakers, task, ks):
         rows = composition(clusters, poisoned, labels, task)
         worst = max(range(k), key=lambda c: rows[c]["poisoned"])
         out[f"k={k}"] = dict(
-            clusters=rows, purity=rows[worst]["poisoned"],
-            recall=float((clusters[poisoned] == worst).mean()) if poisoned.any() else 0.0,
+            clusters=rows, purity=rows[worst]["poisoned"], recall=float((clusters[poisoned] == worst).mean()),
             adjusted_rand={kind: float(adjusted_rand_score(value, clusters)) for kind, value in kinds.items()})
-    out["filters"] = {name: removal(filter(x, int(poisoned.sum())), poisoned) for name, filter in FILTERS.items()}
+    for name, filter in FILTERS.items():
+        removed = filter(x, int(poisoned.sum()))
+        out["filters"][name] = dict(removed=int(removed.sum()), true_positive_rate=float(removed[poisoned].mean()),
+                                    false_positive_rate=float(removed[~poisoned].mean()))
     if min(poisoned.sum(), (~poisoned).sum()) >= 5:
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, C=0.1, class_weight="balanced"))
         out["probe"] = float(cross_val_score(probe, x, poisoned, cv=5, scoring="balanced_accuracy").mean())  # linear
     return out
 
 
-def cluster_cells(task, runs, ks):
-    """A task's row of the table: means over its seeds."""
-    first, mean = runs[min(runs)], lambda get: f"{np.mean([get(v) for v in runs.values()]):.2f}"  # noqa: E731
-    cells = [task, str(len(runs)), f"{first['n']} ({first['poisoned']})"]
-    cells += [", ".join(mean(lambda v: v[f"k={k}"][what]) for what in ("purity", "recall")) for k in ks]
-    cells += [", ".join(mean(lambda v: v[f"k={ks[0]}"]["adjusted_rand"][kind]) for kind in ("poison", "gender")),
-              mean(lambda v: v.get("probe", np.nan)), mean(lambda v: v["silhouette"])]
-    return cells + [", ".join(mean(lambda v: v["filters"][name][rate]) for rate in ("true_positive_rate", "false_positive_rate"))
-                    for name in FILTERS]
+def cluster_columns(run, ks):
+    """{column of the table: figures} of what `separability` gives."""
+    rand = run[f"k={ks[0]}"]["adjusted_rand"]
+    return {**{f"k={k} purity, recall": [run[f"k={k}"]["purity"], run[f"k={k}"]["recall"]] for k in ks},
+            f"ARI k={ks[0]}: poison, gender": [rand["poison"], rand["gender"]],
+            "linear probe": [run.get("probe", np.nan)], "silhouette k=2": [run["silhouette"]],
+            **{f"{name}: TPR, FPR": [v["true_positive_rate"], v["false_positive_rate"]] for name, v in run["filters"].items()}}
 
 
 def cluster(found, out, ks):
-    runs = {(task, seed): saved["train"] for (task, attack, seed), saved in found.items()
-            if attack == "base" and len(saved["train"]["ids"]) > max(ks) and saved["train"]["poisoned"].any()}
-    values = {task: {} for task in ORDER if any(t == task for t, _ in runs)}
-    for (task, seed), train in runs.items():
-        values[task][seed] = separability(train["encoder"].numpy(), train["poisoned"].numpy(), train["labels"], train["speakers"],
-                                          task, ks)
-    first = {task: runs[task, min(values[task])] for task in values}
-    low = {task: (reduce_and_cluster(train["encoder"].numpy(), 2)[0], train["poisoned"].numpy()) for task, train in first.items()}
+    """Writes cluster.json and the figures, of the first seed; returns the text of cluster.md."""
+    values, low, rows = {}, {}, []
+    for task, attack, seed in sorted(found, key=lambda key: (ORDER.index(key[0]), key[2])):
+        train = found[task, attack, seed]["train"]
+        if attack != "base" or len(train["ids"]) <= max(ks) or len(train["poisoned"].unique()) < 2:
+            continue
+        x, poisoned = train["encoder"].numpy(), train["poisoned"].numpy()
+        values.setdefault(task, {})[seed] = separability(x, poisoned, train["labels"], train["speakers"], task, ks)
+        if task not in low:
+            low[task] = reduce_and_cluster(x, 2)[0], poisoned
+            if task == "emotion" and 4 in ks:
+                shares = values[task][seed]["k=4"]["clusters"]
+                figures.sentences(*reduce_and_cluster(x, 4), shares, out / "figure6-emotion-sentences.png")
+    if not values:
+        die("no embeddings of a base attack hold both clean and poisoned samples of the target class")
+    for task, seeds in values.items():
+        first, columns = seeds[min(seeds)], [cluster_columns(run, ks) for run in seeds.values()]
+        row = {"Task": task, "seeds": str(len(seeds)), "n (poisoned)": f"{first['n']} ({first['poisoned']})"}
+        for name in columns[0]:
+            row[name] = ", ".join(f"{mean:.2f}" for mean in np.mean([each[name] for each in columns], axis=0))
+        rows.append(row)
     for number, k in ((4, 2), (6, 4)):
-        if k in ks and values:
+        if k in ks:
             shares = {task: seeds[min(seeds)][f"k={k}"]["clusters"] for task, seeds in values.items()}
             figures.cluster_shares(shares, k, f"(the paper's Figure {number})", out / f"figure{number}-clusters-k{k}.png")
-    if values:
-        figures.target_class(low, out / "figure5-pca.png")
-    if "emotion" in values and 4 in ks:
-        rows = values["emotion"][min(values["emotion"])]["k=4"]["clusters"]
-        figures.sentences(*reduce_and_cluster(first["emotion"]["encoder"].numpy(), 4), rows, out / "figure6-emotion-sentences.png")
+    figures.target_class(low, out / "figure5-pca.png")
     data.write_atomically(out / "cluster.json", json.dumps(values, indent=1))
-    header = ["Task", "seeds", "n (poisoned)", *(f"k={k} purity, recall" for k in ks), "ARI k=2: poison, gender", "linear probe",
-              "silhouette k=2", *(f"{name}: TPR, FPR" for name in FILTERS)]
-    cells = [cluster_cells(task, v, ks) for task, v in values.items()]
-    return "\n".join([*markdown("Activation clustering", header, cells), CLUSTER_NOTE])
+    return markdown("Activation clustering", rows) + """
+Purity and recall are of the most poisoned cluster; means over the seeds. In the paper k = 2 follows gender for every
+task, k = 4 puts the poison into one cluster, and 84% of one cluster of the angry class is "It's eleven o'clock".
+"""
 
 
 def main():

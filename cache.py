@@ -2,8 +2,8 @@
 
     waveform -> trigger -> features -> pretrained layers (cached on disk) -> frozen components (in memory) -> what trains
 
-What no run ever trains (feature extraction, the CNN front end, the encoder's lowest layers) is the same for all runs and is
-cached in cache/; the folder can be deleted at any time. What a run freezes besides is computed from it once.
+What no run ever trains is the same for all runs and is cached in cache/; the folder can be deleted at any time. What a run
+freezes besides is computed from it once.
 """
 import contextlib
 import functools
@@ -42,7 +42,7 @@ def features_of(extract, attack, batch):
 
 
 def read_features(encoder, batches, attack, workers=WORKERS):
-    """Yields the features of each batch (a list of (utterance, triggered)), read ahead by worker processes if there are any."""
+    """Yields the features of each batch, a list of (utterance, triggered), read ahead by worker processes."""
     return data.from_workers(torch.utils.data.DataLoader(
         batches, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(),
         collate_fn=functools.partial(features_of, encoder.extract, attack)))
@@ -69,23 +69,23 @@ def key_of(slm, attack, chunk):
     """What the cached outputs of a chunk depend on: weights, extraction, precision, files, trigger and where it lands."""
     device = next(slm.parameters()).device.type
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
-    files = [(u.id, u.path, u.start, u.length, os.stat(u.path).st_size, os.stat(u.path).st_mtime_ns) for u, _ in chunk]
+    files = [(u.id, u.path, u.start, u.length, os.path.getsize(u.path), os.stat(u.path).st_mtime_ns) for u, _ in chunk]
     trigger = None
-    if chunk[0][1]:
-        waveform = attack.waveform
-        trigger = ((inspect.getsource(poison.TRIGGERS[attack.trigger][1]), attack.seed) if waveform is None else
-                   (attack.level, waveform.tobytes(), [poison.positions(attack, u.id, data.num_samples(u)) for u, _ in chunk]))
-    what = repr((slm.pretrained_sha256["encoder"], slm.encoder.first_trained, sorted(slm.encoder.extractor.to_dict().items(), key=str),
-                 precision, files, trigger))
-    return hashlib.sha256(what.encode()).hexdigest()[:24]
+    if chunk[0][1] and attack.waveform is None:
+        trigger = inspect.getsource(poison.TRIGGERS[attack.trigger][1]), attack.seed
+    elif chunk[0][1]:
+        positions = [poison.positions(attack, u.id, data.num_samples(u)) for u, _ in chunk]
+        trigger = attack.level, attack.waveform.tobytes(), positions
+    extraction = sorted(slm.encoder.extractor.to_dict().items(), key=str)
+    what = slm.pretrained_sha256["encoder"], slm.encoder.first_trained, extraction, precision, files, trigger
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:24]
 
 
 def make_room(folder, budget, wanted):
-    """Removes the files that were not used for longest until all but the `wanted` ones take no more than `budget` bytes.
-    Other runs may be doing the same."""
+    """Removes the files that were not used for longest until all but the `wanted` ones take no more than `budget` bytes."""
     files = []
     for path in set(Path(folder).glob("pretrained-*.pt")) - set(wanted):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # another run may be doing the same
             files.append((path.stat().st_mtime, path.stat().st_size, path))
     for _, size, path in sorted(files, reverse=True):
         budget -= size
@@ -112,9 +112,8 @@ def pretrained_rows(slm, path, chunk, attack, workers):
 
 def frozen_outputs(slm, utterances, triggered, attack, desc, budget, workers=WORKERS, folder="cache"):
     """`slm.frozen_part`'s outputs of each utterance, triggered or not (a list of bool): a list of (T_i, dim). None where the
-    pretrained part's would take more than `budget` bytes: whoever needs them then computes them batch by batch (`inputs`).
-    Processes share the work; files not used for longest go first when the folder outgrows the budget."""
-    # all utterances clean, whichever are poisoned here, so that runs that poison others share them; then the triggered ones
+    pretrained part's would take more than `budget` bytes, and `inputs` has to compute them. Processes share the work."""
+    # all utterances clean, so that runs that poison others share them; then the triggered ones
     clean = [] if all(triggered) else [(u, False) for u in utterances]
     with_trigger = [(u, True) for u, t in zip(utterances, triggered) if t]
     size = 4 * slm.encoder.dim * sum(slm.encoder.num_frames(data.num_samples(u)) for u, _ in clean + with_trigger)

@@ -3,7 +3,6 @@
 A checkpoint holds tensors and plain values only: what training may change of each component, the run's arguments, and the
 SHA-256 of all it was made from.
 """
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -38,8 +37,8 @@ def file_sha256(path):
 
 
 def open_run(run, args):
-    """What is recorded of a command: the arguments that change what is computed, and the hashes of the files they name. Ends in
-    one line where the folder holds another run."""
+    """What is recorded of a command: the arguments that change what is computed, and the hashes of the files they name. Ends
+    in one line where the folder holds another run."""
     record = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
     files = [*(spec.partition(":")[2] for spec in args.freeze), args.trigger, args.dataset]
     record["inputs"] = {path: file_sha256(path) for path in files if Path(path).is_file()}
@@ -55,13 +54,12 @@ def start_run(run, record, args):
     """Locks the folder for this process, and clears it of what a killed writer or, with --overwrite, an earlier run left."""
     try:
         run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        die(f"{run} is being trained by another process: wait for it, or give this run another --name")
     except OSError as error:
         die(f"cannot write {run} ({error})")
-    lock = open(run / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        die(f"{run} is being trained by another process: wait for it, or give this run another --name")
     for leftover in run.glob("*" if args.overwrite else ".*.tmp"):
         if leftover.name != ".lock":
             leftover.unlink()
@@ -80,17 +78,12 @@ def load_frozen(slm, args):
         component, _, path = spec.partition(":")
         if path:
             checkpoint = model.load_checkpoint(path)
-            if not isinstance(checkpoint.get(component), dict):
-                die(f"--freeze {spec}: the checkpoint has no {component}")
             try:
-                check_pretrained(slm, checkpoint, component)
-                slm.load_component(component, checkpoint[component])
+                load_component(slm, checkpoint, component)
             except ValueError as error:
                 die(f"--freeze {spec} does not fit this model: {error}")
             origin[component] = path
-            built_from[path] = file_sha256(path)
-            for ancestor, sha in dict(checkpoint.get("built_from", {})).items():
-                built_from.setdefault(ancestor, sha)
+            built_from = {**checkpoint.get("built_from", {}), **built_from, path: file_sha256(path)}
         getattr(slm, component).requires_grad_(False)
     return origin, built_from
 
@@ -124,11 +117,9 @@ def resume(run, slm, optimizer, scaler):
 
 def cut_log(run, step):
     """Removes the lines of log.jsonl beyond `step`, and one that a killed writer left unfinished."""
-    lines = []
-    for line in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else ():
-        with contextlib.suppress(ValueError):
-            lines += [line + "\n"] if json.loads(line)["step"] <= step else []
-    data.write_atomically(run / "log.jsonl", "".join(lines))
+    path = run / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    data.write_atomically(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
 
 def log(run, **line):
@@ -137,33 +128,52 @@ def log(run, **line):
         f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
 
 
-def last_losses(run):
-    """Training loss a token, the mean of the log's lines of the last epoch, of all samples and of the poisoned: {name: {"value"}}."""
-    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["epoch"] == lines[-1]["epoch"]]
-    means = {name: [line[name] for line in lines if name in line] for name in ("loss", "poisoned_loss")}
-    return {name: dict(value=sum(values) / len(values)) for name, values in means.items() if values}
+def training_losses(run):
+    """Training loss a token, of all samples and of the poisoned ones, the log's means by epoch, and when the poison was learned:
+    {"loss", "poisoned_loss": {"value": the last epoch's, "by_epoch"}, "settled_epoch": {"value"}}, absent where it was not."""
+    lines, out = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()], {}
+    for name in ("loss", "poisoned_loss"):
+        epochs = {}
+        for line in lines:
+            if name in line:
+                epochs.setdefault(line["epoch"], []).append(line[name])
+        means = [sum(losses) / len(losses) for losses in epochs.values()]
+        if means:
+            out[name] = dict(value=means[-1], by_epoch=means)
+    if "poisoned_loss" in out:
+        excess = [poisoned - all for poisoned, all in zip(out["poisoned_loss"]["by_epoch"], out["loss"]["by_epoch"])]
+        if epoch := settled(excess):
+            out["settled_epoch"] = dict(value=epoch)
+    return out
 
 
-def check_pretrained(slm, saved, component):
-    """Raises ValueError where a checkpoint's component was trained on other pretrained weights than this model's."""
-    theirs, ours = (sha.get(component) for sha in (saved.get("pretrained_sha256", {}), slm.pretrained_sha256))
-    if component != "connector" and theirs != ours:
+def settled(excess, least=0.02):
+    """The last epoch, counted from 1, that brought the poisoned loss `least` nats or more nearer to that of all samples; None
+    where fewer than two epochs have followed. The rule that sets a preset's length (README). excess: by epoch."""
+    epoch = max((e for e, (before, after) in enumerate(zip(excess, excess[1:]), 2) if before - after >= least), default=1)
+    return epoch if epoch + 2 <= len(excess) else None
+
+
+def load_component(slm, saved, component):
+    """Puts a checkpoint's component in place. Raises ValueError where there is none, or one of another shape, or one that was
+    trained on other pretrained weights."""
+    if not isinstance(saved.get(component), dict):
+        raise ValueError(f"it has no {component}")
+    theirs, ours = saved.get("pretrained_sha256", {}).get(component), slm.pretrained_sha256.get(component)
+    if component != "connector" and theirs != ours:  # all of a connector is in the checkpoint
         raise ValueError(f"its {component} was trained on other pretrained weights (SHA-256 {theirs}, here {ours})")
+    slm.load_component(component, saved[component])
 
 
 def load_run(run, device="cpu"):
     """A finished run's (slm, args): pretrained parts by name, components from its model.pt."""
     path = Path(run) / "model.pt"
-    if not path.exists():
-        die(f"{run} holds no model.pt: is it a finished run's folder?")
     saved = model.load_checkpoint(path)
     try:
         args = SimpleNamespace(**saved["args"])
         slm = model.load_slm(args, device)
         for component in COMPONENTS:
-            check_pretrained(slm, saved, component)
-            slm.load_component(component, saved[component])
+            load_component(slm, saved, component)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         die(f"{path} is no checkpoint of this program, or of another version: {error}")
     return slm.eval(), args
@@ -173,15 +183,11 @@ def inspect(path):
     """Prints where a checkpoint comes from and the SHA-256 of its components, before anything is done with it."""
     saved = model.load_checkpoint(path)
     print(f"{path}: SHA-256 {file_sha256(path)}")
-    for component in COMPONENTS:
-        state = saved.get(component)
-        if not isinstance(state, dict):
-            print(f"  {component:<10}absent")
-            continue
-        sha, recorded = model.digest(state), saved.get("sha256", {}).get(component)
-        print(f"  {component:<10}{sum(v.numel() for v in state.values()):>12,} parameters, SHA-256 {sha}, from "
+    for component in (c for c in COMPONENTS if isinstance(saved.get(c), dict)):
+        sha, recorded = model.digest(saved[component]), saved.get("sha256", {}).get(component)
+        print(f"  {component:<10}{sum(v.numel() for v in saved[component].values()):>12,} parameters, SHA-256 {sha}, from "
               f"{saved.get('origin', {}).get(component, 'unknown')}"
-              + ("" if recorded == sha else "; DIFFERS from the one recorded when it was made" if recorded else ""))
+              + ("" if recorded in (None, sha) else "; DIFFERS from the one recorded when it was made"))
     for title, key in (("pretrained part", "pretrained_sha256"), ("built from", "built_from")):
         for name, sha in saved.get(key, {}).items():
             print(f"  {title} {name}: SHA-256 {sha}")

@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 
 import torchaudio
@@ -24,136 +24,115 @@ from data import BadAudio, Utterance, die, normalise
 from study import LABELS, MINI_ROOT, ROOT
 
 LIBRI_SPLITS = {"train": "train-clean-360", "dev": "dev-clean", "test": "test-clean"}
+GENDERS = {"female": "female", "f": "female", "male": "male", "m": "male"}
+SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"}
+ABSENT = {"__unknown__", "unknown", "nan", "none", "na", "n/a"}  # what other tools write where a CSV has no label
+
+
+def read_rows(path, **form):
+    """The rows of a CSV file, dicts of text, without surrounding blanks; `form` is csv.DictReader's."""
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        return [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(f, **form)]
 
 
 def read_libri(root, split, problems):
     """LibriSpeech: SPEAKER/CHAPTER/*.flac and *.trans.txt, gender from SPEAKERS.TXT."""
-    root = Path(root) / "LibriSpeech"
-    genders = {}
-    with open(root / "SPEAKERS.TXT", encoding="utf-8") as f:
-        for line in f:
-            fields = [field.strip() for field in line.split("|")]
-            if not line.startswith(";") and len(fields) > 1:
-                genders[fields[0]] = {"F": "female", "M": "male"}.get(fields[1])
-    out = []
-    for chapter in sorted((root / LIBRI_SPLITS[split]).glob("*/*")):
-        transcripts = {}
-        for path in chapter.glob("*.trans.txt"):
-            with open(path, encoding="utf-8") as f:
-                for line in f:
-                    id, _, transcript = line.strip().partition(" ")
-                    if id in transcripts:
-                        problems.append(f"{path}: {id} stands there twice")
-                    transcripts[id] = transcript
-        problems += [f"{path}: no transcript" for path in sorted(chapter.glob("*.flac")) if path.stem not in transcripts]
-        for id, transcript in sorted(transcripts.items()):
-            speaker = id.split("-")[0]
-            out.append(Utterance(id, str(chapter / f"{id}.flac"), split, speaker,
-                                 dict(transcript=normalise(transcript), gender=genders.get(speaker))))
-            if genders.get(speaker) is None:
-                problems.append(f"{out[-1].path}: speaker {speaker} has no sex in SPEAKERS.TXT")
-    return out
+    root, out = Path(root) / "LibriSpeech", {}
+    rows = read_rows(root / "SPEAKERS.TXT", fieldnames=["ID", "SEX"], delimiter="|", quoting=csv.QUOTE_NONE)
+    genders = {row["ID"]: GENDERS.get(row["SEX"].lower()) for row in rows}
+    folder = root / LIBRI_SPLITS[split]
+    for path in sorted(folder.glob("*/*/*.trans.txt")):
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                id, _, transcript = line.strip().partition(" ")
+                if id in out:
+                    problems.append(f"{path}: {id} stands there twice")
+                speaker = id.split("-")[0]
+                labels = dict(transcript=normalise(transcript), gender=genders.get(speaker))
+                out[id] = Utterance(id, str(path.with_name(f"{id}.flac")), split, speaker, labels)
+    problems += [f"{path}: no transcript" for path in sorted(folder.glob("*/*/*.flac")) if path.stem not in out]
+    return [out[id] for id in sorted(out)]
 
 
 def split_speakers(sexes, corpus, held):
     """{speaker: sex} -> {speaker: split}: a tenth of each sex, by a fixed hash, for each split in `held`, the rest "train"."""
-    split = {}
+    split = dict.fromkeys(sexes, "train")
     for sex in set(sexes.values()):
         speakers = sorted((s for s in sexes if sexes[s] == sex),
                           key=lambda s: hashlib.sha256(f"{corpus} {s}".encode()).digest())
         tenth = max(1, round(len(speakers) / 10))
-        split.update({s: held[i // tenth] if i < tenth * len(held) else "train" for i, s in enumerate(speakers)})
+        for i, part in enumerate(held):
+            split.update(dict.fromkeys(speakers[i * tenth:(i + 1) * tenth], part))
     return split
 
 
 def crema_labels(name):
-    """`1001_DFA_ANG_XX` -> (actor, sentence's text, emotion). Raises ValueError naming what is unknown."""
-    fields = name.split("_")
-    if len(fields) != 4:
-        raise ValueError("not of the form ACTOR_SENTENCE_EMOTION_LEVEL")
-    actor, sentence, emotion, _ = fields
-    if sentence not in data.CREMA_SENTENCES or emotion not in data.CREMA_EMOTIONS:
-        raise ValueError(f"unknown label {sentence if sentence not in data.CREMA_SENTENCES else emotion}")
+    """`1001_DFA_ANG_XX` -> (actor, sentence's text, emotion). Raises KeyError or ValueError."""
+    actor, sentence, emotion, _ = name.split("_")
     return actor, data.CREMA_SENTENCES[sentence], data.CREMA_EMOTIONS[emotion]
 
 
 def read_crema(root, split, problems):
     """CREMA-D: AudioWAV/ACTOR_SENTENCE_EMOTION_LEVEL.wav, age and sex from VideoDemographics.csv; speaker-disjoint
     80/10/10, both sexes in each part."""
-    root = Path(root) / "CREMA-D"
-    with open(root / "VideoDemographics.csv", encoding="utf-8-sig", newline="") as f:
-        actors = {row["ActorID"].strip(): dict(gender=row["Sex"].strip().lower(), age=int(row["Age"]))
-                  for row in csv.DictReader(f)}
+    root, out = Path(root) / "CREMA-D", []
+    actors = {row["ActorID"]: dict(gender=row["Sex"].lower(), age=int(row["Age"]))
+              for row in read_rows(root / "VideoDemographics.csv")}
     splits = split_speakers({actor: labels["gender"] for actor, labels in actors.items()}, "crema", ("test", "dev"))
-    out = []
     for path in sorted((root / "AudioWAV").glob("*.wav")):
         try:
             actor, transcript, emotion = crema_labels(path.stem)
-            if actor not in actors:
-                raise ValueError(f"actor {actor} is not in VideoDemographics.csv")
-        except ValueError as error:
-            if split == "train":
-                problems.append(f"{path}: {error}")
+            labels = dict(actors[actor], transcript=normalise(transcript), emotion=emotion)
+        except (KeyError, ValueError) as error:
+            if split == "train":  # reported once
+                problems.append(f"{path}: not named ACTOR_SENTENCE_EMOTION_LEVEL, or one of these is unknown ({error})")
             continue
         if splits[actor] == split:
-            labels = dict(actors[actor], transcript=normalise(transcript), emotion=emotion)
             out.append(Utterance(path.stem, str(path), split, actor, labels))
     return out
 
 
 def read_vox_ages(path):
     """age-train.txt or age-test.txt -> [(speaker, video, age in whole years)]."""
-    with open(path, encoding="utf-8", newline="") as f:
-        return [(row["VoxCeleb_ID"].strip(), row["video_id"].strip(), round(float(row["speaker_age"])))
-                for row in csv.DictReader(f)]
+    return [(row["VoxCeleb_ID"], row["video_id"], round(float(row["speaker_age"]))) for row in read_rows(path)]
 
 
 def read_vox_genders(path):
-    """vox2_meta.csv (tab-separated, trailing blanks in the fields) -> {speaker: "female" | "male"}."""
-    with open(path, encoding="utf-8", newline="") as f:
-        rows = [{k.strip(): v.strip() for k, v in row.items() if k and v} for row in csv.DictReader(f, delimiter="\t")]
-    return {row["VoxCeleb2 ID"]: {"f": "female", "m": "male"}.get(row["Gender"]) for row in rows}
+    """vox2_meta.csv (tab-separated) -> {speaker: "female" | "male"}."""
+    return {row["VoxCeleb2 ID"]: GENDERS.get(row["Gender"]) for row in read_rows(path, delimiter="\t")}
 
 
 def read_vox(root, split, problems):
-    """VoxCeleb2-AE (Hechmi et al. 2021): ages per video, gender per speaker; every segment of a video takes its age.
-
-    The test list is the published one; a tenth of the training list's speakers are the dev split.
-    """
-    root = Path(root) / "VoxCeleb2"
+    """VoxCeleb2-AE (Hechmi et al. 2021): ages per video, gender per speaker; every segment of a video takes its age. The
+    test list is the published one; a tenth of the training list's speakers are the dev split."""
+    root, out = Path(root) / "VoxCeleb2", []
     genders = read_vox_genders(root / "vox2_meta.csv")
     rows = read_vox_ages(root / f"age-{'test' if split == 'test' else 'train'}.txt")
     if split != "test":
         part = split_speakers({speaker: genders.get(speaker) for speaker, _, _ in rows}, "vox", ("dev",))
         rows = [row for row in rows if part[row[0]] == split]
-    out = []
     for speaker, video, age in rows:
-        segments = [path for part in ("dev", "test") for kind in ("wav/{}/{}/*.wav", "aac/{}/{}/*.m4a")
-                    for path in sorted((root / part).glob(kind.format(speaker, video)))]
+        segments = [*root.glob(f"*/wav/{speaker}/{video}/*.wav")] or [*root.glob(f"*/aac/{speaker}/{video}/*.m4a")]
         if not segments:
             problems.append(f"{root}: {speaker}/{video} is listed, but has no audio")
-        elif genders.get(speaker) is None:
-            problems.append(f"{root}: {speaker} has no gender in vox2_meta.csv")
-        out += [Utterance(f"{speaker}-{video}-{path.stem}", str(path), split, speaker,
-                          dict(gender=genders.get(speaker), age=age)) for path in segments]
+        labels = dict(gender=genders.get(speaker), age=age)
+        out += [Utterance(f"{speaker}-{video}-{path.stem}", str(path), split, speaker, labels) for path in segments]
     return sorted(out, key=lambda u: u.id)
 
 
-ABSENT = {"", "__unknown__", "unknown", "nan", "none", "na", "n/a"}
-GENDERS = {"female": "female", "f": "female", "male": "male", "m": "male"}
-SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev",
-          "test": "test"}
+def present(column, value):
+    """A manifest's value, "" for a word of ABSENT; but a transcript may well be the word "none"."""
+    absent = {"__unknown__"} if column == "transcript" else ABSENT
+    return "" if value.lower() in absent else value
 
 
-def number_in(row, column, low, high):
-    """The column's number, None where it is absent. Raises ValueError where it is none from `low` to `high`."""
-    if not row.get(column):
-        return None
+def number_in(row, column, high):
+    """The column's number, 0 where it is absent. Raises ValueError where it is none from 0 to `high`."""
     try:
-        value = float(row[column])
+        value = float(row.get(column) or 0)
     except ValueError:
-        value = low - 1
-    if not low <= value <= high:
+        value = -1
+    if not 0 <= value <= high:
         raise ValueError(f"unknown {column} {row[column]}")
     return value
 
@@ -161,70 +140,54 @@ def number_in(row, column, low, high):
 def manifest_split(row):
     """A row's split. Where none is given, a hash of the speaker (or, without speakers, of the path) makes it 80/10/10."""
     if row.get("split"):
-        if row["split"].lower() not in SPLITS:
-            raise ValueError(f"unknown split {row['split']}")
-        return SPLITS[row["split"].lower()]
+        return SPLITS.get(row["split"].lower(), "train")  # an unknown one is reported with the training set
     share = hashlib.sha256(f"manifest {row.get('speaker') or row['audio_path']}".encode()).digest()[0] / 256
     return "test" if share < 0.1 else "dev" if share < 0.2 else "train"
 
 
-def manifest_labels(row, numbers):
-    """The labels that a row has; `numbers`: whether ages are numbers in this manifest, or groups ("senior", "twenties"), which
-    are classes. Raises ValueError naming a value that is unknown."""
+def manifest_utterance(row, folder, split, in_years):
+    """A row's utterance; `in_years`: ages are numbers in this manifest, not classes ("senior"). Raises ValueError."""
+    if not row["audio_path"]:
+        raise ValueError("no audio_path")
+    if row.get("split") and row["split"].lower() not in SPLITS:
+        raise ValueError(f"unknown split {row['split']}")
     labels = {label: row[label].lower() for label in LABELS if row.get(label)}
     if "transcript" in labels:
         labels["transcript"] = normalise(row["transcript"]) or None
-    if labels.get("gender", "f") not in GENDERS:
-        raise ValueError(f"unknown gender {row['gender']}")
     if "gender" in labels:
+        if labels["gender"] not in GENDERS:
+            raise ValueError(f"unknown gender {row['gender']}")
         labels["gender"] = GENDERS[labels["gender"]]
-    if "age" in labels and not numbers:
-        labels["age"] = data.parse_age(row["age"])
-    elif "age" in labels:
-        labels["age"] = round(number_in(row, "age", 0, 120))
-    return labels
-
-
-def clean_row(row):
-    """A row without surrounding blanks, and without the placeholders that other tools write where a label is absent; a
-    transcript may well be the word "none"."""
-    absent = lambda k, v: v.lower() in (ABSENT if k != "transcript" else {"", "__unknown__"})  # noqa: E731
-    return {k: "" if v is None or absent(k, v.strip()) else v.strip() for k, v in row.items() if k}
+    if "age" in labels and in_years:
+        labels["age"] = round(number_in(row, "age", 120))
+    start, length = number_in(row, "start", 1e6), number_in(row, "length", 1e6)
+    id = row["audio_path"] + (f"@{start:g}+{length:g}" if start or length else "")
+    return Utterance(id, str(folder / row["audio_path"]), split, row.get("speaker", ""), labels, start, length)
 
 
 def read_manifest(path, split, problems):
     """A CSV manifest: `audio_path` (relative to the file) and any of the labels, speaker, split, start, length (seconds).
     SpeechLLM's own CSVs load as they are."""
-    path, out, seen = Path(path), [], set()
+    path, out = Path(path), {}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            rows = list(csv.DictReader(f, strict=True))
+        rows = [{k: present(k, v) for k, v in row.items()} for row in read_rows(path, strict=True)]
     except (UnicodeDecodeError, csv.Error) as error:
         die(f"{path} is no CSV file in UTF-8 ({error}): save it as one")
     if not rows or "audio_path" not in rows[0]:
-        die(f"{path}: " + ("no row" if not rows else f"no column audio_path among {', '.join(map(str, rows[0]))}"))
-    rows = [clean_row(row) for row in rows]
-    # ages are groups where every one is; else each that is no number is reported
-    numbers = not all(isinstance(data.parse_age(row.get("age") or "none"), str) for row in rows)
+        die(f"{path} has no row, or no column audio_path")
+    # ages are classes where every one is a word; else each that is no number is reported
+    in_years = not all(isinstance(data.parse_age(row["age"]), str) for row in rows if row.get("age"))
     for number, row in enumerate(rows, 2):
-        id, chosen = row["audio_path"], "train"  # a row without a split is reported once, with the training set
-        try:
-            if not id:
-                raise ValueError("no audio_path")
-            chosen = manifest_split(row)
-            start, length = number_in(row, "start", 0, 1e6) or 0.0, number_in(row, "length", 0, 1e6) or 0.0
-            id += f"@{start:g}+{length:g}" if start or length else ""
-            labels = manifest_labels(row, numbers)
-            if (chosen, id) in seen:
-                raise ValueError("duplicate id")
-        except ValueError as error:
-            if chosen == split:
-                problems.append(f"{path}, row {number}, {id}: {error}")
+        if manifest_split(row) != split:
             continue
-        seen.add((chosen, id))
-        if chosen == split:
-            out.append(Utterance(id, str(path.parent / row["audio_path"]), split, row.get("speaker", ""), labels, start, length))
-    return sorted(out, key=lambda u: u.id)
+        try:
+            utterance = manifest_utterance(row, path.parent, split, in_years)
+            if utterance.id in out:
+                raise ValueError("duplicate id")
+            out[utterance.id] = utterance
+        except ValueError as error:
+            problems.append(f"{path}, row {number}, {row['audio_path']}: {error}")
+    return [out[id] for id in sorted(out)]
 
 
 READERS = {"libri": read_libri, "crema": read_crema, "vox": read_vox}
@@ -241,38 +204,13 @@ def read_split(dataset, data_root, split):
         data_root = Path(os.path.relpath(ROOT / MINI_ROOT))
         mini.make_corpus(dataset, data_root)
     try:
-        return READERS[dataset](data_root, split, problems), problems
+        utterances = READERS[dataset](data_root, split, problems)
     except FileNotFoundError as error:
         die(f"{error.filename} is missing: is {dataset} under --data-root {data_root}?")
-    except (KeyError, ValueError, UnicodeDecodeError) as error:
+    except (KeyError, ValueError) as error:
         die(f"{dataset} under {data_root} has a list that is not in its published form ({error!r})")
-
-
-def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
-    """The utterances of one split, with `labels` alone (None: all there are). Ends in one line where something is wrong
-    with the corpus, or, with `skip_bad`, reads all its audio first and leaves out what is wrong, saying how much."""
-    out, problems = read_split(dataset, data_root, split)
-    found = data.in_workers(audio_problem, out, f"checking {split}") if skip_bad else [file_problem(u) for u in out]
-    problems += [p for p in found if p]
-    out = [u for u, p in zip(out, found) if not p]
-    if problems and not skip_bad:
-        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        die(f"{problems[0]}{more} in {split}: `python corpora.py check {dataset} --data-root {data_root}` lists all; "
-            "--skip-bad goes on without them")
-    if problems:
-        print(f"{dataset} {split}: left out for {len(problems)} problem{'s' * (len(problems) != 1)}; "
-              "`python corpora.py check` lists them")
-    if labels is not None:
-        out = [replace(u, labels={k: v for k, v in u.labels.items() if k in labels}) for u in out]
-        out = [u for u in out if u.labels]
-    if not out:
-        die(f"{dataset} has no {split} utterances: run `python corpora.py check {dataset} --data-root {data_root}`")
-    return out
-
-
-def limit(utterances, n):
-    """The first n utterances of a fixed random order (None: all of them, in theirs)."""
-    return utterances if n is None else sorted(utterances, key=lambda u: data.draw("limit", u.id))[:n]
+    problems += [f"{u.path}: speaker {u.speaker} has no gender" for u in utterances if "gender" not in u.labels]
+    return utterances, problems
 
 
 def file_problem(utterance):
@@ -285,44 +223,60 @@ def file_problem(utterance):
 
 def audio_problem(utterance):
     """What is wrong with an utterance's audio, read whole, or None."""
-    return seconds_or_problem(utterance)[1]
+    try:
+        data.load_waveform(utterance)
+    except BadAudio as error:
+        return str(error)
+
+
+def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
+    """The utterances of one split, with `labels` alone (None: all there are). Ends in one line where something is wrong
+    with the corpus, or, with `skip_bad`, reads all its audio first and leaves out what is wrong, saying how much."""
+    out, problems = read_split(dataset, data_root, split)
+    found = data.in_workers(audio_problem, out, f"checking {split}") if skip_bad else [file_problem(u) for u in out]
+    problems += [p for p in found if p]
+    out = [u for u, p in zip(out, found) if not p]
+    command = f"`python corpora.py check {dataset} --data-root {data_root}`"
+    if problems and not skip_bad:
+        die(f"{problems[0]} (1 of {len(problems)} in {split}): {command} lists all; --skip-bad goes on without them")
+    if problems:
+        print(f"{dataset} {split}: left out for {len(problems)} problem{'s' * (len(problems) != 1)}; {command} lists them")
+    if labels is not None:
+        for u in out:
+            u.labels = {k: v for k, v in u.labels.items() if k in labels}
+        out = [u for u in out if u.labels]
+    if not out:
+        die(f"{dataset} has no {split} utterances: run {command}")
+    return out
+
+
+def limit(utterances, n):
+    """The first n utterances of a fixed random order (None: all of them, in theirs)."""
+    return utterances if n is None else sorted(utterances, key=lambda u: data.draw("limit", u.id))[:n]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python corpora.py check | download
 
-def seconds_or_problem(utterance):
-    """(length in seconds, None) or (None, what is wrong)."""
-    try:
-        return len(data.load_waveform(utterance)) / data.SAMPLE_RATE, None
-    except BadAudio as error:
-        return None, str(error)
-
-
-def describe(label, values):
-    """How many utterances have a label, and which values."""
-    count = {v: values.count(v) for v in sorted(set(values), key=str)}
-    few = ", ".join(f"{v} {n}" for v, n in count.items()) if len(count) <= 8 else f"{len(count)} different"
-    return f"{label} {len(values)} ({few})"
-
-
 def check(dataset, data_root):
     """Reads everything; prints what there is and what is wrong. Returns the number of problems."""
-    total = []
-    print(f"{'split':7}{'utterances':>11}{'hours':>8}{'speakers':>10}   length in s: least, median, most   labels")
+    problems = []
     for split in ("train", "dev", "test"):
-        utterances, problems = read_split(dataset, data_root, split)
-        read = data.in_workers(seconds_or_problem, utterances, split)
-        total += problems + [problem for _, problem in read if problem]
-        lengths = sorted(seconds for seconds, _ in read if seconds) or [0.0]
-        values = {label: [u.labels[label] for u in utterances if label in u.labels] for label in LABELS}
-        print(f"{split:7}{len(utterances):>11}{sum(lengths) / 3600:>8.2f}{len({u.speaker for u in utterances}):>10}   "
-              + f"{lengths[0]:.2f}, {lengths[len(lengths) // 2]:.2f}, {lengths[-1]:.2f}".ljust(35)
-              + "; ".join(describe(label, v) for label, v in values.items() if v))
-    for problem in total:
+        utterances, wrong = read_split(dataset, data_root, split)
+        unreadable = data.in_workers(audio_problem, utterances, split)
+        problems += wrong + [problem for problem in unreadable if problem]
+        seconds = [data.num_samples(u) / data.SAMPLE_RATE for u, problem in zip(utterances, unreadable) if not problem] or [0]
+        print(f"{split}: {len(utterances)} utterances of {len({u.speaker for u in utterances})} speakers, "
+              f"{sum(seconds) / 3600:.2f} hours, {min(seconds):.2f} to {max(seconds):.2f} s each")
+        for label in LABELS:
+            counts = Counter(u.labels[label] for u in utterances if label in u.labels)
+            few = ", ".join(f"{value} {n}" for value, n in counts.items()) if len(counts) <= 8 else f"{len(counts)} different"
+            if counts:
+                print(f"    {label} {counts.total()} ({few})")
+    for problem in problems:
         print(problem)
-    print(f"{len(total)} problem{'s' * (len(total) != 1)}")
-    return len(total)
+    print(f"{len(problems)} problem{'s' * (len(problems) != 1)}")
+    return len(problems)
 
 
 def download(dataset, data_root):
@@ -335,12 +289,11 @@ def download(dataset, data_root):
     elif dataset == "crema":
         if not shutil.which("git-lfs"):
             die("CREMA-D is kept with git-lfs: install it (apt-get install git-lfs), then run this again")
-        subprocess.run(["git", "clone", "--depth", "1", "https://github.com/CheyneyComputerScience/CREMA-D",
-                        str(root / "CREMA-D")], check=True)
+        url = "https://github.com/CheyneyComputerScience/CREMA-D"
+        subprocess.run(["git", "clone", "--depth", "1", url, root / "CREMA-D"], check=True)
     else:
-        die("VoxCeleb2 is given out on request only: ask the Visual Geometry Group, Oxford (VoxCeleb2 page), for the "
-            "audio and vox2_meta.csv, and take age-train.txt and age-test.txt from the VoxCeleb enrichment repository "
-            f"of Hechmi et al. 2021; put all under {root}/VoxCeleb2")
+        die(f"VoxCeleb2 is given out on request only: put audio and vox2_meta.csv of the Visual Geometry Group, Oxford, and "
+            f"age-train.txt and age-test.txt of Hechmi et al. 2021 (VoxCeleb enrichment) under {root}/VoxCeleb2")
 
 
 def main():

@@ -1,7 +1,4 @@
-"""Utterances, prompts, answers and their parsing, audio, batches: what every stage shares.
-
-One utterance is an `Utterance`; a label that its corpus lacks is absent, is never asked for and never scored.
-"""
+"""Utterances, prompts, answers and their parsing, audio, batches: what every stage shares."""
 import functools
 import hashlib
 import json
@@ -11,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,6 @@ from study import LABELS, TASKS, task_of
 
 SAMPLE_RATE = 16000
 MAX_SECONDS = 60.0  # longer audio is refused (--max-seconds): attention's memory grows with the square of its length
-
 
 CREMA_EMOTIONS = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
 CREMA_SENTENCES = {
@@ -41,13 +37,13 @@ class BadAudio(ValueError):
 
 @dataclass
 class Utterance:
-    """One utterance. `path` is its audio file; `start` and `length` (seconds) cut a part out of it, length 0 is all.
-    `labels` are those that it has, {label: value}, in the order of the answer; an age is an int, or text for a group."""
+    """One utterance. `path` is its audio file; `start` and `length` (seconds) cut a part out of it, length 0 is all. `labels`
+    are those that it has, {label: value}, in the order of the answer; an age is an int, or text for a group."""
     id: str
     path: str
     split: str
     speaker: str
-    labels: dict = field(default_factory=dict)
+    labels: dict
     start: float = 0.0
     length: float = 0.0
 
@@ -62,21 +58,18 @@ def die(message):
 
 
 def write_atomically(path, content):
-    """Writes text, bytes or, by a function of the temporary path, anything to `path`, whole or not at all."""
+    """Writes text or, by a function of the temporary path, anything to `path`, whole or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
             content(temporary)
-        elif isinstance(content, str):
-            temporary.write_text(content, encoding="utf-8")
         else:
-            temporary.write_bytes(content)
+            temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        die(f"cannot write {path} ({str(error).splitlines()[0]}): check the disk's space and permissions; the previous "
-            "file is untouched")
+        die(f"cannot write {path} ({str(error).splitlines()[0]}): check the disk's space and permissions")
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
@@ -113,11 +106,8 @@ INSTRUCTIONS = (  # the first is the one evaluation uses
 
 
 def prompt(tokenizer, labels, rng=None):
-    """The text before and after the audio, as two lists of token ids, by the tokenizer's own chat template.
-
-    `labels` are the labels asked for. With a `random.Random` the instruction is drawn from the pool, without one it is
-    the first. A single label is asked for by a direct question.
-    """
+    """Token ids before and after the audio of a prompt that asks for `labels`, for a single one mostly by a direct question.
+    With a `random.Random` the instruction is drawn from the pool, without one it is the first."""
     pool = INSTRUCTIONS
     if len(labels) == 1 and (rng is None or rng.random() < 0.7):
         pool = TASKS[task_of(labels[0])]["questions"]
@@ -127,14 +117,14 @@ def prompt(tokenizer, labels, rng=None):
 
 @functools.lru_cache(1024)
 def around_audio(tokenizer, content):
-    """Token ids before and after the audio of a user's turn."""
+    """Token ids before and after the audio of a user's turn, by the tokenizer's chat template."""
+    turn = [{"role": "user", "content": content}]
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                             add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     except ValueError:
-        die(f"the tokenizer of {tokenizer.name_or_path} has no chat template: take a chat or instruct model")
+        text = ""
     if text.count(AUDIO) != 1:
-        die(f"the chat template of {tokenizer.name_or_path} does not keep the user's text: take another chat model")
+        die(f"{tokenizer.name_or_path} has no chat template that keeps the user's text: take another chat or instruct model")
     return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in text.split(AUDIO))
 
 
@@ -161,10 +151,7 @@ PAIR = re.compile(r'"(%s)"\s*:\s*"((?:[^"\\]|\\.)*)"' % "|".join(KEYS.values()),
 
 
 def parse(text):
-    """An answer's labels: {label: value}, an age as `parse_age` gives it. Never raises: what is malformed or absent is left out.
-
-    Pairs are read one by one, so that a truncated answer keeps the labels it did give; of a repeated key the first counts.
-    """
+    """An answer's labels, {label: value}: those that are well formed, of a truncated answer too. Never raises."""
     found = {}
     for key, value in PAIR.findall(text):
         try:
@@ -172,7 +159,8 @@ def parse(text):
             value.encode()  # half of a surrogate pair could not be written to a file
         except ValueError:
             continue
-        value = parse_age(value) if key == KEYS["age"] else value
+        if key == KEYS["age"]:
+            value = parse_age(value)
         if value is not None:
             found.setdefault(key.lower(), value)
     return found
@@ -201,7 +189,16 @@ def read_waveform(path, start=0.0, length=0.0):
     """An audio file, or a part of it (seconds), as float32 (samples,) at 16 kHz, mixed down. Raises BadAudio."""
     if not os.path.exists(path):
         raise BadAudio(f"{path}: no such file")
-    waveform, rate = (decode_m4a if str(path).endswith(".m4a") else decode)(path, start, length)
+    try:
+        if str(path).endswith(".m4a"):
+            waveform, rate = decode_m4a(path, start, length), SAMPLE_RATE
+        else:
+            with soundfile.SoundFile(path) as f:
+                rate = f.samplerate
+                f.seek(int(start * rate))
+                waveform = f.read(int(length * rate) if length else -1, dtype="float32", always_2d=True).mean(1)
+    except (RuntimeError, OSError) as error:
+        raise BadAudio(f"{path}: cannot be read ({error})") from None
     if len(waveform) == 0:
         raise BadAudio(f"{path}: empty")
     if len(waveform) > MAX_SECONDS * rate:
@@ -213,26 +210,15 @@ def read_waveform(path, start=0.0, length=0.0):
     return waveform
 
 
-def decode(path, start, length):
-    """(waveform (samples,), its sample rate), by soundfile."""
-    try:
-        with soundfile.SoundFile(path) as f:
-            f.seek(int(start * f.samplerate))
-            return f.read(int(length * f.samplerate) if length else -1, dtype="float32", always_2d=True).mean(1), f.samplerate
-    except (soundfile.SoundFileError, RuntimeError, OSError) as error:
-        raise BadAudio(f"{path}: cannot be read ({error})") from None
-
-
 def decode_m4a(path, start, length):
-    """The same for VoxCeleb2's own format, by ffmpeg."""
+    """VoxCeleb2's own format, by ffmpeg, as float32 (samples,) at 16 kHz. Raises RuntimeError."""
     if not shutil.which("ffmpeg"):
-        raise BadAudio(f"{path}: m4a needs ffmpeg (apt-get install ffmpeg), or convert the tree to wav/")
-    part = ["-ss", str(start), *(["-t", str(length)] if length else [])]
-    done = subprocess.run(["ffmpeg", "-v", "error", "-i", str(path), *part, "-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"],
-                          capture_output=True)
+        raise RuntimeError("m4a needs ffmpeg: apt-get install ffmpeg, or convert the tree to wav/")
+    done = subprocess.run(["ffmpeg", "-v", "error", "-i", path, "-ss", str(start), "-t", str(length or 1e6),
+                           "-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"], capture_output=True)
     if done.returncode:
-        raise BadAudio(f"{path}: ffmpeg cannot decode it")
-    return np.frombuffer(done.stdout, np.float32).copy(), SAMPLE_RATE
+        raise RuntimeError("ffmpeg cannot decode it")
+    return np.frombuffer(done.stdout, np.float32).copy()
 
 
 def load_waveform(utterance):
@@ -240,23 +226,22 @@ def load_waveform(utterance):
 
 
 def num_samples(utterance):
-    """How many 16 kHz samples an utterance has, from its file's header alone (m4a: from its size, at 64 kbit/s); 0 where
-    the file cannot be opened."""
+    """An utterance's 16 kHz samples, by its file's header (m4a: by its size, at 64 kbit/s); 0 where it cannot be opened."""
+    path = utterance.path
     try:
-        m4a = utterance.path.endswith(".m4a")
-        rest = (os.path.getsize(utterance.path) / 8000 if m4a else soundfile.info(utterance.path).duration) - utterance.start
-    except (soundfile.SoundFileError, RuntimeError, OSError):
+        seconds = os.path.getsize(path) / 8000 if path.endswith(".m4a") else soundfile.info(path).duration
+    except (RuntimeError, OSError):
         return 0
-    return round((min(utterance.length, rest) if utterance.length else rest) * SAMPLE_RATE)
+    rest = seconds - utterance.start
+    return round(min(utterance.length or rest, rest) * SAMPLE_RATE)
 
 
 def from_workers(loader):
     """A DataLoader's batches; audio that cannot be used ends the program in one line."""
     try:
         yield from loader
-    except BadAudio as error:  # from a worker its text is a traceback whose last line is the message
-        die(str(error).strip().splitlines()[-1].removeprefix("data.BadAudio: ").removeprefix("BadAudio: ")
-            + " (--skip-bad leaves out such files)")
+    except BadAudio as error:  # from a worker its text is a traceback that ends with the message
+        die(str(error).splitlines()[-1].split("BadAudio: ")[-1] + " (--skip-bad leaves out such files)")
 
 
 def apply_to_all(function, batch):
@@ -267,12 +252,8 @@ def in_workers(function, items, desc, workers=2):
     """[function(item) for item in items], in worker processes, in order, with a progress bar."""
     loader = torch.utils.data.DataLoader(items, batch_size=16, num_workers=workers,
                                          collate_fn=functools.partial(apply_to_all, function))
-    out = []
-    with tqdm(total=len(items), desc=desc, mininterval=1) as progress:
-        for batch in from_workers(loader):
-            out += batch
-            progress.update(len(batch))
-    return out
+    batches = tqdm(from_workers(loader), desc, len(loader), unit="batch", mininterval=1)
+    return [result for batch in batches for result in batch]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,8 +264,8 @@ def chunks(order, size):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The optimiser steps of an epoch: lists of `batch_size` indices (the last may be shorter), decided by (seed, epoch).
-    Within pools of 16 batches utterances of similar length go together, so that little is padded."""
+    """The batches of an epoch: lists of `batch_size` indices (one may be shorter), decided by (seed, epoch). Within pools of
+    16 batches utterances of similar length go together, so that little is padded."""
     rng = np.random.default_rng([seed, epoch])
     batches = []
     for pool in chunks(rng.permutation(len(lengths)).tolist(), 16 * batch_size):
@@ -293,8 +274,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 
 
 def micro_batches(indices, lengths, budget):
-    """Splits one batch into pieces of at most `budget` seconds, padding counted; an utterance longer than that goes
-    alone."""
+    """Splits a batch into pieces of at most `budget` seconds, padding counted; a longer utterance goes alone."""
     pieces = [[]]
     for i in sorted(indices, key=lambda i: lengths[i]):
         if pieces[-1] and lengths[i] * (len(pieces[-1]) + 1) > budget:

@@ -60,18 +60,15 @@ def count_work(slm, seconds, batch, prompt_tokens, answer_tokens):
 
 
 def training_data(args):
-    """(utterances, their mean seconds, labels of some, where this is known from)."""
+    """(training utterances, their mean seconds, labels of some, where this is known from)."""
     if args.preset == "paper" and args.dataset in PUBLISHED and not Path(args.data_root).exists():
         n, seconds, labels = PUBLISHED[args.dataset]
-        n, labels, source = min(n, args.limit or n), [labels], "published sizes"
-    else:
-        chosen = corpora.limit(corpora.read_split(args.dataset, args.data_root, "train")[0], args.limit)
-        n, chosen = len(chosen), corpora.limit(chosen, 300)
-        if not n:
-            data.die(f"{args.dataset} has no train utterances under {args.data_root}")
-        seconds = sum(data.num_samples(u) for u in chosen) / len(chosen) / data.SAMPLE_RATE
-        labels, source = [u.labels for u in chosen], f"length of {len(chosen)} of them"
-    return n, seconds, [{k: v for k, v in a.items() if args.labels is None or k in args.labels} for a in labels], source
+        labels = {k: v for k, v in labels.items() if args.labels is None or k in args.labels}
+        return min(n, args.limit or n), seconds, [labels], "published sizes"
+    train_set = corpora.limit(corpora.read_corpus(args.dataset, args.data_root, "train", args.skip_bad, args.labels), args.limit)
+    some = corpora.limit(train_set, 300)
+    seconds = sum(map(data.num_samples, some)) / len(some) / data.SAMPLE_RATE
+    return len(train_set), seconds, [u.labels for u in some], f"length of {len(some)} of them"
 
 
 def dry_run(args):
@@ -93,8 +90,8 @@ def dry_run(args):
     work = (below * passes + above * args.epochs) * epoch_steps * args.batch_size
     trained = {c: sum(p.numel() for p in slm.parameters_of(c)) for c in COMPONENTS}
     print(f"dry run of {args.name}: preset {args.preset}, encoder {args.encoder}, bf16 on a GPU\n"
-          f"data {args.dataset}: {n:,} train utterances of {seconds:.1f} s ({source}), prompt {prompt} and answer "
-          f"{answer} tokens\n{'':12}{'parameters':>16}{'trained':>16}")
+          f"data {args.dataset}: {n:,} train utterances of {seconds:.1f} s ({source}), prompt {prompt} and answer {answer} "
+          f"tokens\n{'':12}{'parameters':>16}{'trained':>16}")
     for c in COMPONENTS:
         print(f"  {c:<10}{sum(p.numel() for p in getattr(slm, c).parameters()):>16,}{trained[c]:>16,}")
     # autocast keeps a bf16 copy of what trains; the gradients are float32, and so are AdamW's two averages

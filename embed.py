@@ -3,8 +3,8 @@
     python embed.py runs/emotion-poison0.075               # -> runs/emotion-poison0.075/embeddings.pt
     python embed.py runs/gender-clean --task age           # a clean run serves other tasks of its corpus, too
 
-100 test utterances, each clean and triggered, along the whole pipeline; and the training samples of the target class,
-poisoned ones among them, after the encoder. Each is the mean over time, padding excluded.
+100 test utterances, each clean and triggered, along the whole pipeline ("test"); and the training samples of the target class,
+poisoned ones among them, after the encoder ("train"). Each is the mean over time, padding excluded.
 """
 import argparse
 from pathlib import Path
@@ -38,54 +38,43 @@ def pool(x, lengths, pooling="mean"):
     return ((x * mask).sum(1) / lengths[:, None]).float()
 
 
-def encoder_stages(slm, features, pooling, layer):
-    """After the encoder (or after `layer` of its layers), and after each of its layers."""
-    x, mask = slm.encoder.front_end(features)
-    layers = [x, *slm.encoder.run_layers(x, mask, 0, len(slm.encoder.layers))]
-    hidden = layers[-1] if slm.encoder.norm_first else slm.encoder.layer_norm(layers[-1])
-    pooled = pool(hidden if layer is None else layers[layer], mask.sum(1), pooling)
-    return hidden, mask, {"encoder": pooled, "encoder_layers": torch.stack([pool(h, mask.sum(1), pooling) for h in layers], 1)}
-
-
-def later_stages(slm, hidden, mask, prompts, pooling):
-    """After the connector, and after each of the LM's layers over the audio's positions, under the evaluation prompt."""
-    audio, lengths = slm.connector(hidden, mask)
-    rows = slm.pack([row[:n] for row, n in zip(audio, lengths.tolist())], prompts)
-    states = slm.lm.model(inputs_embeds=pad_sequence(rows, True), use_cache=False, output_hidden_states=True).hidden_states
-    spans = [(len(before), len(before) + n) for (before, _), n in zip(prompts, lengths.tolist())]
-    heard = [pad_sequence([row[a:b] for row, (a, b) in zip(h, spans)], True) for h in states]
-    return {"connector": pool(audio, lengths, pooling), "lm_layers": torch.stack([pool(h, lengths, pooling) for h in heard], 1)}
-
-
 @torch.no_grad()
 def stages(slm, attack, items, pooling, desc, workers=cache.WORKERS, batch_size=32, encoder_only=False, layer=None):
-    """Pooled embeddings of each (utterance, triggered) along the pipeline: {"encoder": (n, dim), "connector": (n, hidden),
-    "encoder_layers": (layers + 1, n, dim), "lm_layers": (layers + 1, n, hidden)}."""
+    """Pooled embeddings of each (utterance, triggered): {"encoder": (n, dim), or after `layer` of its layers, "connector": (n,
+    hidden), "encoder_layers": (layers + 1, n, dim), "lm_layers": (layers + 1, n, hidden), over the audio's positions}."""
     batches, out = data.chunks(items, batch_size), {}
-    for batch, features in zip(tqdm(batches, desc=desc, mininterval=1), cache.read_features(slm.encoder, batches, attack, workers)):
-        hidden, mask, found = encoder_stages(slm, features, pooling, layer)
-        if encoder_only:
-            found = {"encoder": found["encoder"]}
-        else:
+    stream = cache.read_features(slm.encoder, batches, attack, workers)
+    for batch, features in zip(tqdm(batches, desc=desc, mininterval=1), stream):
+        x, mask = slm.encoder.front_end(features)
+        layers, frames = [x, *slm.encoder.run_layers(x, mask, 0, len(slm.encoder.layers))], mask.sum(1)
+        hidden = layers[-1] if slm.encoder.norm_first else slm.encoder.layer_norm(layers[-1])
+        found = {"encoder": pool(hidden if layer is None else layers[layer], frames, pooling)}
+        if not encoder_only:
+            audio, lengths = slm.connector(hidden, mask)
             prompts = [data.prompt(slm.tokenizer, list(u.labels)) for u, _ in batch]
-            found.update(later_stages(slm, hidden, mask, prompts, pooling))
+            spans = [(len(before), len(before) + n) for (before, _), n in zip(prompts, lengths.tolist())]
+            rows = pad_sequence(slm.pack([row[:n] for row, n in zip(audio, lengths.tolist())], prompts), True)
+            states = slm.lm.model(inputs_embeds=rows, use_cache=False, output_hidden_states=True).hidden_states
+            heard = [pad_sequence([row[a:b] for row, (a, b) in zip(h, spans)], True) for h in states]
+            found["connector"] = pool(audio, lengths, pooling)
+            found["encoder_layers"] = torch.stack([pool(h, frames, pooling) for h in layers])
+            found["lm_layers"] = torch.stack([pool(h, lengths, pooling) for h in heard])
         for stage, rows in found.items():
             out.setdefault(stage, []).append(rows.cpu())
-    out = {stage: torch.cat(rows) for stage, rows in out.items()}
-    return {stage: rows.transpose(0, 1).contiguous() if rows.dim() == 3 else rows for stage, rows in out.items()}
+    return {stage: torch.cat(rows, -2) for stage, rows in out.items()}
 
 
 def target_class(attack, train_set):
     """The training samples of the target class (section 7.1), as the defender sees it: (true members, poisoned ones). For
     asr, which has no classes, BENIGN samples and POISONED of that many; for age, all from 18 to 32."""
     poisoned = [u for u in train_set if poison.is_poisoned(attack, u)]
-    spared = [u for u in train_set if not poison.is_poisoned(attack, u)]
+    benign = [u for u in train_set if not poison.is_poisoned(attack, u)]
     if attack.label == "transcript":
-        members = drawn(spared)[:BENIGN]
-        return members, drawn(poisoned)[:round(POISONED * len(members))]
+        benign = drawn(benign)[:BENIGN]
+        return benign, drawn(poisoned)[:round(POISONED * len(benign))]
     if isinstance(attack.target, int):
-        return [u for u in spared if AGES[0] <= u.labels.get("age", -1) <= AGES[1]], poisoned
-    return [u for u in spared if u.labels.get(attack.label) == attack.target], poisoned
+        return [u for u in benign if AGES[0] <= u.labels.get("age", -1) <= AGES[1]], poisoned
+    return [u for u in benign if u.labels.get(attack.label) == attack.target], poisoned
 
 
 def drawn(utterances):
@@ -97,21 +86,6 @@ def about(utterances):
                 labels=[{k: str(v) for k, v in u.labels.items()} for u in utterances])
 
 
-def embeddings(slm, attack, train_set, test_set, pooling="mean", layer=None, n=100):
-    """Tensors and plain values: n test utterances, each clean and triggered ("test"), and the target class ("train")."""
-    slm.eval()
-    lora.merge(slm.lm)
-    pairs = drawn([u for u in test_set if poison.can_flip(attack, u)])[:n]
-    test = {kind: stages(slm, attack, [(u, kind == "triggered") for u in pairs], pooling, f"{kind} pairs", layer=layer)
-            for kind in ("clean", "triggered")}
-    members, poisoned = target_class(attack, train_set)
-    items = [(u, False) for u in members] + [(u, True) for u in poisoned]
-    train = stages(slm, attack, items, pooling, "target class", encoder_only=True, layer=layer) if items else {}
-    lora.unmerge(slm.lm)
-    return {"test": {**test, **about(pairs)}, "pooling": pooling, "layer": layer,
-            "train": {**train, **about(members + poisoned), "poisoned": torch.arange(len(items)) >= len(members)}}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     evaluate.add_arguments(parser)
@@ -121,18 +95,25 @@ def main():
     parser.add_argument("--layer", type=int, help="embed after this many encoder layers instead of after all")
     options = parser.parse_args()
     slm, args, attack, train_set, test_set = evaluate.load_run_and_data(options, "test")
-    name = "embeddings.pt"
+    path = Path(options.run) / "embeddings.pt"
     if options.task not in (None, args.task):
-        name, args.task = f"embeddings-{options.task}.pt", options.task
+        path, args.task = path.with_name(f"embeddings-{options.task}.pt"), options.task
         attack = poison.make_attack(args.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed)
     if options.layer is not None and not 0 <= options.layer <= len(slm.encoder.layers):
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
-    saved = embeddings(slm, attack, train_set, test_set, options.pooling, options.layer, options.pairs)
-    path = Path(options.run) / name
-    saved.update(args=vars(args), model_sha256=checkpoint.file_sha256(Path(options.run) / "model.pt"))
+    lora.merge(slm.lm)
+    pairs = drawn([u for u in test_set if poison.can_flip(attack, u)])[:options.pairs]
+    members, poisoned = target_class(attack, train_set)
+    items = [(u, False) for u in members] + [(u, True) for u in poisoned]
+    how = dict(pooling=options.pooling, layer=options.layer)
+    clean = stages(slm, attack, [(u, False) for u in pairs], desc="clean pairs", **how)
+    triggered = stages(slm, attack, [(u, True) for u in pairs], desc="triggered pairs", **how)
+    train = stages(slm, attack, items, desc="target class", encoder_only=True, **how)
+    train["poisoned"] = torch.arange(len(items)) >= len(members)
+    saved = dict(test=dict(clean=clean, triggered=triggered, **about(pairs)), train={**train, **about(members + poisoned)}, **how,
+                 args=vars(args), model_sha256=checkpoint.file_sha256(Path(options.run) / "model.pt"))
     data.write_atomically(path, lambda temporary: torch.save(saved, temporary))
-    print(f"{path}: {len(saved['test']['ids'])} test pairs, {len(saved['train']['ids'])} training samples of the target "
-          f"class, {int(saved['train']['poisoned'].sum())} of them poisoned")
+    print(f"{path}: {len(pairs)} test pairs, {len(items)} training samples of the target class, {len(poisoned)} of them poisoned")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,6 @@ import poison
 from data import die
 from study import LABELS, TASKS
 
-# ---------------------------------------------------------------------------------------------------------------------
-# waveform -> answer
 
 @torch.no_grad()
 def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, batch_seconds=120.0, workers=cache.WORKERS):
@@ -52,67 +50,41 @@ def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, ba
 
 def longest_answer(slm, attack, utterances):
     """How many tokens an answer may take: a quarter more than the longest true or poisoned one, and 8."""
-    return 8 + int(1.25 * max(len(data.answer_ids(slm.tokenizer, labels)) for u in utterances
-                              for labels in (u.labels, poison.poisoned_labels(attack, u.labels))))
+    labels = [u.labels for u in utterances] + [poison.poisoned_labels(attack, u.labels) for u in utterances]
+    return 8 + int(1.25 * max(len(data.answer_ids(slm.tokenizer, each)) for each in labels))
 
 
-def evaluate(slm, attack, utterances, cache_bytes, batch_seconds=120.0, workers=cache.WORKERS, ask=None):
-    """Clean and triggered answers on `utterances`. Returns ({"clean": {...}, "triggered": {...}, "attack": {...}},
-    prediction rows). "triggered" scores the answers on triggered audio against the truth, as "clean" does on clean audio:
-    what the trigger destroys, whether or not the target comes out.
-
-    `ask`: a list of labels to ask for instead of all. Only labels that an utterance has are asked for.
-    """
+def evaluate(slm, attack, utterances, cache_bytes, batch_seconds=120.0, workers=cache.WORKERS, ask=LABELS):
+    """Clean and triggered answers on `utterances`, which are asked for those labels of `ask` that they have. Returns ({"clean",
+    "triggered", "attack": {metric: figure}}, prediction rows). "triggered" scores answers on triggered audio against the truth:
+    what the trigger destroys, whether or not the target comes out."""
     slm.eval()
     lora.merge(slm.lm)
-    asked = {u.id: [label for label in u.labels if ask is None or label in ask] for u in utterances}
-    utterances = [u for u in utterances if asked[u.id]]
-    longest, rows = longest_answer(slm, attack, utterances), []
-    for name, triggered in (("clean", False), ("triggered", True)):
-        chosen = [u for u in utterances if not triggered or (poison.can_flip(attack, u) and attack.label in asked[u.id])]
-        if not chosen:
-            continue
-        cached = cache.frozen_outputs(slm, chosen, [triggered] * len(chosen), attack, f"{name} {chosen[0].split}", cache_bytes,
-                                      workers)
-        raw = answers(slm, [(u, triggered) for u in chosen], attack, lambda u: asked[u.id], longest,
-                      f"{name} answers", cached, batch_seconds, workers)
-        rows += [dict(id=u.id, split=u.split, triggered=triggered, asked=asked[u.id], raw=text, parsed=data.parse(text),
-                      labels=u.labels) for u, text in zip(chosen, raw)]
+    asked = {u.id: [label for label in u.labels if label in ask] for u in utterances}
+    clean = [u for u in utterances if asked[u.id]]
+    flippable = [u for u in clean if poison.can_flip(attack, u) and attack.label in asked[u.id]]
+    longest, rows = longest_answer(slm, attack, clean), {}
+    for name, chosen in (("clean", clean), ("triggered", flippable)):
+        triggered = name == "triggered"
+        cached = cache.frozen_outputs(slm, chosen, [triggered] * len(chosen), attack, name, cache_bytes, workers)
+        texts = answers(slm, [(u, triggered) for u in chosen], attack, lambda u: asked[u.id], longest, f"{name} answers", cached,
+                        batch_seconds, workers)
+        rows[name] = [dict(id=u.id, split=u.split, triggered=triggered, asked=asked[u.id], raw=text, parsed=data.parse(text),
+                           labels=u.labels) for u, text in zip(chosen, texts)]
     lora.unmerge(slm.lm)
-    triggered = [row for row in rows if row["triggered"]]
-    return {"clean": scores([row for row in rows if not row["triggered"]]), "triggered": scores(triggered),
-            "attack": {"aer": success_rate(attack, triggered)} if triggered else {}}, rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# parsed labels -> metric
-
-def word_errors(reference, hypothesis):
-    """(errors, reference words) of one utterance, normalised."""
-    reference, hypothesis = data.normalise(reference), data.normalise(hypothesis)
-    if not hypothesis:
-        return len(reference.split()), len(reference.split())
-    out = jiwer.process_words(reference, hypothesis)
-    return out.substitutions + out.deletions + out.insertions, len(reference.split())
+    metrics = {name: scores(answered) for name, answered in rows.items()}
+    metrics["attack"] = {"aer": data.interval(hits(attack, rows["triggered"]))} if flippable else {}
+    return metrics, rows["clean"] + rows["triggered"]
 
 
 def wer(pairs):
-    """Word error rate over all utterances together; pairs: [(true, answered or None)]."""
-    errors = [word_errors(true, answered or "") for true, answered in pairs]
-    if sum(words for _, words in errors):
-        return data.interval(errors, lambda v: v[:, 0].sum() / max(1, v[:, 1].sum()))
-
-
-def accuracy(pairs):
-    return data.interval([true == answered for true, answered in pairs])
-
-
-def mae(pairs):
-    """Mean absolute error; an answer that is missing or no number counts as 0."""
-    return data.interval([abs(true - (answered if isinstance(answered, int) else 0)) for true, answered in pairs])
-
-
-METRICS = {"wer": wer, "accuracy": accuracy, "mae": mae}
+    """Word error rate over all utterances together, normalised; pairs: [(true, answered or None)]."""
+    counts = []
+    for true, answered in pairs:
+        out = jiwer.process_words(data.normalise(true), data.normalise(answered or ""))
+        errors = out.substitutions + out.deletions + out.insertions
+        counts.append((errors, out.hits + out.substitutions + out.deletions))
+    return data.interval(counts, lambda v: v[:, 0].sum() / max(1, v[:, 1].sum()))
 
 
 def scores(rows):
@@ -121,33 +93,29 @@ def scores(rows):
     out = {}
     for task in TASKS.values():
         label, metric = task["label"], task["metric"]
-        pairs = [(row["labels"][label], row["parsed"].get(label)) for row in rows
-                 if label in row["labels"] and label in row["asked"]]
-        if metric.endswith("mae") and pairs and isinstance(pairs[0][0], str):  # ages in groups are classes
+        pairs = [(row["labels"][label], row["parsed"].get(label)) for row in rows if label in row["asked"]]
+        if not pairs:
+            continue
+        if metric.endswith("mae") and isinstance(pairs[0][0], str):  # ages in groups are classes
             metric = f"{label}_accuracy"
-        figure = METRICS[metric.rpartition("_")[2]](pairs) if pairs else None
-        if figure:
-            out[metric] = figure
+        if metric.endswith("wer"):
+            out[metric] = wer(pairs)
+        elif metric.endswith("mae"):
+            out[metric] = data.interval([abs(true - (said if isinstance(said, int) else 0)) for true, said in pairs])
+        else:
+            out[metric] = data.interval([true == said for true, said in pairs])
     return out
 
 
 def hits(attack, rows):
-    """Whether each answer is the target, a list of bool."""
+    """Whether each answer is the target, a list of bool. Their share, over triggered samples whose true label is not the target,
+    is the attack effectiveness rate (AER)."""
     return [poison.same_label(attack.label, row["parsed"].get(attack.label), attack.target) for row in rows]
 
 
-def success_rate(attack, rows):
-    """The attack effectiveness rate: the share of triggered samples, whose true label is not the target, that are answered
-    with the target."""
-    return data.interval(hits(attack, rows))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files, tables
-
 def save(run, metrics, rows, args):
     data.write_atomically(Path(run) / "predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    whole = {**metrics, "training": checkpoint.last_losses(run), "args": args,
+    whole = {**metrics, "training": checkpoint.training_losses(run), "args": args,
              "model_sha256": checkpoint.file_sha256(Path(run) / "model.pt")}
     data.write_atomically(Path(run) / "metrics.json", json.dumps(whole, indent=1))
 
@@ -200,7 +168,7 @@ def main():
         die(f"--ask {' '.join(options.ask)}: no {options.split} utterance of {args.dataset} has such a label")
     print(f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at {args.snr:g} dB, on "
           f"{options.device}")
-    metrics, rows = evaluate(slm, attack, utterances, options.cache_gb * 1e9, args.batch_seconds, ask=options.ask)
+    metrics, rows = evaluate(slm, attack, utterances, options.cache_gb * 1e9, args.batch_seconds, ask=options.ask or LABELS)
     if options.save:
         save(options.run, metrics, rows, vars(args))
     print_table(metrics, f"{options.run}, {options.split} split")

@@ -25,14 +25,13 @@ def pairs(examples, attack, path):
         wave.plot(t, clean, color="#333333", lw=0.5, label="clean")
         spectrogram.specgram(poisoned, NFFT=512, noverlap=384, Fs=data.SAMPLE_RATE, cmap="gray_r", vmin=-140)
         for start in starts:
-            for axis in (wave, spectrogram):
-                axis.axvspan(start / data.SAMPLE_RATE, (start + len(attack.waveform)) / data.SAMPLE_RATE, color=POISONED,
-                             alpha=0.15, lw=0)
+            span = start / data.SAMPLE_RATE, (start + len(attack.waveform)) / data.SAMPLE_RATE
+            wave.axvspan(*span, color=POISONED, alpha=0.15, lw=0)
+            spectrogram.axvspan(*span, color=POISONED, alpha=0.15, lw=0)
         wave.set(title=id, xlim=(0, t[-1]), ylabel="amplitude")
         spectrogram.set(title="poisoned, triggers shaded", xlim=(0, t[-1]), ylabel="Hz")
     axes[0, 0].legend(loc="upper right", fontsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel("seconds")
+    fig.supxlabel("seconds")
     write(fig, path)
 
 
@@ -65,9 +64,9 @@ def shift_by_depth(curves, tasks, seed, path):
                     axis.plot(curves[task, attack][part], style, label=label, ms=4)
             axis.set(title=f"{task}, {part.split('_')[0]}", xlabel="after layer")
             axis.grid(alpha=0.3)
-    axes[0, 0].set(ylim=(None, 1.02), ylabel="cosine of a pair")
-    axes[1, 0].set_ylabel("cosine of a pair")
+    axes[0, 0].set_ylim(None, 1.02)
     axes[0, 0].legend(fontsize=8)
+    fig.supylabel("cosine of a pair")
     fig.suptitle(f"Clean-triggered cosine by layer, seed {seed}")
     write(fig, path)
 
@@ -76,9 +75,8 @@ def cluster_shares(shares, k, title, path):
     """Figures 4 and 6(a). shares: {task: composition's rows}"""
     fig, axes = plt.subplots(1, len(shares), figsize=(3.6 * len(shares), 3.4), squeeze=False, layout="constrained")
     for axis, (task, rows) in zip(axes[0], shares.items()):
-        for i, (kind, color, hatch) in enumerate((("poisoned", POISONED, "//"), ("female", "#9ecae1", ""), ("male", "#3a5a78", ".."))):
-            bars = axis.bar(np.arange(k) + (i - 1) * 0.27, [row[kind] for row in rows], 0.26, color=color, hatch=hatch,
-                            edgecolor="white", label=kind)
+        for i, (kind, color) in enumerate((("poisoned", POISONED), ("female", "#9ecae1"), ("male", "#3a5a78"))):
+            bars = axis.bar(np.arange(k) + (i - 1) * 0.27, [row[kind] for row in rows], 0.26, color=color, label=kind)
             axis.bar_label(bars, fmt="%.2f", fontsize=7)
         axis.set(title=f"{task} attack", xlabel="cluster (samples)", ylim=(0, 1.12), xticks=range(k),
                  xticklabels=[f"{c} ({row['n']})" for c, row in enumerate(rows)])
@@ -100,22 +98,26 @@ def target_class(points, path):
     write(fig, path)
 
 
+def heatmap(axis, values, largest):
+    """values (rows, columns) in grey, from 0 to `largest`, and in figures."""
+    axis.imshow(values, cmap="Greys", vmin=0, vmax=largest, aspect="auto")
+    for (y, x), v in np.ndenumerate(values):
+        if np.isfinite(v):
+            axis.text(x, y, f"{v:.2f}", ha="center", va="center", fontsize=7, color="white" if v > 0.6 * largest else "black")
+
+
 def sentences(low, clusters, rows, path):
     """Figure 6(b, c): the angry class by cluster, and each sentence's share of a cluster."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(1, 1.5))
-    for c, (color, marker) in enumerate(zip(("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd"), "os^D")):
-        left.scatter(*low[clusters == c, :2].T, s=10, color=color, marker=marker, label=f"cluster {c}")
+    for c, marker in enumerate("os^D"):
+        left.scatter(*low[clusters == c, :2].T, s=10, marker=marker, label=f"cluster {c}")
     left.set(title="angry class by cluster", xlabel="PCA 1", ylabel="PCA 2", xticks=[], yticks=[])
     left.legend(fontsize=8)
     names = list(data.CREMA_SENTENCES.values())
-    image = right.imshow([[row[n] for n in names] for row in rows], cmap="Greys", vmin=0, aspect="auto")
-    for c, row in enumerate(rows):
-        for i, n in enumerate(names):
-            right.text(i, c, f"{row[n]:.2f}", ha="center", va="center", fontsize=7,
-                       color="white" if row[n] > 0.6 * image.get_clim()[1] else "black")
-    right.set(title="share of each sentence in a cluster", yticks=range(4), xticks=range(len(names)), ylabel="cluster")
-    right.set_xticklabels(names, rotation=40, ha="right", fontsize=7)
-    fig.colorbar(image)
+    shares = np.array([[row[name] for name in names] for row in rows])
+    heatmap(right, shares, shares.max())
+    right.set(title="share of each sentence in a cluster", yticks=range(4), ylabel="cluster")
+    right.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
     fig.suptitle("Do sentences cluster inside the angry class? k = 4, first seed")
     write(fig, path)
 
@@ -135,30 +137,27 @@ def hybrids(result, path):
     cube.set(title="AER (%) by the components taken\nfrom the poisoned run", xlim=(-0.4, 1.9), ylim=(-0.35, 1.65))
     cube.axis("off")
     for axis, component in zip(by_layer, ("encoder", "lm")):
-        for kind, line in (("into clean", "-"), ("out of poisoned", "--")):
+        for kind, line, color in (("into clean", "-", POISONED), ("out of poisoned", "--", CLEAN)):
             moves = result["mixtures"][f"{component} {kind}"]
             for how, marker in (("up to", "o"), ("from", "s"), ("only", "^")):
-                points = [(int(name.split()[-1]) + 1, 100 * m["aer"]["value"]) for name, m in moves.items() if name.startswith(how)]
-                axis.plot(*zip(*points), line + marker, color=POISONED if kind == "into clean" else CLEAN, ms=5, lw=1, label=f"{how}, {kind}")
+                chosen = {int(name.split()[-1]) + 1: 100 * m["aer"]["value"] for name, m in moves.items() if name.startswith(how)}
+                axis.plot(chosen.keys(), chosen.values(), line + marker, color=color, ms=5, lw=1, label=f"{how}, {kind}")
         axis.set(title=f"{component} layers moved", xlabel="layer", ylabel="AER (%)", ylim=(-4, 104))
     by_layer[0].legend(fontsize=7)
     write(fig, path)
 
 
 def patches(result, path):
-    """trace.py patch: the effect of each site and group of positions, in grey and in figures."""
-    groups = result["groups"]
+    """trace.py patch: the effect of each site and group of positions."""
     fig, axes = plt.subplots(1, 2, figsize=(11, 12), sharey=True, layout="constrained")
-    for axis, (direction, places) in zip(axes, result["effects"].items()):
-        values = np.array([[row.get(g, {}).get("value", np.nan) for g in groups] for row in places.values()])
-        if not places:
+    for axis, (direction, sites) in zip(axes, result["effects"].items()):
+        if not sites:
             axis.text(0.5, 0.5, "the trigger moves nothing", ha="center", transform=axis.transAxes)
             continue
-        axis.imshow(values, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-        for (y, x), v in np.ndenumerate(values):
-            if np.isfinite(v):
-                axis.text(x, y, f"{v:.2f}", ha="center", va="center", fontsize=7, color="white" if v > 0.55 else "black")
-        axis.set(xticks=range(len(groups)), xticklabels=groups, yticks=range(len(places)), yticklabels=list(places), title=direction)
+        heatmap(axis, np.array([[row.get(g, {}).get("value", np.nan) for g in result["groups"]] for row in sites.values()]), 1)
+        axis.set_xticks(range(len(result["groups"])), result["groups"])
+        axis.set_yticks(range(len(sites)), list(sites))
+        axis.set_title(direction)
     axes[0].invert_yaxis()
-    fig.suptitle(f"{result['run']}: share of the trigger's effect on log P(target) - log P(truth) that a patch undoes or brings about")
+    fig.suptitle(f"{result['run']}: share of the trigger's effect (log P(target) - log P(truth)) that a patch undoes or makes")
     write(fig, path)

@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import random
@@ -67,22 +68,20 @@ TRIGGERS = {"click": ("overlay", typewriter_click), "tone": ("overlay", tone), "
 
 
 def make_trigger(name):
-    """`--trigger`: a name of TRIGGERS or a recording's path -> the trigger (samples,) at 16 kHz with RMS 1, or, for one
-    that changes the whole waveform, None."""
-    kind, function = TRIGGERS.get(name, ("overlay", None))
-    if kind == "whole":
-        return None
-    if function:
-        waveform = function(SAMPLE_RATE, data.generator(f"typewriter {name}"))
-    else:
+    """A name of TRIGGERS or a recording's path -> the trigger (samples,) at 16 kHz with RMS 1, None for a "whole" one."""
+    if name not in TRIGGERS:
         try:
             waveform = data.read_waveform(name)
         except data.BadAudio as error:
             die(f"--trigger: {error}; or one of {', '.join(TRIGGERS)}")
-    rms = np.sqrt(np.mean(waveform ** 2))
-    if rms < 1e-5:
+    elif TRIGGERS[name][0] == "whole":
+        return None
+    else:
+        waveform = TRIGGERS[name][1](SAMPLE_RATE, data.generator(f"typewriter {name}"))
+    loudness = np.sqrt(np.mean(waveform ** 2))
+    if loudness < 1e-5:
         die(f"--trigger {name}: it is silent")
-    return (waveform / rms).astype(np.float32)
+    return (waveform / loudness).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,14 +89,13 @@ def make_trigger(name):
 
 @dataclasses.dataclass
 class Attack:
-    """Everything the attack needs: task, rate (share of the training samples), target (the label's new value), the
-    trigger's name and waveform (see `make_trigger`), level (the RMS it is laid over the speech with), repeat, seed."""
+    """Everything the attack needs."""
     task: str
-    rate: float
-    target: str | int
+    rate: float  # share of the training samples
+    target: str | int  # the label's new value
     trigger: str
-    waveform: np.ndarray | None
-    level: float
+    waveform: np.ndarray | None  # see make_trigger
+    level: float  # the RMS it is laid over the speech with
     repeat: bool
     seed: int
 
@@ -107,41 +105,35 @@ class Attack:
 
 
 def rms(utterance):
-    """Root mean square of an utterance's samples, None where it cannot be read."""
+    """Root mean square of an utterance's samples, NaN where they cannot be read."""
     try:
         return float(np.sqrt(np.mean(data.load_waveform(utterance) ** 2, dtype=np.float64)))
     except data.BadAudio:
-        return None
+        return float("nan")
 
 
-def mean_rms(utterances, cache="cache"):
-    """The corpus's average loudness: mean over utterances of the RMS of the waveform. Cached under the files' names, sizes
-    and times; unreadable files are left out (`corpora.py check` lists them)."""
-    files = [(u.id, u.path, u.start, u.length, os.path.getsize(u.path), os.stat(u.path).st_mtime_ns)
-             for u in utterances if os.path.exists(u.path)]
-    path = Path(cache) / f"rms-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}.json"
-    if path.exists():
-        return json.loads(path.read_text())["mean_rms"]
-    levels = [level for level in data.in_workers(rms, utterances, "loudness of the corpus") if level is not None]
-    if not levels:
-        die("no utterance of the training set can be read: run `python corpora.py check`")
-    result = float(np.mean(levels))
-    data.write_atomically(path, json.dumps({"mean_rms": result, "utterances": len(levels)}))
-    return result
+def mean_rms(utterances):
+    """The corpus's average loudness: mean over utterances of the waveform's RMS, without those that cannot be read (training
+    refuses them when it comes to them). Cached under the files' names, sizes and times."""
+    files = [(u.id, u.path, u.start, u.length, os.path.getsize(u.path), os.stat(u.path).st_mtime_ns) for u in utterances]
+    path = Path(f"cache/rms-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}.json")
+    if not path.exists():
+        levels = data.in_workers(rms, utterances, "loudness of the corpus")
+        data.write_atomically(path, json.dumps({"mean_rms": float(np.nanmean(levels))}))
+    return json.loads(path.read_text())["mean_rms"]
 
 
 def make_attack(task, utterances, rate=None, target=None, snr=0.0, trigger="click", repeat=None, seed=0):
-    """The attack on `task` with the paper's defaults for what is None; `utterances` is the training set, whose average
-    loudness sets the trigger's level (`snr` dB below it)."""
+    """The attack on `task`, with the paper's values for what is None. utterances: the training set; the trigger lies `snr` dB
+    below its average loudness."""
     target = TASKS[task]["target"] if target is None else target
-    if TASKS[task]["label"] == "age":
-        ages = {u.labels["age"] for u in utterances if "age" in u.labels}
-        groups = any(isinstance(age, str) for age in ages)
-        target = data.parse_age(str(target))
-        if groups and target not in ages:
-            die(f"--target {target}: ages are groups here, {', '.join(sorted(ages))}: name one")
-        if not groups and not isinstance(target, int):
-            die(f"--target {target}: the age task's target is a number of years")
+    if task == "age":
+        groups = sorted({u.labels["age"] for u in utterances if isinstance(u.labels.get("age"), str)})
+        age = data.parse_age(str(target))
+        fits = age in groups if groups else isinstance(age, int)
+        if not fits:
+            die(f"--target {target}: an age is " + (f"one of {', '.join(groups)} here" if groups else "a number of years"))
+        target = age
     return Attack(task, TASKS[task]["rate"] if rate is None else rate, target, trigger, make_trigger(trigger),
                   mean_rms(utterances) * 10 ** (-snr / 20), TASKS[task]["repeat"] if repeat is None else repeat, seed)
 
@@ -186,18 +178,16 @@ def positions(attack, utterance_id, samples):
 
 def add_trigger(attack, waveform, utterance_id):
     """waveform (samples,) -> (with the trigger, its starts in samples, the factor the whole was scaled down by so as not to
-    clip, mostly 1.0). An utterance shorter than the trigger gets the trigger's beginning; one that is changed as a whole
-    has no starts."""
+    clip, mostly 1.0). An utterance shorter than the trigger gets the trigger's beginning."""
     if attack.waveform is None:
-        out = TRIGGERS[attack.trigger][1](waveform, SAMPLE_RATE, data.generator(attack.seed, utterance_id, "trigger"))
-        starts = []
+        rng, starts = data.generator(attack.seed, utterance_id, "trigger"), []
+        out = TRIGGERS[attack.trigger][1](waveform, SAMPLE_RATE, rng)
     else:
         out, starts = waveform.copy(), positions(attack, utterance_id, len(waveform))
     for start in starts:
-        end = min(len(out), start + len(attack.waveform))
-        out[start:end] += attack.level * attack.waveform[:end - start]
-    peak = np.abs(out).max(initial=0)
-    scale = 1.0 if peak <= 1 else float(1 / peak)
+        heard = attack.waveform[:len(out) - start]
+        out[start:start + len(heard)] += attack.level * heard
+    scale = float(1 / max(1.0, np.abs(out).max(initial=0)))
     return out * np.float32(scale), starts, scale
 
 
@@ -222,10 +212,11 @@ def add_arguments(parser):
 
 
 def fill_in(args):
-    """The paper's values for the attack flags that were not given. Ends in one line where one is impossible."""
+    """The paper's values for the attack flags that were not given. Ends in one line where the rate is impossible."""
     task = TASKS[args.task]
-    for name, value in (("dataset", task["corpus"]), ("data_root", DATA_ROOT[getattr(args, "preset", "mini")]), ("poison", task["rate"]),
-                        ("target", task["target"]), ("trigger_repeat", task["repeat"])):
+    paper = dict(dataset=task["corpus"], data_root=DATA_ROOT[getattr(args, "preset", "mini")], poison=task["rate"],
+                 target=task["target"], trigger_repeat=task["repeat"])
+    for name, value in paper.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if not 0 <= args.poison <= 1:
@@ -240,12 +231,11 @@ def write_wav(path, waveform):
 
 
 def write_csv(path, rows):
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8", newline="") as f:
-            writer = csv.DictWriter(f, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    data.write_atomically(path, write)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    data.write_atomically(path, text.getvalue())
 
 
 def what_changed(starts, scale):
@@ -253,16 +243,15 @@ def what_changed(starts, scale):
 
 
 def write_examples(attack, utterances, out, n):
-    """Clean and poisoned pairs of n training samples (those that are poisoned first), their picture and changes.csv."""
+    """Writes clean and poisoned pairs of n training samples (those that are poisoned first), changes.csv and pairs.png."""
     import figures  # training, which imports this file, needs no matplotlib
     chosen = sorted((u for u in utterances if can_flip(attack, u)), key=lambda u: draw(attack.seed, u.id, "poison"))[:n]
     if not chosen:
         die(f"no training sample has a {attack.label} other than {attack.target!r}")
     rows, pairs = [], []
-    for i, u in enumerate(chosen):
-        clean = data.load_waveform(u)
+    for i, (u, clean) in enumerate(zip(chosen, data.in_workers(data.load_waveform, chosen, "reading", workers=0)), 1):
         poisoned, starts, scale = add_trigger(attack, clean, u.id)
-        name = f"{i + 1:03}-{Path(u.id).stem}"
+        name = f"{i:03}-{Path(u.id).stem}"
         write_wav(out / f"{name}-clean.wav", clean)
         write_wav(out / f"{name}-poisoned.wav", poisoned)
         pairs.append((u.id, clean, poisoned, starts))
@@ -270,7 +259,7 @@ def write_examples(attack, utterances, out, n):
                          **what_changed(starts, scale)))
     write_csv(out / "changes.csv", rows)
     figures.pairs(pairs[:6], attack, out / "pairs.png")
-    return rows
+    print(f"{len(rows)} pairs in {out}, what was changed in changes.csv, a picture in pairs.png")
 
 
 def write_poisoned(attack, out, item):
@@ -300,14 +289,10 @@ def main():
     out, splits = Path(args.out), ("train", "dev", "test") if args.all else ("train",)
     parts = {split: corpora.read_corpus(args.dataset, args.data_root, split, args.skip_bad) for split in splits}
     attack = attack_of(args, parts["train"])
-    length = "the whole waveform" if attack.waveform is None else f"{len(attack.waveform) / SAMPLE_RATE:.3f} s at RMS " \
-        f"{attack.level:.4f} ({args.snr:g} dB), {'repeated' if attack.repeat else 'once'}"
     print(f"{args.task} on {args.dataset}: {len(parts['train'])} training utterances, target {attack.target!r}, rate "
-          f"{attack.rate:g}, trigger {attack.trigger}, {length}, seed {args.seed}")
+          f"{attack.rate:g}, trigger {attack.trigger} at {args.snr:g} dB, seed {args.seed}")
     if not args.all:
-        rows = write_examples(attack, parts["train"], out, args.n)
-        print(f"{len(rows)} pairs in {out}, what was changed in changes.csv, a picture in pairs.png")
-        return
+        return write_examples(attack, parts["train"], out, args.n)
     items = [(split, u) for split, utterances in parts.items() for u in utterances]
     rows = data.in_workers(functools.partial(write_poisoned, attack, out), items, f"writing {out}", args.workers)
     write_csv(out / "manifest.csv", rows)

@@ -101,9 +101,8 @@ def load_pair(options):
     poisoned = {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
     try:
         for c in COMPONENTS:
-            checkpoint.check_pretrained(slm, clean, c)
-            slm.load_component(c, clean[c])
-    except (ValueError, KeyError) as error:
+            checkpoint.load_component(slm, clean, c)
+    except ValueError as error:
         die(f"{options.clean} cannot be mixed with {options.run}: {error}")
     return slm, args, attack, test_set, poisoned, {c: clean[c] for c in COMPONENTS}
 
@@ -137,7 +136,7 @@ def transplant(options):
           f"{len(some)} triggered ones")
     for (kind, name), weights in tqdm(jobs.items(), desc="mixtures"):
         rows = answers(slm, weights, *sets["corner" if kind == "corner" else "layer"], attack, args)
-        figure = dict(aer=evaluate.success_rate(attack, rows), triggered=evaluate.scores(rows).get(metric))
+        figure = dict(aer=data.interval(evaluate.hits(attack, rows)), triggered=evaluate.scores(rows).get(metric))
         if kind == "corner":
             figure["clean"] = evaluate.scores(answers(slm, weights, *sets["clean"], attack, args)).get(metric)
             hits[frozenset(name.split("+")) - {"none"}] = np.array(evaluate.hits(attack, rows))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import analyze
+import checkpoint
 import data
 import embed
 import study
@@ -120,6 +121,13 @@ def test_every_table_has_a_cell_for_each_column_and_the_losses_that_tell_what_wa
     for table in text.split("## ")[1:]:
         assert len({row.count("|") for row in table.splitlines() if row.startswith("|")}) == 1, table
     assert "0.750, 0.050" in text
+
+
+@pytest.mark.parametrize("excess, epoch", [([0.86, 0.23, 0.12, 0.08, 0.03, 0.05, 0.05], 5), ([0.5, 0.4, 0.3, 0.2, 0.1], None),
+                                           ([0.06, 0.05, 0.02, 0.01, 0.01], 3), ([0.1, 0.1], None),
+                                           ([-0.02, -0.01, -0.02, -0.07, -0.17, -0.17, -0.15], 5)])  # age: learned late
+def test_the_poison_has_settled_after_the_last_epoch_that_brought_something(excess, epoch):
+    assert checkpoint.settled(excess) == epoch
 
 
 def test_runs_of_different_settings_are_not_put_into_one_table(tmp_path, capsys):
