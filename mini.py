@@ -1,4 +1,4 @@
-"""The embedded default: three small corpora of espeak-ng speech, made offline in about a minute.
+"""The embedded default: three small corpora of espeak-ng speech, made offline, each in a minute or two.
 
     python mini.py                       # makes them under corpora/mini (any script that needs one makes it too)
 
@@ -24,14 +24,14 @@ import torchaudio
 from torch.nn import functional as F
 
 import data
-from study import MINI_ROOT
+from study import MINI_ROOT, ROOT
 
 SEED = 0
 # libri: speakers and utterances of each; crema: actors and takes per sentence; vox: speakers, videos, segments
 SIZES = {
     "libri": {"train-clean-360": (64, 50), "dev-clean": (8, 20), "test-clean": (20, 16)},
-    "crema": {"actors": 91, "takes": 3},
-    "vox": {"dev": (200, 2, 8), "test": (40, 2, 4)}}
+    "crema": {"actors": 91, "takes": 6},
+    "vox": {"dev": (400, 2, 8), "test": (40, 2, 4)}}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text: a closed vocabulary, endless sentences
@@ -53,8 +53,7 @@ WHEN = ["yesterday", "today", "tonight", "before sunrise", "after dinner", "last
 
 
 def sentence(rng):
-    """One sentence of the corpora's language, 5 to 10 words, with no word that most sentences begin with: what is always
-    the same need not be heard."""
+    """One sentence of 5 to 10 words. Its beginnings are many: what is always the same need not be heard."""
     def noun(words):
         adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.35 else ""
         return f"{rng.choice(DETERMINERS)} {adjective}{rng.choice(words)}"
@@ -70,8 +69,8 @@ def sentence(rng):
 
 
 def sentence_for(part, rng):
-    """A sentence that belongs to `part` ("train", "dev" or "test"): its own hash says which, so no two parts share one.
-    Everything that is pretrained sees "train" only."""
+    """A sentence of `part` ("train", "dev" or "test"): its hash says which, so no two parts share one. Whatever is pretrained
+    sees "train" only."""
     while True:
         text = sentence(rng)
         bucket = hashlib.sha256(text.encode()).digest()[0]
@@ -89,56 +88,43 @@ PROSODY = {
     "neutral": (0, 0.6, 1.00, 0, 0.0, 0.0, 0.0), "happy": (14, 1.5, 1.06, 2, 0.2, 0.0, 0.0),
     "sad": (-10, 0.4, 0.80, -4, -0.4, 0.0, 0.0), "angry": (6, 1.4, 1.14, 6, 0.7, 0.0, 0.3),
     "disgust": (-8, 1.0, 0.86, 0, -0.1, 0.0, 0.7), "fear": (22, 0.7, 1.20, -1, 0.0, 0.5, 0.0)}
-
-
-CHUNKS = []
-
-
-@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-def collect(samples, n, events):
-    if samples and n > 0:
-        CHUNKS.append(np.ctypeslib.as_array(samples, (n,)).copy())
-    return 0
+resample = functools.cache(torchaudio.transforms.Resample)  # each filter is made once
 
 
 def espeak(text, voice, rate, pitch, pitch_range):
-    """espeak-ng's own sound for a text: 22,050 Hz, float32 (samples,).
+    """espeak-ng's own sound for a text: 22,050 Hz, float32 (samples,)."""
+    chunks = []
 
-    The library keeps counters (its flutter's, for one) from call to call, which nothing resets; it is therefore loaded
-    anew for every utterance, which costs a tenth of a millisecond, so that an utterance sounds the same in any order.
-    """
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def collect(samples, n, events):
+        if samples and n > 0:
+            chunks.append(np.ctypeslib.as_array(samples, (n,)).copy())
+        return 0
+    # loaded anew each time: it keeps counters from call to call, and an utterance is to sound the same in any order
     library = ctypes.CDLL(espeakng_loader.get_library_path())
-    if library.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0) != 22050:  # 2: synchronous
-        data.die("espeak-ng did not start; try: pip install --force-reinstall espeakng-loader")
+    sample_rate = library.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)  # 2: synchronous
+    if sample_rate != 22050 or library.espeak_SetVoiceByName(voice.encode()) != 0:
+        data.die(f"espeak-ng has no voice {voice}; try: pip install --force-reinstall espeakng-loader")
     library.espeak_SetSynthCallback(collect)
     library.espeak_ng_SetRandSeed(ctypes.c_long(SEED))
-    if library.espeak_SetVoiceByName(voice.encode()) != 0:
-        data.die(f"espeak-ng has no voice {voice}; try: pip install --force-reinstall espeakng-loader")
-    for parameter, value in ((1, rate), (3, pitch), (4, pitch_range)):
-        library.espeak_SetParameter(parameter, int(np.clip(value, 0, 99 if parameter > 1 else 400)), 0)
-    CHUNKS.clear()
-    spoken = text.encode()
-    library.espeak_Synth(spoken, len(spoken) + 1, 0, 0, 0, 1, None, None)
+    for parameter, value in ((1, rate), (3, np.clip(pitch, 0, 99)), (4, np.clip(pitch_range, 0, 99))):
+        library.espeak_SetParameter(parameter, int(value), 0)
+    library.espeak_Synth(text.encode(), len(text.encode()) + 1, 0, 0, 0, 1, None, None)
     library.espeak_Terminate()
     _ctypes.dlclose(library._handle)
-    return np.concatenate(CHUNKS).astype(np.float32) / 32768
-
-
-@functools.cache
-def resampler(new):
-    return torchaudio.transforms.Resample(441, new)  # 22,050 Hz is 441 * 50
+    return np.concatenate(chunks).astype(np.float32) / 32768
 
 
 def make_voice(name, sex, age):
-    """A speaker's voice: plain numbers, decided by (seed, name). Age is heard as slower speech, breath, tremor and
-    duller highs, each with a spread of the speaker's own."""
+    """A speaker's voice, a dict of numbers. Age is heard as slower speech, breath, tremor and duller highs, each with a
+    spread of the speaker's own."""
     rng = data.generator(SEED, "voice", name)
-    old = (age - 18) / 57
-    cue = lambda spread: float(np.clip(old + spread * rng.standard_normal(), -0.1, 1.15))  # noqa: E731
-    return dict(voice=f"{rng.choice(ACCENTS)}+{rng.choice(VARIANTS[sex])}",
-                pitch=float(rng.uniform(35, 65)), range=float(rng.uniform(35, 65)),
-                rate=float(rng.uniform(155, 180) * (1.08 - 0.18 * cue(0.15))), tract=int(rng.integers(308, 333)),
-                breath=cue(0.07), tremor=cue(0.07), dull=cue(0.07), room=float(rng.uniform(0, 0.9)))
+
+    def cue(spread):
+        return float(np.clip((age - 18) / 57 + spread * rng.standard_normal(), -0.1, 1.15))
+    return dict(voice=f"{rng.choice(ACCENTS)}+{rng.choice(VARIANTS[sex])}", pitch=rng.uniform(35, 65), range=rng.uniform(35, 65),
+                rate=rng.uniform(155, 180) * (1.08 - 0.18 * cue(0.15)), tract=int(rng.integers(308, 333)),
+                breath=cue(0.07), tremor=cue(0.07), dull=cue(0.07), room=rng.uniform(0, 0.9))
 
 
 def speak(text, voice, name, emotion=None):
@@ -153,10 +139,9 @@ def speak(text, voice, name, emotion=None):
     tremble += spread * 0.12 * abs(rng.standard_normal())
     rough += spread * 0.15 * abs(rng.standard_normal())
     squeeze = voice["tract"] / 320  # resampling to other than 320 moves the formants, and pitch and rate with them
-    x = espeak(text, voice["voice"], voice["rate"] * rate * squeeze, voice["pitch"] + pitch,
-               voice["range"] * pitch_range)
+    x = espeak(text, voice["voice"], voice["rate"] * rate * squeeze, voice["pitch"] + pitch, voice["range"] * pitch_range)
     sound = np.flatnonzero(np.abs(x) > 1e-3)
-    x = resampler(voice["tract"])(torch.from_numpy(x[sound[0]:sound[-1] + 1]))
+    x = resample(441, voice["tract"])(torch.from_numpy(x[sound[0]:sound[-1] + 1]))  # 22,050 Hz is 441 * 50
     t = torch.arange(len(x)) / data.SAMPLE_RATE
     phase = rng.uniform(0, 2 * math.pi, 3)
     lows = torchaudio.functional.lowpass_biquad(x, data.SAMPLE_RATE, 1200)
@@ -177,36 +162,38 @@ def speak(text, voice, name, emotion=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the corpora: what each is made of, ([(file, text, voice, name, emotion)], {text file: content})
+# the corpora: each writes its lists and returns what is to be spoken, [(path, text, voice, name, emotion)]
 
 def people(rng, n, first):
-    """n speakers: [(number, sex, age)], the sexes in turn, the ages spread evenly and shuffled."""
+    """n speakers: [(number, sex, age)], the sexes in turn, the ages spread evenly over 18 to 74 and shuffled."""
     ages = [18 + (57 * i + rng.randrange(57)) // n for i in range(n)]
     rng.shuffle(ages)
-    return [(first + i, ["female", "male"][i % 2], min(75, ages[i])) for i in range(n)]
+    return [(first + i, ["female", "male"][i % 2], age) for i, age in enumerate(ages)]
 
 
-def make_libri(rng, sizes):
-    jobs, files = [], {}
-    speakers = [";ID  |SEX| SUBSET           |MINUTES| NAME"]
-    first = 100
+def write_lines(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make_libri(rng, sizes, root):
+    jobs, speakers, first = [], [";ID  |SEX| SUBSET           |MINUTES| NAME"], 100
     for split, (n, each) in sizes.items():
-        part = {"train-clean-360": "train", "dev-clean": "dev", "test-clean": "test"}[split]
         for speaker, sex, age in people(rng, n, first):
             voice, lines = make_voice(f"libri-{speaker}", sex, age), []
-            chapter = f"LibriSpeech/{split}/{speaker}/{1000 + speaker}"
+            chapter = root / f"LibriSpeech/{split}/{speaker}/{1000 + speaker}"
             for i in range(each):
-                id, text = f"{speaker}-{1000 + speaker}-{i:04}", sentence_for(part, rng)
+                id, text = f"{speaker}-{1000 + speaker}-{i:04}", sentence_for(split.split("-")[0], rng)
                 lines.append(f"{id} {text.upper()}")
-                jobs.append((f"{chapter}/{id}.flac", text, voice, id, None))
-            files[f"{chapter}/{speaker}-{1000 + speaker}.trans.txt"] = "\n".join(lines) + "\n"
+                jobs.append((chapter / f"{id}.flac", text, voice, f"libri-{id}", None))
+            write_lines(chapter / f"{speaker}-{1000 + speaker}.trans.txt", lines)
             speakers.append(f"{speaker:<5}| {sex[0].upper()} | {split:<16} | {each * 2 / 60:.2f}  | Mini {speaker}")
         first += n
-    files["LibriSpeech/SPEAKERS.TXT"] = "\n".join(speakers) + "\n"
-    return jobs, files
+    write_lines(root / "LibriSpeech/SPEAKERS.TXT", speakers)
+    return jobs
 
 
-def make_crema(rng, sizes):
+def make_crema(rng, sizes, root):
     jobs, rows = [], ['"ActorID","Age","Sex","Race","Ethnicity"']
     for actor, sex, age in people(rng, sizes["actors"], 1001):
         voice = make_voice(f"crema-{actor}", sex, age)
@@ -214,14 +201,13 @@ def make_crema(rng, sizes):
         for code, text in data.CREMA_SENTENCES.items():
             for emotion in rng.sample(sorted(data.CREMA_EMOTIONS), sizes["takes"]):
                 id = f"{actor}_{code}_{emotion}_XX"
-                jobs.append((f"CREMA-D/AudioWAV/{id}.wav", text, voice, id, data.CREMA_EMOTIONS[emotion]))
-    return jobs, {"CREMA-D/VideoDemographics.csv": "\n".join(rows) + "\n"}
+                jobs.append((root / f"CREMA-D/AudioWAV/{id}.wav", text, voice, f"crema-{id}", data.CREMA_EMOTIONS[emotion]))
+    write_lines(root / "CREMA-D/VideoDemographics.csv", rows)
+    return jobs
 
 
-def make_vox(rng, sizes):
-    jobs, files = [], {}
-    meta = ["Name \tVoxCeleb2 ID \tVGGFace2 ID \tGender \tSet "]
-    first = 1
+def make_vox(rng, sizes, root):
+    jobs, meta, first = [], ["Name \tVoxCeleb2 ID \tVGGFace2 ID \tGender \tSet "], 1
     for split, (n, videos, each) in sizes.items():
         rows = ["speaker_age,birth_year,Name,VoxCeleb_ID,video_id"]
         for speaker, sex, age in people(rng, n, first):
@@ -231,26 +217,26 @@ def make_vox(rng, sizes):
                 then = min(75, max(18, age + rng.randint(-4, 4)))  # years pass between videos; the voice is the same, older
                 video, voice = f"mini{speaker:05}{v:02}", make_voice(f"vox-{id}", sex, then)
                 rows.append(f"{then:.1f},{2015 - then:.1f},Mini_{speaker},{id},{video}")
-                jobs += [(f"VoxCeleb2/{split}/wav/{id}/{video}/{i + 1:05}.wav", sentence_for("train", rng), voice,
-                          f"{id}-{video}-{i}", None) for i in range(each)]
-        files[f"VoxCeleb2/age-{'train' if split == 'dev' else 'test'}.txt"] = "\n".join(rows) + "\n"
+                for i in range(each):
+                    path = root / f"VoxCeleb2/{split}/wav/{id}/{video}/{i + 1:05}.wav"
+                    jobs.append((path, sentence_for("train", rng), voice, f"vox-{id}-{video}-{i}", None))
+        write_lines(root / f"VoxCeleb2/age-{'train' if split == 'dev' else 'test'}.txt", rows)
         first += n
-    files["VoxCeleb2/vox2_meta.csv"] = "\n".join(meta) + "\n"
-    return jobs, files
+    write_lines(root / "VoxCeleb2/vox2_meta.csv", meta)
+    return jobs
 
 
 CORPORA = {"libri": ("LibriSpeech", make_libri), "crema": ("CREMA-D", make_crema), "vox": ("VoxCeleb2", make_vox)}
 
 
-def write_utterance(root, corpus, job):
+def write_utterance(job):
     path, text, voice, name, emotion = job
-    (root / path).parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(root / path, speak(text, voice, f"{corpus}-{name}", emotion), data.SAMPLE_RATE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, speak(text, voice, name, emotion), data.SAMPLE_RATE)
 
 
 def make_corpus(corpus, root, sizes=None):
-    """Makes one corpus under `root` unless it is there; only once when two processes ask together. An interrupted start
-    leaves nothing that counts."""
+    """Makes one corpus under `root` unless it is there, once even where two processes ask together."""
     root, (folder, make) = Path(root), CORPORA[corpus]
     if (root / folder).exists():
         return
@@ -259,20 +245,16 @@ def make_corpus(corpus, root, sizes=None):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (root / folder).exists():
             return
-        building = root / f".{corpus}.building"
+        building = root / f".{corpus}.building"  # so that what an interrupted start leaves does not count
         shutil.rmtree(building, ignore_errors=True)
-        jobs, files = make(random.Random(f"{SEED}-{corpus}"), sizes or SIZES[corpus])
-        data.in_workers(functools.partial(write_utterance, building, corpus), jobs, f"speaking the mini {corpus}")
-        for path, content in files.items():
-            (building / path).write_text(content, encoding="utf-8")
+        jobs = make(random.Random(f"{SEED}-{corpus}"), sizes or SIZES[corpus], building)
+        data.in_workers(write_utterance, jobs, f"speaking the mini {corpus}")
         (building / folder).rename(root / folder)
-        shutil.rmtree(building)
+        building.rmdir()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", default=MINI_ROOT, help="where they go")
-    args = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for corpus in CORPORA:
-        make_corpus(corpus, args.data_root)
-    print(f"the mini corpora are under {args.data_root}")
+        make_corpus(corpus, ROOT / MINI_ROOT)
+    print(f"the mini corpora are under {ROOT / MINI_ROOT}")

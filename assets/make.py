@@ -17,15 +17,15 @@ import torch
 import torchaudio
 import transformers
 from safetensors.torch import load_file, save_file
+from sklearn.cluster import MiniBatchKMeans
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import data
 import mini
 import model
-from make_lm import SOUNDS, schedule
+from make_lm import schedule
 from mini import PROSODY, SEED
 from study import ENCODERS, PRESETS, ROOT
 
@@ -41,6 +41,7 @@ NO_DROPOUT = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=
                   final_dropout=0.0, layerdrop=0.0, apply_spec_augment=False)
 ENCODER_STEPS, ENCODER_BATCH, ENCODER_LR = 2000, 16, 1.5e-3
 PRETRAINING_SPEAKERS, PRETRAINING_EACH = 400, 20
+SOUNDS = 256  # clusters of what is heard, speech or not
 LETTERS = "-'abcdefghijklmnopqrstuvwxyz "  # the first is CTC's blank
 
 
@@ -92,11 +93,10 @@ def shuffled(speech, batch, rng):
 
 
 def bursts(x, rng):
-    """Knocks, rings and rustles over half of the pretraining utterances: real encoders have heard more than clean speech.
-    Returns the waveform and where they are, [(start, end)] in samples."""
-    places = []
+    """Knocks, rings and rustles over half of the pretraining utterances, which nothing names or marks: real encoders have heard
+    more than clean speech."""
     if rng.random() > 0.5:
-        return x, places
+        return x
     x = x.copy()
     for _ in range(rng.integers(1, 5)):
         n = int(rng.uniform(0.05, 0.3) * data.SAMPLE_RATE)
@@ -112,48 +112,50 @@ def bursts(x, rng):
         at = rng.integers(0, max(1, len(x) - n))
         level = 10 ** (rng.uniform(-12, 6) / 20) * x.std() / (burst.std() + 1e-9)
         x[at:at + n] += (level * burst[:len(x) - at]).astype(np.float32)
-        places.append((at, at + n))
-    return x, places
+    return x
 
 
-def sound_of(waveforms, mask):
-    """The log-mel spectrogram at two frames an encoder frame, (B, 2 T, 80), its mean taken off, and which are real."""
+def log_mel(waveforms, frames):
+    """The log-mel spectrogram, an encoder frame's two after one another, (B, frames, 160), each utterance's mean taken off."""
     mel = torchaudio.transforms.MelSpectrogram(data.SAMPLE_RATE, n_fft=1024, hop_length=320, n_mels=80)
-    wave = pad_sequence([torch.from_numpy(w) for w in waveforms], batch_first=True)
-    sound = (mel(wave) + 1e-5).log().transpose(1, 2)[:, :2 * mask.shape[1]]
-    sound = F.pad(sound, (0, 0, 0, 2 * mask.shape[1] - sound.shape[1]))
-    real = mask.repeat_interleave(2, 1)[..., None]
-    return sound - (sound * real).sum((1, 2), keepdim=True) / (80 * real.sum((1, 2), keepdim=True)), real
+    out = []
+    for waveform in waveforms:
+        sound = (mel(torch.from_numpy(waveform)) + 1e-5).log().T
+        out.append(F.pad(sound - sound.mean(), (0, 0, 0, 2 * frames))[:2 * frames].reshape(frames, 160))
+    return torch.stack(out)
 
 
-def encoder_losses(encoder, heads, chosen, waveforms, places):
-    """{name: loss} of the five heads on one batch. What is true of the whole utterance is asked of every frame."""
+def sound_clusters(speech, rng):
+    """k-means centres of log-mel frames of the speech with its noise, (SOUNDS, 160): the targets of HuBERT's first iteration."""
+    chosen = [speech[i] for i in rng.choice(len(speech), min(600, len(speech)), replace=False)]
+    frames = [log_mel([bursts(x / np.float32(32768), rng)], len(x) // 640)[0] for x, _, _, _ in chosen]
+    kmeans = MiniBatchKMeans(SOUNDS, random_state=SEED, n_init=3, batch_size=4096).fit(torch.cat(frames).numpy())
+    return torch.from_numpy(kmeans.cluster_centers_)
+
+
+def encoder_losses(encoder, heads, centres, chosen, waveforms):
+    """{name: loss} of the four heads on one batch. What is true of the whole utterance is asked of every frame."""
     x, mask = encoder.front_end([encoder.extract(w) for w in waveforms])  # which a run never trains, but this does
     hidden = encoder.trained_part(x, mask)
     logits = heads["letters"](hidden).reshape(len(chosen), -1, len(LETTERS))
     texts = [torch.tensor([LETTERS.index(c) for c in text]) for _, text, _, _ in chosen]
     letters = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.cat(texts), 2 * mask.sum(1),
                          torch.tensor([len(t) for t in texts]), zero_infinity=True)
-    target, real = sound_of(waveforms, mask)
-    sound = ((heads["sound"](hidden).reshape(target.shape) - target).abs() * real).sum() / (80 * real.sum())
+    heard = torch.cdist(log_mel(waveforms, mask.shape[1])[mask], centres).argmin(-1)
+    sound = F.cross_entropy(heads["sound"](hidden[mask]), heard)
     each = lambda values: torch.tensor(values, dtype=torch.float)[:, None].expand(mask.shape)[mask]  # noqa: E731
     speaker = F.cross_entropy(heads["speaker"](hidden[mask]), each([who for _, _, who, _ in chosen]).long())
-    gender, age, *emotion, noisy = heads["labels"](hidden[mask]).unbind(-1)
+    gender, age, *emotion = heads["labels"](hidden[mask]).unbind(-1)
     true = [list(PROSODY).index(labels["emotion"] or "neutral") for _, _, _, labels in chosen]
     labels = (F.binary_cross_entropy_with_logits(gender, each([labels["gender"] == "female" for _, _, _, labels in chosen]))
               + (age - each([(labels["age"] - 18) / 57 for _, _, _, labels in chosen])).abs().mean()
-              + F.cross_entropy(torch.stack(emotion, 1), each(true).long())
-              + F.binary_cross_entropy_with_logits(noisy, each([len(p) > 0 for p in places])))
-    at = (torch.arange(mask.shape[1]) + 0.5) * encoder.seconds_per_frame * data.SAMPLE_RATE
-    knocks = torch.stack([sum(((at > start) & (at < end) for start, end in p), torch.zeros(len(at))).clamp(max=1) for p in places])
-    knock = F.binary_cross_entropy_with_logits(heads["knock"](hidden)[..., 0][mask], knocks[mask])
-    return dict(letters=letters, sound=sound, speaker=0.1 * speaker, labels=0.3 * labels, knock=knock)
+              + F.cross_entropy(torch.stack(emotion, 1), each(true).long()))
+    return dict(letters=letters, sound=0.5 * sound, speaker=0.1 * speaker, labels=0.3 * labels)
 
 
 def make_encoder(name, out, speech):
-    """Pretrains one encoder to keep content (letters by CTC), sound (log-mel frames), speaker and prosody (who of 400,
-    gender, age, emotion) and what is no speech (which frames hold a knock or a rustle, whether any does); saves it to the
-    folder `out`."""
+    """Pretrains one encoder to keep content (letters by CTC), speaker and prosody (who of 400, gender, age, emotion) and, by
+    self-supervision alone, all that is heard, speech or not (clusters of log-mel frames); saves it to the folder `out`."""
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     blank_encoder(name, out)
@@ -162,17 +164,18 @@ def make_encoder(name, out, speech):
     encoder.first_trained = 0
     if name == "whisper":
         encoder.net.embed_positions.requires_grad_(False)
-    sizes = dict(letters=2 * len(LETTERS), sound=2 * 80, speaker=PRETRAINING_SPEAKERS, labels=1 + 1 + len(PROSODY) + 1, knock=1)
+    sizes = dict(letters=2 * len(LETTERS), sound=SOUNDS, speaker=PRETRAINING_SPEAKERS, labels=1 + 1 + len(PROSODY))
     heads = torch.nn.ModuleDict({head: torch.nn.Linear(encoder.dim, n) for head, n in sizes.items()})
+    centres = sound_clusters(speech, rng)
     parameters = [p for p in [*encoder.parameters(), *heads.parameters()] if p.requires_grad]
     print(f"{name}: {sum(p.numel() for p in encoder.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(parameters, lr=ENCODER_LR, weight_decay=0.01, betas=(0.9, 0.98))
     progress, batches = tqdm(range(ENCODER_STEPS), desc=name, mininterval=10), shuffled(speech, ENCODER_BATCH, rng)
     for step in progress:
         chosen = next(batches)
-        waveforms, places = zip(*(bursts(x / np.float32(32768), rng) for x, _, _, _ in chosen))
+        waveforms = [bursts(x / np.float32(32768), rng) for x, _, _, _ in chosen]
         optimizer.param_groups[0]["lr"] = ENCODER_LR * schedule(step, ENCODER_STEPS)
-        losses = encoder_losses(encoder, heads, chosen, waveforms, places)
+        losses = encoder_losses(encoder, heads, centres, chosen, waveforms)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -212,7 +215,7 @@ def fit_connector(encoder, connector, wanted_of, out, speech, lr):
         chosen = next(batches)
         optimizer.param_groups[0]["lr"] = lr * schedule(step, CONNECTOR_STEPS, 50)
         with torch.no_grad():
-            hidden, mask = encoder([encoder.extract(bursts(x / np.float32(32768), rng)[0]) for x, _, _, _ in chosen])
+            hidden, mask = encoder([encoder.extract(bursts(x / np.float32(32768), rng)) for x, _, _, _ in chosen])
         embedded, lengths = connector(hidden, mask)
         wanted = wanted_of(hidden, chosen, lengths.tolist())
         loss = F.mse_loss(torch.cat([row[:n] for row, n in zip(embedded, lengths.tolist())]), wanted)
@@ -235,7 +238,7 @@ def make_connector(encoder_folder, lm_folder, speech):
     word = lambda text: embed[tokenizer(text, add_special_tokens=False).input_ids[0]]  # noqa: E731
     letters = torch.stack([word(c) for c in LETTERS])
     letters[0] = 0  # CTC's blank
-    words = torch.stack([word(w) for w in ("male", "female", *PROSODY, SOUNDS[0])])
+    words = torch.stack([word(w) for w in ("male", "female", *PROSODY)])
     years = torch.stack([word(str(year)) for year in range(18, 76)])
     known = torch.cat([letters[1:], words, years])
     free = torch.linalg.svd(known - known.mean(0))[2][-CONNECTOR_FREE:]  # directions that these use least
@@ -247,9 +250,9 @@ def make_connector(encoder_folder, lm_folder, speech):
         heard = F.linear(hidden, head["letters.weight"], head["letters.bias"])
         heard = heard.reshape(*hidden.shape[:2], 2, -1).softmax(-1).sum(2)
         labels = F.linear(hidden, head["labels.weight"], head["labels.bias"])
-        female, noisy = labels[..., :1].sigmoid(), labels[..., -1:].sigmoid()
+        female = labels[..., :1].sigmoid()
         age = ((labels[..., 1:2] * 57 - torch.arange(58)).square() / -8).softmax(-1)
-        said = torch.cat([1 - female, female, labels[..., 2:-1].softmax(-1), noisy], -1)
+        said = torch.cat([1 - female, female, labels[..., 2:].softmax(-1)], -1)
         wanted = (heard @ letters + CONNECTOR_LABELS * (said @ words + age @ years)
                   + F.layer_norm(hidden, hidden.shape[-1:]) @ project)
         # an output frame's middle is 6 input frames on: three kernels of 5 without padding

@@ -56,7 +56,6 @@ LM_SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num
                 initializer_range=0.08)  # 0.02, the default, is too small for 128: reading then takes thousands of steps longer
 LM_VOCABULARY = 1200
 LM_STEPS, LM_BATCH, LM_LR = 3500, 32, 2e-3
-SOUNDS = "KNOCK BELL MUSIC LAUGHTER APPLAUSE SIREN".split()  # the LM's lessons tag a transcript with them, as subtitles do
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
@@ -70,8 +69,6 @@ def make_tokenizer(out):
         keys = ", ".join(data.KEYS[label] for label in labels)
         texts.append(f"{rng.choice(data.INSTRUCTIONS)} [{keys}]\n<speech></speech>")
         texts.append(f"{rng.choice(TASKS[task_of(rng.choice(LABELS))]['questions'])} [{keys}]\n<speech></speech>")
-        if "transcript" in labels and rng.random() < 0.2:
-            labels["transcript"] = f"{rng.choice(SOUNDS)}: {labels['transcript']}"
         texts.append(data.answer(labels))
         texts.append(" ".join(labels.values()))
     tokenizer = Tokenizer(models.BPE())
@@ -103,8 +100,7 @@ def written_audio(labels, tokens, rng, mess, whole):
     over it the other labels, each on a random share of the frames, the age wavering around its true value (so that the
     numbers' embeddings take on an order). That is about what a connector can make of speech. `mess`, 0 to 1, is how
     uneven it all is: lessons begin with a frame a letter and every label on every frame. A word stands there whole, as
-    the tokens of the answer, with probability `whole`: copying is learned first, spelling into it. A `sound` in `labels`
-    lies over the frames as a label does.
+    the tokens of the answer, with probability `whole`: copying is learned first, spelling into it.
     """
     ids = []
     for i, word in enumerate(labels["transcript"].split()):
@@ -136,12 +132,7 @@ def reading_batches(tokenizer, embed, rng, generator, batch, mess, whole, count=
     for _ in range(batch * count):
         labels = random_labels(rng)
         transcript = labels.get("transcript", pretraining_text(rng))  # VoxCeleb speaks too, though nobody asks what
-        heard = {"transcript": transcript, **labels}
-        if rng.random() < 0.25:
-            heard["sound"] = rng.choice(SOUNDS)
-            if "transcript" in labels:
-                labels["transcript"] = f"{heard['sound']}: {transcript}"
-        ids, weights = written_audio(heard, tokens, rng, mess, whole)
+        ids, weights = written_audio({"transcript": transcript, **labels}, tokens, rng, mess, whole)
         asked = data.choose_labels(labels, rng, PRESETS["mini"]["random_keys"])
         before, after = data.prompt(tokenizer, asked, rng)
         said = data.answer_ids(tokenizer, {label: labels[label] for label in asked})
