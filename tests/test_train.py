@@ -186,7 +186,7 @@ def test_in_bf16_a_cpu_learns_nearly_the_same_cached_or_not(corpora, runs, one):
         exact, rounded, streamed = ([line[figure] for line in read_log(runs / name) if figure in line]
                                     for name in ("one", "bf16", "bf16-streamed"))
         assert rounded == pytest.approx(exact, rel=0.03) and rounded != exact
-        assert streamed == pytest.approx(rounded, rel=0.01)  # batches of other shapes round differently
+        assert streamed == pytest.approx(rounded, rel=0.015)  # batches of other shapes round differently (the defect: 2.4%)
     before, after = weights(one), weights(runs / "bf16")
     assert all(v.dtype == torch.float32 for c in ("encoder", "connector", "lm") for v in after[c].values())
     assert before["pretrained_sha256"]["encoder"] == after["pretrained_sha256"]["encoder"]
