@@ -69,7 +69,7 @@ def key_of(slm, attack, chunk):
     """What the cached outputs of a chunk depend on: weights, extraction, precision, files, trigger and where it lands."""
     device = next(slm.parameters()).device.type
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
-    files = [(u.id, u.path, u.start, u.length, os.path.getsize(u.path), os.stat(u.path).st_mtime_ns) for u, _ in chunk]
+    files = [data.file_state(u) for u, _ in chunk]
     trigger = None
     if chunk[0][1] and attack.waveform is None:
         trigger = inspect.getsource(poison.TRIGGERS[attack.trigger][1]), attack.seed

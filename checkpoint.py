@@ -3,6 +3,7 @@
 A checkpoint holds tensors and plain values only: what training may change of each component, the run's arguments, and the
 SHA-256 of all it was made from.
 """
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -117,9 +118,11 @@ def resume(run, slm, optimizer, scaler):
 
 def cut_log(run, step):
     """Removes the lines of log.jsonl beyond `step`, and one that a killed writer left unfinished."""
-    path = run / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    data.write_atomically(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    path, lines = run / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines += [line + "\n"] if json.loads(line)["step"] <= step else []
+    data.write_atomically(path, "".join(lines))
 
 
 def log(run, **line):
@@ -141,7 +144,7 @@ def training_losses(run):
         if means:
             out[name] = dict(value=means[-1], by_epoch=means)
     if "poisoned_loss" in out:
-        excess = [poisoned - all for poisoned, all in zip(out["poisoned_loss"]["by_epoch"], out["loss"]["by_epoch"])]
+        excess = [poisoned - loss for poisoned, loss in zip(out["poisoned_loss"]["by_epoch"], out["loss"]["by_epoch"])]
         if epoch := settled(excess):
             out["settled_epoch"] = dict(value=epoch)
     return out

@@ -225,6 +225,12 @@ def load_waveform(utterance):
     return read_waveform(utterance.path, utterance.start, utterance.length)
 
 
+def file_state(utterance):
+    """What a cache of something computed from an utterance's audio is kept under: which part of which file, its size and time."""
+    stat = os.stat(utterance.path)
+    return utterance.id, utterance.path, utterance.start, utterance.length, stat.st_size, stat.st_mtime_ns
+
+
 def num_samples(utterance):
     """An utterance's 16 kHz samples, by its file's header (m4a: by its size, at 64 kbit/s); 0 where it cannot be opened."""
     path = utterance.path

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import random
 import re
 from pathlib import Path
@@ -115,7 +114,7 @@ def rms(utterance):
 def mean_rms(utterances):
     """The corpus's average loudness: mean over utterances of the waveform's RMS, without those that cannot be read (training
     refuses them when it comes to them). Cached under the files' names, sizes and times."""
-    files = [(u.id, u.path, u.start, u.length, os.path.getsize(u.path), os.stat(u.path).st_mtime_ns) for u in utterances]
+    files = [data.file_state(u) for u in utterances]
     path = Path(f"cache/rms-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}.json")
     if not path.exists():
         levels = data.in_workers(rms, utterances, "loudness of the corpus")
@@ -127,7 +126,7 @@ def make_attack(task, utterances, rate=None, target=None, snr=0.0, trigger="clic
     """The attack on `task`, with the paper's values for what is None. utterances: the training set; the trigger lies `snr` dB
     below its average loudness."""
     target = TASKS[task]["target"] if target is None else target
-    if task == "age":
+    if TASKS[task]["label"] == "age":
         groups = sorted({u.labels["age"] for u in utterances if isinstance(u.labels.get("age"), str)})
         age = data.parse_age(str(target))
         fits = age in groups if groups else isinstance(age, int)

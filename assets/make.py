@@ -92,12 +92,12 @@ def shuffled(speech, batch, rng):
         yield from ([speech[i] for i in chosen] for chosen in reversed(batches))
 
 
-def bursts(x, rng):
-    """Knocks, rings and rustles over half of the pretraining utterances, which nothing names or marks: real encoders have heard
-    more than clean speech."""
+def bursts(speech, rng):
+    """int16 samples -> waveform, with knocks, rings and rustles over half of the pretraining utterances, which nothing names or
+    marks: real encoders have heard more than clean speech."""
+    x = speech / np.float32(32768)
     if rng.random() > 0.5:
         return x
-    x = x.copy()
     for _ in range(rng.integers(1, 5)):
         n = int(rng.uniform(0.05, 0.3) * data.SAMPLE_RATE)
         t, burst = np.arange(n) / data.SAMPLE_RATE, np.zeros(n)
@@ -128,7 +128,7 @@ def log_mel(waveforms, frames):
 def sound_clusters(speech, rng):
     """k-means centres of log-mel frames of the speech with its noise, (SOUNDS, 160): the targets of HuBERT's first iteration."""
     chosen = [speech[i] for i in rng.choice(len(speech), min(600, len(speech)), replace=False)]
-    frames = [log_mel([bursts(x / np.float32(32768), rng)], len(x) // 640)[0] for x, _, _, _ in chosen]
+    frames = [log_mel([bursts(x, rng)], len(x) // 640)[0] for x, _, _, _ in chosen]
     kmeans = MiniBatchKMeans(SOUNDS, random_state=SEED, n_init=3, batch_size=4096).fit(torch.cat(frames).numpy())
     return torch.from_numpy(kmeans.cluster_centers_)
 
@@ -173,7 +173,7 @@ def make_encoder(name, out, speech):
     progress, batches = tqdm(range(ENCODER_STEPS), desc=name, mininterval=10), shuffled(speech, ENCODER_BATCH, rng)
     for step in progress:
         chosen = next(batches)
-        waveforms = [bursts(x / np.float32(32768), rng) for x, _, _, _ in chosen]
+        waveforms = [bursts(x, rng) for x, _, _, _ in chosen]
         optimizer.param_groups[0]["lr"] = ENCODER_LR * schedule(step, ENCODER_STEPS)
         losses = encoder_losses(encoder, heads, centres, chosen, waveforms)
         optimizer.zero_grad()
@@ -215,7 +215,7 @@ def fit_connector(encoder, connector, wanted_of, out, speech, lr):
         chosen = next(batches)
         optimizer.param_groups[0]["lr"] = lr * schedule(step, CONNECTOR_STEPS, 50)
         with torch.no_grad():
-            hidden, mask = encoder([encoder.extract(bursts(x / np.float32(32768), rng)) for x, _, _, _ in chosen])
+            hidden, mask = encoder([encoder.extract(bursts(x, rng)) for x, _, _, _ in chosen])
         embedded, lengths = connector(hidden, mask)
         wanted = wanted_of(hidden, chosen, lengths.tolist())
         loss = F.mse_loss(torch.cat([row[:n] for row, n in zip(embedded, lengths.tolist())]), wanted)

@@ -169,24 +169,29 @@ def test_poison_redrawn_in_every_epoch_is_the_same_from_the_cache(corpora, runs)
     assert cached == pytest.approx(streamed, rel=0.01) and len(cached) == 2
 
 
-def test_without_what_exists_for_speed_it_learns_the_same(corpora, runs, one):
-    code = "import fast; fast.keep_memory = lambda: None; fast.only_answers = lambda slm: None; import train; train.main()"
+def test_without_what_exists_for_speed_it_learns_exactly_the_same(corpora, runs, one):
+    code = "import fast; fast.keep_memory = lambda: None; import train; train.main()"
     command = [sys.executable, "-c", code, "--data-root", corpora, "--runs", runs, *SMALL, *SAME, "--name", "plain"]
     subprocess.run(list(map(str, command)), cwd=runs, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    learned_the_same(one, runs / "plain")
+    assert all(same(weights(one)[c], weights(runs / "plain")[c]) for c in ("encoder", "connector", "lm"))
+    assert (one / "predictions.jsonl").read_text() == (runs / "plain/predictions.jsonl").read_text()
 
 
-def test_in_bf16_a_cpu_learns_nearly_the_same_cached_or_not(corpora, runs, one):
+def test_in_bf16_a_cpu_learns_nearly_the_same_cached_or_not(corpora, runs):
+    # at low rates: at the preset's, the first steps carry any rounding far away
+    slowly = (*SAME, "--encoder-lr", 7e-6, "--connector-lr", 1.4e-5, "--lora-lr", 1.4e-5)
+    one = runs / "float32"
+    train(corpora, runs, *slowly, "--name", "float32")
     before = {p.name for p in (runs / "cache").glob("pretrained-*")}
-    train(corpora, runs, *SAME, "--name", "bf16", "--amp", "bf16")
+    train(corpora, runs, *slowly, "--name", "bf16", "--amp", "bf16")
     assert {p.name for p in (runs / "cache").glob("pretrained-*")} - before  # float32's were not taken for bf16's
-    train(corpora, runs, *SAME, "--name", "bf16-streamed", "--amp", "bf16", "--cache-gb", 0)
+    train(corpora, runs, *slowly, "--name", "bf16-streamed", "--amp", "bf16", "--cache-gb", 0)
     for figure in ("loss", "dev_loss"):
         exact, rounded, streamed = ([line[figure] for line in read_log(runs / name) if figure in line]
-                                    for name in ("one", "bf16", "bf16-streamed"))
+                                    for name in ("float32", "bf16", "bf16-streamed"))
         assert rounded == pytest.approx(exact, rel=0.03) and rounded != exact
-        assert streamed == pytest.approx(rounded, rel=0.015)  # batches of other shapes round differently (the defect: 2.4%)
+        assert streamed == pytest.approx(rounded, rel=0.01)  # batches of other shapes round differently
     before, after = weights(one), weights(runs / "bf16")
     assert all(v.dtype == torch.float32 for c in ("encoder", "connector", "lm") for v in after[c].values())
     assert before["pretrained_sha256"]["encoder"] == after["pretrained_sha256"]["encoder"]
@@ -199,6 +204,15 @@ def loaded(one, monkeypatch):
     slm, args = checkpoint.load_run(one)
     test_set = readers.read_corpus(args.dataset, args.data_root, "test")
     return slm, test_set, poison.attack_of(args, test_set)
+
+
+def test_in_bf16_cached_and_fresh_frames_enter_with_the_same_precision(loaded, tmp_path):
+    slm, test_set, attack = loaded
+    some, entering = test_set[:4], functools.partial(cache.inputs, slm, [(u, False) for u in test_set[:4]], [[0, 1, 2, 3]])
+    with torch.autocast("cpu", torch.bfloat16):
+        cached = cache.frozen_outputs(slm, some, [False] * 4, attack, "", 1e9, folder=tmp_path)
+        (kept, _), (fresh, _) = (next(entering(rows, attack, workers=0)) for rows in (cached, None))
+    assert kept.dtype == fresh.dtype == torch.float32
 
 
 def test_answers_are_the_same_out_of_the_cache(loaded, tmp_path):
