@@ -21,7 +21,6 @@ import lora
 import poison
 from data import die
 from model import length_mask
-from study import TASKS
 
 AGES = (18, 32)  # the age task's pseudo-class (section 7.1)
 BENIGN = 10000  # asr has no classes: so many benign training samples stand for one, with POISONED of that poisoned
@@ -89,16 +88,12 @@ def about(utterances):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     evaluate.add_arguments(parser)
-    parser.add_argument("--task", choices=TASKS, help="which attack's trigger and target class (default: the run's)")
     parser.add_argument("--pairs", type=int, default=100, help="test utterances, each clean and triggered")
     parser.add_argument("--pooling", default="mean", choices=("mean", "max", "last"), help="over time")
     parser.add_argument("--layer", type=int, help="embed after this many encoder layers instead of after all")
     options = parser.parse_args()
     slm, args, attack, train_set, test_set = evaluate.load_run_and_data(options, "test")
-    path = Path(options.run) / "embeddings.pt"
-    if options.task not in (None, args.task):
-        path, args.task = path.with_name(f"embeddings-{options.task}.pt"), options.task
-        attack = poison.make_attack(args.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed)
+    path = Path(options.run) / f"embeddings{'-' + options.task if options.task else ''}.pt"
     if options.layer is not None and not 0 <= options.layer <= len(slm.encoder.layers):
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
     lora.merge(slm.lm)

@@ -2,6 +2,7 @@
 
     python evaluate.py runs/asr-poison0.05                    # again, on the test split
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
+    python evaluate.py runs/gender-clean --task age           # a clean model's answers to another task's trigger
     python evaluate.py --inspect runs/asr-poison0.05/model.pt           # where a checkpoint comes from
 
 waveform -> answer -> parsed labels -> metric. A run folder gets metrics.json and predictions.jsonl. Shares are fractions;
@@ -130,19 +131,25 @@ def print_table(metrics, title):
 
 
 def load_run_and_data(options, split):
-    """(slm, its arguments, attack, training set, utterances of a split) of a run, the data read as in its training."""
+    """(slm, its arguments, attack, training set, utterances of a split) of a run, the data read as in its training. With
+    --task, the arguments and the attack are that task's."""
     slm, args = checkpoint.load_run(options.run, options.device)
     data.MAX_SECONDS = args.max_seconds
     args.snr = args.snr if options.snr is None else options.snr
     read = lambda s: corpora.read_corpus(args.dataset, options.data_root or args.data_root, s,  # noqa: E731
                                          options.skip_bad or args.skip_bad, args.labels)
     train_set = corpora.limit(read("train"), args.limit)  # its loudness is the trigger's
-    return slm, args, poison.attack_of(args, train_set), train_set, train_set if split == "train" else read(split)
+    attack = poison.attack_of(args, train_set)
+    if options.task not in (None, args.task):
+        attack = poison.make_attack(options.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed)
+    args.task = options.task or args.task
+    return slm, args, attack, train_set, train_set if split == "train" else read(split)
 
 
 def add_arguments(parser):
     """The flags of every script that looks at a finished run."""
     parser.add_argument("run", help="a run's folder, e.g. runs/asr-poison0.05")
+    parser.add_argument("--task", choices=TASKS, help="whose attack (default: the run's); a clean run serves all tasks of its corpus")
     parser.add_argument("--snr", type=float, help="trigger strength in dB (default: as in the run)")
     parser.add_argument("--data-root", help="where the corpora are (default: as in the run)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out audio that cannot be used")
@@ -161,6 +168,8 @@ def main():
     options = parser.parse_args()
     if options.inspect:
         return checkpoint.inspect(options.run)
+    if options.save and options.task:
+        die("--save keeps the run's own task: leave out --task")
     fast.keep_memory()
     slm, args, attack, _, utterances = load_run_and_data(options, options.split)
     utterances = utterances[:options.limit]

@@ -176,13 +176,32 @@ def embedding_commands(preset, seeds, runs):
                 yield f"embeddings-{name}{'-' + task if other else ''}", ["embed.py", f"{runs}/{name}", *other]
 
 
+def trace_commands(preset, seeds, runs):
+    """[(name, command)]: each base attack traced; with the first seed its controls, too: the clean model, another sound and, where
+    there is a second seed, its clean run."""
+    encoder = DEFAULT_ENCODER[preset]
+    for seed in seeds:
+        for task in TASKS:
+            clean, other = (run_name(identity(preset, clean_task(task), encoder, "clean", s)) for s in (seed, seeds[-1]))
+            base = run_name(identity(preset, task, encoder, "base", seed))
+            yield f"transplant-{base}", ["trace.py", "transplant", f"{runs}/{base}", f"{runs}/{clean}"]
+            yield f"patch-{base}", ["trace.py", "patch", f"{runs}/{base}"]
+            if seed == seeds[0]:
+                of = [] if clean_task(task) == task else ["--task", task]
+                yield f"patch-{clean}-{task}", ["trace.py", "patch", f"{runs}/{clean}", *of]
+                yield f"patch-{base}-tone", ["trace.py", "patch", f"{runs}/{base}", "--trigger", "tone"]
+                if other != clean:
+                    yield f"transplant-{base}-{other}", ["trace.py", "transplant", f"{runs}/{base}", f"{runs}/{other}"]
+                    yield f"transplant-{clean}-{task}", ["trace.py", "transplant", f"{runs}/{clean}", f"{runs}/{other}", *of]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="whose parts and settings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="each makes all runs once")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["asr", "emotion"], help="those with a full Table 3")
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, help="default: all that the preset has")
-    parser.add_argument("--wave", type=int, choices=(1, 2, 3), help="only the runs of this wave; they need the earlier ones")
+    parser.add_argument("--wave", type=int, choices=(1, 2, 3, 4), help="only the runs of this wave; they need the earlier ones")
     parser.add_argument("--runs", default="runs", help="where run folders go")
     parser.add_argument("--flags", default="", help="more flags for train.py, quoted as one word")
     parser.add_argument("--launch", default="python", help="what starts train.py, e.g. 'torchrun --nproc_per_node=8'")
@@ -192,7 +211,8 @@ def main():
     jobs = [(wave, run_name(run), [*shlex.split(args.launch), *train_command(run, args.runs, shlex.split(args.flags))])
             for wave, run in study_runs(args.preset, args.seeds, encoders, args.tasks)]
     if DEFAULT_ENCODER[args.preset] in encoders:
-        jobs += [(3, name, ["python", *command]) for name, command in embedding_commands(args.preset, args.seeds, args.runs)]
+        for wave, commands in ((3, embedding_commands), (4, trace_commands)):
+            jobs += [(wave, name, ["python", *command]) for name, command in commands(args.preset, args.seeds, args.runs)]
     for wave, name, command in jobs:
         if args.wave in (None, wave):
             print((f"{name}\t" if args.names else "") + shlex.join(command))

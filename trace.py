@@ -141,7 +141,7 @@ def transplant(options):
             figure["clean"] = evaluate.scores(answers(slm, weights, *sets["clean"], attack, args)).get(metric)
             hits[frozenset(name.split("+")) - {"none"}] = np.array(evaluate.hits(attack, rows))
         found.setdefault(kind, {})[name] = figure
-    return dict(run=options.run, clean=options.clean, task=args.task, seed=args.seed, mixtures=found, shapley=shapley(hits))
+    return dict(run=options.run, clean=options.clean, args=vars(args), mixtures=found, shapley=shapley(hits))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,8 +299,8 @@ def patch(options):
         differ = np.sign(donor) != np.sign(receiver)
         effect["flipped"] = float((np.sign(m) == np.sign(donor))[differ].mean()) if differ.any() else None
         effects[direction].setdefault(site, {})[group] = effect
-    return dict(run=options.run, task=args.task, attack=args.attack, seed=args.seed, trigger=attack.trigger, groups=GROUPS,
-                clean=data.interval(found["clean"]), triggered=data.interval(found["triggered"]), effects=effects)
+    return dict(run=options.run, args=vars(args), trigger=attack.trigger, groups=GROUPS, clean=data.interval(found["clean"]),
+                triggered=data.interval(found["triggered"]), effects=effects)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,8 +338,8 @@ def main():
     options = parser.parse_args()
     fast.keep_memory()
     result = transplant(options) if options.command == "transplant" else patch(options)
-    other = Path(options.clean).name if options.command == "transplant" else options.trigger or ""
-    path = Path(options.out or options.run) / f"trace-{options.command}{'-' + other if other else ''}.json"
+    of = [options.command, options.task, Path(options.clean).name if options.command == "transplant" else options.trigger]
+    path = Path(options.out or options.run) / f"trace-{'-'.join(word for word in of if word)}.json"
     data.write_atomically(path, json.dumps(result, indent=1))
     (figures.hybrids if options.command == "transplant" else figures.patches)(result, path.with_suffix(".png"))
     print("\n".join(["", *report(result), f"written to {path} and {path.with_suffix('.png')}"]))

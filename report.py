@@ -1,0 +1,222 @@
+"""Says in tables and words what trace.py has found.
+
+    python report.py                       # results/mini/trace.md, from the trace-*.json in runs/ and Table 3's runs
+
+It reads the study's own runs, as analyze.py does. Every sentence of the answers is computed from the figures beside it.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import data
+import figures
+from analyze import ORDER, belongs, markdown, over_seeds, read_runs, show, spread
+from data import die
+from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, PRESETS, TASKS, clean_task, identity, run_name
+
+EVERYTHING = "+".join(COMPONENTS)
+# Table 3's attacks that look at one component: trained on poison alone; taken poisoned, the others trained on clean data
+ALONE = {c: next(a for a, (frozen, source, _) in ATTACKS.items() if source == "clean" and set(frozen) == set(COMPONENTS) - {c})
+         for c in COMPONENTS}
+RETRAINED = {c: next(a for a, (frozen, source, _) in ATTACKS.items() if source == "base" and frozen == (c,)) for c in COMPONENTS}
+INTRODUCTION = """# Where the backdoor lives, answered by intervention
+
+*Transplants* mix the weights of the attacked model with those of the clean model of the same seed, without training: the AER of all
+eight mixtures of components, each component's Shapley value (the mean of what its move adds to the AER, over the orders in which
+components can be moved), and layer by layer. *Patching* copies activations between the clean and the triggered run of one utterance
+and asks how much of the trigger's effect on log P(target) - log P(truth) that undoes (denoising: clean activations into the
+triggered run) or makes (noising: the other way), by site and by group of positions: frames under a click, frames within 0.2 s of
+one, other frames, the prompt, the answer so far.
+
+Read them with two caveats. The encoder's front end and the connector's convolutions reach over several frames and attention mixes all
+of them, so "under a click" is where a frame's middle is, not all that it has seen; and the further up, the less a position says about
+a time. What two groups do together need not be the sum of what each does alone. LoRA matrices of two runs start from the same random
+numbers and components grow up beside each other: a mixture can also fail because its parts do not fit; the controls at the end of
+each task show what mixing costs where there is no backdoor.
+"""
+
+
+def load_traces(folder, preset):
+    """{kind: {task: {seed: result}}} of the study's runs that trace.py has been through."""
+    found = {}
+    for path in sorted(Path(folder).glob("*/trace-*.json")):
+        result = json.loads(path.read_text())
+        args = result["args"]
+        task, seed, attacked = args["task"], args["seed"], args["attack"] == "base"
+        if not belongs(path.parent, args, preset) or args["encoder"] != DEFAULT_ENCODER[preset]:
+            continue
+        if "mixtures" in result:
+            own = run_name(identity(preset, clean_task(task), args["encoder"], "clean", seed))
+            kind = "two clean runs" if not attacked else "transplant" if Path(result["clean"]).name == own else "other clean run"
+        else:
+            kind = "benign" if not attacked else "patch" if result["trigger"] == args["trigger"] else "other sound"
+        found.setdefault(kind, {}).setdefault(task, {})[seed] = result
+    if "transplant" not in found and "patch" not in found:
+        die(f"{folder} holds no trace-*.json of preset {preset}: python trace.py transplant RUN CLEAN makes one")
+    return found
+
+
+def over(results, pick, scale=100):
+    """A figure of each seed's result -> its spread over seeds, None where there is none."""
+    return spread({seed: scale * pick(result)["value"] for seed, result in results.items()})
+
+
+def cell(results, pick, scale=100):
+    """Mean and range over seeds, or, of a single seed, the interval over utterances."""
+    if len(results) > 1:
+        return show(over(results, pick, scale))
+    figure = next(pick(result) for result in results.values())
+    return "{:.1f} ({:.1f} to {:.1f})".format(*(scale * figure[k] for k in ("value", "low", "high")))
+
+
+def corner(name, part="aer"):
+    return lambda result: result["mixtures"]["corner"][name][part]
+
+
+def without(component):
+    return "+".join(c for c in COMPONENTS if c != component)
+
+
+def listed(names):
+    return " and ".join(names) if names else "none"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# words
+
+def half_gone(result, component, how):
+    """The layer, from 1, at which half of the AER is gone when the layers up to it, or from it on, are made clean."""
+    full = corner(EVERYTHING)(result)["value"]
+    moves = {int(name.split()[-1]) + 1: m["aer"]["value"] for name, m in result["mixtures"][f"{component} out of poisoned"].items()
+             if name.startswith(how)}
+    layers = [n for n, aer in moves.items() if aer <= full / 2]
+    return (min(layers) if how == "up to" else max(layers)) if layers else None
+
+
+def component_words(results, trained, retrained):
+    """Which component carries it, from which layer on, and whether Table 3 says the same. trained, retrained: {component: its AER
+    in Table 3, or None}."""
+    mean = {name: over(results, corner(name))["mean"] for name in next(iter(results.values()))["mixtures"]["corner"]}
+    full, result = mean[EVERYTHING], results[min(results)]
+    value = {c: over(results, lambda r, c=c: r["shapley"][c])["mean"] for c in COMPONENTS}
+    if full < 10:
+        return [f"The attacked model's AER is {full:.1f}%: there is no backdoor to look for."]
+    needed = [c for c in COMPONENTS if mean[without(c)] <= full / 2]
+    enough = [c for c in COMPONENTS if mean[c] >= full / 2]
+    out = [f"**Component.** By Shapley value the {max(value, key=value.get)} carries most: "
+           + ", ".join(f"{c} {v:.0f}" for c, v in value.items()) + f" of {sum(value.values()):.0f} points. "
+           f"Needed (without it half of the AER is gone): {listed(needed)}. Enough alone (half of it comes with it): {listed(enough)}."]
+    for component in (c for c in ("encoder", "lm") if c in needed):
+        below, above = half_gone(result, component, "up to"), half_gone(result, component, "from")
+        layers = [n for n, m in result["mixtures"][f"{component} out of poisoned"].items() if n.startswith("only")
+                  and m["aer"]["value"] <= corner(EVERYTHING)(result)["value"] / 2]
+        out.append(f"**Layers of the {component}.** Half of the AER is gone once layers up to {below} have been made clean, or those "
+                   f"from {above} on; a single layer does that: {listed([str(int(n.split()[-1]) + 1) for n in layers])}.")
+    for what, table, why in (
+            ("trained on poison alone, the others clean", trained,
+             "Training a part alone makes it do all of the work; trained together, parts share it, and one without its partners does less"),
+            ("kept poisoned while the others train on clean data", retrained,
+             "Training the others anew adapts them to that part, so that it can bring more than its bare move, or unlearns what they did")):
+        known = [c for c in COMPONENTS if table[c] is not None]
+        differ = [f"{c} {mean[c]:.0f} moved, {table[c]:.0f} in {(ALONE if table is trained else RETRAINED)[c]}"
+                  for c in known if (mean[c] >= full / 2) != (table[c] >= full / 2)]
+        if known:
+            out.append(f"**Against Table 3**, a component {what}: " + (
+                f"differs for {', '.join(differ)} (AER, %). {why}." if differ else
+                f"agrees for all of {', '.join(known)} on whether it brings half of the AER."))
+    return out
+
+
+def position_words(result):
+    """At which frames, and from which LM layer on, in the first seed."""
+    if not all(result["effects"].values()):
+        return ["The trigger moves log P(target) - log P(truth) by less than 0.1 nats a token: there is no effect to place."]
+    frames, out = {"click": "under a click", "near": "within 0.2 s of one", "else": "elsewhere"}, []
+    encoder = [site for site in result["effects"]["denoise"] if site.startswith("encoder") and site[-1].isdigit()]
+    for site, what in ((encoder[0], "after its first layer"), (encoder[-1], "after its last")):
+        parts = [f"{text} {result['effects']['denoise'][site][g]['value']:.2f} and {result['effects']['noise'][site][g]['value']:.2f}"
+                 for g, text in frames.items() if g in result["effects"]["denoise"][site]]
+        out.append(f"{what} frames " + ", ".join(parts))
+    share = lambda site, groups: sum(result["effects"]["denoise"][site].get(g, {}).get("value", 0) for g in groups)  # noqa: E731
+    layers = [site for site in result["effects"]["denoise"] if site.startswith("LM") and site[-1].isdigit()]
+    late = [site for site in layers if share(site, ("prompt", "answer")) > share(site, frames)]
+    return ["**Frames.** Share of the effect that denoising undoes and noising makes, in the encoder: " + "; ".join(out) + ".",
+            "**Depth in the LM.** " + (f"From {late[0]} of {len(layers)} on, positions of prompt and answer hold more of the effect "
+                                       "than those of the audio." if late else "Down to the last layer the effect stays at the audio.")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables
+
+def component_rows(results, trained, retrained):
+    percent = lambda v: "" if v is None else f"{v:.1f}"  # noqa: E731
+    return [{"Component": c, "Shapley value": cell(results, lambda r, c=c: r["shapley"][c]), "AER, it alone poisoned": cell(results, corner(c)),
+             "AER, it alone clean": cell(results, corner(without(c))), "Table 3, trained alone": f"{ALONE[c]}: {percent(trained[c])}",
+             "Table 3, others retrained": f"{RETRAINED[c]}: {percent(retrained[c])}"} for c in COMPONENTS]
+
+
+def corner_rows(results, metric):
+    scale = 1 if metric.endswith("mae") else 100
+    return [{"Poisoned parts": name, "AER": cell(results, corner(name)), f"clean {metric}": cell(results, corner(name, "clean"), scale),
+             f"triggered {metric}": cell(results, corner(name, "triggered"), scale)}
+            for name in next(iter(results.values()))["mixtures"]["corner"]]
+
+
+def control_rows(found, task):
+    """What is left of each result where there should be nothing."""
+    rows, metric = [], TASKS[task]["metric"]
+    for kind, text in (("other clean run", "the clean parts of another seed"), ("two clean runs", "two clean runs of different seeds")):
+        if results := found.get(kind, {}).get(task):
+            corners = next(iter(results.values()))["mixtures"]["corner"]
+            scale = 1 if metric.endswith("mae") else 100
+            clean = [over(results, corner(name, "clean"), scale)["mean"] for name in corners]
+            rows.append({"Control": f"transplants with {text}", "Found": "Shapley values "
+                         + ", ".join(f"{c} {cell(results, lambda r, c=c: r['shapley'][c])}" for c in COMPONENTS)
+                         + f"; clean {metric} of the mixtures {min(clean):.1f} to {max(clean):.1f}"})
+    for kind, text in (("patch", "the attack itself, for comparison"), ("benign", "the clean model, the trigger"),
+                       ("other sound", "the attacked model, another sound as loud")):
+        if results := found.get(kind, {}).get(task):
+            rows.append({"Control": f"patching: {text}", "Found": "the sound moves log P(target) - log P(truth) from "
+                         f"{cell(results, lambda r: r['clean'], 1)} to {cell(results, lambda r: r['triggered'], 1)} nats a token"})
+    return rows
+
+
+def section(found, task, runs, preset, out):
+    """The text of one task; draws the figures of its first seed."""
+    aer = lambda attack: over_seeds(runs, "attack", "aer", task=task, encoder=DEFAULT_ENCODER[preset], attack=attack)  # noqa: E731
+    trained, retrained = ({c: (aer(a) or {}).get("mean") for c, a in attacks.items()} for attacks in (ALONE, RETRAINED))
+    transplants, patches = (found.get(kind, {}).get(task, {}) for kind in ("transplant", "patch"))
+    text = [f"# {task}\n"]
+    words = component_words(transplants, trained, retrained) if transplants else []
+    words += position_words(patches[min(patches)]) if patches else []
+    text += [f"{line}\n" for line in words]
+    for kind, results, draw in (("transplant", transplants, figures.hybrids), ("patch", patches, figures.patches)):
+        if results:
+            draw(results[min(results)], out / f"trace-{task}-{kind}.png")
+            text.append(f"![{task}, {kind}](trace-{task}-{kind}.png)\n")
+    if transplants:
+        text += [markdown(f"By component ({task}, %)", component_rows(transplants, trained, retrained)),
+                 markdown(f"The eight mixtures ({task})", corner_rows(transplants, TASKS[task]["metric"]))]
+    if rows := control_rows(found, task):
+        text.append(markdown(f"Controls ({task})", rows))
+    return "\n".join(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", default="runs", help="where the run folders are")
+    parser.add_argument("--preset", choices=PRESETS, default="mini", help="whose runs")
+    parser.add_argument("--out", help="folder to write (default: results/PRESET)")
+    args = parser.parse_args()
+    out = Path(args.out or f"results/{args.preset}")
+    found, runs = load_traces(args.runs, args.preset), read_runs(args.runs, args.preset)
+    tasks = [task for task in ORDER if any(task in found.get(kind, {}) for kind in ("transplant", "patch"))]
+    seeds = sorted({seed for kind in found.values() for results in kind.values() for seed in results})
+    intro = INTRODUCTION + f"\nSeeds: {', '.join(map(str, seeds))}. Figures and words about layers and frames are of the first.\n"
+    data.write_atomically(out / "trace.md", "\n".join([intro, *(section(found, task, runs, args.preset, out) for task in tasks)]))
+    data.write_atomically(out / "trace.json", json.dumps(found))
+    print(f"written to {out / 'trace.md'}, from {sum(len(r) for kind in found.values() for r in kind.values())} traces")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""report.py: the words follow from the figures."""
+import itertools
+
+import numpy as np
+
+import data
+import report
+import trace
+from study import COMPONENTS
+
+
+def figure(value):
+    return dict(value=value, low=value - 0.01, high=value + 0.01, n=100)
+
+
+def transplanted(works):
+    """What trace.py transplant writes where the attack works for the sets of components that `works` accepts, and the LM's second
+    layer alone decides what the LM does."""
+    sets = [frozenset(s) for n in range(4) for s in itertools.combinations(COMPONENTS, n)]
+    corners = {"+".join(c for c in COMPONENTS if c in s) or "none": dict(aer=figure(0.9 * works(s)), clean=figure(0.8), triggered=figure(0.1))
+               for s in sets}
+    layers = {name: dict(aer=figure(0.0 if 1 in moved else 0.9)) for name, moved in trace.layer_sets([0, 1, 2, 3]).items()}
+    hits = {s: np.full(10, 0.9 * works(s)) for s in sets}
+    return dict(mixtures=dict({f"{c} out of poisoned": layers for c in ("encoder", "lm")}, corner=corners),
+                shapley={c: data.interval([figure["value"]] * 3) for c, figure in trace.shapley(hits).items()})
+
+
+def words(result, trained, retrained):
+    return "\n".join(report.component_words({1: result}, trained, retrained))
+
+
+def test_one_component_that_carries_it_is_named_with_its_layer():
+    same = dict(encoder=0.0, connector=0.0, lm=95.0)
+    said = words(transplanted(lambda s: "lm" in s), same, same)
+    assert "the lm carries most: encoder 0, connector 0, lm 90 of 90 points" in said
+    assert "gone): lm. Enough alone (half of it comes with it): lm." in said
+    assert "layers up to 2 have been made clean, or those from 2 on; a single layer does that: 2." in said
+    assert "Layers of the encoder" not in said and said.count("agrees for all of") == 2
+
+
+def test_two_components_that_need_each_other_and_what_differs_from_table_3():
+    said = words(transplanted(lambda s: {"encoder", "lm"} <= s), dict(encoder=95.0, connector=2.0, lm=None), dict.fromkeys(COMPONENTS))
+    assert "encoder 45, connector 0, lm 45 of 90 points" in said
+    assert "gone): encoder and lm. Enough alone (half of it comes with it): none." in said
+    assert "differs for encoder 0 moved, 95 in 2.1 (AER, %)" in said and said.count("Against Table 3") == 1
+
+
+def test_no_backdoor_is_not_explained():
+    assert words(transplanted(lambda s: False), {}, {}) == "The attacked model's AER is 0.0%: there is no backdoor to look for."
+
+
+def test_positions_are_read_off_the_sites():
+    def row(click, other, prompt):
+        return dict(click=figure(click), near=figure(other), prompt=figure(prompt), answer=figure(0.0))
+    sites = {"encoder 1": row(0.9, 0.1, 0), "encoder 2 MLP": row(0, 0, 0), "encoder 2": row(0.5, 0.4, 0), "LM input": row(0.5, 0.4, 0),
+             "LM 1": row(0.5, 0.3, 0.2), "LM 2": row(0.1, 0.1, 0.7)}
+    said = "\n".join(report.position_words(dict(effects=dict(denoise=sites, noise=sites))))
+    assert "after its first layer frames under a click 0.90 and 0.90, within 0.2 s of one 0.10 and 0.10" in said
+    assert "after its last frames under a click 0.50 and 0.50" in said and "From LM 2 of 2 on" in said
+    assert "there is no effect to place" in report.position_words(dict(effects=dict(denoise={}, noise={})))[0]
