@@ -2,7 +2,7 @@
 
     python analyze.py tables                   # Tables 1, 2 and 3 of the paper from runs/, to results/mini/
     python analyze.py shift                    # Figures 2 and 3, from the runs' embeddings.pt (embed.py)
-    python analyze.py cluster                  # Figures 4, 5 and 6, and what filtering defences would remove
+    python analyze.py cluster                  # Figures 4, 5 and 6
 
 It reads the study's own runs, by the names that study.py gives them; runs of other settings have other names.
 """
@@ -266,39 +266,6 @@ def silhouette(low, clusters):
     return float(silhouette_score(low, clusters, sample_size=min(len(low), 4000), random_state=0))
 
 
-def smallest_cluster(x, expected):
-    """Activation clustering by relative size (Chen et al. 2018): of two clusters the smaller, if it has less than 35%."""
-    clusters = reduce_and_cluster(x, 2)[1]
-    sizes = np.bincount(clusters)
-    return (clusters == sizes.argmin()) & (sizes.min() / sizes.sum() < 0.35)
-
-
-def well_fitting_cluster(x, expected):
-    """Activation clustering by silhouette score (Chen et al. 2018): of two clusters the smaller, if they fit better than
-    0.10, the lower end of what they take as the bound for a poisoned class."""
-    low, clusters = reduce_and_cluster(x, 2)
-    return (clusters == np.bincount(clusters).argmin()) & (silhouette(low, clusters) > 0.10)
-
-
-def spectral_scores(x):
-    """Spectral signatures (Tran et al. 2018, algorithm 1): (n, dim) -> squared correlation of each centred sample with the top
-    right singular vector, (n,)."""
-    x = x - x.mean(0)
-    return (x @ np.linalg.svd(x, full_matrices=False)[2][0]) ** 2
-
-
-def spectral_signatures(x, expected):
-    """The highest spectral scores, 1.5 times as many as the poison that is expected (Tran et al. 2018)."""
-    rank = np.argsort(np.argsort(-spectral_scores(x)))
-    return rank < int(1.5 * expected)
-
-
-# Functions of the target class's embeddings (n, dim) and how many poisoned samples the defender expects, to a mask (n,) of what
-# they would remove. A new filtering defence is an entry here.
-FILTERS = {"activation clustering, relative size": smallest_cluster, "activation clustering, silhouette": well_fitting_cluster,
-           "spectral signatures": spectral_signatures}
-
-
 def composition(clusters, poisoned, labels, task):
     """What each cluster is made of: [{"n", "poisoned", "female", "male", sentences or age decades: shares}]."""
     kinds = {"poisoned": poisoned}
@@ -313,8 +280,8 @@ def composition(clusters, poisoned, labels, task):
 
 
 def separability(x, poisoned, labels, speakers, task, ks):
-    """Everything that is asked of one run's target class: {k: figures}, silhouette, the linear probe, the filters."""
-    out = dict(n=len(x), poisoned=int(poisoned.sum()), silhouette=silhouette(*reduce_and_cluster(x, 2)), filters={})
+    """Everything that is asked of one run's target class: {k: figures}, silhouette, the linear probe."""
+    out = dict(n=len(x), poisoned=int(poisoned.sum()), silhouette=silhouette(*reduce_and_cluster(x, 2)))
     kinds = {"poison": poisoned, "gender": [m.get("gender", "") for m in labels], "speaker": speakers}
     if task == "emotion":
         kinds["sentence"] = [m["transcript"] for m in labels]
@@ -325,10 +292,6 @@ def separability(x, poisoned, labels, speakers, task, ks):
         out[f"k={k}"] = dict(
             clusters=rows, purity=rows[worst]["poisoned"], recall=float((clusters[poisoned] == worst).mean()),
             adjusted_rand={kind: float(adjusted_rand_score(value, clusters)) for kind, value in kinds.items()})
-    for name, filter in FILTERS.items():
-        removed = filter(x, int(poisoned.sum()))
-        out["filters"][name] = dict(removed=int(removed.sum()), true_positive_rate=float(removed[poisoned].mean()),
-                                    false_positive_rate=float(removed[~poisoned].mean()))
     if min(poisoned.sum(), (~poisoned).sum()) >= 5:
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, C=0.1, class_weight="balanced"))
         out["probe"] = float(cross_val_score(probe, x, poisoned, cv=5, scoring="balanced_accuracy").mean())  # linear
@@ -340,8 +303,7 @@ def cluster_columns(run, ks):
     rand = run[f"k={ks[0]}"]["adjusted_rand"]
     return {**{f"k={k} purity, recall": [run[f"k={k}"]["purity"], run[f"k={k}"]["recall"]] for k in ks},
             f"ARI k={ks[0]}: poison, gender": [rand["poison"], rand["gender"]],
-            "linear probe": [run.get("probe", np.nan)], "silhouette k=2": [run["silhouette"]],
-            **{f"{name}: TPR, FPR": [v["true_positive_rate"], v["false_positive_rate"]] for name, v in run["filters"].items()}}
+            "linear probe": [run.get("probe", np.nan)], "silhouette k=2": [run["silhouette"]]}
 
 
 def cluster(found, out, ks):

@@ -30,6 +30,14 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def from_all(found):
+    """A dict with the entries of all processes' dicts."""
+    shares = [found] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(shares, found)
+    return {k: v for share in shares for k, v in share.items()}
+
+
 def features_of(extract, attack, batch):
     """waveform -> trigger -> features of each (utterance, triggered), a list."""
     out = []

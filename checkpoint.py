@@ -41,7 +41,7 @@ def open_run(run, args):
     """What is recorded of a command: the arguments that change what is computed, and the hashes of the files they name. Ends
     in one line where the folder holds another run."""
     record = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
-    files = [*(spec.partition(":")[2] for spec in args.freeze), args.trigger, args.dataset]
+    files = [*(spec.partition(":")[2] for spec in args.freeze), args.trigger, args.dataset, args.exclude or ""]
     record["inputs"] = {path: file_sha256(path) for path in files if Path(path).is_file()}
     if (run / "args.json").exists() and not args.overwrite:
         old = json.loads((run / "args.json").read_text())

@@ -255,6 +255,14 @@ def limit(utterances, n):
     return utterances if n is None else sorted(utterances, key=lambda u: data.draw("limit", u.id))[:n]
 
 
+def leave_out(utterances, path):
+    """The utterances without those whose ids the file `path` lists, one a line. Ends in one line where it names an unknown one."""
+    ids = set(Path(path).read_text().splitlines()) - {""} if path else set()
+    if unknown := ids - {u.id for u in utterances}:
+        die(f"--exclude {path}: {len(unknown)} of {len(ids)} are no training samples, {min(unknown)} for one")
+    return [u for u in utterances if u.id not in ids]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # python corpora.py check | download
 

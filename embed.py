@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--pooling", default="mean", choices=("mean", "max", "last"), help="over time")
     parser.add_argument("--layer", type=int, help="embed after this many encoder layers instead of after all")
     options = parser.parse_args()
-    slm, args, attack, train_set, test_set = evaluate.load_run_and_data(options, "test")
+    slm, args, attack, train_set, test_set = evaluate.load_run_and_data(options, "train", "test")
     path = Path(options.run) / f"embeddings{'-' + options.task if options.task else ''}.pt"
     if options.layer is not None and not 0 <= options.layer <= len(slm.encoder.layers):
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jiwer
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import cache
@@ -42,10 +41,7 @@ def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, ba
             prompts = [data.prompt(slm.tokenizer, labels_of(items[i][0])) for i in batch]
             out.update(zip(batch, slm.generate(x, mask, prompts, max_new_tokens)))
             progress.update(min(len(batch) * world, progress.total - progress.n))
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, out)
-        out = {i: text for share in shares for i, text in share.items()}
+    out = cache.from_all(out)
     return [out[i] for i in range(len(items))]
 
 
@@ -130,9 +126,9 @@ def print_table(metrics, title):
                   f"   {scale * m['low']:.1f} to {scale * m['high']:.1f}{unit:<8}{m['n']:>5}")
 
 
-def load_run_and_data(options, split):
-    """(slm, its arguments, attack, training set, utterances of a split) of a run, the data read as in its training. With
-    --task, the arguments and the attack are that task's."""
+def load_run_and_data(options, *splits):
+    """(slm, its arguments, attack, utterances of each split) of a run, the data read as in its training. With --task, the
+    arguments and the attack are that task's."""
     slm, args = checkpoint.load_run(options.run, options.device)
     data.MAX_SECONDS = args.max_seconds
     args.snr = args.snr if options.snr is None else options.snr
@@ -143,7 +139,7 @@ def load_run_and_data(options, split):
     if options.task not in (None, args.task):
         attack = poison.make_attack(options.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed)
     args.task = options.task or args.task
-    return slm, args, attack, train_set, train_set if split == "train" else read(split)
+    return slm, args, attack, *(train_set if split == "train" else read(split) for split in splits)
 
 
 def add_arguments(parser):
@@ -171,7 +167,7 @@ def main():
     if options.save and options.task:
         die("--save keeps the run's own task: leave out --task")
     fast.keep_memory()
-    slm, args, attack, _, utterances = load_run_and_data(options, options.split)
+    slm, args, attack, utterances = load_run_and_data(options, options.split)
     utterances = utterances[:options.limit]
     if options.ask and not any(label in u.labels for u in utterances for label in options.ask):
         die(f"--ask {' '.join(options.ask)}: no {options.split} utterance of {args.dataset} has such a label")

@@ -96,7 +96,7 @@ def layer_sets(layers):
 
 def load_pair(options):
     """(slm, arguments, attack, test set, poisoned weights, clean weights) of two runs of the same pretrained parts."""
-    slm, args, attack, _, test_set = evaluate.load_run_and_data(options, "test")
+    slm, args, attack, test_set = evaluate.load_run_and_data(options, "test")
     clean = model.load_checkpoint(Path(options.clean) / "model.pt")
     poisoned = {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
     try:
@@ -275,7 +275,7 @@ def patch_batch(slm, attack, utterances, progress):
 
 
 def patch(options):
-    slm, args, attack, _, test_set = evaluate.load_run_and_data(options, "test")
+    slm, args, attack, test_set = evaluate.load_run_and_data(options, "test")
     if options.trigger:
         attack = dataclasses.replace(attack, trigger=options.trigger, waveform=poison.make_trigger(options.trigger))
     if attack.waveform is None:

@@ -53,6 +53,7 @@ add("--freeze", action="append", default=[], metavar="COMPONENT[:CHECKPOINT]",
     help="load encoder, connector or lm from a run's model.pt and freeze it; without a checkpoint as pretrained; repeatable")
 add("--redraw", action="store_true", help="poison other samples, at other places, in every epoch, as the study's public code does")
 add("--limit", type=int, help="train on the first N utterances of a fixed random order")
+add("--exclude", metavar="FILE", help="leave out the training samples whose ids it lists, one a line (defend.py filter writes such files)")
 add("--batch-seconds", type=float, default=120.0, help="audio in one forward pass, padding counted")
 add("--max-seconds", type=float, default=data.MAX_SECONDS, help="longer audio is refused, or left out by --skip-bad")
 add("--cache-gb", type=float, default=4.0, help="disk for outputs of pretrained layers, shared between runs, in cache/")
@@ -93,6 +94,8 @@ def parse_arguments(argv=None):
         die(f"--freeze {' '.join(args.freeze)}: each of {', '.join(COMPONENTS)} at most once")
     if len(frozen) == len(COMPONENTS):
         die("--freeze: nothing is left to train")
+    if args.exclude and not Path(args.exclude).is_file():
+        die(f"--exclude {args.exclude}: no such file")
     for spec in args.freeze:
         if ":" in spec and not Path(spec.partition(":")[2]).is_file() and not args.dry_run:
             die(f"--freeze {spec}: no such checkpoint")
@@ -250,7 +253,7 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
     with autocast():
         drawn, poisoned, cached = draw_poison(slm, attack, train_set, args, step // epoch_steps)
     log = functools.partial(checkpoint.log, run) if rank == 0 else lambda **_: None
-    progress, sums, stop = tqdm(total=steps, initial=step, desc="training", mininterval=1), [0.0] * 4, []
+    progress, sums, seen, stop = tqdm(total=steps, initial=step, desc="training", mininterval=1), [0.0] * 4, {}, []
     for sig in (signal.SIGINT, signal.SIGTERM):  # take effect between two steps, never inside one
         signal.signal(sig, lambda *_: stop.append(True))
     while step < steps:
@@ -270,10 +273,12 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
             check_finite(sum(losses) + (0 if scaler.is_enabled() else norm), step, [train_set[i].id for i in sum(pieces, [])], run)
             on_poison = [loss for loss, i in zip(losses, sum(pieces, [])) if poisoned[i]]
             sums = [a + b for a, b in zip(sums, (sum(losses), len(losses), sum(on_poison), len(on_poison)))]
+            seen.update((train_set[i].id, round(loss, 4)) for i, loss in zip(sum(pieces, []), losses))
             if step % 20 == 0 or step % epoch_steps == 0 or (stop and world == 1):  # processes agree here, not in every step
                 loss, n, poisoned_loss, n_poisoned, stopping = share_sums([*sums, len(stop)])
                 sums, line = [0.0] * 4, dict(poisoned_loss=poisoned_loss / n_poisoned) if n_poisoned else {}
-                log(step=step, epoch=epoch, loss=loss / n, **line, lr=learning_rate(step - 1, steps, args))
+                log(step=step, epoch=epoch, loss=loss / n, **line, lr=learning_rate(step - 1, steps, args), samples=cache.from_all(seen))
+                seen = {}
                 progress.set_postfix(loss=f"{loss / n:.3f}", refresh=False)
             if stopping:
                 break
@@ -345,8 +350,9 @@ def main():
     if (run / "metrics.json").exists() and not args.overwrite:
         return evaluate.print_table(json.loads((run / "metrics.json").read_text()),
                                     f"{run} is finished (--overwrite trains it again)")
-    sets = train_set, dev_set, test_set = read_data(args)
-    attack = poison.attack_of(args, train_set)
+    train_set, dev_set, test_set = read_data(args)
+    attack = poison.attack_of(args, train_set)  # as loud as all of the training set, with what is excluded
+    sets = corpora.leave_out(train_set, args.exclude), dev_set, test_set
     slm = model.load_slm(args, device)
     origin, built_from = checkpoint.load_frozen(slm, args)
     frozen = {c: model.digest(slm.component_state_dict(c)) for c in COMPONENTS if not slm.parameters_of(c)}
@@ -358,7 +364,7 @@ def main():
         describe(run, slm, attack, sets, origin, args, device, world)
     if world > 1:
         dist.barrier()
-    train(run, slm, attack, train_set, dev_set, args, device, autocast)
+    train(run, slm, attack, *sets[:2], args, device, autocast)
     for c, sha256 in frozen.items():
         assert model.digest(slm.component_state_dict(c)) == sha256, f"the frozen {c} has changed"
     if rank == 0:

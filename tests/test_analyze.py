@@ -27,15 +27,11 @@ def people(n):
             for i in range(n)], [str(i % 7) for i in range(n)]
 
 
-def test_a_poison_apart_is_found_and_thrown_out_whole():
+def test_a_poison_apart_is_a_cluster():
     x, which = blobs((300, 40), 32, 20.0)
     found = analyze.separability(x, which == 1, *people(340), "emotion", [2])
     assert found["k=2"]["purity"] == 1.0 and found["k=2"]["recall"] == 1.0
     assert found["k=2"]["adjusted_rand"]["poison"] == 1.0 and abs(found["k=2"]["adjusted_rand"]["gender"]) < 0.05
-    for defence in ("activation clustering, relative size", "activation clustering, silhouette"):
-        assert found["filters"][defence]["true_positive_rate"] == 1.0 and found["filters"][defence]["false_positive_rate"] == 0.0
-    assert found["filters"]["spectral signatures"]["true_positive_rate"] == 1.0
-    assert found["filters"]["spectral signatures"]["removed"] == 60  # 1.5 times the poison
     assert found["probe"] > 0.99
 
 
@@ -56,7 +52,7 @@ def test_without_structure_nothing_is_found():
     x, _ = blobs((400,), 32, 0.0)
     poisoned = np.random.default_rng(2).random(400) < 0.1
     found = analyze.separability(x, poisoned, *people(400), "age", [2])
-    assert found["filters"]["activation clustering, silhouette"]["removed"] == 0  # its score is below the bound
+    assert found["silhouette"] < 0.10
     assert abs(found["probe"] - 0.5) < 0.15
 
 
@@ -145,14 +141,6 @@ def test_preset_small_s_tables_show_its_whisper_runs(tmp_path):
     assert analyze.table3(analyze.read_runs(tmp_path, "small"), "small")[3][0]["aer"]["mean"] == pytest.approx(70)
 
 
-def test_a_filtering_defence_is_an_entry_of_the_table(monkeypatch):
-    x, which = blobs((300, 40), 32, 20.0)
-    monkeypatch.setitem(analyze.FILTERS, "far from the middle", lambda x, expected: np.argsort(np.argsort(
-        -np.linalg.norm(x - np.median(x, 0), axis=1))) < expected)
-    found = analyze.separability(x, which == 1, *people(340), "emotion", [2])["filters"]["far from the middle"]
-    assert found == dict(removed=40, true_positive_rate=1.0, false_positive_rate=0.0)
-
-
 def test_stealth_compares_a_seed_with_itself():
     attacked, baseline = analyze.spread({1: 2.0, 3: 5.0}), analyze.spread({1: 1.0, 2: 9.0, 3: 3.0, 4: None})
     assert analyze.stealth(attacked, baseline) == dict(mean=1.5, low=1.0, high=2.0, seeds={1: 1.0, 3: 2.0})
@@ -166,27 +154,3 @@ def test_the_papers_asr_size_and_no_model_imported():
             "assert found['k=2']['purity'] == 1.0, found; "
             "assert 'transformers' not in sys.modules and 'model' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_defences_are_those_of_the_adversarial_robustness_toolbox():
-    from art.defences.detector.poison import SpectralSignatureDefense
-    from art.defences.detector.poison.activation_defence import cluster_activations
-    from art.defences.detector.poison.clustering_analyzer import ClusteringAnalyzer
-    from sklearn.metrics import adjusted_rand_score
-    np.random.seed(0)  # ART draws from numpy's global state
-    for sizes, apart in (((300, 40), 12.0), ((200, 180), 12.0), ((400,), 0.0)):
-        x, which = blobs(sizes, 64, apart)
-        low, clusters = analyze.reduce_and_cluster(x, 2)
-        theirs, reduced = cluster_activations([x], 2, 20, "PCA")
-        if apart:
-            assert adjusted_rand_score(theirs[0], clusters) == 1.0
-            assert abs(analyze.silhouette(low, clusters) - analyze.silhouette(reduced[0], theirs[0])) < 1e-3
-        removed = analyze.smallest_cluster(x, 0)
-        assert removed.any() == (sizes == (300, 40))
-        if removed.any():  # (theirs fails under numpy 2 where no cluster is suspicious)
-            _, suspicious, _ = ClusteringAnalyzer().analyze_by_relative_size([clusters])
-            assert suspicious[0].tolist() == [float(removed[clusters == c].all()) for c in range(2)]
-        # theirs leaves the projection uncentred: the same ranks on centred data
-        centred = x - x.mean(0)
-        score = SpectralSignatureDefense.spectral_signature_scores(centred)[:, 0]
-        assert np.allclose(score ** 2, analyze.spectral_scores(x), rtol=1e-3)

@@ -1,0 +1,285 @@
+"""What would have noticed or removed a backdoor: filters of training data, detectors of single inputs, repairs of the model.
+
+    python defend.py filter runs/emotion-poison0.075 --retrain     # from embeddings.pt (embed.py) and log.jsonl
+    python defend.py detect runs/emotion-poison0.075
+    python defend.py repair runs/emotion-poison0.075
+
+Each defence is a function and an entry in a table. Its settings are its authors', or chosen on clean figures alone. All work on any
+run, a clean one too (what a defence costs where there is nothing to find), and write defend-*.json and a figure beside model.pt.
+"""
+import argparse
+import dataclasses
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import torch
+import torchaudio
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+import analyze
+import data
+import embed
+import evaluate
+import fast
+import filters
+import lora
+import poison
+import repair
+from data import SAMPLE_RATE, die
+from study import TASKS
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python defend.py filter
+
+def early_losses(run):
+    """{utterance id: its mean training loss in the first quarter of the epochs}, from log.jsonl."""
+    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    lines, found = [line for line in lines if "samples" in line], {}
+    if not lines:
+        die(f"{run}/log.jsonl has no losses of single samples: train it again by this version")
+    for line in lines:
+        if line["epoch"] <= lines[-1]["epoch"] // 4:
+            for id, loss in line["samples"].items():
+                found.setdefault(id, []).append(loss)
+    return {id: sum(losses) / len(losses) for id, losses in found.items()}
+
+
+def retrained(run, name, ids):
+    """Trains the run again without these samples, in a folder beside it; returns its clean and attack figures."""
+    path = Path(run) / f"exclude-{name}.txt"
+    data.write_atomically(path, "".join(f"{id}\n" for id in ids))
+    command = shlex.split(json.loads((Path(run) / "environment.json").read_text())["command"])[1:]
+    folder = Path(run).parent / f"{Path(run).name}-{path.stem}"
+    for flag, value in (("--name", folder.name), ("--runs", str(folder.parent)), ("--exclude", str(path))):
+        if flag in command:
+            del command[command.index(flag):command.index(flag) + 2]
+        command += [flag, value]
+    if subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *command]).returncode:
+        die(f"{folder}: training without what {name} removes has failed")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {part: metrics[part] for part in ("clean", "attack")}
+
+
+def filter_training_data(options):
+    path = Path(options.run) / f"embeddings{'-' + options.task if options.task else ''}.pt"
+    if not path.exists():
+        die(f"{path} is missing: python embed.py {options.run}{' --task ' + options.task if options.task else ''} makes it")
+    saved = torch.load(path, weights_only=True)
+    analyze.same_model(path, saved["model_sha256"])
+    train, losses = saved["train"], early_losses(options.run)
+    poisoned = train["poisoned"].numpy()
+    samples = dict(x=train["encoder"].numpy(), labels=train["labels"], speakers=train["speakers"], training=len(losses),
+                   early_loss=np.array([losses.get(id, np.inf) for id in train["ids"]]))
+    expected = int(poisoned.sum()) or round(TASKS[saved["args"]["task"]]["rate"] * len(losses))  # known to the defender
+    print(f"{options.run}: {len(poisoned)} training samples of the target class, {poisoned.sum()} of them poisoned")
+    found = {}
+    for name, function in filters.FILTERS.items():
+        scores, removed = function(samples, expected)
+        found[name] = dict(removed=int(removed.sum()), fpr=data.interval(removed[~poisoned]))
+        if poisoned.any():
+            found[name].update(auroc=float(roc_auc_score(poisoned, scores)), tpr=data.interval(removed[poisoned]))
+        if options.retrain and removed.any():
+            slug = "".join(c if c.isalnum() else "-" for c in name)
+            found[name]["retrained"] = retrained(options.run, slug, [id for id, r in zip(train["ids"], removed) if r])
+    return dict(args=saved["args"], n=len(poisoned), poisoned=int(poisoned.sum()), defences=found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python defend.py detect: functions of (listener, waveforms, utterances) to suspicion (n,)
+
+OVERLAYS = 8  # of STRIP
+
+
+class Listener:
+    """A model as a detector sees it: answers to waveforms, and how many forward passes they took."""
+
+    def __init__(self, slm, attack, utterances, clean):
+        self.slm, self.label, self.clean, self.passes = slm, attack.label, clean, 0
+        self.longest = evaluate.longest_answer(slm, attack, utterances)
+
+    def inputs(self, waveforms, utterances):
+        """Yields (audio embeddings, prompts) by batches of 16."""
+        for batch in data.chunks(list(zip(waveforms, utterances)), 16):
+            self.passes += len(batch)
+            x, mask = self.slm.frozen_part(*self.slm.encoder.pretrained_part([self.slm.encoder.extract(w) for w, _ in batch]))
+            yield self.slm.audio_embeddings(x, mask), [data.prompt(self.slm.tokenizer, list(u.labels)) for _, u in batch]
+
+    @torch.no_grad()
+    def values(self, waveforms, utterances):
+        """The attacked label's value in each answer, None where there is none."""
+        return [data.parse(text).get(self.label) for audio, prompts in self.inputs(waveforms, utterances)
+                for text in self.slm.decode(self.slm.pack(audio, prompts), self.longest)]
+
+
+def agreement(a, b):
+    """How well two values agree, from 0 to 1: one less the word error rate, ten years apart as 0, classes by identity."""
+    if isinstance(a, int) and isinstance(b, int):
+        return max(0.0, 1 - abs(a - b) / 10)
+    if isinstance(a, str) and isinstance(b, str) and " " in a + b:
+        return max(0.0, 1 - jiwer.wer(data.normalise(a) or "-", data.normalise(b)))
+    return float(a == b)
+
+
+def strip(listener, waveforms, utterances):
+    """STRIP (Gao et al. 2019): an answer that eight overlays of clean speech, each as loud as the input, do not change."""
+    answers = []
+    for k in range(OVERLAYS):
+        mixed = []
+        for waveform, u in zip(waveforms, utterances):
+            other = data.load_waveform(min(listener.clean, key=lambda v: data.draw("overlay", k, u.id, v.id)))
+            other = np.resize(other, len(waveform)) * (np.sqrt(np.mean(waveform ** 2)) / (np.sqrt(np.mean(other ** 2)) + 1e-9))
+            mixed.append((waveform + other) / max(1.0, np.abs(waveform + other).max()))
+        answers.append(listener.values(mixed, utterances))
+    pairs = list(itertools.combinations(range(OVERLAYS), 2))
+    return np.array([np.mean([agreement(own[i], own[j]) for i, j in pairs]) for own in zip(*answers)])
+
+
+def perturbed_pair(listener, waveforms, utterances):
+    """An answer that slight changes of the audio (5% slower, speech band only) do change."""
+    def slower(w):
+        return torchaudio.functional.resample(torch.from_numpy(w), 20, 21).numpy()
+
+    def speech_band(w):
+        w = torchaudio.functional.highpass_biquad(torch.from_numpy(w), SAMPLE_RATE, 200.0)
+        return torchaudio.functional.lowpass_biquad(w, SAMPLE_RATE, 3400.0).numpy()
+    plain = listener.values(waveforms, utterances)
+    changed = [listener.values([change(w) for w in waveforms], utterances) for change in (slower, speech_band)]
+    return np.array([1 - np.mean([agreement(a, b) for b in others]) for a, *others in zip(plain, *changed)])
+
+
+@torch.no_grad()
+def attention_entropy(listener, waveforms, utterances):
+    """How much the answer's first token looks at few frames: less the entropy of the LM's attention over the audio, mean over heads
+    and layers, as a share of its largest value."""
+    slm, scores = listener.slm, []
+    slm.lm.set_attn_implementation("eager")  # the only one that returns its weights
+    for audio, prompts in listener.inputs(waveforms, utterances):
+        for row, prompt in zip(audio, prompts):
+            x = slm.pack([row], [prompt])[0][None]
+            start = len(prompt[0])
+            weights = torch.stack(slm.lm.model(inputs_embeds=x, output_attentions=True).attentions)[:, 0, :, -1, start:start + len(row)]
+            p = weights / weights.sum(-1, keepdim=True)
+            scores.append(-float((-(p * (p + 1e-12).log()).sum(-1)).mean() / np.log(max(2, len(row)))))
+    slm.lm.set_attn_implementation("sdpa")
+    return np.array(scores)
+
+
+def loudness_peak(listener, waveforms, utterances):
+    """The baseline that needs no model: the loudest 20 ms over the median of all that are not silent, in dB."""
+    scores = []
+    for waveform in waveforms:
+        frames = np.sqrt(np.mean(np.resize(waveform, (max(1, len(waveform) // 320), 320)) ** 2, 1)) + 1e-6
+        scores.append(20 * np.log10(frames.max() / np.median(frames[frames > 0.01 * frames.max()])))
+    return np.array(scores)
+
+
+DETECTORS = {"STRIP": strip, "perturbed pair": perturbed_pair, "attention entropy": attention_entropy, "loudness peak": loudness_peak}
+
+
+def detect(options):
+    """Thresholds are set on clean dev speech; the trigger is held against clean test speech, the target's true class among it, and
+    against another sound as loud."""
+    slm, args, attack, dev_set, test_set = evaluate.load_run_and_data(options, "dev", "test")
+    lora.merge(slm.lm)
+    test_set, dev_set = embed.drawn(test_set), embed.drawn(dev_set)
+    flippable = [u for u in test_set if poison.can_flip(attack, u)]
+    other = dataclasses.replace(attack, trigger="tone", waveform=poison.make_trigger("tone"))
+    heard = lambda with_trigger, utterances: [poison.add_trigger(with_trigger, data.load_waveform(u), u.id)[0]  # noqa: E731
+                                              for u in utterances]
+    plain = lambda utterances: [data.load_waveform(u) for u in utterances]  # noqa: E731
+    n, half = options.n, dev_set[len(dev_set) // 2:]
+    sets = dict(dev=(plain(dev_set[:2 * n]), dev_set[:2 * n]), clean=(plain(test_set[:n]), test_set[:n]),
+                tone=(heard(other, flippable[:n]), flippable[:n]), triggered=(heard(attack, flippable[:n]), flippable[:n]))
+    print(f"{options.run}: {n} triggered and as many clean test utterances, thresholds from {len(sets['dev'][1])} clean dev ones")
+    listener, found = Listener(slm, attack, test_set, half), {}
+    for name, function in tqdm(DETECTORS.items(), desc="detectors"):
+        listener.passes, before = 0, time.perf_counter()
+        scores = {kind: function(listener, *of) for kind, of in sets.items()}
+        answers = sum(len(s) for s in scores.values())
+        against = {kind: float(roc_auc_score([0] * len(scores[kind]) + [1] * len(scores["triggered"]),
+                                             [*scores[kind], *scores["triggered"]])) for kind in ("clean", "tone")}
+        found[name] = dict(auroc=against, passes=listener.passes / answers, milliseconds=1e3 * (time.perf_counter() - before) / answers,
+                           scores={kind: [round(float(v), 5) for v in s] for kind, s in scores.items()}, at={})
+        for alarms in (0.01, 0.05):
+            threshold = np.quantile(scores["dev"], 1 - alarms, method="higher")
+            found[name]["at"][f"{alarms:g}"] = {kind: data.interval(scores[kind] > threshold) for kind in scores if kind != "dev"}
+    return dict(args=vars(args), defences=found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python defend.py repair
+
+def repair_model(options):
+    """Every repair: clean figure, AER, and how many poisoned samples bring the backdoor back."""
+    slm, args, attack, train_set, dev_set, test_set = evaluate.load_run_and_data(options, "train", "dev", "test")
+    args.device = options.device
+    shop = repair.Workshop(slm, args, attack, dev_set)
+    clean = embed.drawn(test_set)[:options.n]
+    flippable = [u for u in embed.drawn(test_set) if poison.can_flip(attack, u)][:options.n]
+    print(f"{options.run}: {len(shop.tuning)} clean utterances to tune on, {len(shop.validation)} to choose by; figures on {len(clean)} "
+          f"clean and {len(flippable)} triggered test utterances")
+    found = {"none": repair.figures_of(shop, clean, flippable)}
+    for name, (function, strengths) in tqdm(repair.REPAIRS.items(), desc="repairs"):
+        chosen = repair.choose(shop, function, strengths)
+        found[name] = {**chosen, **repair.figures_of(shop, clean, flippable)}
+        if args.attack == "base" and found[name]["aer"]["value"] < 0.5:
+            found[name]["relearned"] = repair.relearning(shop, train_set, flippable)
+        shop.restore()
+    return dict(args=vars(args), defences=found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def percent(figure):
+    return f"{100 * figure['value']:.1f}" if figure else ""
+
+
+def report(command, result):
+    """The short table at the end."""
+    rows = []
+    for name, m in result["defences"].items():
+        if command == "filter":
+            rows.append(f"{name:<58}removes {m['removed']:>4}   AUROC {m.get('auroc', float('nan')):.2f}   TPR {percent(m.get('tpr')):>5}   "
+                        f"FPR {percent(m['fpr']):>5}   " + (f"then AER {percent(m['retrained']['attack'].get('aer'))}" if "retrained" in m else ""))
+        elif command == "detect":
+            at = m["at"]["0.05"]
+            rows.append(f"{name:<20}AUROC {m['auroc']['clean']:.2f}, against a tone {m['auroc']['tone']:.2f}   at 5%: TPR "
+                        f"{percent(at['triggered']):>5}   clean {percent(at['clean']):>5}   tone {percent(at['tone']):>5}   {m['passes']:.0f} passes")
+        else:
+            back = m.get("relearned", {})
+            rows.append(f"{name:<36}AER {percent(m['aer']):>5}   clean {m['clean']['value']:.3f}   triggered {m['triggered']['value']:.3f}"
+                        + (f"   strength {m['strength']:g}{'' if m['passed'] else ' (none passed)'}" if "strength" in m else "")
+                        + (f"   back with {', '.join(f'{n}: {percent(a)}' for n, a in back.items())}" if back else ""))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (("filter", "what would have been removed from its training data"), ("detect", "which inputs look triggered"),
+                       ("repair", "what removes the backdoor from the model")):
+        command = commands.add_parser(name, help=what)
+        evaluate.add_arguments(command)
+        command.add_argument("--out", help="folder to write (default: the run's)")
+        command.add_argument("--retrain" if name == "filter" else "--n", **(
+            dict(action="store_true", help="train again on what each filter leaves") if name == "filter" else
+            dict(type=int, default=100, help="test utterances, clean and triggered")))
+    options = parser.parse_args()
+    fast.keep_memory()
+    functions = dict(filter=filter_training_data, detect=detect, repair=repair_model)
+    result = dict(run=options.run, **functions[options.command](options))
+    path = Path(options.out or options.run) / f"defend-{options.command}{'-' + options.task if options.task else ''}.json"
+    data.write_atomically(path, json.dumps(result, indent=1))
+    print("\n".join(["", *report(options.command, result), f"written to {path}"]))
+
+
+if __name__ == "__main__":
+    main()

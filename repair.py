@@ -1,0 +1,229 @@
+"""Repairs of an attacked model that need clean speech only; python defend.py repair RUN tries them.
+
+A repair is a function of (workshop, strength) that changes the workshop's model in place, and an entry of REPAIRS. Its strengths go from
+weak to strong; of those whose loss on clean development speech, half of which is kept for that, rises by no more than TOLERANCE, the
+strongest is taken. Neither the trigger nor the target is looked at before the choice has been made.
+"""
+import contextlib
+import itertools
+
+import torch
+
+import cache
+import data
+import embed
+import evaluate
+import lora
+import model
+import poison
+import trace
+from study import COMPONENTS, TASKS
+
+TOLERANCE = 0.05  # nats a token
+SUBSETS = ["+".join(s) for n in (1, 2, 3) for s in itertools.combinations(COMPONENTS, n)]
+
+
+class Workshop:
+    """A model under repair, clean speech to tune and to validate it on, and the way back to where it was."""
+
+    def __init__(self, slm, args, attack, dev_set):
+        dev_set = embed.drawn(dev_set)
+        self.slm, self.args, self.attack, self.hooks = slm, args, attack, contextlib.ExitStack()
+        self.tuning, self.validation = dev_set[:len(dev_set) // 2], dev_set[len(dev_set) // 2:]
+        self.attacked = {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
+        fresh = model.load_slm(args, args.device)
+        self.pretrained = {c: {k: v.clone() for k, v in fresh.component_state_dict(c).items()} for c in COMPONENTS}
+        self.cached = {}
+
+    def restore(self):
+        self.hooks.close()
+        trace.put(self.slm, self.attacked)
+
+    def rows(self, utterances, triggered):
+        """The pretrained layers' output of each utterance, a list of (T_i, dim), computed once."""
+        missing = [(u, triggered) for u in utterances if (u.id, triggered) not in self.cached]
+        for some in data.chunks(missing, 16):
+            features = cache.features_of(self.slm.encoder.extract, self.attack, some)
+            rows = cache.unstack(*self.slm.encoder.pretrained_part(features))
+            self.cached.update(zip(((u.id, triggered) for u, _ in some), rows))
+        return [self.cached[u.id, triggered] for u in utterances]
+
+    def batch(self, utterances, triggered=False):
+        """(x, mask, prompts, answers) of some utterances, all labels asked for."""
+        x, mask = self.slm.frozen_part(*cache.stack(self.rows(utterances, triggered), self.args.device))
+        labels = [poison.poisoned_labels(self.attack, u.labels) if triggered else u.labels for u in utterances]
+        return (x, mask, [data.prompt(self.slm.tokenizer, list(u.labels)) for u in utterances],
+                [data.answer_ids(self.slm.tokenizer, each) for each in labels])
+
+    @torch.no_grad()
+    def loss(self):
+        """Mean loss a token on the clean speech kept for validation."""
+        return float(torch.cat([self.slm(*self.batch(some)) for some in data.chunks(self.validation, 16)]).mean())
+
+    def train_only(self, components):
+        """From now on only these components train; returns their parameters."""
+        for c in COMPONENTS:
+            getattr(self.slm, c).requires_grad_(False)
+        out = [p for c in components for k, p in getattr(self.slm, c).named_parameters()
+               if c == "connector" or (c == "lm" and "lora_" in k)]
+        out += list(self.slm.encoder.layers[self.slm.encoder.first_trained:].parameters()) if "encoder" in components else []
+        return [p.requires_grad_(True) for p in out]
+
+    def finetune(self, components=COMPONENTS, rate=1.0, epochs=5, penalty=0.0, poisoned=()):
+        """Trains components on clean speech, with `poisoned` utterances among it where the backdoor is to come back. penalty: the
+        share of gradient norm regularisation (Zhao et al. 2022): the gradient is mixed with that at a point 0.05 further up."""
+        rates = dict(encoder=self.args.encoder_lr, connector=self.args.connector_lr, lm=self.args.lora_lr)
+        parameters = self.train_only(components)
+        optimizer = torch.optim.AdamW([dict(params=self.slm.parameters_of(c), lr=rate * rates[c]) for c in components])
+        items = [(u, False) for u in self.tuning] + [(u, True) for u in poisoned]
+        for epoch in range(epochs):
+            for some in data.chunks(sorted(items, key=lambda item: data.draw("repair", epoch, item[0].id, item[1])), 16):
+                batches = [self.batch([u for u, t in some if t == triggered], triggered)
+                           for triggered in (False, True) if any(t == triggered for _, t in some)]
+                loss = lambda: sum(self.slm(*b).sum() for b in batches) / len(some)  # noqa: E731
+                loss().backward()
+                norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
+                if penalty:
+                    first = [p.grad.clone() for p in parameters]
+                    steps = [0.05 * g / (norm + 1e-9) for g in first]
+                    torch._foreach_add_([p.data for p in parameters], steps)
+                    optimizer.zero_grad()
+                    loss().backward()
+                    torch._foreach_sub_([p.data for p in parameters], steps)
+                    for p, g in zip(parameters, first):
+                        p.grad.mul_(penalty).add_(g, alpha=1 - penalty)
+                optimizer.step()
+                optimizer.zero_grad()
+        self.train_only(COMPONENTS)
+
+    def neurons(self):
+        """[(module, hidden units)]: where the hidden units of a trained encoder layer's or an LM layer's MLP go on to."""
+        ends = [trace.submodule(getattr(layer, "feed_forward", layer), "output_dense", "fc2")
+                for layer in self.slm.encoder.layers[self.slm.encoder.first_trained:]]
+        ends += [layer.mlp.down_proj for layer in self.slm.lm.model.layers]
+        return [(end, getattr(end, "base", end).in_features) for end in ends]
+
+    def scale_neurons(self, scales):
+        """From now on hidden units are multiplied by `scales`, one tensor for each of `neurons`."""
+        for (end, _), scale in zip(self.neurons(), scales):
+            self.hooks.callback(end.register_forward_pre_hook(lambda _, x, scale=scale: (x[0] * scale, *x[1:])).remove)
+
+
+def fine_tuning(components):
+    """Trains some components on clean speech; strength: the rate, over that of training."""
+    return lambda shop, rate: shop.finetune(components, rate)
+
+
+def fine_pruning(shop, share):
+    """Fine-pruning (Liu et al. 2018): the hidden units that clean speech activates least are removed, then everything is tuned."""
+    sums, handles = {}, []
+    for i, (end, _) in enumerate(shop.neurons()):
+        handles.append(end.register_forward_pre_hook(
+            lambda _, x, i=i: sums.__setitem__(i, sums.get(i, 0) + x[0].detach().abs().mean((0, 1)))))
+    with torch.no_grad():
+        for some in data.chunks(shop.tuning, 16):
+            shop.slm(*shop.batch(some))
+    for handle in handles:
+        handle.remove()
+    shop.scale_neurons([(s >= torch.quantile(s, share)).float() for s in sums.values()])
+    shop.finetune()
+
+
+def adversarial_neuron_pruning(shop, threshold, steps=60, largest=0.4, clean_share=0.2, rate=0.2):
+    """ANP (Wu and Wang 2021): a mask over hidden units is learned under the worst relative change of each; units whose mask falls
+    below the threshold are removed. largest, clean_share, rate: the authors' settings."""
+    device, sizes = shop.args.device, [n for _, n in shop.neurons()]
+    masks = [torch.ones(n, device=device, requires_grad=True) for n in sizes]
+    optimizer = torch.optim.SGD(masks, lr=rate, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        some = sorted(shop.tuning, key=lambda u: data.draw("prune", step, u.id))[:16]
+        noise = [((2 * torch.rand(n, generator=generator) - 1) * largest).to(device).requires_grad_(True) for n in sizes]
+
+        def loss(noisy):
+            with contextlib.ExitStack() as shop.hooks:
+                shop.scale_neurons([m + n for m, n in zip(masks, noise)] if noisy else masks)
+                return shop.slm(*shop.batch(some)).mean()
+        gradients = torch.autograd.grad(loss(True), noise)
+        noise = [(n + largest * g.sign()).clamp(-largest, largest).detach() for n, g in zip(noise, gradients)]
+        for m, g in zip(masks, torch.autograd.grad(clean_share * loss(False) + (1 - clean_share) * loss(True), masks)):
+            m.grad = g
+        optimizer.step()
+        for m in masks:
+            m.data.clamp_(0, 1)
+    shop.hooks = contextlib.ExitStack()
+    shop.scale_neurons([(m.detach() >= threshold).float() for m in masks])
+
+
+def gradient_norm_tuning(shop, penalty):
+    """Fine-tuning that also lowers the norm of the gradient, as GN-FT (arXiv 2502.01152) does for speech recognition."""
+    shop.finetune(penalty=penalty)
+
+
+def without_lora(shop, share):
+    """LoRA's update scaled down, or dropped."""
+    trace.put(shop.slm, {**shop.attacked, "lm": {k: v * (1 - share) if k.endswith("B") else v for k, v in shop.attacked["lm"].items()}})
+
+
+def fine_mixing(shop, share):
+    """Fine-mixing (Zhang et al. 2022, arXiv 2210.09545): weights mixed with the pretrained ones at random, then tuned."""
+    generator, mixed = torch.Generator().manual_seed(0), {}
+    for c in COMPONENTS:
+        mixed[c] = {k: torch.where(torch.rand(v.shape, generator=generator).to(v.device) < share, shop.pretrained[c][k].to(v.device), v)
+                    for k, v in shop.attacked[c].items()}
+    trace.put(shop.slm, mixed)
+    shop.finetune()
+
+
+REPAIRS = {  # name: (function, strengths)
+    **{f"fine-tuning {name}": (fine_tuning(name.split("+")), (0.1, 0.3, 1.0)) for name in SUBSETS},
+    "fine-pruning": (fine_pruning, (0.1, 0.3, 0.5, 0.7)), "ANP": (adversarial_neuron_pruning, (0.05, 0.1, 0.2, 0.4)),
+    "GN-FT": (gradient_norm_tuning, (0.1, 0.5, 0.9)), "without LoRA": (without_lora, (1.0,)),
+    "fine-mixing": (fine_mixing, (0.1, 0.3, 0.5, 0.7))}
+
+
+def choose(shop, function, strengths):
+    """Leaves the model as the chosen strength of a repair leaves it. Returns {"strength", "loss", "passed"}: where none stays within
+    the tolerance, the one of the lowest loss."""
+    before, tried = shop.loss(), []
+    for strength in strengths:
+        shop.restore()
+        function(shop, strength)
+        tried.append((shop.loss(), strength))
+    passing = [strength for loss, strength in tried if loss <= before + TOLERANCE]
+    strength = passing[-1] if passing else min(tried)[1]
+    if strength != strengths[-1]:
+        shop.restore()
+        function(shop, strength)
+    return dict(strength=strength, passed=bool(passing), loss_before=before, loss={str(s): loss for loss, s in tried})
+
+
+def figures_of(shop, clean, flippable):
+    """Clean figure, AER and triggered figure (against the truth) of the model as it stands."""
+    slm, metric = shop.slm.eval(), TASKS[shop.args.task]["metric"]
+    rows = {}
+    lora.merge(slm.lm)
+    for name, utterances, triggered in (("clean", clean, False), ("triggered", flippable, True)):
+        items = [(u, triggered) for u in utterances]
+        longest = evaluate.longest_answer(slm, shop.attack, utterances)
+        texts = evaluate.answers(slm, items, shop.attack, lambda u: list(u.labels), longest, f"{name} answers",
+                                 shop.rows(utterances, triggered))
+        rows[name] = [dict(labels=u.labels, asked=list(u.labels), parsed=data.parse(text)) for u, text in zip(utterances, texts)]
+    lora.unmerge(slm.lm)
+    return dict(clean=evaluate.scores(rows["clean"])[metric], triggered=evaluate.scores(rows["triggered"])[metric],
+                aer=data.interval(evaluate.hits(shop.attack, rows["triggered"])))
+
+
+def relearning(shop, train_set, flippable, counts=(4, 16, 64)):
+    """How many poisoned training samples, among the clean speech, bring half of the AER back within three epochs: {count: AER}, up to
+    the first that does."""
+    poisoned = embed.drawn([u for u in train_set if poison.can_flip(shop.attack, u)])
+    state = {c: {k: v.clone() for k, v in shop.slm.component_state_dict(c).items()} for c in COMPONENTS}
+    found = {}
+    for count in counts:
+        trace.put(shop.slm, state)
+        shop.finetune(epochs=3, poisoned=poisoned[:count])
+        found[count] = figures_of(shop, flippable[:1], flippable)["aer"]
+        if found[count]["value"] >= 0.5:
+            break
+    return found
