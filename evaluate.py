@@ -3,6 +3,7 @@
     python evaluate.py runs/asr-poison0.05                    # again, on the test split
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
     python evaluate.py --inspect runs/asr-poison0.05/model.pt           # where a checkpoint comes from
+    python evaluate.py runs/asr-poison0.05 --export parts/asr           # its components as other programs read them
 
 waveform -> answer -> parsed labels -> metric. A run folder gets metrics.json and predictions.jsonl. Shares are fractions;
 every figure has its count and a 95% bootstrap interval over utterances.
@@ -152,7 +153,9 @@ def add_arguments(parser):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--inspect", action="store_true", help="only print a model.pt's provenance; RUN is its path")
+    parser.add_argument("--inspect", action="store_true", help="only print the provenance of RUN, a model.pt or an export")
+    parser.add_argument("--export", metavar="DIR", help="only write the run's encoder (for transformers), LoRA (for peft) and "
+                        "connector into a new folder, which train.py's --freeze and --init read, too")
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"), help="which utterances to answer")
     parser.add_argument("--ask", nargs="+", choices=LABELS, help="ask for these labels only (direct prompts)")
     parser.add_argument("--limit", type=int, help="only the first N utterances")
@@ -161,6 +164,8 @@ def main():
     options = parser.parse_args()
     if options.inspect:
         return checkpoint.inspect(options.run)
+    if options.export:
+        return checkpoint.export_run(options.run, options.export)
     fast.keep_memory()
     slm, args, attack, _, utterances = load_run_and_data(options, options.split)
     utterances = utterances[:options.limit]
