@@ -209,11 +209,11 @@ def load_run(run, device="cpu"):
     return slm.eval(), args
 
 
-def export_run(run, folder):
+def export_run(run, folder, device):
     """Writes a finished run's components as other programs read them, and prints what was written."""
     transformers.utils.logging.disable_progress_bar()
     with export.new_folder(folder) as temporary:
-        slm, args = load_run(run)
+        slm, args = load_run(run, device)
         path = Path(run) / "model.pt"
         recorded = {k: v for k, v in model.load_checkpoint(path, mmap=True).items() if k in export.RECORDED}
         recorded["built_from"] = {**recorded["built_from"], str(path): file_sha256(path)}

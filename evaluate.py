@@ -165,7 +165,7 @@ def main():
     if options.inspect:
         return checkpoint.inspect(options.run)
     if options.export:
-        return checkpoint.export_run(options.run, options.export)
+        return checkpoint.export_run(options.run, options.export, options.device)
     fast.keep_memory()
     slm, args, attack, _, utterances = load_run_and_data(options, options.split)
     utterances = utterances[:options.limit]
