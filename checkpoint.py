@@ -56,6 +56,7 @@ def file_sha256(path):
 
 def named_parts(args):
     """What --freeze and --init say: [(flag, what it says)]."""
+    # `or ()`: absent flags are None, as in the records of runs made before there was --init, so that they stay the same run
     return [(flag, spec) for flag in ("freeze", "init") for spec in getattr(args, flag) or ()]
 
 
@@ -104,7 +105,7 @@ def load_named_parts(slm, args):
             checkpoint = load(path)
             try:
                 load_component(slm, checkpoint, component)
-            except ValueError as error:
+            except (ValueError, TypeError, AttributeError) as error:  # a stranger's may hold anything anywhere
                 die(f"--{flag} {spec} does not fit this model: {error}")
             origin[component] = path
             built_from = {**checkpoint.get("built_from", {}), **built_from, path: file_sha256(path)}

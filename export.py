@@ -81,6 +81,6 @@ def read(folder):
             saved["encoder"] = {k: v for k, v in layers.items() if int(k.split(".")[0]) >= first}
         if "lm" in saved:
             saved["lm"] = {k.removeprefix(before).removesuffix(after): v for k, v in saved["lm"].items()}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
         die(f"{folder} is no folder of evaluate.py --export: {type(error).__name__}: {str(error).splitlines()[0]}")
     return saved
