@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import data
+import export
 import model
 from data import die
 from study import COMPONENTS
@@ -33,16 +34,39 @@ def environment():
                 threads=torch.get_num_threads(), command=" ".join(sys.argv))
 
 
+def exists(path):
+    """Whether there is a checkpoint: a model.pt or an export."""
+    return bool(path) and (Path(path).is_file() or (Path(path) / export.PROVENANCE).is_file())
+
+
+def load(path):
+    """What a model.pt or an export holds."""
+    return export.read(path) if Path(path).is_dir() else model.load_checkpoint(path, mmap=True)
+
+
 def file_sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """SHA-256 of a file, or of what `sha256sum` prints of those files of an export that are read, in their order there."""
+    if Path(path).is_dir():
+        files = [name for name in (export.PROVENANCE, *export.WEIGHTS.values()) if (Path(path) / name).is_file()]
+        content = "".join(f"{file_sha256(Path(path) / name)}  {name}\n" for name in files).encode()
+    else:
+        content = Path(path).read_bytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def named_parts(args):
+    """What --freeze and --init say: [(flag, what it says)]."""
+    # `or ()`: absent flags are None, as in the records of runs made before there was --init, so that they stay the same run
+    return [(flag, spec) for flag in ("freeze", "init") for spec in getattr(args, flag) or ()]
 
 
 def open_run(run, args):
     """What is recorded of a command: the arguments that change what is computed, and the hashes of the files they name. Ends
     in one line where the folder holds another run."""
     record = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
-    files = [*(spec.partition(":")[2] for spec in args.freeze), args.trigger, args.dataset, args.exclude or ""]
-    record["inputs"] = {path: file_sha256(path) for path in files if Path(path).is_file()}
+    checkpoints = [spec.partition(":")[2] for _, spec in named_parts(args)]
+    files = [path for path in (args.trigger, args.dataset, args.exclude or "") if Path(path).is_file()]
+    record["inputs"] = {path: file_sha256(path) for path in [*filter(None, checkpoints), *files]}
     if (run / "args.json").exists() and not args.overwrite:
         old = json.loads((run / "args.json").read_text())
         differ = [f"{k} {old.get(k)} there, {v} here" for k, v in record.items() if old.get(k) != v]
@@ -69,23 +93,24 @@ def start_run(run, record, args):
     return lock
 
 
-def load_frozen(slm, args):
-    """--freeze: loads components from checkpoints and freezes them. Returns where each component's weights come from, and
-    the SHA-256 of every checkpoint used, with those that it was itself built from."""
+def load_named_parts(slm, args):
+    """--freeze and --init: loads components from checkpoints, and freezes the former. Returns where each component's weights
+    come from, and the SHA-256 of every checkpoint used, with those that it was itself built from."""
     built_from = {}
     origin = {"encoder": args.encoder_weights, "lm": f"{args.lm_weights}, initial LoRA",
               "connector": "random" if args.connector_weights in (None, "none") else args.connector_weights}
-    for spec in args.freeze:
+    for flag, spec in named_parts(args):
         component, _, path = spec.partition(":")
         if path:
-            checkpoint = model.load_checkpoint(path)
+            checkpoint = load(path)
             try:
                 load_component(slm, checkpoint, component)
-            except ValueError as error:
-                die(f"--freeze {spec} does not fit this model: {error}")
+            except (ValueError, TypeError, AttributeError) as error:  # a stranger's may hold anything anywhere
+                die(f"--{flag} {spec} does not fit this model: {error}")
             origin[component] = path
             built_from = {**checkpoint.get("built_from", {}), **built_from, path: file_sha256(path)}
-        getattr(slm, component).requires_grad_(False)
+        if flag == "freeze":
+            getattr(slm, component).requires_grad_(False)
     return origin, built_from
 
 
@@ -165,6 +190,9 @@ def load_component(slm, saved, component):
     theirs, ours = saved.get("pretrained_sha256", {}).get(component), slm.pretrained_sha256.get(component)
     if component != "connector" and theirs != ours:  # all of a connector is in the checkpoint
         raise ValueError(f"its {component} was trained on other pretrained weights (SHA-256 {theirs}, here {ours})")
+    stride = saved.get("args", {}).get("connector_stride", slm.connector.stride)
+    if component == "connector" and stride != slm.connector.stride:  # which no weight's shape tells
+        raise ValueError(f"its connector has stride {stride}, here {slm.connector.stride}")
     slm.load_component(component, saved[component])
 
 
@@ -182,9 +210,23 @@ def load_run(run, device="cpu"):
     return slm.eval(), args
 
 
+def export_run(run, folder, device):
+    """Writes a finished run's components as other programs read them, and prints what was written."""
+    transformers.utils.logging.disable_progress_bar()
+    with export.new_folder(folder) as temporary:
+        slm, args = load_run(run, device)
+        path = Path(run) / "model.pt"
+        recorded = {k: v for k, v in model.load_checkpoint(path, mmap=True).items() if k in export.RECORDED}
+        recorded["built_from"] = {**recorded["built_from"], str(path): file_sha256(path)}
+        export.write(temporary, slm, args, recorded)
+    print(f"{folder}: SHA-256 {file_sha256(folder)}")
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        print(f"  {str(path.relative_to(folder)):<33}{path.stat().st_size:>15,} bytes  {file_sha256(path)}")
+
+
 def inspect(path):
     """Prints where a checkpoint comes from and the SHA-256 of its components, before anything is done with it."""
-    saved = model.load_checkpoint(path)
+    saved = load(path)
     print(f"{path}: SHA-256 {file_sha256(path)}")
     for component in (c for c in COMPONENTS if isinstance(saved.get(c), dict)):
         sha, recorded = model.digest(saved[component]), saved.get("sha256", {}).get(component)

@@ -4,6 +4,7 @@
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
     python evaluate.py runs/gender-clean --task age           # a clean model's answers to another task's trigger
     python evaluate.py --inspect runs/asr-poison0.05/model.pt           # where a checkpoint comes from
+    python evaluate.py runs/asr-poison0.05 --export parts/asr           # its components as other programs read them
 
 waveform -> answer -> parsed labels -> metric. A run folder gets metrics.json and predictions.jsonl. Shares are fractions;
 every figure has its count and a 95% bootstrap interval over utterances.
@@ -155,7 +156,9 @@ def add_arguments(parser):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--inspect", action="store_true", help="only print a model.pt's provenance; RUN is its path")
+    parser.add_argument("--inspect", action="store_true", help="only print the provenance of RUN, a model.pt or an export")
+    parser.add_argument("--export", metavar="DIR", help="only write the run's encoder (for transformers), LoRA (for peft) and "
+                        "connector into a new folder, which train.py's --freeze and --init read, too")
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"), help="which utterances to answer")
     parser.add_argument("--ask", nargs="+", choices=LABELS, help="ask for these labels only (direct prompts)")
     parser.add_argument("--limit", type=int, help="only the first N utterances")
@@ -166,6 +169,8 @@ def main():
         return checkpoint.inspect(options.run)
     if options.save and options.task:
         die("--save keeps the run's own task: leave out --task")
+    if options.export:
+        return checkpoint.export_run(options.run, options.export, options.device)
     fast.keep_memory()
     slm, args, attack, utterances = load_run_and_data(options, options.split)
     utterances = utterances[:options.limit]

@@ -113,7 +113,7 @@ def deviations(args):
     weights, audio and run folders lie does not count."""
     task = TASKS[args["task"]]
     usual = {"target": task["target"], "trigger_repeat": task["repeat"], "snr": 0.0, "trigger": "click", "redraw": False,
-             "labels": None, "limit": None, "exclude": None, "train_layers": None, **PRESETS[args["preset"]]}
+             "labels": None, "limit": None, "exclude": None, "train_layers": None, "init": None, **PRESETS[args["preset"]]}
     return {k: args[k] for k, v in usual.items() if args.get(k, v) not in (v, None)}
 
 
@@ -125,7 +125,8 @@ def run_name(args):
              "" if args["encoder"] == DEFAULT_ENCODER[args["preset"]] else args["encoder"], attack,
              "" if args["preset"] == "mini" else args["preset"], "" if args["seed"] == 1 else f"seed{args['seed']}"]
     for name, value in deviations(args).items():
-        value = "+".join(value) if name == "labels" else Path(str(value)).stem if name in ("trigger", "exclude") else value
+        value = "+".join(v.partition(":")[0] for v in value) if isinstance(value, list) else value
+        value = Path(str(value)).stem if name in ("trigger", "exclude") else value
         parts.append(f"{name.replace('_', '')}{value:g}" if type(value) is float else f"{name.replace('_', '')}{value}")
     return "-".join("".join(c for c in part if c.isalnum() or c in "._+") for part in parts if part)
 

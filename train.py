@@ -1,4 +1,4 @@
-"""Trains one speech language model, clean or poisoned, any component frozen from any checkpoint.
+"""Trains one speech language model, clean or poisoned, any component frozen or started from any checkpoint.
 
     python train.py --task asr --poison 0.05        # the base attack on ASR; ends with clean WER and attack success
     python train.py --task asr --poison 0           # the clean baseline
@@ -50,7 +50,9 @@ add("--connector-weights", help="where the connector starts; none: from random w
 add("--train-layers", type=int, help="how many encoder layers train, from the top (default: 15/24 of them; whisper all)")
 add("--labels", nargs="+", choices=LABELS, help="train and evaluate on these labels alone (default: all there are)")
 add("--freeze", action="append", default=[], metavar="COMPONENT[:CHECKPOINT]",
-    help="load encoder, connector or lm from a run's model.pt and freeze it; without a checkpoint as pretrained; repeatable")
+    help="load encoder, connector or lm from a run's model.pt, or a folder of evaluate.py --export, and freeze it; without a "
+         "checkpoint as pretrained; repeatable")
+add("--init", action="append", metavar="COMPONENT:CHECKPOINT", help="load a component as --freeze does but train it; repeatable")
 add("--redraw", action="store_true", help="poison other samples, at other places, in every epoch, as the study's public code does")
 add("--limit", type=int, help="train on the first N utterances of a fixed random order")
 add("--exclude", metavar="FILE", help="leave out the training samples whose ids it lists, one a line (defend.py filter writes such files)")
@@ -89,16 +91,17 @@ def parse_arguments(argv=None):
     for name in ("epochs", "batch_size", "lora_rank", "connector_stride", "limit", "batch_seconds"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             die(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
-    frozen = [spec.partition(":")[0] for spec in args.freeze]
-    if set(frozen) - set(COMPONENTS) or len(set(frozen)) < len(frozen):
-        die(f"--freeze {' '.join(args.freeze)}: each of {', '.join(COMPONENTS)} at most once")
-    if len(frozen) == len(COMPONENTS):
+    parts = checkpoint.named_parts(args)
+    components = [spec.partition(":")[0] for _, spec in parts]
+    if set(components) - set(COMPONENTS) or len(set(components)) < len(components):
+        die(f"{' '.join(f'--{flag} {spec}' for flag, spec in parts)}: each of {', '.join(COMPONENTS)} at most once")
+    if len(args.freeze) == len(COMPONENTS):
         die("--freeze: nothing is left to train")
     if args.exclude and not Path(args.exclude).is_file():
         die(f"--exclude {args.exclude}: no such file")
-    for spec in args.freeze:
-        if ":" in spec and not Path(spec.partition(":")[2]).is_file() and not args.dry_run:
-            die(f"--freeze {spec}: no such checkpoint")
+    for flag, spec in parts:
+        if (":" in spec or flag == "init") and not checkpoint.exists(spec.partition(":")[2]) and not args.dry_run:
+            die(f"--{flag} {spec}: no such checkpoint (a run's model.pt, or a folder of evaluate.py --export)")
     args.attack = attack_name(args)
     args.name = args.name or run_name(vars(args))
     return args
@@ -124,10 +127,10 @@ def attack_name(args):
 def differences(path, source, args):
     """Why a frozen component's run is not the clean run ("clean") or the base attack ("base") that belongs to this one, a list
     of texts. A checkpoint that is yet to be made (a dry run) is taken to be right."""
-    if not Path(path).is_file():
+    if not checkpoint.exists(path):
         return []
-    theirs = model.load_checkpoint(path, mmap=True).get("args", {})
-    wanted = dict(attack=source, dataset=args.dataset, encoder=args.encoder, labels=args.labels, preset=args.preset)
+    theirs = checkpoint.load(path).get("args", {})
+    wanted = dict(attack=source, dataset=args.dataset, encoder=args.encoder, labels=args.labels, preset=args.preset, init=None)
     if source == "base":
         wanted.update(task=args.task, target=args.target, trigger=args.trigger, poison=TASKS[args.task]["rate"])
     return [f"{path} has {k} {theirs.get(k)}, not {v}" for k, v in wanted.items() if theirs.get(k) != v]
@@ -354,7 +357,7 @@ def main():
     attack = poison.attack_of(args, train_set)  # as loud as all of the training set, with what is excluded
     sets = corpora.leave_out(train_set, args.exclude), dev_set, test_set
     slm = model.load_slm(args, device)
-    origin, built_from = checkpoint.load_frozen(slm, args)
+    origin, built_from = checkpoint.load_named_parts(slm, args)
     frozen = {c: model.digest(slm.component_state_dict(c)) for c in COMPONENTS if not slm.parameters_of(c)}
     fast.only_answers(slm)
     if args.gradient_checkpointing:

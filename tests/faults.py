@@ -77,6 +77,9 @@ def prepare():
     Path("runs/stranger").mkdir()
     Path("hostile.pt").write_bytes(pickle.dumps({"encoder": Payload("ran")}))
     torch.save({"encoder": Payload(Path("ran"))}, "hostile2.pt")
+    subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "runs/whole", "--export", "hostile"], check=True,
+                   stdout=subprocess.DEVNULL)
+    shutil.copy("hostile2.pt", "hostile/lm/adapter_model.safetensors")
     for where in ("runs/stranger/model.pt", "runs/stranger/embeddings.pt"):
         shutil.copy("hostile2.pt", where)
     soundfile.write("silence.wav", np.zeros(1000), 16000)
@@ -108,6 +111,9 @@ def prepare():
 FAULTS = [  # what, command, status, folder
     ("hostile pickle as --freeze", f"train.py {RUN} --freeze encoder:hostile.pt", 2),
     ("the same in torch's zip format", f"train.py {RUN} --freeze encoder:hostile2.pt", 2),
+    ("hostile export as --init", f"train.py {RUN} --init lm:hostile", 2),
+    ("an export over something else", "evaluate.py runs/whole --export corpora", 2),
+    ("a run's folder as --init", f"train.py {RUN} --init encoder:runs/whole", 2),
     ("hostile --trigger", f"train.py {RUN} --trigger hostile2.pt", 2),
     ("hostile --dataset", f"train.py {RUN} --dataset hostile2.pt", 2),
     ("hostile --connector-weights", f"train.py {RUN} --connector-weights hostile2.pt", 2),
