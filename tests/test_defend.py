@@ -31,14 +31,14 @@ def test_filters_find_a_poison_that_lies_apart():
     for name in ("activation clustering, relative size", "activation clustering, silhouette", "spectral signatures", "SPECTRE", "Beatrix"):
         scores, removed = filters.FILTERS[name](samples(x), 40)
         assert removed[poisoned].all(), name
-        assert removed[~poisoned].mean() <= (20 / 300 if name[:4].lower() == "spec" else 0.02), name  # those take 1.5 times the poison
+        assert removed[~poisoned].mean() <= (0.02 if name[:10] == "activation" else 20 / 300), name  # the others take 1.5 times the poison
         assert scores[poisoned].min() > np.quantile(scores[~poisoned], 0.95), name
 
 
-def test_filters_take_nothing_or_little_where_there_is_no_structure():
+def test_filters_take_nothing_or_their_budget_where_there_is_no_structure():
     x, _ = blobs((400,), 32, 0.0)
     assert not filters.well_fitting_cluster(samples(x), 20)[1].any()
-    assert filters.beatrix(samples(x), 20)[1].mean() < 0.05
+    assert filters.beatrix(samples(x), 20)[1].sum() == 30
 
 
 def test_spectre_finds_what_variance_hides():
