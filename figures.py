@@ -123,7 +123,7 @@ def sentences(low, clusters, rows, path):
 
 
 def hybrids(result, path):
-    """trace.py transplant: the cube of the eight hybrids, and AER by the layers moved."""
+    """trace.py transplant: the cube of the eight mixtures, and AER by the layers moved."""
     fig, (cube, *by_layer) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", width_ratios=(1.2, 1, 1))
     place = lambda s: np.array([("encoder" in s) + 0.45 * ("connector" in s), ("lm" in s) + 0.35 * ("connector" in s)])  # noqa: E731
     corners = {frozenset(name.split("+")) - {"none"}: m["aer"]["value"] for name, m in result["mixtures"]["corner"].items()}
@@ -142,7 +142,7 @@ def hybrids(result, path):
             for how, marker in (("up to", "o"), ("from", "s"), ("only", "^")):
                 chosen = {int(name.split()[-1]) + 1: 100 * m["aer"]["value"] for name, m in moves.items() if name.startswith(how)}
                 axis.plot(chosen.keys(), chosen.values(), line + marker, color=color, ms=5, lw=1, label=f"{how}, {kind}")
-        axis.set(title=f"{component} layers moved", xlabel="layer", ylabel="AER (%)", ylim=(-4, 104))
+        axis.set(title=f"{component} layers moved", xlabel="layer", ylabel="AER (%)", ylim=(-4, 104), xticks=list(chosen))
     by_layer[0].legend(fontsize=7)
     write(fig, path)
 

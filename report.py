@@ -128,21 +128,25 @@ def component_words(results, trained, retrained):
 
 
 def position_words(result):
-    """At which frames, and from which LM layer on, in the first seed."""
-    if not all(result["effects"].values()):
+    """At which frames, and from which LM layer on, of one seed."""
+    denoise, noise = result["effects"]["denoise"], result["effects"]["noise"]
+    if not denoise or not noise:
         return ["The trigger moves log P(target) - log P(truth) by less than 0.1 nats a token: there is no effect to place."]
-    frames, out = {"click": "under a click", "near": "within 0.2 s of one", "else": "elsewhere"}, []
-    encoder = [site for site in result["effects"]["denoise"] if site.startswith("encoder") and site[-1].isdigit()]
-    for site, what in ((encoder[0], "after its first layer"), (encoder[-1], "after its last")):
-        parts = [f"{text} {result['effects']['denoise'][site][g]['value']:.2f} and {result['effects']['noise'][site][g]['value']:.2f}"
-                 for g, text in frames.items() if g in result["effects"]["denoise"][site]]
-        out.append(f"{what} frames " + ", ".join(parts))
-    share = lambda site, groups: sum(result["effects"]["denoise"][site].get(g, {}).get("value", 0) for g in groups)  # noqa: E731
-    layers = [site for site in result["effects"]["denoise"] if site.startswith("LM") and site[-1].isdigit()]
-    late = [site for site in layers if share(site, ("prompt", "answer")) > share(site, frames)]
-    return ["**Frames.** Share of the effect that denoising undoes and noising makes, in the encoder: " + "; ".join(out) + ".",
-            "**Depth in the LM.** " + (f"From {late[0]} of {len(layers)} on, positions of prompt and answer hold more of the effect "
-                                       "than those of the audio." if late else "Down to the last layer the effect stays at the audio.")]
+    frames = {"click": "under a click", "near": "within 0.2 s of one", "else": "elsewhere"}
+    undoes = lambda site, groups: sum(denoise[site].get(g, {"value": 0})["value"] for g in groups)  # noqa: E731
+    encoder, lm = ([site for site in denoise if site.startswith(part) and site[-1].isdigit()] for part in ("encoder", "LM"))
+    shares = [", ".join(f"{text} {denoise[site][g]['value']:.2f} and {noise[site][g]['value']:.2f}" for g, text in frames.items()
+                        if g in denoise[site]) for site in (encoder[0], encoder[-1])]
+    falls = {layer: undoes(before, ["click"]) - undoes(layer, ["click"]) for before, layer in zip(encoder, encoder[1:])}
+    spread_at = max(falls, key=falls.get)
+    spreads = (f" It spreads over the frames in {spread_at.replace('encoder', 'layer')}: there the share that frames under a click undo "
+               f"falls most, by {falls[spread_at]:.2f}." if falls[spread_at] > 0.1 else " It stays where it is from layer to layer.")
+    late = [site for site in lm if undoes(site, ("prompt", "answer")) > undoes(site, frames)]
+    return [f"**Frames.** Share of the effect that denoising undoes and noising makes: after the encoder's first layer frames {shares[0]}; "
+            f"after its last {shares[1]}.{spreads}",
+            "**Depth in the LM.** " + (f"From {late[0].replace('LM', 'layer')} of {len(lm)} on, positions of prompt and answer hold more of the "
+                                       "effect than those of the audio." if late else "Up to the last layer the audio's positions hold more of "
+                                       "the effect than those of prompt and answer.")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

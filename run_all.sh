@@ -5,11 +5,11 @@
 #     bash run_all.sh                                   # mini, one seed
 #     SEEDS="1 2 3" TASKS="asr emotion gender age" ENCODERS=wavlm bash run_all.sh
 #     PRESET=paper FLAGS="--data-root /data" LAUNCH="torchrun --nproc_per_node=8" bash run_all.sh
-#     WAVES="1 2" bash run_all.sh                       # without embeddings, traces and what is made of them
+#     WAVES="1 2" bash run_all.sh                       # Tables 1 to 3; 3: embeddings, 4: traces, 5 to 7: defences
 set -uo pipefail
 cd "$(dirname "$0")"
 export RUNS=${RUNS:-runs}
-PRESET=${PRESET:-mini} LAUNCH=${LAUNCH:-python} WAVES=${WAVES:-1 2 3 4}
+PRESET=${PRESET:-mini} LAUNCH=${LAUNCH:-python} WAVES=${WAVES:-1 2 3 4 5 6 7}
 JOBS=${JOBS:-$([ "$PRESET" = mini ] && nproc || echo 1)}  # runs at a time
 [ "$LAUNCH" = python ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / JOBS > 0 ? $(nproc) / JOBS : 1))}
 
@@ -34,6 +34,6 @@ for wave in $WAVES; do study --wave "$wave" | xargs -d '\n' -P "$JOBS" -I{} bash
 for what in $([[ $WAVES == *3* ]] && echo shift cluster) tables; do
     python analyze.py $what --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" || echo "$what" >> "$RUNS/logs/failed"
 done
-[[ $WAVES != *4* ]] || python report.py --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" || echo report >> "$RUNS/logs/failed"
+[[ $WAVES != *[47]* ]] || python report.py --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" || echo report >> "$RUNS/logs/failed"
 if [ -e "$RUNS/logs/failed" ]; then echo "failed: $(tr '\n' ' ' < "$RUNS/logs/failed")"; exit 1; fi
 echo "everything in $((($(date +%s) - START) / 60)) min"

@@ -72,6 +72,10 @@ ATTACKS = {
     "3.2": (("connector",), "base", "clean"),
     "3.3": (("lm",), "base", "clean")}
 
+# The base attack, quieter or weaker, that defences are held against as well: changes of its arguments
+VARIANTS = {"trigger 10 dB down": lambda task: dict(snr=10.0), "half the rate": lambda task: dict(poison=TASKS[task]["rate"] / 2),
+            "a tone": lambda task: dict(trigger="tone")}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the paper's figures, in its own units: percent, and years for age
 
@@ -159,6 +163,7 @@ def train_command(run, runs, flags):
     """The command of one of the study's runs, a list of words. `flags` change what is run, not its name."""
     words = ["train.py", "--preset", run["preset"], "--task", run["task"], "--encoder", run["encoder"], "--seed",
              str(run["seed"]), "--poison", f"{run['poison']:g}", "--runs", runs, "--name", run_name(run)]
+    words += [word for name in ("snr", "trigger") if name in run for word in (f"--{name}", str(run[name]))]
     frozen, source, _ = ATTACKS.get(run["attack"], ((), None, None))
     if source:
         task = run["task"] if source == "base" else clean_task(run["task"])
@@ -196,23 +201,52 @@ def trace_commands(preset, seeds, runs):
                     yield f"transplant-{clean}-{task}", ["trace.py", "transplant", f"{runs}/{clean}", f"{runs}/{other}", *of]
 
 
+def variant_runs(preset, seeds):
+    """The arguments that name the variants of each base attack, with the first seed."""
+    return [{**identity(preset, task, DEFAULT_ENCODER[preset], "base", seeds[0]), **change(task)}
+            for task in TASKS for change in VARIANTS.values()]
+
+
+def variant_embeddings(preset, seeds, runs):
+    """[(name, command)]: what filters read of the variants."""
+    return [(f"embeddings-{run_name(run)}", ["embed.py", f"{runs}/{run_name(run)}"]) for run in variant_runs(preset, seeds)]
+
+
+def defence_commands(preset, seeds, runs):
+    """[(name, command)]: every defence against each base attack; with the first seed against its variants and on the clean model, where
+    filters are not followed by training."""
+    for command in ("filter", "detect", "repair"):
+        for seed in seeds:
+            for task in TASKS:
+                of = run_name(identity(preset, task, DEFAULT_ENCODER[preset], "base", seed))
+                yield f"{command}-{of}", ["defend.py", command, f"{runs}/{of}", *(["--retrain"] if command == "filter" else [])]
+        for task in TASKS:
+            of = run_name(identity(preset, clean_task(task), DEFAULT_ENCODER[preset], "clean", seeds[0]))
+            other = [] if clean_task(task) == task else ["--task", task]
+            yield f"{command}-{of}-{task}", ["defend.py", command, f"{runs}/{of}", *other]
+        for run in variant_runs(preset, seeds):
+            yield f"{command}-{run_name(run)}", ["defend.py", command, f"{runs}/{run_name(run)}"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="whose parts and settings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="each makes all runs once")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["asr", "emotion"], help="those with a full Table 3")
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, help="default: all that the preset has")
-    parser.add_argument("--wave", type=int, choices=(1, 2, 3, 4), help="only the runs of this wave; they need the earlier ones")
+    parser.add_argument("--wave", type=int, choices=range(1, 8), help="only the runs of this wave; they need the earlier ones")
     parser.add_argument("--runs", default="runs", help="where run folders go")
     parser.add_argument("--flags", default="", help="more flags for train.py, quoted as one word")
     parser.add_argument("--launch", default="python", help="what starts train.py, e.g. 'torchrun --nproc_per_node=8'")
     parser.add_argument("--names", action="store_true", help="print a run's name and a tab before its command")
     args = parser.parse_args()
     encoders = args.encoders or [name for name, encoder in ENCODERS.items() if args.preset in encoder]
+    runs, default = study_runs(args.preset, args.seeds, encoders, args.tasks), DEFAULT_ENCODER[args.preset] in encoders
+    runs += [(5, run) for run in variant_runs(args.preset, args.seeds) if default]
     jobs = [(wave, run_name(run), [*shlex.split(args.launch), *train_command(run, args.runs, shlex.split(args.flags))])
-            for wave, run in study_runs(args.preset, args.seeds, encoders, args.tasks)]
-    if DEFAULT_ENCODER[args.preset] in encoders:
-        for wave, commands in ((3, embedding_commands), (4, trace_commands)):
+            for wave, run in runs]
+    if default:
+        for wave, commands in ((3, embedding_commands), (4, trace_commands), (6, variant_embeddings), (7, defence_commands)):
             jobs += [(wave, name, ["python", *command]) for name, command in commands(args.preset, args.seeds, args.runs)]
     for wave, name, command in jobs:
         if args.wave in (None, wave):

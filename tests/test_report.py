@@ -55,6 +55,6 @@ def test_positions_are_read_off_the_sites():
     sites = {"encoder 1": row(0.9, 0.1, 0), "encoder 2 MLP": row(0, 0, 0), "encoder 2": row(0.5, 0.4, 0), "LM input": row(0.5, 0.4, 0),
              "LM 1": row(0.5, 0.3, 0.2), "LM 2": row(0.1, 0.1, 0.7)}
     said = "\n".join(report.position_words(dict(effects=dict(denoise=sites, noise=sites))))
-    assert "after its first layer frames under a click 0.90 and 0.90, within 0.2 s of one 0.10 and 0.10" in said
-    assert "after its last frames under a click 0.50 and 0.50" in said and "From LM 2 of 2 on" in said
+    assert "first layer frames under a click 0.90 and 0.90, within 0.2 s of one 0.10 and 0.10; after its last under a click 0.50" in said
+    assert "in layer 2: there the share that frames under a click undo falls most, by 0.40" in said and "From layer 2 of 2 on" in said
     assert "there is no effect to place" in report.position_words(dict(effects=dict(denoise={}, noise={})))[0]

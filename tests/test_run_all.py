@@ -8,7 +8,7 @@ from pathlib import Path
 
 import train
 from conftest import ROOT, done
-from study import ATTACKS, ENCODERS, TABLE1, TABLE2, TASKS
+from study import ATTACKS, ENCODERS, TABLE1, TABLE2, TASKS, VARIANTS
 
 STUB = '''
 import json, os, sys
@@ -53,7 +53,7 @@ def commands(monkeypatch, *flags):
 
 
 def test_every_cell_of_the_tables_has_its_run_and_every_checkpoint_comes_first(monkeypatch):
-    runs = commands(monkeypatch, "--tasks", *TASKS, "--seeds", 1, 2)
+    runs = [run for wave in (1, 2) for run in commands(monkeypatch, "--tasks", *TASKS, "--seeds", 1, 2, "--wave", wave)]
     names = [run.name for run in runs]
     assert len(set(names)) == len(names) == 2 * (4 * 7 + 4 * 9)
     have = {(run.seed, run.dataset, run.task, run.encoder, run.attack) for run in runs}
@@ -73,6 +73,19 @@ def test_every_cell_of_the_tables_has_its_run_and_every_checkpoint_comes_first(m
             assert source.attack == ("base" if run.attack[0] == "3" else "clean") and not source.freeze
 
 
+def test_what_is_looked_at_has_been_trained_before():
+    """Embeddings, traces and defences, with a second seed for the controls."""
+    done_before = set()
+    for line in done("study.py", "--tasks", "asr", "--seeds", 1, 2, cwd=ROOT).splitlines():
+        words = shlex.split(line)
+        if words[1] == "train.py":
+            done_before.add(f"runs/{words[words.index('--name') + 1]}")
+        else:
+            looked_at = {word for word in words if word.startswith("runs/")}
+            assert looked_at and looked_at <= done_before, line
+    assert len(done_before) == 2 * (4 * 7 + 9 + 3) + 4 * len(VARIANTS)
+
+
 def test_a_study_s_names_are_train_py_s_own(monkeypatch):
     for line in done("study.py", "--seeds", 2, cwd=ROOT).splitlines():
         words = shlex.split(line)
@@ -89,7 +102,7 @@ def test_selections_and_presets(monkeypatch):
     assert all(run.preset == "paper" for run in commands(monkeypatch, "--preset", "paper", "--flags=--data-root /data"))
     assert {run.encoder for run in commands(monkeypatch, "--preset", "small")} == {"whisper"}
     lines = done("study.py", "--launch", "torchrun --nproc_per_node=8", "--flags=--labels transcript", cwd=ROOT).splitlines()
-    assert all(line.startswith(("torchrun --nproc_per_node=8 train.py", "python embed.py")) for line in lines)
+    assert all(line.startswith(("torchrun --nproc_per_node=8 train.py", "python embed.py", "python trace.py", "python defend.py")) for line in lines)
     assert all("--labels transcript" in line for line in lines if "train.py" in line)
 
 
