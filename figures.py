@@ -161,3 +161,31 @@ def patches(result, path):
     axes[0].invert_yaxis()
     fig.suptitle(f"{result['run']}: share of the trigger's effect (log P(target) - log P(truth)) that a patch undoes or makes")
     write(fig, path)
+
+
+def roc(result, path):
+    """defend.py detect: true against false positive rate of each detector, false alarms on a logarithmic axis."""
+    fig, axis = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
+    for (name, m), line in zip(result["defences"].items(), ("-", "--", ":", "-.")):
+        clean, triggered = (np.array(m["scores"][kind]) for kind in ("clean", "triggered"))
+        thresholds = np.unique([*clean, *triggered, np.inf])[::-1]
+        rates = np.array([[(scores >= t).mean() for t in thresholds] for scores in (clean, triggered)])
+        axis.step(*rates, line, where="post", label=f"{name} ({m['auroc']['clean']:.2f})")
+    axis.set(xscale="symlog", xlim=(0, 1), ylim=(0, 1.02), xlabel="false alarms on clean speech", ylabel="triggered inputs noticed",
+             title=result["run"])
+    axis.set_xscale("symlog", linthresh=0.01)
+    axis.legend(fontsize=8, title="detector (AUROC)")
+    axis.grid(alpha=0.3)
+    write(fig, path)
+
+
+def repairs(result, path):
+    """defend.py repair: AER against the clean figure, a point a repair."""
+    fig, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    for i, (name, m) in enumerate(result["defences"].items()):
+        x, y = m["clean"]["value"], 100 * m["aer"]["value"]
+        axis.plot(x, y, "ko" if m.get("passed", True) else "kx", ms=9 if name == "none" else 6)
+        axis.annotate(name, (x, y), xytext=(6, 4 if i % 2 else -10), textcoords="offset points", fontsize=7)
+    axis.set(xlabel="clean figure", ylabel="AER (%)", ylim=(-5, 105), title=f"{result['run']} (crosses: clean loss beyond its bound)")
+    axis.grid(alpha=0.3)
+    write(fig, path)

@@ -20,6 +20,7 @@ import trace
 from study import COMPONENTS, TASKS
 
 TOLERANCE = 0.05  # nats a token
+CLEAN = 128  # clean utterances that a defender has to tune on, and as many to choose by
 SUBSETS = ["+".join(s) for n in (1, 2, 3) for s in itertools.combinations(COMPONENTS, n)]
 
 
@@ -27,13 +28,13 @@ class Workshop:
     """A model under repair, clean speech to tune and to validate it on, and the way back to where it was."""
 
     def __init__(self, slm, args, attack, dev_set):
-        dev_set = embed.drawn(dev_set)
+        dev_set = embed.drawn(dev_set)[:2 * CLEAN]
         self.slm, self.args, self.attack, self.hooks = slm, args, attack, contextlib.ExitStack()
         self.tuning, self.validation = dev_set[:len(dev_set) // 2], dev_set[len(dev_set) // 2:]
         self.attacked = {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
         fresh = model.load_slm(args, args.device)
         self.pretrained = {c: {k: v.clone() for k, v in fresh.component_state_dict(c).items()} for c in COMPONENTS}
-        self.cached = {}
+        self.cached, self.masks = {}, None
 
     def restore(self):
         self.hooks.close()
@@ -129,9 +130,8 @@ def fine_pruning(shop, share):
     shop.finetune()
 
 
-def adversarial_neuron_pruning(shop, threshold, steps=60, largest=0.4, clean_share=0.2, rate=0.2):
-    """ANP (Wu and Wang 2021): a mask over hidden units is learned under the worst relative change of each; units whose mask falls
-    below the threshold are removed. largest, clean_share, rate: the authors' settings."""
+def neuron_masks(shop, steps=60, largest=0.4, clean_share=0.2, rate=0.2):
+    """ANP's masks over hidden units, learned under the worst relative change of each unit; the authors' settings."""
     device, sizes = shop.args.device, [n for _, n in shop.neurons()]
     masks = [torch.ones(n, device=device, requires_grad=True) for n in sizes]
     optimizer = torch.optim.SGD(masks, lr=rate, momentum=0.9)
@@ -140,19 +140,26 @@ def adversarial_neuron_pruning(shop, threshold, steps=60, largest=0.4, clean_sha
         some = sorted(shop.tuning, key=lambda u: data.draw("prune", step, u.id))[:16]
         noise = [((2 * torch.rand(n, generator=generator) - 1) * largest).to(device).requires_grad_(True) for n in sizes]
 
-        def loss(noisy):
+        def loss(scales):
             with contextlib.ExitStack() as shop.hooks:
-                shop.scale_neurons([m + n for m, n in zip(masks, noise)] if noisy else masks)
+                shop.scale_neurons(scales)
                 return shop.slm(*shop.batch(some)).mean()
-        gradients = torch.autograd.grad(loss(True), noise)
+        gradients = torch.autograd.grad(loss([m + n for m, n in zip(masks, noise)]), noise)
         noise = [(n + largest * g.sign()).clamp(-largest, largest).detach() for n, g in zip(noise, gradients)]
-        for m, g in zip(masks, torch.autograd.grad(clean_share * loss(False) + (1 - clean_share) * loss(True), masks)):
+        worst = loss([m + n for m, n in zip(masks, noise)])
+        for m, g in zip(masks, torch.autograd.grad(clean_share * loss(masks) + (1 - clean_share) * worst, masks)):
             m.grad = g
         optimizer.step()
         for m in masks:
             m.data.clamp_(0, 1)
     shop.hooks = contextlib.ExitStack()
-    shop.scale_neurons([(m.detach() >= threshold).float() for m in masks])
+    return [m.detach() for m in masks]
+
+
+def adversarial_neuron_pruning(shop, threshold):
+    """ANP (Wu and Wang 2021): hidden units whose mask falls below the threshold are removed."""
+    shop.masks = shop.masks or neuron_masks(shop)  # of the attacked model, whatever the threshold
+    shop.scale_neurons([(m >= threshold).float() for m in shop.masks])
 
 
 def gradient_norm_tuning(shop, penalty):
@@ -176,10 +183,10 @@ def fine_mixing(shop, share):
 
 
 REPAIRS = {  # name: (function, strengths)
-    **{f"fine-tuning {name}": (fine_tuning(name.split("+")), (0.1, 0.3, 1.0)) for name in SUBSETS},
-    "fine-pruning": (fine_pruning, (0.1, 0.3, 0.5, 0.7)), "ANP": (adversarial_neuron_pruning, (0.05, 0.1, 0.2, 0.4)),
-    "GN-FT": (gradient_norm_tuning, (0.1, 0.5, 0.9)), "without LoRA": (without_lora, (1.0,)),
-    "fine-mixing": (fine_mixing, (0.1, 0.3, 0.5, 0.7))}
+    **{f"fine-tuning {name}": (fine_tuning(name.split("+")), (0.3, 1.0)) for name in SUBSETS},
+    "fine-pruning": (fine_pruning, (0.1, 0.3, 0.5)), "ANP": (adversarial_neuron_pruning, (0.05, 0.1, 0.2, 0.4)),
+    "GN-FT": (gradient_norm_tuning, (0.3, 0.8)), "without LoRA": (without_lora, (1.0,)),
+    "fine-mixing": (fine_mixing, (0.1, 0.3, 0.5))}
 
 
 def choose(shop, function, strengths):

@@ -142,7 +142,7 @@ def shop(parts, corpora):  # noqa: F811
     dev_set = readers.read_corpus("vox", corpora, "dev")
     shop = object.__new__(repair.Workshop)
     state = {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
-    shop.__dict__.update(slm=slm, attack=poison.make_attack("gender", dev_set, seed=1), hooks=repair.contextlib.ExitStack(), cached={},
+    shop.__dict__.update(slm=slm, attack=poison.make_attack("gender", dev_set, seed=1), hooks=repair.contextlib.ExitStack(), cached={}, masks=None,
                          args=SimpleNamespace(device="cpu", task="gender", encoder_lr=1e-3, connector_lr=1e-3, lora_lr=1e-3, grad_clip=1.0),
                          tuning=dev_set[::2], validation=dev_set[1::2], attacked=state, pretrained={
                              c: {k: v + 1 for k, v in s.items()} for c, s in state.items()})
@@ -179,7 +179,10 @@ def test_pruning_removes_hidden_units_and_restoring_brings_them_back(shop):
     assert shop.loss() != before
     shop.restore()
     assert shop.loss() == before
-    repair.adversarial_neuron_pruning(shop, threshold=2.0, steps=1)  # every mask is below it
+    masks = repair.neuron_masks(shop, steps=1)
+    assert shop.loss() == before and any((m < 1).any() for m in masks)
+    shop.masks = masks
+    repair.adversarial_neuron_pruning(shop, threshold=2.0)  # every mask is below it
     pruned = shop.loss()
     shop.restore()
     shop.scale_neurons([torch.zeros(n) for _, n in shop.neurons()])
