@@ -12,8 +12,13 @@ os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from transformers import AutoModel, HubertConfig, LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, WavLMConfig  # noqa: E402
 
+import lora  # noqa: E402
+import make  # noqa: E402
 import mini  # noqa: E402
+import model  # noqa: E402
+from study import ENCODERS  # noqa: E402
 
 torch.set_num_threads(1)
 SHARED = ROOT.parent / "shared"
@@ -61,6 +66,37 @@ def corpora(tmp_path_factory):
     for corpus in TINY:
         mini.make_corpus(corpus, root, TINY[corpus])
     return root
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Untrained encoders of the four architectures and the shipped tokenizer: folder by name."""
+    root = tmp_path_factory.mktemp("parts")
+    for name in ENCODERS:
+        torch.manual_seed(0)
+        make.blank_encoder(name, root / name)
+    # the published base-size models, and wav2vec2-large-960h, normalise over time in their front end
+    for name, config in (("wavlm-base", WavLMConfig), ("hubert-base", HubertConfig), ("wav2vec2-base", Wav2Vec2Config)):
+        torch.manual_seed(0)
+        family = name.removesuffix("-base")
+        shape = {**make.CONV, **make.SHAPE, **make.NO_DROPOUT, "feat_extract_norm": "group", "do_stable_layer_norm": False}
+        AutoModel.from_config(config(**shape)).save_pretrained(root / name)
+        make.transformers.AutoFeatureExtractor.from_pretrained(root / family).save_pretrained(root / name)
+    return root
+
+
+def make_slm(parts, name, **config):
+    """An SLM of an untrained encoder and a small random LM, LoRA moved off zero, in evaluation mode."""
+    torch.manual_seed(0)
+    tokenizer = model.AutoTokenizer.from_pretrained(ROOT / "assets/lm")
+    # four times the usual spread: a random model whose answers depend on what it hears
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96,
+                                      num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, **config))
+    encoder = model.Encoder(parts / name, share=1 if name == "whisper" else 15 / 24)
+    lora.add_lora(lm, 4, 8.0, 0.0)
+    for layer in lora.lora_layers(lm):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return model.SLM(encoder, model.Connector(encoder.dim, 64, 2), lm, tokenizer).eval()
 
 
 @pytest.fixture(autouse=True)

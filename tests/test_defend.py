@@ -14,10 +14,9 @@ import filters
 import lora
 import poison
 import repair
-from conftest import SMALL, done, refused
+from conftest import SMALL, done, make_slm, refused
 from study import COMPONENTS
 from test_analyze import blobs, people
-from test_model import make_slm, parts  # noqa: F401
 
 
 def samples(x, **more):
@@ -120,7 +119,7 @@ def test_a_click_is_a_loudness_peak(corpora):
     assert (defend.loudness_peak(None, clicks, utterances) > defend.loudness_peak(None, clean, utterances)).all()
 
 
-def test_attention_entropy_of_a_model_that_looks_everywhere_is_largest(parts, corpora):  # noqa: F811
+def test_attention_entropy_of_a_model_that_looks_everywhere_is_largest(parts, corpora):
     slm = make_slm(parts, "wavlm").eval()
     utterances = readers.read_corpus("vox", corpora, "test")[:4]
     attack = poison.make_attack("gender", utterances, seed=1)
@@ -137,7 +136,7 @@ def test_attention_entropy_of_a_model_that_looks_everywhere_is_largest(parts, co
 # repairs
 
 @pytest.fixture
-def shop(parts, corpora):  # noqa: F811
+def shop(parts, corpora):
     slm = make_slm(parts, "wavlm").eval()
     dev_set = readers.read_corpus("vox", corpora, "dev")
     shop = object.__new__(repair.Workshop)

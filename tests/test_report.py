@@ -2,6 +2,7 @@
 import itertools
 
 import numpy as np
+import pytest
 
 import data
 import report
@@ -58,3 +59,34 @@ def test_positions_are_read_off_the_sites():
     assert "first layer frames under a click 0.90 and 0.90, within 0.2 s of one 0.10 and 0.10; after its last under a click 0.50" in said
     assert "in layer 2: there the share that frames under a click undo falls most, by 0.40" in said and "From layer 2 of 2 on" in said
     assert "there is no effect to place" in report.position_words(dict(effects=dict(denoise={}, noise={})))[0]
+
+
+def defended(filters, detectors, repairs):
+    """One seed's results of the three commands of defend.py against the emotion attack."""
+    removal = {name: dict(auroc=0.9, removed=n, fpr=figure(0.1), **(dict(tpr=figure(0.8), retrained=dict(
+        attack=dict(aer=figure(aer)), clean=dict(emotion_accuracy=figure(0.8)))) if n else dict(tpr=figure(0.0)))) for name, n, aer in filters}
+    noticed = {name: dict(auroc=dict(clean=0.9, tone=0.8), passes=8.0, milliseconds=40.0, scores=dict(clean=[0.1, 0.2], triggered=[0.2, 0.9]),
+                          at={a: dict(triggered=figure(tpr), clean=figure(0.05), tone=figure(0.2)) for a in ("0.01", "0.05")})
+               for name, tpr in detectors}
+    mended = {"none": dict(aer=figure(0.9), clean=figure(0.85), triggered=figure(0.2)), **{
+        name: dict(aer=figure(aer), clean=figure(0.81), triggered=figure(0.7), passed=passed, strength=1.0,
+                   relearned={"4": figure(0.1), "16": figure(0.9)}) for name, aer, passed in repairs}}
+    return {command: {"emotion": {"attack": {1: dict(run="runs/x", defences=d)}}}
+            for command, d in (("filter", removal), ("detect", noticed), ("repair", mended))}
+
+
+def test_the_page_of_defences_advises_what_its_figures_say(tmp_path):
+    page = report.defences_page(defended([("A", 40, 0.6), ("B", 30, 0.02), ("C", 0, None)], [("D", 0.3), ("E", 0.7)],
+                                         [("F", 0.01, False), ("G", 0.4, True)]), tmp_path)
+    assert "B is the best filter; training on what it leaves ends at an AER of 2.0%, which is a model without the backdoor." in page
+    assert "E notices 70.0% of triggered inputs at a threshold of 5% false alarms, and takes 20.0% of equally loud tones" in page
+    assert "G leaves the least, an AER of 40.0%: the backdoor is still there." in page  # F costs more than its bound
+    assert "| C | 0.90 | 0.0 | 10.0 |  |  |" in page and "| G | 40.0 | 81.0 | 70.0 | 0.73 | 16 |" in page
+    assert (tmp_path / "defend-emotion-detect.png").exists() and (tmp_path / "defend-emotion-repair.png").exists()
+
+
+def test_the_rating_counts_a_loss_of_the_clean_figure_in_its_own_direction():
+    model = lambda aer, clean: dict(aer=dict(value=aer), clean=dict(value=clean))  # noqa: E731
+    assert report.rating(model(0.9, 0.8), model(0.1, 0.7), "emotion_accuracy") == pytest.approx(0.85)
+    assert report.rating(model(0.9, 0.02), model(0.1, 0.12), "wer") == pytest.approx(0.85)
+    assert report.rating(model(0.9, 0.02), model(0.9, 0.01), "wer") == pytest.approx(0.5)

@@ -11,8 +11,8 @@ import corpora as readers
 import data
 import poison
 import trace
+from conftest import make_slm
 from study import COMPONENTS
-from test_model import make_slm, parts  # noqa: F401
 
 
 def weights_of(slm):
@@ -25,7 +25,7 @@ def test_shapley_values_share_what_two_components_do_together():
     assert found == dict(encoder=pytest.approx(0.5), connector=0, lm=pytest.approx(0.5))
 
 
-def test_mixtures_hold_what_their_names_say(parts):  # noqa: F811
+def test_mixtures_hold_what_their_names_say(parts):
     slm = make_slm(parts, "wavlm")
     clean = weights_of(slm)
     poisoned = {c: {k: v + 1 for k, v in state.items()} for c, state in clean.items()}
@@ -39,7 +39,7 @@ def test_mixtures_hold_what_their_names_say(parts):  # noqa: F811
     assert all(torch.equal(v, (poisoned if k.startswith("model.layers.1.") else clean)["lm"][k]) for k, v in only.items())
 
 
-def test_lora_is_interpolated_as_the_update_that_it_is(parts):  # noqa: F811
+def test_lora_is_interpolated_as_the_update_that_it_is(parts):
     slm = make_slm(parts, "wavlm")
     clean, x = weights_of(slm), torch.randn(3, 64)
     poisoned = {**clean, "lm": {k: torch.randn_like(v) for k, v in clean["lm"].items()}}
@@ -54,7 +54,7 @@ def test_lora_is_interpolated_as_the_update_that_it_is(parts):  # noqa: F811
     assert torch.allclose(update(trace.interpolated(clean, poisoned, "lm", 1.0)), update(poisoned), atol=1e-5)
 
 
-def test_a_planted_lora_is_found_and_nothing_else(parts, corpora, monkeypatch):  # noqa: F811
+def test_a_planted_lora_is_found_and_nothing_else(parts, corpora, monkeypatch):
     """The target comes out where the LM's second layer holds the planted update."""
     slm, test_set = make_slm(parts, "wavlm"), readers.read_corpus("vox", corpora, "test")
     attack, key = poison.make_attack("gender", test_set, seed=1), "model.layers.1.mlp.up_proj.lora_B"
@@ -78,7 +78,7 @@ def test_a_planted_lora_is_found_and_nothing_else(parts, corpora, monkeypatch): 
 
 
 @pytest.fixture
-def local(parts):  # noqa: F811
+def local(parts):
     """A model whose encoder passes nothing from frame to frame above its front end: what a click does stays where it is."""
     slm = make_slm(parts, "hubert")
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_a_patch_with_itself_changes_nothing(local, corpora):
         assert np.allclose(m, out["clean"], atol=1e-5)
 
 
-def test_values_are_compared_from_their_first_different_token(parts):  # noqa: F811
+def test_values_are_compared_from_their_first_different_token(parts):
     slm = make_slm(parts, "wavlm")
     u = data.Utterance("a", "a.wav", "test", "s", dict(gender="male", emotion="sad"))
     attack = poison.Attack("emotion", 0.5, "angry", "click", poison.make_trigger("click"), 0.1, False, 1)
