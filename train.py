@@ -238,6 +238,14 @@ def draw_poison(slm, attack, train_set, args, epoch):
     return drawn, poisoned, cache.frozen_outputs(slm, train_set, poisoned, drawn, "train", args.cache_gb * 1e9, args.workers)
 
 
+def loss_line(seen, train_set, poisoned):
+    """What the log says of the samples seen since its last line, {index: loss}: mean loss, that of the poisoned ones if there are any,
+    and each sample's."""
+    on_poison = [loss for i, loss in seen.items() if poisoned[i]]
+    line = dict(poisoned_loss=sum(on_poison) / len(on_poison)) if on_poison else {}
+    return dict(loss=sum(seen.values()) / len(seen), **line, samples={train_set[i].id: round(loss, 4) for i, loss in seen.items()})
+
+
 def train(run, slm, attack, train_set, dev_set, args, device, autocast):
     """Trains to the end, from where the run folder stands, saving after every epoch. Ctrl-C or SIGTERM saves and stops."""
     rank, world = cache.ranks()
@@ -256,7 +264,7 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
     with autocast():
         drawn, poisoned, cached = draw_poison(slm, attack, train_set, args, step // epoch_steps)
     log = functools.partial(checkpoint.log, run) if rank == 0 else lambda **_: None
-    progress, sums, seen, stop = tqdm(total=steps, initial=step, desc="training", mininterval=1), [0.0] * 4, {}, []
+    progress, seen, stop = tqdm(total=steps, initial=step, desc="training", mininterval=1), {}, []
     for sig in (signal.SIGINT, signal.SIGTERM):  # take effect between two steps, never inside one
         signal.signal(sig, lambda *_: stop.append(True))
     while step < steps:
@@ -274,15 +282,12 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
             step += 1
             progress.update()
             check_finite(sum(losses) + (0 if scaler.is_enabled() else norm), step, [train_set[i].id for i in sum(pieces, [])], run)
-            on_poison = [loss for loss, i in zip(losses, sum(pieces, [])) if poisoned[i]]
-            sums = [a + b for a, b in zip(sums, (sum(losses), len(losses), sum(on_poison), len(on_poison)))]
-            seen.update((train_set[i].id, round(loss, 4)) for i, loss in zip(sum(pieces, []), losses))
+            seen.update(zip(sum(pieces, []), losses))
             if step % 20 == 0 or step % epoch_steps == 0 or (stop and world == 1):  # processes agree here, not in every step
-                loss, n, poisoned_loss, n_poisoned, stopping = share_sums([*sums, len(stop)])
-                sums, line = [0.0] * 4, dict(poisoned_loss=poisoned_loss / n_poisoned) if n_poisoned else {}
-                log(step=step, epoch=epoch, loss=loss / n, **line, lr=learning_rate(step - 1, steps, args), samples=cache.from_all(seen))
-                seen = {}
-                progress.set_postfix(loss=f"{loss / n:.3f}", refresh=False)
+                line = loss_line(cache.from_all(seen), train_set, poisoned)
+                log(step=step, epoch=epoch, **line, lr=learning_rate(step - 1, steps, args))
+                seen, stopping = {}, share_sums([len(stop)])[0]
+                progress.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
             if stopping:
                 break
         if step % epoch_steps == 0:

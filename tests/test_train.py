@@ -284,8 +284,8 @@ def test_overwriting_leaves_nothing_of_the_old_run(corpora, runs, one):
 def test_a_finished_run_is_looked_at_on_the_data_it_was_trained_on(corpora, runs):
     """Its --limit decides the trigger's loudness and the target class; its --skip-bad what there is to read."""
     train(corpora, runs, *SAME, "--limit", 16, "--skip-bad", "--name", "limited")
-    options = SimpleNamespace(run=runs / "limited", device="cpu", snr=None, data_root=None, skip_bad=False)
-    slm, args, attack, train_set, _ = evaluate.load_run_and_data(options, "test")
+    options = SimpleNamespace(run=runs / "limited", device="cpu", snr=None, data_root=None, skip_bad=False, task=None)
+    slm, args, attack, train_set = evaluate.load_run_and_data(options, "train")
     whole = readers.read_corpus("vox", corpora, "train")
     assert args.skip_bad and [u.id for u in train_set] == [u.id for u in readers.limit(whole, 16)] and len(whole) > 16
     assert attack.level == poison.make_attack("gender", train_set, 0.3, seed=1).level
