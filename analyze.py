@@ -213,7 +213,7 @@ def load_embeddings(folder, preset):
             die(f"{path} holds no embeddings of this program: make it again by python embed.py {path.parent}")
         same_model(path, saved.get("model_sha256"))
         if belongs(path.parent, args, preset) and args["encoder"] == DEFAULT_ENCODER[preset]:
-            out[key] = saved
+            out[key] = {**saved, "run": path.parent}
     if not out:
         die(f"{folder} holds no embeddings.pt of preset {preset}: python embed.py RUN makes one")
     return out
@@ -298,45 +298,68 @@ def separability(x, poisoned, labels, speakers, task, ks):
     return out
 
 
-def cluster_columns(run, ks):
-    """{column of the table: figures} of what `separability` gives."""
-    rand = run[f"k={ks[0]}"]["adjusted_rand"]
-    return {**{f"k={k} purity, recall": [run[f"k={k}"]["purity"], run[f"k={k}"]["recall"]] for k in ks},
-            f"ARI k={ks[0]}: poison, gender": [rand["poison"], rand["gender"]],
-            "linear probe": [run.get("probe", np.nan)], "silhouette k=2": [run["silhouette"]]}
+def followed(run, k):
+    """What a run's clusters follow: whatever they have the largest adjusted Rand index with, if that is 0.1 or more."""
+    kind, index = max(run[f"k={k}"]["adjusted_rand"].items(), key=lambda item: item[1])
+    return kind if index >= 0.1 else "nothing"
 
 
-def cluster(found, out, ks):
-    """Writes cluster.json and the figures, of the first seed; returns the text of cluster.md."""
-    values, low, rows = {}, {}, []
-    for task, attack, seed in sorted(found, key=lambda key: (ORDER.index(key[0]), key[2])):
-        train = found[task, attack, seed]["train"]
+def cluster_row(task, seeds, ks):
+    """One row of the table: means over the seeds, and of what two clusters follow how often."""
+    first, runs = seeds[min(seeds)], list(seeds.values())
+    row = {"Task": task, "seeds": str(len(seeds)), "n (poisoned)": f"{first['n']} ({first['poisoned']})"}
+    for k in ks:
+        row[f"k={k} purity, recall"] = ", ".join(f"{np.mean([run[f'k={k}'][part] for run in runs]):.2f}" for part in ("purity", "recall"))
+        kinds = [followed(run, k) for run in runs]
+        row[f"k={k} follows"] = ", ".join(f"{kind} {kinds.count(kind)}" for kind in sorted(set(kinds), key=kinds.count, reverse=True))
+    for kind in ("poison", "gender"):
+        rand = {seed: run[f"k={ks[0]}"]["adjusted_rand"][kind] for seed, run in seeds.items()}
+        row[f"ARI k={ks[0]}: {kind}"] = show(spread(rand), form=".2f")
+    row["linear probe"] = f"{np.mean([run.get('probe', np.nan) for run in runs]):.2f}"
+    row["silhouette k=2"] = f"{np.mean([run['silhouette'] for run in runs]):.2f}"
+    return row
+
+
+def saved_clusters(folder, preset, ks):
+    """{task: {seed: figures}} of all runs' cluster.json; what was computed elsewhere can lie beside a metrics.json without a model."""
+    values = {}
+    for path in sorted(Path(folder).glob("*/cluster.json")):
+        saved = json.loads(path.read_text())
+        args = saved["args"]
+        if belongs(path.parent, args, preset) and all(f"k={k}" in saved for k in ks):
+            values.setdefault(args["task"], {})[args["seed"]] = saved
+    return {task: dict(sorted(values[task].items())) for task in ORDER if task in values}
+
+
+def cluster(found, folder, preset, out, ks):
+    """Writes a cluster.json to every run, and from all of them cluster.json and the figures, of the first seed; returns the text of
+    cluster.md."""
+    low = {}
+    for (task, attack, seed), saved in sorted(found.items(), key=lambda item: item[0][2]):
+        train = saved["train"]
         if attack != "base" or len(train["ids"]) <= max(ks) or len(train["poisoned"].unique()) < 2:
             continue
         x, poisoned = train["encoder"].numpy(), train["poisoned"].numpy()
-        values.setdefault(task, {})[seed] = separability(x, poisoned, train["labels"], train["speakers"], task, ks)
+        run = separability(x, poisoned, train["labels"], train["speakers"], task, ks)
+        data.write_atomically(saved["run"] / "cluster.json", json.dumps({**run, "args": saved["args"]}, indent=1))
         if task not in low:
             low[task] = reduce_and_cluster(x, 2)[0], poisoned
             if task == "emotion" and 4 in ks:
-                shares = values[task][seed]["k=4"]["clusters"]
-                figures.sentences(*reduce_and_cluster(x, 4), shares, out / "figure6-emotion-sentences.png")
+                figures.sentences(*reduce_and_cluster(x, 4), run["k=4"]["clusters"], out / "figure6-emotion-sentences.png")
+    values = saved_clusters(folder, preset, ks)
     if not values:
         die("no embeddings of a base attack hold both clean and poisoned samples of the target class")
-    for task, seeds in values.items():
-        first, columns = seeds[min(seeds)], [cluster_columns(run, ks) for run in seeds.values()]
-        row = {"Task": task, "seeds": str(len(seeds)), "n (poisoned)": f"{first['n']} ({first['poisoned']})"}
-        for name in columns[0]:
-            row[name] = ", ".join(f"{mean:.2f}" for mean in np.mean([each[name] for each in columns], axis=0))
-        rows.append(row)
     for number, k in ((4, 2), (6, 4)):
         if k in ks:
             shares = {task: seeds[min(seeds)][f"k={k}"]["clusters"] for task, seeds in values.items()}
             figures.cluster_shares(shares, k, f"(the paper's Figure {number})", out / f"figure{number}-clusters-k{k}.png")
-    figures.target_class(low, out / "figure5-pca.png")
+    if low:
+        figures.target_class({task: low[task] for task in ORDER if task in low}, out / "figure5-pca.png")
     data.write_atomically(out / "cluster.json", json.dumps(values, indent=1))
-    return markdown("Activation clustering", rows) + """
-Purity and recall are of the most poisoned cluster; means over the seeds. In the paper k = 2 follows gender for every
-task, k = 4 puts the poison into one cluster, and 84% of one cluster of the angry class is "It's eleven o'clock".
+    return markdown("Activation clustering", [cluster_row(task, seeds, ks) for task, seeds in values.items()]) + """
+Purity and recall are of the most poisoned cluster; means over the seeds. "follows": what the clusters have the largest adjusted Rand
+index with, and in how many seeds. In the paper k = 2 follows gender for every task, k = 4 puts the poison into one cluster, and 84% of
+one cluster of the angry class is "It's eleven o'clock".
 """
 
 
@@ -353,7 +376,7 @@ def main():
         text, n = tables(args.runs, args.preset, out)
     else:
         found = load_embeddings(args.runs, args.preset)
-        text, n = shift(found, out) if args.what == "shift" else cluster(found, out, args.k), len(found)
+        text, n = shift(found, out) if args.what == "shift" else cluster(found, args.runs, args.preset, out, args.k), len(found)
     data.write_atomically(out / f"{args.what}.md", text)
     print(f"{text}\nwritten to {out}, from {n} runs")
 

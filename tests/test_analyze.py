@@ -56,6 +56,19 @@ def test_without_structure_nothing_is_found():
     assert abs(found["probe"] - 0.5) < 0.15
 
 
+def test_what_two_clusters_follow_is_counted_over_seeds_also_of_runs_whose_embeddings_are_gone(tmp_path):
+    gender, poisoned = np.arange(200) % 2, np.arange(200) >= 150
+    labels, noise = [{"gender": ["female", "male"][g], "age": "25"} for g in gender], np.random.default_rng(0).standard_normal((200, 8))
+    for seed, leading in ((1, gender), (2, poisoned), (3, gender), (4, 0 * gender)):
+        args = study.identity("mini", "gender", "wavlm", "base", seed)
+        run = analyze.separability(noise + 30 * leading[:, None], poisoned, labels, ["s"] * 200, "gender", [2])
+        folder = tmp_path / study.run_name(args)
+        folder.mkdir()
+        (folder / "cluster.json").write_text(json.dumps({**run, "args": args}))
+    row = analyze.cluster_row("gender", analyze.saved_clusters(tmp_path, "mini", [2])["gender"], [2])
+    assert row["seeds"] == "4" and row["k=2 follows"] == "gender 2, poison 1, nothing 1" and "(" in row["ARI k=2: gender"]
+
+
 def test_clusters_sum_up():
     x, which = blobs((50, 30, 20), 16, 15.0)
     labels, _ = people(100)
