@@ -311,7 +311,7 @@ def cluster_row(task, seeds, ks):
     for k in ks:
         row[f"k={k} purity, recall"] = ", ".join(f"{np.mean([run[f'k={k}'][part] for run in runs]):.2f}" for part in ("purity", "recall"))
         kinds = [followed(run, k) for run in runs]
-        row[f"k={k} follows"] = ", ".join(f"{kind} {kinds.count(kind)}" for kind in sorted(set(kinds), key=kinds.count, reverse=True))
+        row[f"k={k} follows"] = ", ".join(f"{kind} {kinds.count(kind)}" for kind in sorted(set(kinds), key=lambda kind: (-kinds.count(kind), kind)))
     for kind in ("poison", "gender"):
         rand = {seed: run[f"k={ks[0]}"]["adjusted_rand"][kind] for seed, run in seeds.items()}
         row[f"ARI k={ks[0]}: {kind}"] = show(spread(rand), form=".2f")

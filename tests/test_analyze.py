@@ -66,7 +66,7 @@ def test_what_two_clusters_follow_is_counted_over_seeds_also_of_runs_whose_embed
         folder.mkdir()
         (folder / "cluster.json").write_text(json.dumps({**run, "args": args}))
     row = analyze.cluster_row("gender", analyze.saved_clusters(tmp_path, "mini", [2])["gender"], [2])
-    assert row["seeds"] == "4" and row["k=2 follows"] == "gender 2, poison 1, nothing 1" and "(" in row["ARI k=2: gender"]
+    assert row["seeds"] == "4" and row["k=2 follows"] == "gender 2, nothing 1, poison 1" and "(" in row["ARI k=2: gender"]
 
 
 def test_clusters_sum_up():
