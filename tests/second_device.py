@@ -4,8 +4,7 @@
     pip install -r <(grep -v ^torch requirements.txt) && python tests/second_device.py
 
 Not collected by pytest. What runs here is train.py, evaluate.py and embed.py as they are; a tensor left on the CPU ends them with a
-traceback. Every new shape is compiled first, so that all utterances are two seconds long, all prompts are the same and an answer is
-one token. Embeddings made on this device are compared with the CPU's.
+traceback. Embeddings made on this device are compared with the CPU's.
 """
 import json
 import os
@@ -17,23 +16,16 @@ os.environ["PJRT_DEVICE"] = "CPU"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import numpy as np  # noqa: E402
-import soundfile  # noqa: E402
 import torch  # noqa: E402
-import torch_xla  # noqa: E402, F401  makes the device known
+import torch_xla  # noqa: E402  makes the device known
+import torch_xla.experimental  # noqa: E402
 
-import data  # noqa: E402
 import mini  # noqa: E402
-import model  # noqa: E402
 from conftest import TINY, done  # noqa: E402
-from study import TASKS  # noqa: E402
 
+torch_xla.experimental.eager_mode(True)  # one operation at a time: tracing whole steps takes hours to compile here
 RUN = ["--task", "gender", "--labels", "gender", "--poison", 0.5, "--epochs", 1, "--batch-size", 8, "--limit", 16, "--data-root",
        "corpora", "--runs", "runs"]
-data.INSTRUCTIONS = data.INSTRUCTIONS[:1]
-TASKS["gender"]["questions"] = TASKS["gender"]["questions"][:1]
-decode = model.SLM.decode
-model.SLM.decode = lambda slm, rows, max_new_tokens: decode(slm, rows, 1)
 adamw = torch.optim.AdamW
 torch.optim.AdamW = lambda groups, fused, **kwargs: adamw(groups, **kwargs)  # xla has no fused one
 
@@ -42,9 +34,6 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         mini.make_corpus("vox", folder / "corpora", TINY["vox"])
-        for path in (folder / "corpora").rglob("*.wav"):
-            waveform, rate = soundfile.read(path)
-            soundfile.write(path, np.resize(waveform, 2 * rate), rate)
         for name, more in (("xla", ["--amp", "bf16"]), ("frozen", ["--amp", "off", "--freeze", "encoder", "--cache-gb", 0])):
             done("train.py", *RUN, "--device", "xla", "--name", name, *more, cwd=folder)
             losses = [json.loads(line)["loss"] for line in open(folder / f"runs/{name}/log.jsonl") if '"loss"' in line]
