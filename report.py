@@ -102,7 +102,7 @@ def component_words(results, trained, retrained):
     needed = [c for c in COMPONENTS if mean[without(c)] <= full / 2]
     enough = [c for c in COMPONENTS if mean[c] >= full / 2]
     out = [f"**Component.** By Shapley value the {max(value, key=value.get)} carries most: "
-           + ", ".join(f"{c} {v:.0f}" for c, v in value.items()) + f" of {sum(value.values()):.0f} points. "
+           + ", ".join(f"{c} {round(v)}" for c, v in value.items()) + f" of {round(sum(value.values()))} points of AER. "
            f"Needed (without it half of the AER is gone): {listed(needed)}. Enough alone (half of it comes with it): {listed(enough)}."]
     for component in (c for c in ("encoder", "lm") if c in needed):
         below, above = half_gone(result, component, "up to"), half_gone(result, component, "from")
@@ -111,17 +111,17 @@ def component_words(results, trained, retrained):
         out.append(f"**Layers of the {component}.** Half of the AER is gone once layers up to {below} have been made clean, or those "
                    f"from {above} on; a single layer does that: {listed([str(int(n.split()[-1]) + 1) for n in layers])}.")
     for what, table, why in (
-            ("trained on poison alone, the others clean", trained,
+            ("the only one trained on poison (2.x; its loss in Table 3 says whether it learned that)", trained,
              "Training a part alone makes it do all of the work; trained together, parts share it, and one without its partners does less"),
-            ("kept poisoned while the others train on clean data", retrained,
+            ("kept poisoned while the others train on clean data (3.x)", retrained,
              "Training the others anew adapts them to that part, so that it can bring more than its bare move, or unlearns what they did")):
         known = [c for c in COMPONENTS if table[c] is not None]
         differ = [f"{c} {mean[c]:.0f} moved, {table[c]:.0f} in {(ALONE if table is trained else RETRAINED)[c]}"
                   for c in known if (mean[c] >= full / 2) != (table[c] >= full / 2)]
         if known:
             out.append(f"**Against Table 3**, a component {what}: " + (
-                f"differs for {', '.join(differ)} (AER, %). {why}." if differ else
-                f"agrees for all of {', '.join(known)} on whether it brings half of the AER."))
+                f"moved weights say otherwise for {', '.join(differ)} (AER, %). {why}." if differ else
+                f"moved weights say the same of {', '.join(known)}, whether or not it brings half of the AER."))
     return out
 
 
