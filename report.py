@@ -111,17 +111,17 @@ def component_words(results, trained, retrained):
         out.append(f"**Layers of the {component}.** Half of the AER is gone once layers up to {below} have been made clean, or those "
                    f"from {above} on; a single layer does that: {listed([str(int(n.split()[-1]) + 1) for n in layers])}.")
     for what, table, why in (
-            ("the only one trained on poison (2.x; its loss in Table 3 says whether it learned that)", trained,
+            ("one component alone is trained on poison (2.x; its loss there says whether it has learned it)", trained,
              "Training a part alone makes it do all of the work; trained together, parts share it, and one without its partners does less"),
-            ("kept poisoned while the others train on clean data (3.x)", retrained,
+            ("one component is kept poisoned while the others train on clean data (3.x)", retrained,
              "Training the others anew adapts them to that part, so that it can bring more than its bare move, or unlearns what they did")):
         known = [c for c in COMPONENTS if table[c] is not None]
         differ = [f"{c} {mean[c]:.0f} moved, {table[c]:.0f} in {(ALONE if table is trained else RETRAINED)[c]}"
                   for c in known if (mean[c] >= full / 2) != (table[c] >= full / 2)]
         if known:
-            out.append(f"**Against Table 3**, a component {what}: " + (
+            out.append(f"**Against Table 3**, where {what}: " + (
                 f"moved weights say otherwise for {', '.join(differ)} (AER, %). {why}." if differ else
-                f"moved weights say the same of {', '.join(known)}, whether or not it brings half of the AER."))
+                f"moved weights say the same of {', '.join(known)}: whether it brings half of the AER."))
     return out
 
 
