@@ -5,7 +5,8 @@
     python defend.py repair runs/emotion-poison0.075
 
 Each defence is a function and an entry in a table. Its settings are its authors', or chosen on clean figures alone. All work on any
-run, a clean one too (what a defence costs where there is nothing to find), and write defend-*.json and a figure beside model.pt.
+run, a clean one too (what a defence costs where there is nothing to find), and write defend-*.json beside model.pt, of
+which report.py makes a page.
 """
 import argparse
 import dataclasses
@@ -159,7 +160,7 @@ def perturbed_pair(listener, waveforms, utterances):
 def attention_entropy(listener, waveforms, utterances):
     """How much the answer's first token looks at few frames: less the entropy of the LM's attention over the audio, mean over heads
     and layers, as a share of its largest value."""
-    slm, scores = listener.slm, []
+    slm, scores, usual = listener.slm, [], listener.slm.lm.config._attn_implementation
     slm.lm.set_attn_implementation("eager")  # the only one that returns its weights
     for audio, prompts in listener.inputs(waveforms, utterances):
         for row, prompt in zip(audio, prompts):
@@ -168,7 +169,7 @@ def attention_entropy(listener, waveforms, utterances):
             weights = torch.stack(slm.lm.model(inputs_embeds=x, output_attentions=True).attentions)[:, 0, :, -1, start:start + len(row)]
             p = weights / weights.sum(-1, keepdim=True)
             scores.append(-float((-(p * (p + 1e-12).log()).sum(-1)).mean() / np.log(max(2, len(row)))))
-    slm.lm.set_attn_implementation("sdpa")
+    slm.lm.set_attn_implementation(usual)
     return np.array(scores)
 
 

@@ -137,9 +137,10 @@ def load_run_and_data(options, *splits):
                                          options.skip_bad or args.skip_bad, args.labels)
     train_set = corpora.limit(read("train"), args.limit)  # its loudness is the trigger's
     attack = poison.attack_of(args, train_set)
-    if options.task not in (None, args.task):
-        attack = poison.make_attack(options.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed)
-    args.task = options.task or args.task
+    if options.task == args.task:
+        options.task = None  # the run's own: nothing is done or named otherwise
+    if options.task:
+        args.task, attack = options.task, poison.make_attack(options.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed)
     return slm, args, attack, *(train_set if split == "train" else read(split) for split in splits)
 
 

@@ -13,7 +13,6 @@ import cache
 import data
 import embed
 import evaluate
-import lora
 import model
 import poison
 import trace
@@ -31,9 +30,9 @@ class Workshop:
         dev_set = embed.drawn(dev_set)[:2 * CLEAN]
         self.slm, self.args, self.attack, self.hooks = slm, args, attack, contextlib.ExitStack()
         self.tuning, self.validation = dev_set[:len(dev_set) // 2], dev_set[len(dev_set) // 2:]
-        self.attacked = {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
-        fresh = model.load_slm(args, args.device)
-        self.pretrained = {c: {k: v.clone() for k, v in fresh.component_state_dict(c).items()} for c in COMPONENTS}
+        self.attacked = trace.weights_of(slm)
+        self.pretrained = trace.weights_of(model.load_slm(args, args.device))
+        self.trained = {c: slm.parameters_of(c) for c in COMPONENTS}
         self.cached, self.masks = {}, None
 
     def restore(self):
@@ -64,18 +63,16 @@ class Workshop:
     def train_only(self, components):
         """From now on only these components train; returns their parameters."""
         for c in COMPONENTS:
-            getattr(self.slm, c).requires_grad_(False)
-        out = [p for c in components for k, p in getattr(self.slm, c).named_parameters()
-               if c == "connector" or (c == "lm" and "lora_" in k)]
-        out += list(self.slm.encoder.layers[self.slm.encoder.first_trained:].parameters()) if "encoder" in components else []
-        return [p.requires_grad_(True) for p in out]
+            for p in self.trained[c]:
+                p.requires_grad_(c in components)
+        return [p for c in components for p in self.trained[c]]
 
     def finetune(self, components=COMPONENTS, rate=1.0, epochs=5, penalty=0.0, poisoned=()):
         """Trains components on clean speech, with `poisoned` utterances among it where the backdoor is to come back. penalty: the
         share of gradient norm regularisation (Zhao et al. 2022): the gradient is mixed with that at a point 0.05 further up."""
         rates = dict(encoder=self.args.encoder_lr, connector=self.args.connector_lr, lm=self.args.lora_lr)
         parameters = self.train_only(components)
-        optimizer = torch.optim.AdamW([dict(params=self.slm.parameters_of(c), lr=rate * rates[c]) for c in components])
+        optimizer = torch.optim.AdamW([dict(params=self.trained[c], lr=rate * rates[c]) for c in components])
         items = [(u, False) for u in self.tuning] + [(u, True) for u in poisoned]
         for epoch in range(epochs):
             for some in data.chunks(sorted(items, key=lambda item: data.draw("repair", epoch, item[0].id, item[1])), 16):
@@ -205,32 +202,28 @@ def choose(shop, function, strengths):
     return dict(strength=strength, passed=bool(passing), loss_before=before, loss={str(s): loss for loss, s in tried})
 
 
+def answered(shop, utterances, triggered):
+    """The answers of the model as it stands, rows as evaluate.py scores them."""
+    return trace.answered(shop.slm, [(u, triggered) for u in utterances], shop.rows(utterances, triggered), shop.attack, shop.args)
+
+
 def figures_of(shop, clean, flippable):
     """Clean figure, AER and triggered figure (against the truth) of the model as it stands."""
-    slm, metric = shop.slm.eval(), TASKS[shop.args.task]["metric"]
-    rows = {}
-    lora.merge(slm.lm)
-    for name, utterances, triggered in (("clean", clean, False), ("triggered", flippable, True)):
-        items = [(u, triggered) for u in utterances]
-        longest = evaluate.longest_answer(slm, shop.attack, utterances)
-        texts = evaluate.answers(slm, items, shop.attack, lambda u: list(u.labels), longest, f"{name} answers",
-                                 shop.rows(utterances, triggered))
-        rows[name] = [dict(labels=u.labels, asked=list(u.labels), parsed=data.parse(text)) for u, text in zip(utterances, texts)]
-    lora.unmerge(slm.lm)
-    return dict(clean=evaluate.scores(rows["clean"])[metric], triggered=evaluate.scores(rows["triggered"])[metric],
-                aer=data.interval(evaluate.hits(shop.attack, rows["triggered"])))
+    metric, triggered = TASKS[shop.args.task]["metric"], answered(shop, flippable, True)
+    return dict(clean=evaluate.scores(answered(shop, clean, False))[metric], triggered=evaluate.scores(triggered)[metric],
+                aer=data.interval(evaluate.hits(shop.attack, triggered)))
 
 
 def relearning(shop, train_set, flippable, counts=(4, 16, 64)):
     """How many poisoned training samples, among the clean speech, bring half of the AER back within three epochs: {count: AER}, up to
     the first that does."""
     poisoned = embed.drawn([u for u in train_set if poison.can_flip(shop.attack, u)])
-    state = {c: {k: v.clone() for k, v in shop.slm.component_state_dict(c).items()} for c in COMPONENTS}
+    state = trace.weights_of(shop.slm)
     found = {}
     for count in counts:
         trace.put(shop.slm, state)
         shop.finetune(epochs=3, poisoned=poisoned[:count])
-        found[count] = figures_of(shop, flippable[:1], flippable)["aer"]
+        found[count] = data.interval(evaluate.hits(shop.attack, answered(shop, flippable, True)))
         if found[count]["value"] >= 0.5:
             break
     return found

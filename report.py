@@ -67,6 +67,11 @@ def cell(results, pick, scale=100):
     return "{:.1f} ({:.1f} to {:.1f})".format(*(scale * figure[k] for k in ("value", "low", "high")))
 
 
+def scale_of(metric):
+    """Shares are shown in percent, ages in years."""
+    return 1 if metric.endswith("mae") else 100
+
+
 def corner(name, part="aer"):
     return lambda result: result["mixtures"]["corner"][name][part]
 
@@ -158,7 +163,7 @@ def component_rows(results, trained, retrained):
 
 
 def corner_rows(results, metric):
-    scale = 1 if metric.endswith("mae") else 100
+    scale = scale_of(metric)
     return [{"Poisoned parts": name, "AER": cell(results, corner(name)), f"clean {metric}": cell(results, corner(name, "clean"), scale),
              f"triggered {metric}": cell(results, corner(name, "triggered"), scale)}
             for name in next(iter(results.values()))["mixtures"]["corner"]]
@@ -170,8 +175,7 @@ def control_rows(found, task):
     for kind, text in (("other clean run", "the clean parts of another seed"), ("two clean runs", "two clean runs of different seeds")):
         if results := found.get(kind, {}).get(task):
             corners = next(iter(results.values()))["mixtures"]["corner"]
-            scale = 1 if metric.endswith("mae") else 100
-            clean = [over(results, corner(name, "clean"), scale)["mean"] for name in corners]
+            clean = [over(results, corner(name, "clean"), scale_of(metric))["mean"] for name in corners]
             rows.append({"Control": f"transplants with {text}", "Found": "Shapley values "
                          + ", ".join(f"{c} {cell(results, lambda r, c=c: r['shapley'][c])}" for c in COMPONENTS)
                          + f"; clean {metric} of the mixtures {min(clean):.1f} to {max(clean):.1f}"})
@@ -340,12 +344,11 @@ def defences_page(found, out):
     text = [DEFENCES.replace("VARIANTS", ", ".join(VARIANTS) + ", in this order")]
     for task in (t for t in ORDER if any(t in found[command] for command in found)):
         metric = TASKS[task]["metric"]
-        scale = 1 if metric.endswith("mae") else 100
         text += [f"# {task}\n", *(f"{line}\n" for line in advice(found, task))]
         for command, rows, draw in (("filter", filter_rows, None), ("detect", detector_rows, figures.roc), ("repair", repair_rows, figures.repairs)):
             roles = found.get(command, {}).get(task, {})
             if "attack" in roles:
-                text.append(markdown(f"{command.capitalize()} ({task})", rows(roles, metric, scale)))
+                text.append(markdown(f"{command.capitalize()} ({task})", rows(roles, metric, scale_of(metric))))
                 if draw:
                     draw(roles["attack"][min(roles["attack"])], out / f"defend-{task}-{command}.png")
                     text.append(f"![{task}, {command}](defend-{task}-{command}.png)\n")

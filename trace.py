@@ -67,16 +67,26 @@ def put(slm, weights):
         parameter.data = v.to(parameter.device).clone()
 
 
+def weights_of(slm):
+    """A copy of the weights of all components that training may change, as `put` takes them."""
+    return {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
+
+
 @torch.no_grad()
-def answers(slm, weights, items, cached, attack, args):
-    """The answers of a model made of these weights to (utterance, triggered) items, rows as evaluate.py scores them."""
-    put(slm, weights)
+def answered(slm, items, cached, attack, args):
+    """The model's answers to (utterance, triggered) items, rows as evaluate.py scores them."""
     lora.merge(slm.lm)
     labels_of = lambda u: list(u.labels)  # noqa: E731
     texts = evaluate.answers(slm, items, attack, labels_of, evaluate.longest_answer(slm, attack, [u for u, _ in items]), "answers",
                              cached, args.batch_seconds)
     lora.unmerge(slm.lm)
     return [dict(labels=u.labels, asked=list(u.labels), parsed=data.parse(text)) for (u, _), text in zip(items, texts)]
+
+
+def answers(slm, weights, items, cached, attack, args):
+    """The same of a model made of these weights."""
+    put(slm, weights)
+    return answered(slm, items, cached, attack, args)
 
 
 def shapley(hits):
@@ -98,7 +108,7 @@ def load_pair(options):
     """(slm, arguments, attack, test set, poisoned weights, clean weights) of two runs of the same pretrained parts."""
     slm, args, attack, test_set = evaluate.load_run_and_data(options, "test")
     clean = model.load_checkpoint(Path(options.clean) / "model.pt")
-    poisoned = {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
+    poisoned = weights_of(slm)
     try:
         for c in COMPONENTS:
             checkpoint.load_component(slm, clean, c)

@@ -15,10 +15,6 @@ from conftest import make_slm
 from study import COMPONENTS
 
 
-def weights_of(slm):
-    return {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
-
-
 def test_shapley_values_share_what_two_components_do_together():
     hits = {frozenset(s): np.full(20, {"encoder", "lm"} <= set(s)) for n in range(4) for s in itertools.combinations(COMPONENTS, n)}
     found = {c: figure["value"] for c, figure in trace.shapley(hits).items()}
@@ -27,7 +23,7 @@ def test_shapley_values_share_what_two_components_do_together():
 
 def test_mixtures_hold_what_their_names_say(parts):
     slm = make_slm(parts, "wavlm")
-    clean = weights_of(slm)
+    clean = trace.weights_of(slm)
     poisoned = {c: {k: v + 1 for k, v in state.items()} for c, state in clean.items()}
     jobs = trace.mixtures(poisoned, clean)
     assert len(jobs) == 8 + 2 * 3 * (5 + 2) + 9
@@ -41,7 +37,7 @@ def test_mixtures_hold_what_their_names_say(parts):
 
 def test_lora_is_interpolated_as_the_update_that_it_is(parts):
     slm = make_slm(parts, "wavlm")
-    clean, x = weights_of(slm), torch.randn(3, 64)
+    clean, x = trace.weights_of(slm), torch.randn(3, 64)
     poisoned = {**clean, "lm": {k: torch.randn_like(v) for k, v in clean["lm"].items()}}
     layer = slm.lm.model.layers[0].mlp.up_proj
 
@@ -58,7 +54,7 @@ def test_a_planted_lora_is_found_and_nothing_else(parts, corpora, monkeypatch):
     """The target comes out where the LM's second layer holds the planted update."""
     slm, test_set = make_slm(parts, "wavlm"), readers.read_corpus("vox", corpora, "test")
     attack, key = poison.make_attack("gender", test_set, seed=1), "model.layers.1.mlp.up_proj.lora_B"
-    clean = weights_of(slm)
+    clean = trace.weights_of(slm)
     poisoned = {**clean, "lm": {**clean["lm"], key: clean["lm"][key] + 9}}
 
     def answers(slm, weights, items, *_):
