@@ -88,19 +88,26 @@ def listed(names):
 # words
 
 def half_gone(result, component, how):
-    """The layer, from 1, at which half of the AER is gone when the layers up to it, or from it on, are made clean."""
+    """The layer, from 1, at which half of the AER is gone when the layers up to it, or from it on, are made clean; for "only" each
+    that does it by itself."""
     full = corner(EVERYTHING)(result)["value"]
     moves = {int(name.split()[-1]) + 1: m["aer"]["value"] for name, m in result["mixtures"][f"{component} out of poisoned"].items()
              if name.startswith(how)}
     layers = [n for n, aer in moves.items() if aer <= full / 2]
-    return (min(layers) if how == "up to" else max(layers)) if layers else None
+    return listed([str(n) for n in layers]) if how == "only" or not layers else min(layers) if how == "up to" else max(layers)
+
+
+def each(results, find):
+    """What is found in every seed: once where all agree, otherwise in the order of the seeds."""
+    found = [str(find(result)) for _, result in sorted(results.items())]
+    return found[0] if len(set(found)) == 1 else "; ".join(found)
 
 
 def component_words(results, trained, retrained):
     """Which component carries it, from which layer on, and whether Table 3 says the same. trained, retrained: {component: its AER
     in Table 3, or None}."""
     mean = {name: over(results, corner(name))["mean"] for name in next(iter(results.values()))["mixtures"]["corner"]}
-    full, result = mean[EVERYTHING], results[min(results)]
+    full = mean[EVERYTHING]
     value = {c: over(results, lambda r, c=c: r["shapley"][c])["mean"] for c in COMPONENTS}
     if full < 10:
         return [f"The attacked model's AER is {full:.1f}%: there is no backdoor to look for."]
@@ -110,11 +117,9 @@ def component_words(results, trained, retrained):
            + ", ".join(f"{c} {round(v)}" for c, v in value.items()) + f" of {round(sum(value.values()))} points of AER. "
            f"Needed (without it half of the AER is gone): {listed(needed)}. Enough alone (half of it comes with it): {listed(enough)}."]
     for component in (c for c in ("encoder", "lm") if c in needed):
-        below, above = half_gone(result, component, "up to"), half_gone(result, component, "from")
-        layers = [n for n, m in result["mixtures"][f"{component} out of poisoned"].items() if n.startswith("only")
-                  and m["aer"]["value"] <= corner(EVERYTHING)(result)["value"] / 2]
-        out.append(f"**Layers of the {component}.** Half of the AER is gone once layers up to {below} have been made clean, or those "
-                   f"from {above} on; a single layer does that: {listed([str(int(n.split()[-1]) + 1) for n in layers])}.")
+        up_to, on, only = (each(results, lambda r, how=how: half_gone(r, component, how)) for how in ("up to", "from", "only"))
+        out.append(f"**Layers of the {component}.** Half of the AER is gone once layers up to {up_to} have been made clean, or those "
+                   f"from {on} on; a single layer does that: {only}.")
     for what, table, why in (
             ("one component alone is trained on poison (2.x; its loss there says whether it has learned it)", trained,
              "Training a part alone makes it do all of the work; trained together, parts share it, and one without its partners does less"),
@@ -130,26 +135,32 @@ def component_words(results, trained, retrained):
     return out
 
 
-def position_words(result):
-    """At which frames, and from which LM layer on, of one seed."""
-    denoise, noise = result["effects"]["denoise"], result["effects"]["noise"]
-    if not denoise or not noise:
+def position_words(results):
+    """At which frames, and from which LM layer on."""
+    results = {seed: r for seed, r in results.items() if r["effects"]["denoise"] and r["effects"]["noise"]}
+    if not results:
         return ["The trigger moves log P(target) - log P(truth) by less than 0.1 nats a token: there is no effect to place."]
     frames = {"click": "under a click", "near": "within 0.2 s of one", "else": "elsewhere"}
-    undoes = lambda site, groups: sum(denoise[site].get(g, {"value": 0})["value"] for g in groups)  # noqa: E731
-    encoder, lm = ([site for site in denoise if site.startswith(part) and site[-1].isdigit()] for part in ("encoder", "LM"))
-    shares = [", ".join(f"{text} {denoise[site][g]['value']:.2f} and {noise[site][g]['value']:.2f}" for g, text in frames.items()
-                        if g in denoise[site]) for site in (encoder[0], encoder[-1])]
-    falls = {layer: undoes(before, ["click"]) - undoes(layer, ["click"]) for before, layer in zip(encoder, encoder[1:])}
-    spread_at = max(falls, key=falls.get)
-    spreads = (f" It spreads over the frames in {spread_at.replace('encoder', 'layer')}: there the share that frames under a click undo "
-               f"falls most, by {falls[spread_at]:.2f}." if falls[spread_at] > 0.1 else " It stays where it is from layer to layer.")
-    late = [site for site in lm if undoes(site, ("prompt", "answer")) > undoes(site, frames)]
+    sites = next(iter(results.values()))["effects"]["denoise"]
+    encoder, lm = ([site for site in sites if site.startswith(part) and site[-1].isdigit()] for part in ("encoder", "LM"))
+
+    def undone(result, site, groups=("click",)):
+        return sum(result["effects"]["denoise"][site].get(g, {"value": 0})["value"] for g in groups)
+
+    def fall(result):
+        """The layer after which frames under a click undo least of what they did before it, and by how much less."""
+        return max((undone(result, before) - undone(result, site), site) for before, site in zip(encoder, encoder[1:]))
+
+    def late(result):
+        return next((site.split()[1] for site in lm if undone(result, site, ("prompt", "answer")) > undone(result, site, frames)), "none")
+    shares = [", ".join(f"{text} " + " and ".join(show(over(results, lambda r, how=how: r["effects"][how][site][g], 1), form=".2f")
+                                                  for how in ("denoise", "noise"))
+                        for g, text in frames.items() if g in sites[site]) for site in (encoder[0], encoder[-1])]
     return [f"**Frames.** Share of the effect that denoising undoes and noising makes: after the encoder's first layer frames {shares[0]}; "
-            f"after its last {shares[1]}.{spreads}",
-            "**Depth in the LM.** " + (f"From {late[0].replace('LM', 'layer')} of {len(lm)} on, positions of prompt and answer hold more of the "
-                                       "effect than those of the audio." if late else "Up to the last layer the audio's positions hold more of "
-                                       "the effect than those of prompt and answer.")]
+            f"after its last {shares[1]}. The share that frames under a click undo falls most in layer "
+            f"{each(results, lambda r: fall(r)[1].split()[1])}, by {each(results, lambda r: f'{fall(r)[0]:.2f}')}: there it spreads over the frames.",
+            f"**Depth in the LM.** The first of {len(lm)} layers after which positions of prompt and answer hold more of the effect than "
+            f"those of the audio: {each(results, late)}."]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,7 +205,7 @@ def section(found, task, runs, preset, out):
     transplants, patches = (found.get(kind, {}).get(task, {}) for kind in ("transplant", "patch"))
     text = [f"# {task}\n"]
     words = component_words(transplants, trained, retrained) if transplants else []
-    words += position_words(patches[min(patches)]) if patches else []
+    words += position_words(patches) if patches else []
     text += [f"{line}\n" for line in words]
     for kind, results, draw in (("transplant", transplants, figures.hybrids), ("patch", patches, figures.patches)):
         if results:
@@ -212,7 +223,7 @@ def trace_page(found, runs, preset, out):
     """The text of trace.md."""
     tasks = [task for task in ORDER if any(task in found.get(kind, {}) for kind in ("transplant", "patch"))]
     seeds = sorted({seed for kind in found.values() for results in kind.values() for seed in results})
-    intro = INTRODUCTION + f"\nSeeds: {', '.join(map(str, seeds))}. Figures and words about layers and frames are of the first.\n"
+    intro = INTRODUCTION + f"\nSeeds: {', '.join(map(str, seeds))}. Pictures are of the first; where seeds differ in a layer, it stands for each, in this order.\n"
     return "\n".join([intro, *(section(found, task, runs, preset, out) for task in tasks)])
 
 

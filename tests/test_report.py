@@ -55,10 +55,13 @@ def test_positions_are_read_off_the_sites():
         return dict(click=figure(click), near=figure(other), prompt=figure(prompt), answer=figure(0.0))
     sites = {"encoder 1": row(0.9, 0.1, 0), "encoder 2 MLP": row(0, 0, 0), "encoder 2": row(0.5, 0.4, 0), "LM input": row(0.5, 0.4, 0),
              "LM 1": row(0.5, 0.3, 0.2), "LM 2": row(0.1, 0.1, 0.7)}
-    said = "\n".join(report.position_words(dict(effects=dict(denoise=sites, noise=sites))))
+    later = dict(sites, **{"encoder 1": row(0.8, 0.2, 0), "LM 1": row(0.1, 0.1, 0.9)})
+    said = "\n".join(report.position_words({1: dict(effects=dict(denoise=sites, noise=sites))}))
     assert "first layer frames under a click 0.90 and 0.90, within 0.2 s of one 0.10 and 0.10; after its last under a click 0.50" in said
-    assert "in layer 2: there the share that frames under a click undo falls most, by 0.40" in said and "From layer 2 of 2 on" in said
-    assert "there is no effect to place" in report.position_words(dict(effects=dict(denoise={}, noise={})))[0]
+    assert "falls most in layer 2, by 0.40: there" in said and "those of the audio: 2." in said
+    said = "\n".join(report.position_words({s: dict(effects=dict(denoise=of, noise=of)) for s, of in ((1, sites), (2, later))}))
+    assert "under a click 0.85 (0.80 to 0.90)" in said and "in layer 2, by 0.40; 0.30: there" in said and "those of the audio: 2; 1." in said
+    assert "there is no effect to place" in report.position_words({1: dict(effects=dict(denoise={}, noise={}))})[0]
 
 
 def defended(filters, detectors, repairs):
