@@ -132,7 +132,7 @@ def frozen_outputs(slm, utterances, triggered, attack, desc, budget, workers=WOR
     rank, world = ranks()
     if rank == 0:
         make_room(folder, budget - size, paths)
-    for n in tqdm(range(rank, len(parts), world), desc=f"{desc}: pretrained layers", mininterval=1):
+    for n in tqdm(range(rank, len(parts), world), desc=f"{desc}: pretrained layers"):
         pretrained_rows(slm, paths[n], parts[n], attack, workers)
     if world > 1:
         dist.barrier()
@@ -142,7 +142,7 @@ def frozen_outputs(slm, utterances, triggered, attack, desc, budget, workers=WOR
     rows = [found[u.id, t] for u, t in zip(utterances, triggered)]
     if slm.frozen:
         order, device = sorted(range(len(rows)), key=lambda i: len(rows[i])), next(slm.parameters()).device
-        for batch in tqdm(data.chunks(order, 16), desc=f"{desc}: frozen {' and '.join(slm.frozen)}", mininterval=1):
+        for batch in tqdm(data.chunks(order, 16), desc=f"{desc}: frozen {' and '.join(slm.frozen)}"):
             for i, row in zip(batch, unstack(*slm.frozen_part(*stack([rows[i] for i in batch], device)))):
                 rows[i] = row
     return rows

@@ -258,7 +258,7 @@ def in_workers(function, items, desc, workers=2):
     """[function(item) for item in items], in worker processes, in order, with a progress bar."""
     loader = torch.utils.data.DataLoader(items, batch_size=16, num_workers=workers,
                                          collate_fn=functools.partial(apply_to_all, function))
-    batches = tqdm(from_workers(loader), desc, len(loader), unit="batch", mininterval=1)
+    batches = tqdm(from_workers(loader), desc, len(loader), unit="batch")
     return [result for batch in batches for result in batch]
 
 

@@ -43,7 +43,7 @@ def stages(slm, attack, items, pooling, desc, workers=cache.WORKERS, batch_size=
     hidden), "encoder_layers": (layers + 1, n, dim), "lm_layers": (layers + 1, n, hidden), over the audio's positions}."""
     batches, out = data.chunks(items, batch_size), {}
     stream = cache.read_features(slm.encoder, batches, attack, workers)
-    for batch, features in zip(tqdm(batches, desc=desc, mininterval=1), stream):
+    for batch, features in zip(tqdm(batches, desc=desc), stream):
         x, mask = slm.encoder.front_end(features)
         layers, frames = [x, *slm.encoder.run_layers(x, mask, 0, len(slm.encoder.layers))], mask.sum(1)
         hidden = layers[-1] if slm.encoder.norm_first else slm.encoder.layer_norm(layers[-1])

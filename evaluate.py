@@ -37,7 +37,7 @@ def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, ba
     batches = [piece for group in data.chunks(cache.by_size(items)[rank::world], 64)
                for piece in data.micro_batches(group, seconds, 2 * batch_seconds)]  # nothing is kept for a backward pass
     out = {}
-    with tqdm(total=len(items), desc=desc, mininterval=1, leave=None) as progress:  # gone at the end within another bar
+    with tqdm(total=len(items), desc=desc, leave=None) as progress:  # gone at the end within another bar
         for batch, (x, mask) in zip(batches, cache.inputs(slm, items, batches, cached, attack, workers)):
             prompts = [data.prompt(slm.tokenizer, labels_of(items[i][0])) for i in batch]
             out.update(zip(batch, slm.generate(x, mask, prompts, max_new_tokens)))

@@ -11,6 +11,7 @@ cd "$(dirname "$0")"
 export RUNS=${RUNS:-runs}
 PRESET=${PRESET:-mini} LAUNCH=${LAUNCH:-python} WAVES=${WAVES:-1 2 3 4 5 6 7}
 JOBS=${JOBS:-$([ "$PRESET" = mini ] && nproc || echo 1)}  # runs at a time
+export TQDM_MININTERVAL=30  # seconds between lines of progress in the logs
 [ "$LAUNCH" = python ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / JOBS > 0 ? $(nproc) / JOBS : 1))}
 
 study() {

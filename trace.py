@@ -295,7 +295,7 @@ def patch(options):
     print(f"{options.run}: {len(utterances)} pairs, trigger {attack.trigger}, {len(sites(slm))} sites by groups of positions")
     found = {}
     total = len(utterances) * sum(12 if stage == "lm" else 8 for _, stage in sites(slm).values())
-    with tqdm(total=total, desc="patches", unit="pair", mininterval=1) as progress:
+    with tqdm(total=total, desc="patches", unit="pair") as progress:
         for batch in data.chunks(utterances, options.batch):
             for k, v in patch_batch(slm, attack, batch, progress).items():
                 found.setdefault(k, []).append(v)

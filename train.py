@@ -264,7 +264,7 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
     with autocast():
         drawn, poisoned, cached = draw_poison(slm, attack, train_set, args, step // epoch_steps)
     log = functools.partial(checkpoint.log, run) if rank == 0 else lambda **_: None
-    progress, seen, stop = tqdm(total=steps, initial=step, desc="training", mininterval=1), {}, []
+    progress, seen, stop = tqdm(total=steps, initial=step, desc="training"), {}, []
     for sig in (signal.SIGINT, signal.SIGTERM):  # take effect between two steps, never inside one
         signal.signal(sig, lambda *_: stop.append(True))
     while step < steps:
