@@ -176,9 +176,9 @@ def training_losses(run):
 
 
 def settled(excess, least=0.02):
-    """The last epoch, counted from 1, that brought the poisoned loss `least` nats or more nearer to that of all samples; None
-    where fewer than two epochs have followed. The rule that sets a preset's length (README). excess: by epoch."""
-    epoch = max((e for e, (before, after) in enumerate(zip(excess, excess[1:]), 2) if before - after >= least), default=1)
+    """The last epoch, counted from 1, that brought the poisoned loss `least` nats or more nearer to that of all samples than it had
+    been; None where fewer than two epochs have followed. The rule that sets a preset's length (README). excess: by epoch."""
+    epoch = max((e for e in range(2, len(excess) + 1) if min(excess[:e - 1]) - excess[e - 1] >= least), default=1)
     return epoch if epoch + 2 <= len(excess) else None
 
 

@@ -134,6 +134,7 @@ def test_every_table_has_a_cell_for_each_column_and_the_losses_that_tell_what_wa
 
 @pytest.mark.parametrize("excess, epoch", [([0.86, 0.23, 0.12, 0.08, 0.03, 0.05, 0.05], 5), ([0.5, 0.4, 0.3, 0.2, 0.1], None),
                                            ([0.06, 0.05, 0.02, 0.01, 0.01], 3), ([0.1, 0.1], None),
+                                           ([0.19, 0.07, 0.03, 0.03, 0.03, 0.06, 0.03], 3),  # a bounce brings nothing
                                            ([-0.02, -0.01, -0.02, -0.07, -0.17, -0.17, -0.15], 5)])  # age: learned late
 def test_the_poison_has_settled_after_the_last_epoch_that_brought_something(excess, epoch):
     assert checkpoint.settled(excess) == epoch
