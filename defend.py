@@ -107,8 +107,8 @@ class Listener:
         self.longest = evaluate.longest_answer(slm, attack, utterances)
 
     def inputs(self, waveforms, utterances):
-        """Yields (audio embeddings, prompts) by batches of 16."""
-        for batch in data.chunks(list(zip(waveforms, utterances)), 16):
+        """Yields (audio embeddings, prompts) by batches of 32."""
+        for batch in data.chunks(list(zip(waveforms, utterances)), 32):
             self.passes += len(batch)
             x, mask = self.slm.frozen_part(*self.slm.encoder.pretrained_part([self.slm.encoder.extract(w) for w, _ in batch]))
             yield self.slm.audio_embeddings(x, mask), [data.prompt(self.slm.tokenizer, list(u.labels)) for _, u in batch]
