@@ -1,8 +1,8 @@
 """Repairs of an attacked model that need clean speech only; python defend.py repair RUN tries them.
 
-A repair is a function of (workshop, strength) that changes the workshop's model in place, and an entry of REPAIRS. Its strengths go from
-weak to strong; of those whose loss on clean development speech, half of which is kept for that, rises by no more than TOLERANCE, the
-strongest is taken. Neither the trigger nor the target is looked at before the choice has been made.
+A repair is a function of (workshop, strength) that changes the workshop's model in place, and an entry of REPAIRS. Its strengths are
+tried from weak to strong until one raises the loss on clean development speech, half of which is kept for that, by more than TOLERANCE;
+the one before is taken. Neither the trigger nor the target is looked at before the choice has been made.
 """
 import contextlib
 import itertools
@@ -180,26 +180,28 @@ def fine_mixing(shop, share):
 
 
 REPAIRS = {  # name: (function, strengths)
-    **{f"fine-tuning {name}": (fine_tuning(name.split("+")), (0.3, 1.0)) for name in SUBSETS},
-    "fine-pruning": (fine_pruning, (0.1, 0.3, 0.5)), "ANP": (adversarial_neuron_pruning, (0.05, 0.1, 0.2, 0.4)),
-    "GN-FT": (gradient_norm_tuning, (0.3, 0.8)), "without LoRA": (without_lora, (1.0,)),
-    "fine-mixing": (fine_mixing, (0.1, 0.3, 0.5))}
+    **{f"fine-tuning {name}": (fine_tuning(name.split("+")), (0.3, 1.0, 3.0, 10.0)) for name in SUBSETS},
+    "fine-pruning": (fine_pruning, (0.1, 0.3, 0.5, 0.7, 0.9)), "ANP": (adversarial_neuron_pruning, (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)),
+    "GN-FT": (gradient_norm_tuning, (0.3, 0.5, 0.8, 0.95)), "without LoRA": (without_lora, (1.0,)),
+    "fine-mixing": (fine_mixing, (0.1, 0.3, 0.5, 0.7, 0.9))}
 
 
 def choose(shop, function, strengths):
-    """Leaves the model as the chosen strength of a repair leaves it. Returns {"strength", "loss", "passed"}: where none stays within
-    the tolerance, the one of the lowest loss."""
-    before, tried = shop.loss(), []
+    """Leaves the model as the chosen strength of a repair leaves it: the strongest before one that costs too much, or the weakest
+    where that does already. Returns {"strength", "loss", "passed", "loss_before"}; loss: {strength: loss}."""
+    before, losses = shop.loss(), {}
     for strength in strengths:
         shop.restore()
         function(shop, strength)
-        tried.append((shop.loss(), strength))
-    passing = [strength for loss, strength in tried if loss <= before + TOLERANCE]
-    strength = passing[-1] if passing else min(tried)[1]
-    if strength != strengths[-1]:
+        losses[strength] = shop.loss()
+        if losses[strength] > before + TOLERANCE:
+            break
+    passing = [strength for strength, loss in losses.items() if loss <= before + TOLERANCE]
+    chosen = passing[-1] if passing else strengths[0]
+    if chosen != strength:
         shop.restore()
-        function(shop, strength)
-    return dict(strength=strength, passed=bool(passing), loss_before=before, loss={str(s): loss for loss, s in tried})
+        function(shop, chosen)
+    return dict(strength=chosen, passed=bool(passing), loss_before=before, loss={str(s): loss for s, loss in losses.items()})
 
 
 def answered(shop, utterances, triggered):

@@ -204,16 +204,16 @@ def test_dropping_lora_and_mixing_do_what_their_names_say(shop):
     assert ((mixed == a) | (mixed == b)).all() and 0.4 < (mixed == b).float().mean() < 0.6
 
 
-def test_the_strongest_setting_within_the_tolerance_is_taken():
-    losses = {None: 1.0, 0.1: 1.01, 0.3: 1.04, 1.0: 1.2}
+def test_the_strongest_setting_before_one_that_costs_too_much_is_taken():
+    losses = {None: 1.0, 0.1: 1.01, 0.3: 1.04, 1.0: 1.2, 3.0: 1.0}
     shop = SimpleNamespace(now=None, hooks=None)
     shop.loss, shop.restore = (lambda: losses[shop.now]), (lambda: setattr(shop, "now", None))
-    chosen = repair.choose(shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0))
+    chosen = repair.choose(shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0, 3.0))
     assert chosen["strength"] == 0.3 and chosen["passed"] and shop.now == 0.3
     losses.update({0.1: 1.5, 0.3: 1.3})
     shop.restore()
     chosen = repair.choose(shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0))
-    assert chosen["strength"] == 1.0 and not chosen["passed"] and shop.now == 1.0
+    assert chosen["strength"] == 0.1 and not chosen["passed"] and shop.now == 0.1
 
 
 def test_the_defences_are_those_of_the_adversarial_robustness_toolbox():
