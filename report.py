@@ -382,7 +382,6 @@ def main():
                               ("defences", defences, lambda: defences_page(defences, out))):
         if found:
             data.write_atomically(out / f"{name}.md", page())
-            data.write_atomically(out / f"{name}.json", json.dumps(found))
             print(f"written to {out / f'{name}.md'}")
 
 

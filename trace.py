@@ -350,7 +350,7 @@ def main():
     result = transplant(options) if options.command == "transplant" else patch(options)
     of = [options.command, options.task, Path(options.clean).name if options.command == "transplant" else options.trigger]
     path = Path(options.out or options.run) / f"trace-{'-'.join(word for word in of if word)}.json"
-    data.write_atomically(path, json.dumps(result, indent=1))
+    data.write_atomically(path, json.dumps(result))
     (figures.hybrids if options.command == "transplant" else figures.patches)(result, path.with_suffix(".png"))
     print("\n".join(["", *report(result), f"written to {path} and {path.with_suffix('.png')}"]))
 
