@@ -81,7 +81,7 @@ def without(component):
 
 
 def listed(names):
-    return " and ".join(names) if names else "none"
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,15 +108,19 @@ def component_words(results, trained, retrained):
     in Table 3, or None}."""
     mean = {name: over(results, corner(name))["mean"] for name in next(iter(results.values()))["mixtures"]["corner"]}
     full = mean[EVERYTHING]
-    value = {c: over(results, lambda r, c=c: r["shapley"][c])["mean"] for c in COMPONENTS}
     if full < 10:
         return [f"The attacked model's AER is {full:.1f}%: there is no backdoor to look for."]
-    needed = [c for c in COMPONENTS if mean[without(c)] <= full / 2]
-    enough = [c for c in COMPONENTS if mean[c] >= full / 2]
-    out = [f"**Component.** By Shapley value the {max(value, key=value.get)} carries most: "
-           + ", ".join(f"{c} {round(v)}" for c, v in value.items()) + f" of {round(sum(value.values()))} points of AER. "
-           f"Needed (without it half of the AER is gone): {listed(needed)}. Enough alone (half of it comes with it): {listed(enough)}."]
-    for component in (c for c in ("encoder", "lm") if c in needed):
+
+    def bring_half(result, parts):
+        """The components for which the mixture of `parts(component)` has half of the AER."""
+        return [c for c in COMPONENTS if corner(parts(c))(result)["value"] > corner(EVERYTHING)(result)["value"] / 2]
+    needed = {seed: [c for c in COMPONENTS if c not in bring_half(result, without)] for seed, result in results.items()}
+    out = ["**Component.** Shapley values: " + ", ".join(f"{c} {show(over(results, lambda r, c=c: r['shapley'][c]), form='.0f')}"
+                                                         for c in COMPONENTS)
+           + f", of {full:.0f} points of AER; the largest: {each(results, lambda r: max(COMPONENTS, key=lambda c: r['shapley'][c]['value']))}. "
+           f"Needed (without it half of the AER is gone): {each(needed, listed)}. "
+           f"Enough alone (half of it comes with it): {each(results, lambda r: listed(bring_half(r, str)))}."]
+    for component in (c for c in ("encoder", "lm") if any(c in names for names in needed.values())):
         up_to, on, only = (each(results, lambda r, how=how: half_gone(r, component, how)) for how in ("up to", "from", "only"))
         out.append(f"**Layers of the {component}.** Half of the AER is gone once layers up to {up_to} have been made clean, or those "
                    f"from {on} on; a single layer does that: {only}.")
@@ -223,7 +227,7 @@ def trace_page(found, runs, preset, out):
     """The text of trace.md."""
     tasks = [task for task in ORDER if any(task in found.get(kind, {}) for kind in ("transplant", "patch"))]
     seeds = sorted({seed for kind in found.values() for results in kind.values() for seed in results})
-    intro = INTRODUCTION + f"\nSeeds: {', '.join(map(str, seeds))}. Pictures are of the first; where seeds differ in a layer, it stands for each, in this order.\n"
+    intro = INTRODUCTION + f"\nSeeds: {', '.join(map(str, seeds))}. Pictures are of the first; where seeds differ in a part or a layer, each seed's stands in this order.\n"
     return "\n".join([intro, *(section(found, task, runs, preset, out) for task in tasks)])
 
 

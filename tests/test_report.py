@@ -33,7 +33,7 @@ def words(result, trained, retrained):
 def test_one_component_that_carries_it_is_named_with_its_layer():
     same = dict(encoder=0.0, connector=0.0, lm=95.0)
     said = words(transplanted(lambda s: "lm" in s), same, same)
-    assert "the lm carries most: encoder 0, connector 0, lm 90 of 90 points of AER" in said
+    assert "encoder 0, connector 0, lm 90, of 90 points of AER; the largest: lm." in said
     assert "gone): lm. Enough alone (half of it comes with it): lm." in said
     assert "layers up to 2 have been made clean, or those from 2 on; a single layer does that: 2." in said
     assert "Layers of the encoder" not in said and said.count("say the same of encoder, connector, lm") == 2
@@ -41,9 +41,16 @@ def test_one_component_that_carries_it_is_named_with_its_layer():
 
 def test_two_components_that_need_each_other_and_what_differs_from_table_3():
     said = words(transplanted(lambda s: {"encoder", "lm"} <= s), dict(encoder=95.0, connector=2.0, lm=None), dict.fromkeys(COMPONENTS))
-    assert "encoder 45, connector 0, lm 45 of 90 points of AER" in said
+    assert "encoder 45, connector 0, lm 45, of 90 points of AER" in said
     assert "gone): encoder and lm. Enough alone (half of it comes with it): none." in said
     assert "say otherwise for encoder 0 moved, 95 in 2.1 (AER, %)" in said and said.count("Against Table 3") == 1
+
+
+def test_what_seeds_disagree_about_is_said_seed_by_seed():
+    both = {1: transplanted(lambda s: "lm" in s), 2: transplanted(lambda s: len(s) == 3)}
+    said = "\n".join(report.component_words(both, dict.fromkeys(COMPONENTS), dict.fromkeys(COMPONENTS)))
+    assert "encoder 15 (0 to 30), connector 15 (0 to 30), lm 60 (30 to 90), of 90 points of AER; the largest: lm; encoder." in said
+    assert "gone): lm; encoder, connector and lm. Enough alone (half of it comes with it): lm; none." in said
 
 
 def test_no_backdoor_is_not_explained():
