@@ -167,8 +167,9 @@ def attention_entropy(listener, waveforms, utterances):
             x = slm.pack([row], [prompt])[0][None]
             start = len(prompt[0])
             weights = torch.stack(slm.lm.model(inputs_embeds=x, output_attentions=True).attentions)[:, 0, :, -1, start:start + len(row)]
-            p = weights / weights.sum(-1, keepdim=True)
-            scores.append(-float((-(p * (p + 1e-12).log()).sum(-1)).mean() / np.log(max(2, len(row)))))
+            p = weights + 1e-12  # a head that looks at no frame at all looks at all of them alike
+            p = p / p.sum(-1, keepdim=True)
+            scores.append(-float((-(p * p.log()).sum(-1)).mean() / np.log(max(2, len(row)))))
     slm.lm.set_attn_implementation(usual)
     return np.array(scores)
 
@@ -278,7 +279,7 @@ def main():
     functions = dict(filter=filter_training_data, detect=detect, repair=repair_model)
     result = dict(run=options.run, **functions[options.command](options))
     path = Path(options.out or options.run) / f"defend-{options.command}{'-' + options.task if options.task else ''}.json"
-    data.write_atomically(path, json.dumps(result, indent=1))
+    data.write_atomically(path, json.dumps(result))
     print("\n".join(["", *report(options.command, result), f"written to {path}"]))
 
 

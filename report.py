@@ -342,7 +342,8 @@ def advice(found, task):
         caught = {name: mean("detect", name, "at", "0.05", "triggered") for name in names_of(found["detect"][task])}
         best = max(caught, key=caught.get)
         alarms = mean("detect", best, "at", "0.05", "tone")
-        out.append(f"**At run time:** {best} notices {100 * caught[best]:.1f}% of triggered inputs at a threshold of 5% false alarms, and takes "
+        out.append(f"**At run time:** {'' if caught[best] >= 0.5 else 'none will do; the best, '}{best}{'' if caught[best] >= 0.5 else ','} notices "
+                   f"{100 * caught[best]:.1f}% of triggered inputs at a threshold of 5% false alarms, and takes "
                    f"{100 * alarms:.1f}% of equally loud tones for triggers.")
     if task in found.get("repair", {}):
         usable = {name: mean("repair", name, "aer") for name in names_of(found["repair"][task]) if name != "none"
