@@ -94,7 +94,7 @@ def half_gone(result, component, how):
     moves = {int(name.split()[-1]) + 1: m["aer"]["value"] for name, m in result["mixtures"][f"{component} out of poisoned"].items()
              if name.startswith(how)}
     layers = [n for n, aer in moves.items() if aer <= full / 2]
-    return listed([str(n) for n in layers]) if how == "only" or not layers else min(layers) if how == "up to" else max(layers)
+    return listed([str(n) for n in layers]) if how == "only" else (min if how == "up to" else max)(layers, default="none")
 
 
 def each(results, find):
@@ -342,8 +342,8 @@ def advice(found, task):
         caught = {name: mean("detect", name, "at", "0.05", "triggered") for name in names_of(found["detect"][task])}
         best = max(caught, key=caught.get)
         alarms = mean("detect", best, "at", "0.05", "tone")
-        out.append(f"**At run time:** {'' if caught[best] >= 0.5 else 'none will do; the best, '}{best}{'' if caught[best] >= 0.5 else ','} notices "
-                   f"{100 * caught[best]:.1f}% of triggered inputs at a threshold of 5% false alarms, and takes "
+        which = best if caught[best] >= 0.5 else f"none will do; the best, {best},"
+        out.append(f"**At run time:** {which} notices {100 * caught[best]:.1f}% of triggered inputs at a threshold of 5% false alarms, and takes "
                    f"{100 * alarms:.1f}% of equally loud tones for triggers.")
     if task in found.get("repair", {}):
         usable = {name: mean("repair", name, "aer") for name in names_of(found["repair"][task]) if name != "none"

@@ -142,7 +142,8 @@ def shop(parts, corpora):
     dev_set = readers.read_corpus("vox", corpora, "dev")
     shop = object.__new__(repair.Workshop)
     state = trace.weights_of(slm)
-    shop.__dict__.update(slm=slm, attack=poison.make_attack("gender", dev_set, seed=1), hooks=repair.contextlib.ExitStack(), cached={}, masks=None, trained={c: slm.parameters_of(c) for c in COMPONENTS},
+    shop.__dict__.update(slm=slm, attack=poison.make_attack("gender", dev_set, seed=1), hooks=repair.contextlib.ExitStack(), cached={}, masks=None,
+                         trained={c: slm.parameters_of(c) for c in COMPONENTS},
                          args=SimpleNamespace(device="cpu", task="gender", encoder_lr=1e-3, connector_lr=1e-3, lora_lr=1e-3, grad_clip=1.0),
                          tuning=dev_set[::2], validation=dev_set[1::2], attacked=state, pretrained={
                              c: {k: v + 1 for k, v in s.items()} for c, s in state.items()})
