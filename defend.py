@@ -40,6 +40,9 @@ from study import TASKS
 # ---------------------------------------------------------------------------------------------------------------------
 # python defend.py filter
 
+WORTH_TRAINING = 0.5  # a filter that removes less of the poison is not followed by training: half the rate is an attack of its own
+
+
 def early_losses(run):
     """{utterance id: its mean training loss in the first quarter of the epochs}, from log.jsonl."""
     lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
@@ -81,15 +84,16 @@ def filter_training_data(options):
                    early_loss=np.array([losses.get(id, np.inf) for id in train["ids"]]))
     expected = int(poisoned.sum()) or round(TASKS[saved["args"]["task"]]["rate"] * len(losses))  # known to the defender
     print(f"{options.run}: {len(poisoned)} training samples of the target class, {poisoned.sum()} of them poisoned")
-    found = {}
+    found, figures = {}, {}  # figures: of a training, by what it leaves out
     for name, function in filters.FILTERS.items():
         scores, removed = function(samples, expected)
         found[name] = dict(removed=int(removed.sum()), fpr=data.interval(removed[~poisoned]))
         if poisoned.any():
             found[name].update(auroc=float(roc_auc_score(poisoned, scores)), tpr=data.interval(removed[poisoned]))
-        if options.retrain and removed.any():
-            slug = "".join(c if c.isalnum() else "-" for c in name)
-            found[name]["retrained"] = retrained(options.run, slug, [id for id, r in zip(train["ids"], removed) if r])
+        if options.retrain and poisoned.any() and removed[poisoned].mean() >= WORTH_TRAINING:
+            slug, ids = "".join(c if c.isalnum() else "-" for c in name), tuple(id for id, r in zip(train["ids"], removed) if r)
+            figures[ids] = figures.get(ids) or retrained(options.run, slug, ids)
+            found[name]["retrained"] = figures[ids]
     return dict(args=saved["args"], n=len(poisoned), poisoned=int(poisoned.sum()), defences=found)
 
 
@@ -272,7 +276,7 @@ def main():
         evaluate.add_arguments(command)
         command.add_argument("--out", help="folder to write (default: the run's)")
         command.add_argument("--retrain" if name == "filter" else "--n", **(
-            dict(action="store_true", help="train again on what each filter leaves") if name == "filter" else
+            dict(action="store_true", help="train again on what each filter leaves that removes at least half of the poison") if name == "filter" else
             dict(type=int, default=100, help="test utterances, clean and triggered")))
     options = parser.parse_args()
     fast.keep_memory()
