@@ -236,9 +236,10 @@ def trace_page(found, runs, preset, out):
 
 DEFENCES = """# What would have removed the backdoor, what would have noticed it
 
-Filters look at the training data of the target class and are followed by training on what they leave; detectors look at one input at a
-time, with thresholds set on clean development speech; repairs change the model with clean speech alone. Settings are their authors', or
-chosen on clean figures before the trigger is looked at: a defence that fails is shown as it is. Variants of the attack: VARIANTS.
+Filters look at the training data of the target class; where one removes half of the poison or more, a model is trained on what it
+leaves (what less does, the attack at half the rate shows). Detectors look at one input at a time, with thresholds set on clean
+development speech. Repairs change the model with clean speech alone. Settings are their authors', or chosen on clean figures before
+the trigger is looked at: a defence that fails is shown as it is. Variants of the attack: VARIANTS.
 """
 
 
@@ -294,12 +295,14 @@ def filter_rows(roles, metric, scale):
 
 
 def detector_rows(roles, metric, scale):
-    at = lambda name, alarms, kind: mean_of(roles["attack"], of_defence(name, "at", alarms, kind))  # noqa: E731
+    at = lambda name, alarms, kind, role="attack": mean_of(roles.get(role, {}), of_defence(name, "at", alarms, kind))  # noqa: E731
+    both = lambda name, kinds, role="attack": ", ".join(at(name, "0.05", kind, role) for kind in kinds)  # noqa: E731
     return [{"Detector": name, "AUROC": mean_of(roles["attack"], of_defence(name, "auroc", "clean"), 1, ".2f"),
              "against a tone": mean_of(roles["attack"], of_defence(name, "auroc", "tone"), 1, ".2f"),
              "TPR at 1%": at(name, "0.01", "triggered"), "TPR at 5%": at(name, "0.05", "triggered"),
-             "FPR at 5%: clean, tone": f"{at(name, '0.05', 'clean')}, {at(name, '0.05', 'tone')}",
+             "FPR at 5%: clean, tone": both(name, ("clean", "tone")),
              "AUROC, variants": over_variants(roles, of_defence(name, "auroc", "clean"), 1, ".2f"),
+             "clean model at 5%: clean, triggered": both(name, ("clean", "triggered"), "clean model"),
              "passes": mean_of(roles["attack"], of_defence(name, "passes"), 1, ".0f"),
              "ms": mean_of(roles["attack"], of_defence(name, "milliseconds"), 1, ".0f")} for name in names_of(roles)]
 
@@ -335,7 +338,7 @@ def advice(found, task):
         left = {name: aer for name in names_of(found["filter"][task])
                 if (aer := mean("filter", name, "retrained", "attack", "aer")) is not None}
         best = min(left, key=left.get) if left else None
-        out.append("No filter removes anything." if not left else
+        out.append("No filter removes half of the poison." if not left else
                    f"**Before training:** {best} is the best filter; training on what it leaves ends at an AER of {100 * left[best]:.1f}%"
                    + (", which is a model without the backdoor." if left[best] < 0.05 else ": a filter alone does not do."))
     if task in found.get("detect", {}):
@@ -357,7 +360,7 @@ def advice(found, task):
 
 def defences_page(found, out):
     """The text of defences.md; draws its figures, of the first seed."""
-    text = [DEFENCES.replace("VARIANTS", ", ".join(VARIANTS) + ", in this order")]
+    text = [DEFENCES.replace("VARIANTS", ", ".join(VARIANTS))]
     for task in (t for t in ORDER if any(t in found[command] for command in found)):
         metric = TASKS[task]["metric"]
         text += [f"# {task}\n", *(f"{line}\n" for line in advice(found, task))]
