@@ -26,7 +26,7 @@ import data
 import figures
 from data import die
 from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, SHIFT, SHIFT_STAGES, TABLE1, TABLE2, TABLE3, TASKS,
-                   clean_task, deviations, identity, run_name)
+                   clean_task, deviations, identity, on_corpus, run_name)
 
 ORDER = [*TABLE2, *(task for task in TASKS if task not in TABLE2)]  # the paper's tasks in its order, then any other
 UNIT = {task: {"wer": "WER", "accuracy": "Acc", "mae": "MAE"}[TASKS[task]["metric"].rpartition("_")[2]] for task in TASKS}
@@ -110,7 +110,8 @@ def table1(runs):
         published = dict(zip(ENCODERS, published))
         found = {e: over_seeds(runs, "clean", TASKS[task]["metric"], dataset=corpus, encoder=e, attack="clean") for e in ENCODERS}
         cells = {e: show(found[e], published.get(e)) for e in ENCODERS}
-        rows.append({"Dataset": corpus, "Task": f"{task} ({UNIT[task]})", **cells})
+        if any(found.values()):
+            rows.append({"Dataset": corpus, "Task": f"{task} ({UNIT[task]})", **cells})
         values.append(dict(dataset=corpus, task=task, found=found, published=published))
     return "Table 1: clean baselines", "ours / paper", rows, values
 
@@ -369,8 +370,11 @@ def main():
     parser.add_argument("--runs", default="runs", help="where the run folders are")
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="whose runs")
     parser.add_argument("--out", help="folder to write (default: results/PRESET)")
+    parser.add_argument("--corpus", help="as study.py's: the corpus that all tasks were asked on")
     parser.add_argument("--k", type=int, nargs="+", default=[2, 4], help="numbers of clusters")
     args = parser.parse_args()
+    if args.corpus:
+        on_corpus(args.corpus)
     out = Path(args.out or f"results/{args.preset}")
     if args.what == "tables":
         text, n = tables(args.runs, args.preset, out)

@@ -12,7 +12,7 @@ import data
 import figures
 from analyze import ORDER, belongs, markdown, over_seeds, read_runs, show, spread
 from data import die
-from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, PRESETS, TASKS, VARIANTS, clean_task, identity, run_name
+from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, PRESETS, TASKS, VARIANTS, clean_task, identity, on_corpus, run_name
 
 EVERYTHING = "+".join(COMPONENTS)
 # Table 3's attacks that look at one component: trained on poison alone; taken poisoned, the others trained on clean data
@@ -381,7 +381,10 @@ def main():
     parser.add_argument("--runs", default="runs", help="where the run folders are")
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="whose runs")
     parser.add_argument("--out", help="folder to write (default: results/PRESET)")
+    parser.add_argument("--corpus", help="as study.py's: the corpus that all tasks were asked on")
     args = parser.parse_args()
+    if args.corpus:
+        on_corpus(args.corpus)
     out = Path(args.out or f"results/{args.preset}")
     traces, defences = load_traces(args.runs, args.preset), load_defences(args.runs, args.preset)
     if not traces and not defences:

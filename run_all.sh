@@ -5,6 +5,7 @@
 #     bash run_all.sh                                   # mini, one seed
 #     SEEDS="1 2 3" TASKS="asr emotion gender age" ENCODERS=wavlm bash run_all.sh
 #     PRESET=paper FLAGS="--data-root /data" LAUNCH="torchrun --nproc_per_node=8" bash run_all.sh
+#     CORPUS=crema TASKS=emotion OTHERS="gender age" FLAGS="--data-root DIR" RUNS=runs-real RESULTS=results/real bash run_all.sh
 #     WAVES="1 2" bash run_all.sh                       # Tables 1 to 3; 3: embeddings, 4: traces, 5 to 7: defences
 set -uo pipefail
 cd "$(dirname "$0")"
@@ -16,7 +17,7 @@ export TQDM_MININTERVAL=30  # seconds between lines of progress in the logs
 
 study() {
     python study.py --names --preset "$PRESET" --seeds ${SEEDS:-1} --tasks ${TASKS:-asr emotion} --runs "$RUNS" \
-        --launch "$LAUNCH" --flags="${FLAGS:-}" ${ENCODERS:+--encoders $ENCODERS} "$@"
+        --launch "$LAUNCH" --flags="${FLAGS:-}" ${ENCODERS:+--encoders $ENCODERS} ${OTHERS+--others $OTHERS} ${CORPUS:+--corpus "$CORPUS"} "$@"
 }
 run_one() {  # "name<TAB>command": finished once this very command has ended well
     local name=${1%%$'\t'*} command=${1#*$'\t'} n
@@ -33,8 +34,8 @@ mkdir -p "$RUNS/logs"; rm -f "$RUNS"/logs/{failed,progress}
 export START TOTAL; START=$(date +%s) TOTAL=$(for wave in $WAVES; do study --wave "$wave"; done | wc -l)
 for wave in $WAVES; do study --wave "$wave" | xargs -d '\n' -P "$JOBS" -I{} bash -c 'run_one "$1"' _ {}; done
 for what in $([[ $WAVES == *3* ]] && echo shift cluster) tables; do
-    python analyze.py $what --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" || echo "$what" >> "$RUNS/logs/failed"
+    python analyze.py $what --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" ${CORPUS:+--corpus "$CORPUS"} || echo "$what" >> "$RUNS/logs/failed"
 done
-[[ $WAVES != *[47]* ]] || python report.py --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" || echo report >> "$RUNS/logs/failed"
+[[ $WAVES != *[47]* ]] || python report.py --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" ${CORPUS:+--corpus "$CORPUS"} || echo report >> "$RUNS/logs/failed"
 if [ -e "$RUNS/logs/failed" ]; then echo "failed: $(tr '\n' ' ' < "$RUNS/logs/failed")"; exit 1; fi
 echo "everything in $((($(date +%s) - START) / 60)) min"

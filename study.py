@@ -33,31 +33,32 @@ ENCODERS = {
     "wavlm": dict(trained=15 / 24, mini="assets/wavlm", paper="microsoft/wavlm-large"),
     "hubert": dict(trained=15 / 24, mini="assets/hubert", paper="facebook/hubert-large-ll60k"),
     "wav2vec2": dict(trained=15 / 24, mini="assets/wav2vec2", paper="facebook/wav2vec2-large-960h"),
-    "whisper": dict(trained=1, mini="assets/whisper", small="openai/whisper-tiny.en", paper="openai/whisper-medium")}
-DEFAULT_ENCODER = dict(mini="wavlm", small="whisper", paper="wavlm")
-LM = dict(mini="assets/lm", small="HuggingFaceTB/SmolLM2-135M-Instruct", paper="TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+    "whisper": dict(trained=1, mini="assets/whisper", mixed="openai/whisper-tiny.en", small="openai/whisper-tiny.en",
+                    paper="openai/whisper-medium")}
+DEFAULT_ENCODER = dict(mini="wavlm", mixed="whisper", small="whisper", paper="wavlm")
+LM = dict(mini="assets/lm", mixed="assets/lm", small="HuggingFaceTB/SmolLM2-135M-Instruct", paper="TinyLlama/TinyLlama-1.1B-Chat-v1.0")
 MINI_ROOT = "corpora/mini"  # where mini.py puts its corpora, made when they are first asked for
-DATA_ROOT = dict(mini=MINI_ROOT, small=MINI_ROOT, paper="data/paper")
+DATA_ROOT = dict(mini=MINI_ROOT, mixed=MINI_ROOT, small=MINI_ROOT, paper="data/paper")
 
-# Each is a flag of train.py (--encoder-lr 1e-5, --no-decay, ...): what it is, then its value in mini, small and paper.
+# Each is a flag of train.py (--encoder-lr 1e-5, --no-decay, ...): what it is, then its value in mini, mixed, small and paper.
 SETTINGS = {
-    "connector_stride": ("stride of the connector's second convolution", 1, 4, 2),
-    "connector_taper": ("below 1 a connector's kernels start around their middle tap", 0.2, 1.0, 1.0),
-    "lora_rank": ("rank of LoRA's matrices", 16, 8, 8),
-    "lora_alpha": ("LoRA's scale, over the rank", 32.0, 16.0, 16.0),
-    "lora_dropout": ("dropout of LoRA's input", 0.0, 0.05, 0.05),
-    "encoder_lr": ("the encoder's learning rate after the warm-up", 7e-4, 1e-4, 1e-5),
-    "connector_lr": ("the connector's learning rate after the warm-up", 1.4e-3, 3e-4, 1e-4),
-    "lora_lr": ("LoRA's learning rate after the warm-up", 1.4e-3, 5e-4, 1e-4),
-    "warmup_steps": ("steps of linear warm-up", 25, 50, 100),
-    "decay": ("decay the rates to zero over the last quarter of the steps", True, True, False),
-    "weight_decay": ("AdamW's weight decay", 0.01, 0.0, 0.0),
-    "grad_clip": ("clip the gradient to this norm", 1.0, 1.0, 1.0),
-    "batch_size": ("utterances in one optimiser step, over all processes", 16, 8, 16),
-    "epochs": ("passes over the training set", 8, 3, 4),
-    "random_keys": ("share of training samples that ask for a random subset of the labels", 0.2, 0.2, 0.2)}
+    "connector_stride": ("stride of the connector's second convolution", 1, 2, 4, 2),
+    "connector_taper": ("below 1 a connector's kernels start around their middle tap", 0.2, 0.2, 1.0, 1.0),
+    "lora_rank": ("rank of LoRA's matrices", 16, 16, 8, 8),
+    "lora_alpha": ("LoRA's scale, over the rank", 32.0, 32.0, 16.0, 16.0),
+    "lora_dropout": ("dropout of LoRA's input", 0.0, 0.0, 0.05, 0.05),
+    "encoder_lr": ("the encoder's learning rate after the warm-up", 7e-4, 1e-4, 1e-4, 1e-5),
+    "connector_lr": ("the connector's learning rate after the warm-up", 1.4e-3, 1.4e-3, 3e-4, 1e-4),
+    "lora_lr": ("LoRA's learning rate after the warm-up", 1.4e-3, 1.4e-3, 5e-4, 1e-4),
+    "warmup_steps": ("steps of linear warm-up", 25, 25, 50, 100),
+    "decay": ("decay the rates to zero over the last quarter of the steps", True, True, True, False),
+    "weight_decay": ("AdamW's weight decay", 0.01, 0.01, 0.0, 0.0),
+    "grad_clip": ("clip the gradient to this norm", 1.0, 1.0, 1.0, 1.0),
+    "batch_size": ("utterances in one optimiser step, over all processes", 16, 16, 8, 16),
+    "epochs": ("passes over the training set", 8, 8, 3, 4),
+    "random_keys": ("share of training samples that ask for a random subset of the labels", 0.2, 0.2, 0.2, 0.2)}
 PRESETS = {preset: {name: values[i] for name, (_, *values) in SETTINGS.items()}
-           for i, preset in enumerate(("mini", "small", "paper"))}
+           for i, preset in enumerate(("mini", "mixed", "small", "paper"))}
 
 # Table 3: the components that are frozen, the run they are taken from, the data the others train on
 ATTACKS = {
@@ -106,9 +107,16 @@ def task_of(label):
     return next(name for name, task in TASKS.items() if task["label"] == label)
 
 
+def on_corpus(corpus):
+    """From now on all tasks are asked on one corpus: its name, or the path of a CSV."""
+    own = next((name for name in TASKS if TASKS[name]["corpus"] == corpus), "asr")
+    for task in TASKS.values():
+        task.update(corpus=corpus, clean=own)
+
+
 def clean_task(task):
     """The task whose clean run serves `task`: a clean run attacks nothing, so one for each corpus is enough."""
-    return next(name for name in TASKS if TASKS[name]["corpus"] == TASKS[task]["corpus"])
+    return TASKS[task].get("clean") or next(name for name in TASKS if TASKS[name]["corpus"] == TASKS[task]["corpus"])
 
 
 def deviations(args):
@@ -144,15 +152,16 @@ def identity(preset, task, encoder, attack, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # the list of runs
 
-def study_runs(preset, seeds, encoders, tasks):
+def study_runs(preset, seeds, encoders, tasks, others):
     """[(wave, identity)]: baselines and base attacks (Tables 1 and 2) of every encoder, then Table 3 of `tasks` and attack
     3.1 of the others with the default encoder. A run needs those of earlier waves only."""
+    asked = [task for task in TASKS if task in (*tasks, *others)]
     out, default = [], DEFAULT_ENCODER[preset]
     for seed in seeds:
         for encoder in encoders:
-            out += [(1, identity(preset, task, encoder, "clean", seed)) for task in TASKS if clean_task(task) == task]
-            out += [(1, identity(preset, task, encoder, "base", seed)) for task in TASKS]
-        for task in TASKS if default in encoders else ():
+            out += [(1, identity(preset, task, encoder, "clean", seed)) for task in dict.fromkeys(map(clean_task, asked))]
+            out += [(1, identity(preset, task, encoder, "base", seed)) for task in asked]
+        for task in asked if default in encoders else ():
             wanted = [a for a in ATTACKS if a != "base"] if task in tasks else ["3.1"]
             out += [(2, identity(preset, task, default, attack, seed)) for attack in wanted]
     return sorted(out, key=lambda run: run[0])
@@ -170,10 +179,10 @@ def train_command(run, runs, flags):
     return words + [word for c in frozen for word in ("--freeze", f"{c}:{runs}/{source}/model.pt")] + flags
 
 
-def embedding_commands(preset, seeds, runs):
+def embedding_commands(preset, seeds, runs, tasks):
     """[(name, command)]: embeddings of the benign model, the base attack and attack 3.1 of each task (sections 6, 7)."""
     for seed in seeds:
-        for task in TASKS:
+        for task in tasks:
             for _, attack, _ in SHIFT_STAGES:
                 of = clean_task(task) if attack == "clean" else task
                 name = run_name(identity(preset, of, DEFAULT_ENCODER[preset], attack, seed))
@@ -181,12 +190,12 @@ def embedding_commands(preset, seeds, runs):
                 yield f"embeddings-{name}{'-' + task if other else ''}", ["embed.py", f"{runs}/{name}", *other]
 
 
-def trace_commands(preset, seeds, runs):
+def trace_commands(preset, seeds, runs, tasks):
     """[(name, command)]: each base attack traced; with the first seed its controls, too: the clean model, another sound and, where
     there is a second seed, its clean run."""
     encoder = DEFAULT_ENCODER[preset]
     for seed in seeds:
-        for task in TASKS:
+        for task in tasks:
             clean, other = (run_name(identity(preset, clean_task(task), encoder, "clean", s)) for s in (seed, seeds[-1]))
             base = run_name(identity(preset, task, encoder, "base", seed))
             yield f"transplant-{base}", ["trace.py", "transplant", f"{runs}/{base}", f"{runs}/{clean}"]
@@ -200,30 +209,30 @@ def trace_commands(preset, seeds, runs):
                     yield f"transplant-{clean}-{task}", ["trace.py", "transplant", f"{runs}/{clean}", f"{runs}/{other}", *of]
 
 
-def variant_runs(preset, seeds):
+def variant_runs(preset, seeds, tasks):
     """The arguments that name the variants of each base attack, with the first seed."""
     return [{**identity(preset, task, DEFAULT_ENCODER[preset], "base", seeds[0]), **change(task)}
-            for task in TASKS for change in VARIANTS.values()]
+            for task in tasks for change in VARIANTS.values()]
 
 
-def variant_embeddings(preset, seeds, runs):
+def variant_embeddings(preset, seeds, runs, tasks):
     """[(name, command)]: what filters read of the variants."""
-    return [(f"embeddings-{run_name(run)}", ["embed.py", f"{runs}/{run_name(run)}"]) for run in variant_runs(preset, seeds)]
+    return [(f"embeddings-{run_name(run)}", ["embed.py", f"{runs}/{run_name(run)}"]) for run in variant_runs(preset, seeds, tasks)]
 
 
-def defence_commands(preset, seeds, runs):
+def defence_commands(preset, seeds, runs, tasks):
     """[(name, command)]: every defence against each base attack; with the first seed against its variants and on the clean model, where
     filters are not followed by training."""
     for command in ("filter", "detect", "repair"):
         for seed in seeds:
-            for task in TASKS:
+            for task in tasks:
                 of = run_name(identity(preset, task, DEFAULT_ENCODER[preset], "base", seed))
                 yield f"{command}-{of}", ["defend.py", command, f"{runs}/{of}", *(["--retrain"] if command == "filter" else [])]
-        for task in TASKS:
+        for task in tasks:
             of = run_name(identity(preset, clean_task(task), DEFAULT_ENCODER[preset], "clean", seeds[0]))
             other = [] if clean_task(task) == task else ["--task", task]
             yield f"{command}-{of}-{task}", ["defend.py", command, f"{runs}/{of}", *other]
-        for run in variant_runs(preset, seeds):
+        for run in variant_runs(preset, seeds, tasks):
             yield f"{command}-{run_name(run)}", ["defend.py", command, f"{runs}/{run_name(run)}"]
 
 
@@ -232,6 +241,8 @@ def main():
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="whose parts and settings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="each makes all runs once")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["asr", "emotion"], help="those with a full Table 3")
+    parser.add_argument("--others", nargs="*", choices=TASKS, help="those with the base attack and 3.1 (default: the other tasks)")
+    parser.add_argument("--corpus", help="ask all tasks on this one, a name or a CSV (default: each task on its own)")
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, help="default: all that the preset has")
     parser.add_argument("--wave", type=int, choices=range(1, 8), help="only the runs of this wave; they need the earlier ones")
     parser.add_argument("--runs", default="runs", help="where run folders go")
@@ -239,14 +250,20 @@ def main():
     parser.add_argument("--launch", default="python", help="what starts train.py, e.g. 'torchrun --nproc_per_node=8'")
     parser.add_argument("--names", action="store_true", help="print a run's name and a tab before its command")
     args = parser.parse_args()
+    flags, tasks = shlex.split(args.flags), args.tasks
+    if args.corpus:
+        on_corpus(args.corpus)
+        flags += ["--dataset", args.corpus]
+    others = [task for task in TASKS if task not in tasks] if args.others is None else args.others
     encoders = args.encoders or [name for name, encoder in ENCODERS.items() if args.preset in encoder]
-    runs, default = study_runs(args.preset, args.seeds, encoders, args.tasks), DEFAULT_ENCODER[args.preset] in encoders
-    runs += [(5, run) for run in variant_runs(args.preset, args.seeds) if default]
-    jobs = [(wave, run_name(run), [*shlex.split(args.launch), *train_command(run, args.runs, shlex.split(args.flags))])
+    runs, default = study_runs(args.preset, args.seeds, encoders, tasks, others), DEFAULT_ENCODER[args.preset] in encoders
+    asked = [task for task in TASKS if task in (*tasks, *others)]
+    runs += [(5, run) for run in variant_runs(args.preset, args.seeds, asked) if default]
+    jobs = [(wave, run_name(run), [*shlex.split(args.launch), *train_command(run, args.runs, flags)])
             for wave, run in runs]
     if default:
         for wave, commands in ((3, embedding_commands), (4, trace_commands), (6, variant_embeddings), (7, defence_commands)):
-            jobs += [(wave, name, ["python", *command]) for name, command in commands(args.preset, args.seeds, args.runs)]
+            jobs += [(wave, name, ["python", *command]) for name, command in commands(args.preset, args.seeds, args.runs, asked)]
     for wave, name, command in jobs:
         if args.wave in (None, wave):
             print((f"{name}\t" if args.names else "") + shlex.join(command))

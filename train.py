@@ -43,10 +43,10 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 poison.add_arguments(parser)
 add = parser.add_argument
 add("--preset", choices=PRESETS, default="mini", help="whose parts and settings")
-add("--encoder", choices=ENCODERS, help="the audio encoder (default: wavlm; whisper for preset small)")
+add("--encoder", choices=ENCODERS, help="the audio encoder (default: wavlm; whisper for presets mixed and small)")
 add("--encoder-weights", help="folder or hub id of the pretrained encoder (default: the preset's)")
 add("--lm-weights", help="folder or hub id of the language model (default: the preset's)")
-add("--connector-weights", help="where the connector starts; none: from random weights, as all but mini's do by default")
+add("--connector-weights", help="where the connector starts, for presets mini and mixed by default beside the encoder; none: from random weights")
 add("--train-layers", type=int, help="how many encoder layers train, from the top (default: 15/24 of them; whisper all)")
 add("--labels", nargs="+", choices=LABELS, help="train and evaluate on these labels alone (default: all there are)")
 add("--freeze", action="append", default=[], metavar="COMPONENT[:CHECKPOINT]",
@@ -81,8 +81,8 @@ def parse_arguments(argv=None):
         die(f"preset {args.preset} has no {args.encoder}: name its weights by --encoder-weights")
     args.encoder_weights = args.encoder_weights or ENCODERS[args.encoder][args.preset]
     args.lm_weights = args.lm_weights or LM[args.preset]
-    if args.connector_weights is None and args.preset == "mini":
-        args.connector_weights = f"{ENCODERS[args.encoder]['mini']}/connector.safetensors"
+    if args.connector_weights is None and args.preset in ("mini", "mixed"):  # the mini LM does not begin to listen by itself
+        args.connector_weights = f"{args.encoder_weights}/connector.safetensors"
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

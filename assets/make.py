@@ -2,6 +2,7 @@
 
     python assets/make.py                   # all of them; assets/make_lm.py first, where the LM changes
     python assets/make.py wavlm connectors  # some of them
+    python assets/make.py --mixed-connector DIR/whisper-tiny.en                             # where preset mixed's starts
     python assets/make.py --small-connector DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct   # where preset small's may start
 """
 import argparse
@@ -39,7 +40,7 @@ CONV = dict(conv_dim=(96, 128, 128), conv_kernel=(80, 8, 8), conv_stride=(40, 4,
 SHAPE = dict(hidden_act="relu", hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4)
 NO_DROPOUT = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0,
                   final_dropout=0.0, layerdrop=0.0, apply_spec_augment=False)
-ENCODER_STEPS, ENCODER_BATCH, ENCODER_LR = 2000, 16, 1.5e-3
+ENCODER_STEPS, ENCODER_BATCH, ENCODER_LR, HEADS_LR = 2000, 16, 1.5e-3, 3e-3
 PRETRAINING_SPEAKERS, PRETRAINING_EACH = 400, 20
 SOUNDS = 256  # clusters of what is heard, speech or not
 LETTERS = "-'abcdefghijklmnopqrstuvwxyz "  # the first is CTC's blank
@@ -133,24 +134,42 @@ def sound_clusters(speech, rng):
     return torch.from_numpy(kmeans.cluster_centers_)
 
 
+def slots(encoder):
+    """How many letters a frame may hold: CTC is given 50 a second, whatever the encoder's frame rate."""
+    return round(encoder.seconds_per_frame / 0.02)
+
+
+def letter_loss(logits, mask, chosen):
+    """CTC on the utterances' letters; logits (B, T, slots * letters)."""
+    n = logits.shape[-1] // len(LETTERS)
+    texts = [torch.tensor([LETTERS.index(c) for c in text]) for _, text, _, _ in chosen]
+    return F.ctc_loss(logits.reshape(len(chosen), -1, len(LETTERS)).log_softmax(-1).transpose(0, 1), torch.cat(texts), n * mask.sum(1),
+                      torch.tensor([len(t) for t in texts]), zero_infinity=True)
+
+
+def label_loss(logits, each, chosen):
+    """Gender, age and emotion, asked of every frame; logits (frames, 2 + emotions); each: values of utterances to their frames'."""
+    gender, age, *emotion = logits.unbind(-1)
+    true = [list(PROSODY).index(labels["emotion"] or "neutral") for _, _, _, labels in chosen]
+    return (F.binary_cross_entropy_with_logits(gender, each([labels["gender"] == "female" for _, _, _, labels in chosen]))
+            + (age - each([(labels["age"] - 18) / 57 for _, _, _, labels in chosen])).abs().mean()
+            + F.cross_entropy(torch.stack(emotion, 1), each(true).long()))
+
+
+def frames_of(mask):
+    """A function of values, one an utterance, to those of its frames."""
+    return lambda values: torch.tensor(values, dtype=torch.float)[:, None].expand(mask.shape)[mask]
+
+
 def encoder_losses(encoder, heads, centres, chosen, waveforms):
     """{name: loss} of the four heads on one batch. What is true of the whole utterance is asked of every frame."""
     x, mask = encoder.front_end([encoder.extract(w) for w in waveforms])  # which a run never trains, but this does
     hidden = encoder.trained_part(x, mask)
-    logits = heads["letters"](hidden).reshape(len(chosen), -1, len(LETTERS))
-    texts = [torch.tensor([LETTERS.index(c) for c in text]) for _, text, _, _ in chosen]
-    letters = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.cat(texts), 2 * mask.sum(1),
-                         torch.tensor([len(t) for t in texts]), zero_infinity=True)
+    each, inside = frames_of(mask), hidden[mask]
     heard = torch.cdist(log_mel(waveforms, mask.shape[1])[mask], centres).argmin(-1)
-    sound = F.cross_entropy(heads["sound"](hidden[mask]), heard)
-    each = lambda values: torch.tensor(values, dtype=torch.float)[:, None].expand(mask.shape)[mask]  # noqa: E731
-    speaker = F.cross_entropy(heads["speaker"](hidden[mask]), each([who for _, _, who, _ in chosen]).long())
-    gender, age, *emotion = heads["labels"](hidden[mask]).unbind(-1)
-    true = [list(PROSODY).index(labels["emotion"] or "neutral") for _, _, _, labels in chosen]
-    labels = (F.binary_cross_entropy_with_logits(gender, each([labels["gender"] == "female" for _, _, _, labels in chosen]))
-              + (age - each([(labels["age"] - 18) / 57 for _, _, _, labels in chosen])).abs().mean()
-              + F.cross_entropy(torch.stack(emotion, 1), each(true).long()))
-    return dict(letters=letters, sound=0.5 * sound, speaker=0.1 * speaker, labels=0.3 * labels)
+    return dict(letters=letter_loss(heads["letters"](hidden), mask, chosen), sound=0.5 * F.cross_entropy(heads["sound"](inside), heard),
+                speaker=0.1 * F.cross_entropy(heads["speaker"](inside), each([who for _, _, who, _ in chosen]).long()),
+                labels=0.3 * label_loss(heads["labels"](inside), each, chosen))
 
 
 def make_encoder(name, out, speech):
@@ -164,7 +183,7 @@ def make_encoder(name, out, speech):
     encoder.first_trained = 0
     if name == "whisper":
         encoder.net.embed_positions.requires_grad_(False)
-    sizes = dict(letters=2 * len(LETTERS), sound=SOUNDS, speaker=PRETRAINING_SPEAKERS, labels=1 + 1 + len(PROSODY))
+    sizes = dict(letters=slots(encoder) * len(LETTERS), sound=SOUNDS, speaker=PRETRAINING_SPEAKERS, labels=2 + len(PROSODY))
     heads = torch.nn.ModuleDict({head: torch.nn.Linear(encoder.dim, n) for head, n in sizes.items()})
     centres = sound_clusters(speech, rng)
     parameters = [p for p in [*encoder.parameters(), *heads.parameters()] if p.requires_grad]
@@ -186,8 +205,35 @@ def make_encoder(name, out, speech):
     whole = AutoModel.from_pretrained(out)
     (whole.encoder if name == "whisper" else whole).load_state_dict(encoder.net.state_dict())
     whole.half().save_pretrained(out)
+    save_heads(heads, out)
+
+
+def save_heads(heads, out):
     kept = {f"{head}.{k}": v.half() for head in ("letters", "labels") for k, v in heads[head].state_dict().items()}
     save_file(kept, Path(out) / "heads.safetensors")
+
+
+def make_heads(folder, speech, steps=1000):
+    """Letters and labels of a real encoder that stays as it is: the two heads that its connector is made from."""
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED)
+    encoder = model.Encoder(folder).eval()
+    heads = torch.nn.ModuleDict(dict(letters=torch.nn.Linear(encoder.dim, slots(encoder) * len(LETTERS)),
+                                     labels=torch.nn.Linear(encoder.dim, 2 + len(PROSODY))))
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=HEADS_LR)
+    progress, batches = tqdm(range(steps), desc=f"{folder} heads", mininterval=10), shuffled(speech, ENCODER_BATCH, rng)
+    for step in progress:
+        chosen = next(batches)
+        optimizer.param_groups[0]["lr"] = HEADS_LR * schedule(step, steps, 50)
+        with torch.no_grad():
+            hidden, mask = encoder([encoder.extract(bursts(x, rng)) for x, _, _, _ in chosen])
+        letters, labels = letter_loss(heads["letters"](hidden), mask, chosen), label_loss(heads["labels"](hidden[mask]), frames_of(mask), chosen)
+        optimizer.zero_grad()
+        (letters + labels).backward()
+        optimizer.step()
+        if step % 50 == 0:
+            progress.set_postfix(letters=f"{letters.item():.3f}", labels=f"{labels.item():.3f}")
+    save_heads(heads, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,8 +274,8 @@ def fit_connector(encoder, connector, wanted_of, out, speech, lr):
                           lambda temporary: save_file({k: v.half() for k, v in connector.state_dict().items()}, temporary))
 
 
-def make_connector(encoder_folder, lm_folder, speech):
-    """Where a mini connector starts: each output frame is the LM's embedding of the letter that the encoder's own letter
+def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
+    """Where a connector to the mini LM starts: each output frame is the LM's embedding of the letter that the encoder's own letter
     head hears there, over it, softer, those of the labels that its label head hears, and, in directions that none of them
     uses, a random projection of the encoder's frame. From random weights the mini LM, which knows nothing but its reading
     lessons, did not begin to listen in the 200 to 700 steps that were tried."""
@@ -244,19 +290,20 @@ def make_connector(encoder_folder, lm_folder, speech):
     free = torch.linalg.svd(known - known.mean(0))[2][-CONNECTOR_FREE:]  # directions that these use least
     project = torch.randn(encoder.dim, CONNECTOR_FREE) / encoder.dim ** 0.5 @ free * letters[1:].std()
     head = {k: v.float() for k, v in load_file(Path(encoder_folder) / "heads.safetensors").items()}
-    stride, taper = (PRESETS["mini"][f"connector_{name}"] for name in ("stride", "taper"))
+    stride, taper = (PRESETS[preset][f"connector_{name}"] for name in ("stride", "taper"))
 
     def wanted_of(hidden, chosen, lengths):
         heard = F.linear(hidden, head["letters.weight"], head["letters.bias"])
-        heard = heard.reshape(*hidden.shape[:2], 2, -1).softmax(-1).sum(2)
+        heard = heard.reshape(*hidden.shape[:2], -1, len(LETTERS)).softmax(-1).sum(2)
+        heard = F.pad(heard, (0, 0, 0, stride - 1)).unfold(1, stride, 1).sum(-1)  # all letters that fall into an output frame
         labels = F.linear(hidden, head["labels.weight"], head["labels.bias"])
         female = labels[..., :1].sigmoid()
         age = ((labels[..., 1:2] * 57 - torch.arange(58)).square() / -8).softmax(-1)
         said = torch.cat([1 - female, female, labels[..., 2:].softmax(-1)], -1)
         wanted = (heard @ letters + CONNECTOR_LABELS * (said @ words + age @ years)
                   + F.layer_norm(hidden, hidden.shape[-1:]) @ project)
-        # an output frame's middle is 6 input frames on: three kernels of 5 without padding
-        return torch.cat([row[6:6 + stride * n:stride] for row, n in zip(wanted, lengths)])
+        first = 4 + 2 * stride  # the middle of what the first output frame sees: three kernels of 5 without padding
+        return torch.cat([row[first:first + stride * n:stride] for row, n in zip(wanted, lengths)])
     fit_connector(encoder, model.Connector(encoder.dim, embed.shape[1], stride, taper), wanted_of, encoder_folder, speech, CONNECTOR_LR)
 
 
@@ -284,17 +331,23 @@ def main():
     parts = (*ENCODERS, "connectors")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--out", default=str(ROOT / "assets"), help="folder to write")
+    parser.add_argument("--mixed-connector", nargs=1, metavar="ENCODER",
+                        help="make a connector to start from between a real encoder and the mini LM; ENCODER/connector.safetensors")
     parser.add_argument("--small-connector", nargs=2, metavar=("ENCODER", "LM"),
                         help="make a connector to start from between two real parts; ENCODER/connector.safetensors")
     args = parser.parse_args()
     if set(args.parts) - set(parts):
         data.die(f"{' '.join(args.parts)}: of {', '.join(parts)}")
-    for folder in args.small_connector or ():
+    for folder in args.small_connector or args.mixed_connector or ():
         if not (Path(folder) / "config.json").is_file():
-            data.die(f"--small-connector {folder}: no folder of a pretrained part, it holds no config.json")
+            data.die(f"{folder}: no folder of a pretrained part, it holds no config.json")
     torch.set_flush_denormal(True)
     wanted, out = args.parts or parts, Path(args.out)
     speech = data.in_workers(pretraining_utterance, range(PRETRAINING_SPEAKERS * PRETRAINING_EACH), "speaking the pretraining speech")
+    if args.mixed_connector:
+        folder, = args.mixed_connector
+        make_heads(folder, speech)
+        return make_connector(folder, "assets/lm", speech, "mixed")
     if args.small_connector:
         return make_small_connector(*args.small_connector, speech)
     for name in ENCODERS:

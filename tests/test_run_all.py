@@ -106,6 +106,14 @@ def test_selections_and_presets(monkeypatch):
     assert all("--labels transcript" in line for line in lines if "train.py" in line)
 
 
+def test_a_study_on_one_corpus_shares_its_clean_run(monkeypatch):
+    for task in TASKS:
+        monkeypatch.setitem(TASKS, task, dict(TASKS[task]))  # which --corpus changes
+    runs = commands(monkeypatch, "--corpus", "crema", "--tasks", "emotion", "--others", "gender", "--encoders", "wavlm")
+    assert {run.dataset for run in runs} == {"crema"} and {run.name for run in runs if run.task == "emotion"} >= {"emotion-clean", "emotion-2.3"}
+    assert [run.name for run in runs if run.task != "emotion"] == ["gender-poison0.075", "gender-3.1", "gender-poison0.0375"]
+
+
 def test_a_failure_stops_nothing_else_and_a_killed_study_goes_on(tmp_path):
     folder = tmp_path / "with a blank"
     folder.mkdir()
