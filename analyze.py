@@ -7,7 +7,6 @@
 It reads the study's own runs, by the names that study.py gives them; runs of other settings have other names.
 """
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
@@ -25,81 +24,9 @@ from sklearn.preprocessing import StandardScaler
 import data
 import figures
 from data import die
-from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, SHIFT, SHIFT_STAGES, TABLE1, TABLE2, TABLE3, TASKS,
-                   clean_task, deviations, identity, on_corpus, run_name)
-
-ORDER = [*TABLE2, *(task for task in TASKS if task not in TABLE2)]  # the paper's tasks in its order, then any other
-UNIT = {task: {"wer": "WER", "accuracy": "Acc", "mae": "MAE"}[TASKS[task]["metric"].rpartition("_")[2]] for task in TASKS}
-
-
-def belongs(folder, args, preset):
-    """Whether a run folder is one of the study's: its name is what study.py gives to its arguments."""
-    task, attack = args.get("task"), args.get("attack")
-    if args.get("preset") != preset or task not in TASKS or attack not in ("clean", *ATTACKS):
-        return False
-    own = identity(preset, clean_task(task) if attack == "clean" else task, args["encoder"], attack, args["seed"])
-    return folder.name == run_name(own)
-
-
-def same_model(path, sha256):
-    """Ends in one line where a file was made of another model than the one beside it (which may be gone: figures are kept)."""
-    model = path.parent / "model.pt"
-    if sha256 and model.exists() and hashlib.sha256(model.read_bytes()).hexdigest() != sha256:
-        die(f"{path} was made of another model than {model}: make it again by evaluate.py --save or embed.py")
-
-
-def read_runs(folder, preset):
-    """metrics.json of each of the study's finished runs. Ends in one line where two have different settings."""
-    runs = []
-    for path in sorted(Path(folder).glob("*/metrics.json")):
-        metrics = json.loads(path.read_text())
-        same_model(path, metrics.get("model_sha256"))
-        if belongs(path.parent, metrics["args"], preset):
-            runs.append((path.parent, metrics))
-            (first, ours), (last, theirs) = ((run, deviations(m["args"]) or "the preset") for run, m in (runs[0], runs[-1]))
-            if ours != theirs:
-                die(f"{first} and {last} have different settings ({ours}; {theirs}): move one of them out of {folder}")
-    return [metrics for _, metrics in runs]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# figures over seeds
-
-def spread(values):
-    """{seed: figure} -> {"mean", "low", "high", "seeds": {seed: figure}}, or None where there is none."""
-    values = {seed: v for seed, v in sorted(values.items()) if v is not None}
-    if values:
-        mean = sum(values.values()) / len(values)
-        return dict(mean=mean, low=min(values.values()), high=max(values.values()), seeds=values)
-
-
-def over_seeds(runs, part, name, **wanted):
-    """A figure, in the paper's units (percent, years), over the runs whose arguments are as wanted."""
-    scale = 1 if name.endswith(("mae", "loss", "epoch")) else 100
-    return spread({run["args"]["seed"]: scale * run[part][name]["value"] for run in runs
-                   if name in run.get(part, {}) and all(run["args"].get(k) == v for k, v in wanted.items())})
-
-
-def stealth(attacked, baseline):
-    """Clean figure under attack minus the baseline's, over the seeds that both have."""
-    seeds = {} if attacked is None or baseline is None else attacked["seeds"].keys() & baseline["seeds"].keys()
-    return spread({seed: attacked["seeds"][seed] - baseline["seeds"][seed] for seed in seeds})
-
-
-def show(found, published=None, form=".1f"):
-    """One cell: mean, range over several seeds, the paper's figure behind it."""
-    text = f"{found['mean']:{form}}" if found else "missing"
-    if found and len(found["seeds"]) > 1:
-        text += f" ({found['low']:{form}} to {found['high']:{form}})"
-    return text if published is None else f"{text} / {published:g}"
-
-
-def markdown(title, rows):
-    """A table of Markdown; rows: [{column: cell}]."""
-    lines = [list(rows[0]), *(row.values() for row in rows)]
-    header, *body = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([f"## {title}", "", header, "|---" * len(rows[0]) + "|", *body, ""])
-
+from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, SHIFT, SHIFT_STAGES, TABLE1, TABLE2, TABLE3, TASKS, deviations,
+                   on_corpus)
+from summary import ORDER, UNIT, belongs, markdown, over_seeds, read_runs, same_model, show, spread, stealth
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python analyze.py tables: each gives (title, explanation, [{column: cell}], values for tables.json)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import data
 import figures
-from analyze import ORDER, belongs, markdown, over_seeds, read_runs, show, spread
 from data import die
 from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, PRESETS, TASKS, VARIANTS, clean_task, identity, on_corpus, run_name
+from summary import ORDER, belongs, markdown, over_seeds, read_runs, show, spread
 
 EVERYTHING = "+".join(COMPONENTS)
 # Table 3's attacks that look at one component: trained on poison alone; taken poisoned, the others trained on clean data
