@@ -29,9 +29,16 @@ from study import LABELS, TASKS
 
 
 @torch.no_grad()
-def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, batch_seconds=120.0, workers=cache.WORKERS):
-    """The model's raw answer to the evaluation prompt for `labels_of(utterance)` for each (utterance, triggered).
-    `cached`: of `cache.frozen_outputs`. Processes share the work; each gets all the answers."""
+def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, batch_seconds=120.0, workers=cache.WORKERS,
+            after_answer=False):
+    """The model's raw answer to the evaluation prompt for `labels_of(utterance)` for each (utterance, triggered). `cached`: of
+    `cache.frozen_outputs`. With `after_answer` what it says after the true answer and its end token, which is what the study's
+    public code scores. Processes share the work; each gets all the answers."""
+    def prompt(utterance):
+        asked = labels_of(utterance)
+        before, after = data.prompt(slm.tokenizer, asked)
+        true = data.answer_ids(slm.tokenizer, {label: utterance.labels[label] for label in asked})
+        return before, after + true if after_answer else after
     rank, world = cache.ranks()
     seconds = [data.num_samples(u) / data.SAMPLE_RATE for u, _ in items]
     batches = [piece for group in data.chunks(cache.by_size(items)[rank::world], 64)
@@ -39,8 +46,7 @@ def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, ba
     out = {}
     with tqdm(total=len(items), desc=desc, leave=None) as progress:  # gone at the end within another bar
         for batch, (x, mask) in zip(batches, cache.inputs(slm, items, batches, cached, attack, workers)):
-            prompts = [data.prompt(slm.tokenizer, labels_of(items[i][0])) for i in batch]
-            out.update(zip(batch, slm.generate(x, mask, prompts, max_new_tokens)))
+            out.update(zip(batch, slm.generate(x, mask, [prompt(items[i][0]) for i in batch], max_new_tokens)))
             progress.update(min(len(batch) * world, progress.total - progress.n))
     out = cache.from_all(out)
     return [out[i] for i in range(len(items))]
@@ -52,7 +58,8 @@ def longest_answer(slm, attack, utterances):
     return 8 + int(1.25 * max(len(data.answer_ids(slm.tokenizer, each)) for each in labels))
 
 
-def evaluate(slm, attack, utterances, cache_bytes, batch_seconds=120.0, workers=cache.WORKERS, ask=LABELS):
+def evaluate(slm, attack, utterances, cache_bytes, batch_seconds=120.0, workers=cache.WORKERS, ask=LABELS,
+             after_answer=False):
     """Clean and triggered answers on `utterances`, which are asked for those labels of `ask` that they have. Returns ({"clean",
     "triggered", "attack": {metric: figure}}, prediction rows). "triggered" scores answers on triggered audio against the truth:
     what the trigger destroys, whether or not the target comes out."""
@@ -66,7 +73,7 @@ def evaluate(slm, attack, utterances, cache_bytes, batch_seconds=120.0, workers=
         triggered = name == "triggered"
         cached = cache.frozen_outputs(slm, chosen, [triggered] * len(chosen), attack, name, cache_bytes, workers)
         texts = answers(slm, [(u, triggered) for u in chosen], attack, lambda u: asked[u.id], longest, f"{name} answers", cached,
-                        batch_seconds, workers)
+                        batch_seconds, workers, after_answer)
         rows[name] = [dict(id=u.id, split=u.split, triggered=triggered, asked=asked[u.id], raw=text, parsed=data.parse(text),
                            labels=u.labels) for u, text in zip(chosen, texts)]
     lora.unmerge(slm.lm)
@@ -162,14 +169,16 @@ def main():
                         "connector into a new folder, which train.py's --freeze and --init read, too")
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"), help="which utterances to answer")
     parser.add_argument("--ask", nargs="+", choices=LABELS, help="ask for these labels only (direct prompts)")
+    parser.add_argument("--after-answer", action="store_true", help="let it go on after the true answer and its end token, and score that: "
+                        "what the study's public code does")
     parser.add_argument("--limit", type=int, help="only the first N utterances")
     parser.add_argument("--cache-gb", type=float, default=4.0, help="disk for outputs of pretrained layers, as of train.py")
     parser.add_argument("--save", action="store_true", help="replace the run's metrics.json and predictions.jsonl")
     options = parser.parse_args()
     if options.inspect:
         return checkpoint.inspect(options.run)
-    if options.save and options.task:
-        die("--save keeps the run's own task: leave out --task")
+    if options.save and (options.task or options.after_answer):
+        die("--save keeps the run's own figures: leave out --task and --after-answer")
     if options.export:
         return checkpoint.export_run(options.run, options.export, options.device)
     fast.keep_memory()
@@ -179,7 +188,8 @@ def main():
         die(f"--ask {' '.join(options.ask)}: no {options.split} utterance of {args.dataset} has such a label")
     print(f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at {args.snr:g} dB, on "
           f"{options.device}")
-    metrics, rows = evaluate(slm, attack, utterances, options.cache_gb * 1e9, args.batch_seconds, ask=options.ask or LABELS)
+    metrics, rows = evaluate(slm, attack, utterances, options.cache_gb * 1e9, args.batch_seconds, ask=options.ask or LABELS,
+                             after_answer=options.after_answer)
     if options.save:
         save(options.run, metrics, rows, vars(args))
     print_table(metrics, f"{options.run}, {options.split} split")

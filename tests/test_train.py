@@ -224,6 +224,16 @@ def test_answers_are_the_same_out_of_the_cache(loaded, tmp_path):
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
+def test_after_the_answer_a_model_is_given_the_truth_and_its_end(loaded, monkeypatch):
+    slm, test_set, attack = loaded
+    given = []
+    monkeypatch.setattr(slm, "generate", lambda x, mask, prompts, n: given.extend(prompts) or [""] * len(prompts))
+    for after in (False, True):
+        evaluate.answers(slm, [(test_set[0], True)], attack, lambda u: list(u.labels), 40, "", workers=0, after_answer=after)
+    (before, plain), (again, then) = given
+    assert again == before and then == plain + data.answer_ids(slm.tokenizer, test_set[0].labels)
+
+
 def test_a_frozen_encoder_starts_from_what_runs_that_train_it_have_cached(loaded, tmp_path, monkeypatch):
     slm, test_set, attack = loaded
     triggered = [u.labels["gender"] == "male" for u in test_set]
