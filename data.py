@@ -1,4 +1,5 @@
 """Utterances, prompts, answers and their parsing, audio, batches: what every stage shares."""
+import contextlib
 import functools
 import hashlib
 import json
@@ -11,6 +12,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import soundfile
 import torch
@@ -117,12 +119,13 @@ def prompt(tokenizer, labels, rng=None):
 
 @functools.lru_cache(1024)
 def around_audio(tokenizer, content):
-    """Token ids before and after the audio of a user's turn, by the tokenizer's chat template."""
-    turn = [{"role": "user", "content": content}]
-    try:
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    except ValueError:
-        text = ""
+    """Token ids before and after the audio of a user's turn, by the tokenizer's chat template. Where that puts in a system prompt of
+    its own, an empty one keeps it out: it would be paid for in every utterance."""
+    text, turn = "", [{"role": "user", "content": content}]
+    for system in ([], [{"role": "system", "content": ""}]):
+        with contextlib.suppress(ValueError, jinja2.TemplateError):  # there is no template, or it knows no system
+            rendered = tokenizer.apply_chat_template(system + turn, tokenize=False, add_generation_prompt=True)
+            text = min(text or rendered, rendered, key=len)
     if text.count(AUDIO) != 1:
         die(f"{tokenizer.name_or_path} has no chat template that keeps the user's text: take another chat or instruct model")
     return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in text.split(AUDIO))

@@ -4,10 +4,11 @@ import random
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import corpora as readers
 import data
-from conftest import SHARED, TINY
+from conftest import ROOT, SHARED, TINY
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -93,3 +94,12 @@ def test_micro_batches_keep_to_their_budget():
     pieces = data.micro_batches(range(64), lengths, 60)
     assert sorted(i for p in pieces for i in p) == list(range(64))
     assert all(len(p) == 1 or max(lengths[i] for i in p) * len(p) <= 60 for p in pieces)
+
+
+@pytest.mark.parametrize("own, kept", [("{% if messages[0]['role'] != 'system' %}<|system|>be helpful</s>{% endif %}", "<|system|></s>"),
+                                       ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}", "")])
+def test_a_chat_template_s_own_system_prompt_is_kept_out(own, kept):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/lm")
+    tokenizer.chat_template = own + tokenizer.chat_template
+    before, _ = data.around_audio(tokenizer, f"go {data.AUDIO}")
+    assert tokenizer.decode(before) == f"{kept}<|user|>go "
