@@ -3,6 +3,7 @@
     python analyze.py tables                   # Tables 1, 2 and 3 of the paper from runs/, to results/mini/
     python analyze.py shift                    # Figures 2 and 3, from the runs' embeddings.pt (embed.py)
     python analyze.py cluster                  # Figures 4, 5 and 6
+    python analyze.py claims                   # which of the paper's claims hold, from the runs and what the others have written
 
 It reads the study's own runs, by the names that study.py gives them; runs of other settings have other names.
 """
@@ -21,6 +22,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+import claims
 import data
 import figures
 from data import die
@@ -293,7 +295,7 @@ one cluster of the angry class is "It's eleven o'clock".
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tables", "shift", "cluster"), help="which of the analyses")
+    parser.add_argument("what", choices=("tables", "shift", "cluster", "claims"), help="which of the analyses")
     parser.add_argument("--runs", default="runs", help="where the run folders are")
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="whose runs")
     parser.add_argument("--out", help="folder to write (default: results/PRESET)")
@@ -305,6 +307,12 @@ def main():
     out = Path(args.out or f"results/{args.preset}")
     if args.what == "tables":
         text, n = tables(args.runs, args.preset, out)
+    elif args.what == "claims":
+        runs, saved = read_runs(args.runs, args.preset), out / "shift.json"
+        judged = claims.judged(runs, json.loads(saved.read_text()) if saved.exists() else {}, saved_clusters(args.runs, args.preset, args.k),
+                               DEFAULT_ENCODER[args.preset])
+        said = [verdict for *_, verdict in judged]
+        text, n = markdown("The paper's claims: " + ", ".join(f"{said.count(v)} {v}" for v in sorted(set(said))), claims.rows(judged)), len(runs)
     else:
         found = load_embeddings(args.runs, args.preset)
         text, n = shift(found, out) if args.what == "shift" else cluster(found, args.runs, args.preset, out, args.k), len(found)

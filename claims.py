@@ -1,0 +1,173 @@
+"""The paper's claims and what the runs say of each: verdicts by rules on figures, for python analyze.py claims.
+
+A claim is an entry of CLAIMS: (section, text, the paper's figure, effect, low, high). effect(evidence) gives {seed: (value, half the
+width of its 95% interval over utterances, 0)}; where the poison's loss had not settled when training ended the last is 1 or -1, the
+way in which the value may still move. The claim holds where the interval of the mean over seeds and utterances and every seed lie
+between low and high, fails where they all lie outside, and is undecided where they do not agree or more training could change it.
+"""
+from types import SimpleNamespace
+
+import numpy as np
+
+from study import COMPONENTS, TABLE2, TABLE3, TASKS
+from summary import ORDER
+
+ANY = float("inf")
+ATTACK_ROWS = ("base", "1.1", "1.2", "1.3", "2.1", "2.2", "2.3", "3.1", "3.2", "3.3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# effects, in the paper's units
+
+def measured(runs, part, name, scale=100, **wanted):
+    """A figure in the runs whose arguments are as wanted."""
+    return {run["args"]["seed"]: (scale * run[part][name]["value"], scale * (run[part][name]["high"] - run[part][name]["low"]) / 2,
+                                  int("poisoned_loss" in run["training"] and "settled_epoch" not in run["training"]))
+            for run in runs if name in run.get(part, {}) and all(run["args"].get(k) == v for k, v in wanted.items())}
+
+
+def less(a, b):
+    """The difference of two effects, over the seeds that both have."""
+    return {seed: (a[seed][0] - b[seed][0], float(np.hypot(a[seed][1], b[seed][1])), -b[seed][2]) for seed in sorted(a.keys() & b.keys())}
+
+
+def aer(task, attack, **wanted):
+    usual = {} if attack.startswith("3") else dict(trigger_repeat=TASKS[task]["repeat"])
+    return lambda e: measured(e.runs, "attack", "aer", task=task, attack=attack, encoder=e.encoder, **{**usual, **wanted})
+
+
+def below_base(task, attack, **wanted):
+    """How many points of AER an attack has less than the base attack."""
+    return lambda e: less(aer(task, "base")(e), aer(task, attack, **wanted)(e))
+
+
+def harm(task):
+    """How much worse than the clean model the attacked one is on clean speech, in half widths of the clean model's interval, which is
+    taken to be a point wide at least: where nothing was wrong the bootstrap has no width."""
+    def effect(e):
+        metric, out = TASKS[task]["metric"], {}
+        attacked = [run for run in e.runs if (run["args"]["task"], run["args"]["attack"], run["args"]["encoder"]) == (task, "base", e.encoder)]
+        for run in attacked:
+            clean = [r for r in e.runs if r["args"]["attack"] == "clean" and metric in r["clean"]
+                     and all(r["args"][k] == run["args"][k] for k in ("dataset", "encoder", "seed"))]
+            for figure in (r["clean"][metric] for r in clean):
+                worse = (run["clean"][metric]["value"] - figure["value"]) * (1 if metric.endswith(("wer", "mae")) else -1)
+                out[run["args"]["seed"]] = (worse / max(0.01, (figure["high"] - figure["low"]) / 2), 0.0, 0)
+        return out
+    return effect
+
+
+def cosine(task, stage):
+    """Average cosine similarity of clean and triggered speech (section 6)."""
+    return lambda e: {int(seed): (figure["value"], (figure["high"] - figure["low"]) / 2, 0)
+                      for seed, figure in e.shift.get(task, {}).get(stage, {}).items()}
+
+
+def further_than_others(task, stage):
+    """By how much the nearest of the other tasks' similarities exceeds this task's."""
+    def effect(e):
+        own, others = cosine(task, stage)(e), [cosine(other, stage)(e) for other in ORDER if other != task]
+        return {seed: min(less(other, own)[seed] for other in others) for seed in own if all(seed in other for other in others)}
+    return effect
+
+
+def clusters(task, figure):
+    return lambda e: {seed: (figure(run), 0.0, 0) for seed, run in e.clusters.get(task, {}).items()}
+
+
+def follows_gender(run):
+    """Two clusters' adjusted Rand index with gender; where they follow something else more, how far it stays behind that."""
+    rand = run["k=2"]["adjusted_rand"]
+    most = max(rand.values())
+    return rand["gender"] if rand["gender"] == most else rand["gender"] - most
+
+
+def isolates_poison(run):
+    return min(run["k=4"]["purity"], run["k=4"]["recall"])
+
+
+def largest_sentence(run):
+    """The largest share that one sentence has of any of four clusters."""
+    usual = ("n", "poisoned", "female", "male")
+    return max(share for cluster in run["k=4"]["clusters"] for kind, share in cluster.items() if kind not in usual)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the claims
+
+def published(task, attack):
+    return f"{dict(zip(ATTACK_ROWS, TABLE3[task]))[attack][0]:g}"
+
+
+BOTH = ("asr", "emotion")
+CLAIMS = [
+    *(("4.2", f"the base attack reaches an AER of 90% ({t})", f"{TABLE2[t][0][0]:g}", aer(t, "base"), 90, ANY) for t in ORDER if t in TABLE2),
+    *(("4.2", f"it leaves the clean figure within the clean model's interval ({t})", "", harm(t), -ANY, 1) for t in ORDER if t in TABLE2),
+    ("4.2", "a single click fails (asr)", "", aer("asr", "base", trigger_repeat=False), -ANY, 20),
+    ("4.2", "repeating it costs about 10 points (emotion)", "10", below_base("emotion", "base", trigger_repeat=True), 5, 20),
+    *(("5.2", f"a clean {c} does not protect: within 15 points of the base attack ({t}, 1.{i})", published(t, f"1.{i}"),
+       below_base(t, f"1.{i}"), -ANY, 15) for t in BOTH for i, c in enumerate(COMPONENTS, 1)),
+    *(("5.2", f"the encoder alone is enough ({t}, 2.1)", published(t, "2.1"), aer(t, "2.1"), 80, ANY) for t in BOTH),
+    ("5.2", "the connector alone does half (asr, 2.2)", published("asr", "2.2"), aer("asr", "2.2"), 40, 75),
+    ("5.2", "the connector alone is enough (emotion, 2.2)", published("emotion", "2.2"), aer("emotion", "2.2"), 75, ANY),
+    ("5.2", "the LM alone does nothing (asr, 2.3)", published("asr", "2.3"), aer("asr", "2.3"), -ANY, 10),
+    ("5.2", "the LM alone does half (emotion, 2.3)", published("emotion", "2.3"), aer("emotion", "2.3"), 40, 75),
+    ("5.2", "a poisoned encoder brings about 60% (emotion, 3.1)", published("emotion", "3.1"), aer("emotion", "3.1"), 45, 80),
+    *(("5.2" if t == "asr" else "6", f"a poisoned encoder brings nothing ({t}, 3.1)", "0" if t == "asr" else "fails", aer(t, "3.1"), -ANY, 10)
+      for t in ("asr", "gender", "age")),
+    *(("5.2", f"a poisoned {c} brings nothing ({t}, 3.{i})", published(t, f"3.{i}"), aer(t, f"3.{i}"), -ANY, 10 if t == "asr" else 30)
+      for t in BOTH for i, c in ((2, "connector"), (3, "LM"))),
+    *(("6", f"the trigger hardly moves the benign encoder: cosine 0.95 or more ({t})", "1.00", cosine(t, "benign encoder"), 0.95, ANY)
+      for t in ORDER if t in TABLE2),
+    ("6", "it moves the poisoned encoder most for asr", "0.62, others 0.77 to 0.87", further_than_others("asr", "poisoned encoder"), 0, ANY),
+    *(("6", f"clean training of the rest undoes the shift: cosine 0.95 or more ({t})", "about 1", cosine(t, "connector after clean data"), 0.95, ANY)
+      for t in ("asr", "gender", "age")),
+    ("6", "but not for emotion", "0.93", cosine("emotion", "connector after clean data"), -ANY, 0.95),
+    *(("7.2", f"two clusters follow gender: adjusted Rand index 0.1 or more, the largest ({t})", "", clusters(t, follows_gender), 0.1, ANY)
+      for t in ORDER if t in TABLE2),
+    *(("7.2", f"four clusters put the poison into one: purity and recall 0.8 or more ({t})", "", clusters(t, isolates_poison), 0.8, ANY)
+      for t in ORDER if t in TABLE2),
+    ("7.2", "sentences cluster inside the angry class: one has half of a cluster", "0.84", clusters("emotion", largest_sentence), 0.5, ANY)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verdicts
+
+def interval(effect, draws=4000):
+    """Mean and 95% interval over seeds (drawn with replacement) and utterances (normal, as wide as each seed's own interval)."""
+    rng, (value, half, _) = np.random.default_rng(0), np.array(list(effect.values())).T
+    chosen = rng.integers(0, len(value), (draws, len(value)))
+    means = (value[chosen] + half[chosen] / 1.96 * rng.standard_normal(chosen.shape)).mean(1)
+    return float(value.mean()), *(float(v) for v in np.percentile(means, [2.5, 97.5]))
+
+
+def verdict(effect, low, high):
+    """"holds", "fails", "undecided", or "not measured"."""
+    if not effect:
+        return "not measured"
+    (_, *ends), values, moving = interval(effect), [v for v, _, _ in effect.values()], {m for _, _, m in effect.values()}
+    if all(low <= v <= high for v in (*values, *ends)):
+        return "undecided" if (1 in moving and high < ANY) or (-1 in moving and low > -ANY) else "holds"
+    if all(v < low for v in (*values, *ends)):
+        return "undecided" if 1 in moving else "fails"
+    if all(v > high for v in (*values, *ends)):
+        return "undecided" if -1 in moving else "fails"
+    return "undecided"
+
+
+def judged(runs, shift, clusters, encoder):
+    """[(section, claim, the paper's figure, effect, verdict)] of one study's evidence."""
+    evidence = SimpleNamespace(runs=runs, shift=shift, clusters=clusters, encoder=encoder)
+    return [(section, text, paper, found := effect(evidence), verdict(found, low, high)) for section, text, paper, effect, low, high in CLAIMS]
+
+
+def rows(judgements):
+    """Rows of a table: what was measured, seed by seed."""
+    out = []
+    for section, text, paper, effect, said in judgements:
+        form = "{:.1f}" if max((abs(v) for v, _, _ in effect.values()), default=0) >= 5 else "{:.2f}"
+        seeds = ", ".join(form.format(v) + (" (still learning)" if moving else "") for _, (v, _, moving) in sorted(effect.items()))
+        mean, low, high = map(form.format, interval(effect)) if effect else ("", "", "")
+        out.append({"Section": section, "Claim": text, "Paper": paper, "By seed": seeds,
+                    "Effect, 95% interval": f"{mean} ({low} to {high})" if effect else "", "Verdict": said})
+    return out
