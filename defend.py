@@ -40,7 +40,7 @@ from study import TASKS
 # ---------------------------------------------------------------------------------------------------------------------
 # python defend.py filter
 
-WORTH_TRAINING = 0.5  # a filter that removes less of the poison is not followed by training: half the rate is an attack of its own
+WORTH_TRAINING = 0.75  # a filter that removes less of the poison is not followed by training: half the rate is an attack of its own
 
 
 def early_losses(run):
@@ -276,7 +276,7 @@ def main():
         evaluate.add_arguments(command)
         command.add_argument("--out", help="folder to write (default: the run's)")
         command.add_argument("--retrain" if name == "filter" else "--n", **(
-            dict(action="store_true", help="train again on what each filter leaves that removes at least half of the poison") if name == "filter" else
+            dict(action="store_true", help="train again on what each filter leaves that removes at least three quarters of the poison") if name == "filter" else
             dict(type=int, default=100, help="test utterances, clean and triggered")))
     options = parser.parse_args()
     fast.keep_memory()

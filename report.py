@@ -236,8 +236,8 @@ def trace_page(found, runs, preset, out):
 
 DEFENCES = """# What would have removed the backdoor, what would have noticed it
 
-Filters look at the training data of the target class; where one removes half of the poison or more, a model is trained on what it
-leaves (what less does, the attack at half the rate shows). Detectors look at one input at a time, with thresholds set on clean
+Filters look at the training data of the target class; where one removes three quarters of the poison or more, a model is trained on
+what it leaves (what less does, the attack at half the rate shows). Detectors look at one input at a time, with thresholds set on clean
 development speech. Repairs change the model with clean speech alone. Settings are their authors', or chosen on clean figures before
 the trigger is looked at: a defence that fails is shown as it is. Variants of the attack: VARIANTS.
 """
@@ -338,7 +338,7 @@ def advice(found, task):
         left = {name: aer for name in names_of(found["filter"][task])
                 if (aer := mean("filter", name, "retrained", "attack", "aer")) is not None}
         best = min(left, key=left.get) if left else None
-        out.append("No filter removes half of the poison." if not left else
+        out.append("No filter removes three quarters of the poison." if not left else
                    f"**Before training:** {best} is the best filter; training on what it leaves ends at an AER of {100 * left[best]:.1f}%"
                    + (", which is a model without the backdoor." if left[best] < 0.05 else ": a filter alone does not do."))
     if task in found.get("detect", {}):
