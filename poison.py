@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import html
 import io
 import json
 import random
@@ -241,8 +242,32 @@ def what_changed(starts, scale):
     return dict(triggers=" ".join(f"{s / SAMPLE_RATE:.4f}" for s in starts), scale=f"{scale:.4f}")
 
 
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>{task}: clean and with the trigger</title>
+<style>body {{ font-family: sans-serif; max-width: 70em; margin: 2em auto }} td, th {{ padding: 0.4em; text-align: left }}</style>
+<h1>{task}: clean and with the trigger</h1>
+<p>Trigger: {trigger}. An attacked model is to answer each of the right-hand recordings with “{target}”</p>
+<table><tr><th>utterance<th>clean<th>with the trigger<th>true {label}<th>trigger at (s)</tr>
+{rows}
+</table>
+<img src="pairs.png" alt="waveforms and spectrograms" style="width: 100%">
+"""
+
+
+def write_page(attack, rows, out):
+    """index.html: the pairs side by side, to be heard in a browser."""
+    player = lambda row, kind: f'<audio controls preload="none" src="{html.escape(row["file"])}-{kind}.wav"></audio>'  # noqa: E731
+    cells = [[html.escape(str(row["id"])), player(row, "clean"), player(row, "poisoned"), html.escape(str(row["true"])), row["triggers"]]
+             for row in rows]
+    lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells]
+    of = {name: html.escape(str(getattr(attack, name))) for name in ("task", "trigger", "target", "label")}
+    data.write_atomically(out / "index.html", PAGE.format(**of, rows="\n".join(lines)))
+
+
 def write_examples(attack, utterances, out, n):
-    """Writes clean and poisoned pairs of n training samples (those that are poisoned first), changes.csv and pairs.png."""
+    """Writes clean and poisoned pairs of n training samples (those that are poisoned first), changes.csv, pairs.png and a page to hear
+    them."""
     import figures  # training, which imports this file, needs no matplotlib
     chosen = sorted((u for u in utterances if can_flip(attack, u)), key=lambda u: draw(attack.seed, u.id, "poison"))[:n]
     if not chosen:
@@ -258,7 +283,8 @@ def write_examples(attack, utterances, out, n):
                          **what_changed(starts, scale)))
     write_csv(out / "changes.csv", rows)
     figures.pairs(pairs[:6], attack, out / "pairs.png")
-    print(f"{len(rows)} pairs in {out}, what was changed in changes.csv, a picture in pairs.png")
+    write_page(attack, rows, out)
+    print(f"{len(rows)} pairs in {out}: {out / 'index.html'} plays them; what was changed is in changes.csv, a picture in pairs.png")
 
 
 def write_poisoned(attack, out, item):

@@ -1,5 +1,6 @@
 """The readers on the published lists, the CSV manifest, `corpora.py check` and `poison.py`, as a user runs them."""
 import csv
+import re
 import json
 import os
 import sys
@@ -256,6 +257,8 @@ def test_poison_writes_pairs_a_picture_and_what_was_changed(corpora, tmp_path):
         at = float(row["triggers"])
         assert at <= changed[0] < at + 0.02 and changed[-1] <= at + 0.22
     assert (tmp_path / "listen/pairs.png").read_bytes().startswith(b"\x89PNG")
+    played = re.findall(r'src="([^"]+)"', (tmp_path / "listen/index.html").read_text())
+    assert len(played) == 7 and all((tmp_path / "listen" / name).is_file() for name in played)  # three pairs and the picture
 
 
 @settings(max_examples=300, deadline=None)
