@@ -1,8 +1,8 @@
 """The readers on the published lists, the CSV manifest, `corpora.py check` and `poison.py`, as a user runs them."""
 import csv
-import re
 import json
 import os
+import re
 import sys
 
 import numpy as np
