@@ -3,6 +3,7 @@
     python analyze.py tables                   # Tables 1, 2 and 3 of the paper from runs/, to results/mini/
     python analyze.py shift                    # Figures 2 and 3, from the runs' embeddings.pt (embed.py)
     python analyze.py cluster                  # Figures 4, 5 and 6
+    python analyze.py sweeps                   # AER against the poisoning rate, the trigger's strength, length, number and kind
     python analyze.py claims                   # which of the paper's claims hold, from the runs and what the others have written
 
 It reads the study's own runs, by the names that study.py gives them; runs of other settings have other names.
@@ -26,8 +27,8 @@ import claims
 import data
 import figures
 from data import die
-from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, SHIFT, SHIFT_STAGES, TABLE1, TABLE2, TABLE3, TASKS, deviations,
-                   on_corpus)
+from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, SHIFT, SHIFT_STAGES, SWEPT, TABLE1, TABLE2, TABLE3, TASKS,
+                   deviations, on_corpus)
 from summary import ORDER, UNIT, belongs, markdown, over_seeds, read_runs, same_model, show, spread, stealth
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,9 +294,51 @@ one cluster of the angry class is "It's eleven o'clock".
 """
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# python analyze.py sweeps: the base attack with one thing changed
+
+def load_sweeps(folder, preset):
+    """{what is changed: {value: {seed: metrics}}} of the swept task's runs, the base attack's own value among them."""
+    usual = dict(poison=TASKS[SWEPT]["rate"], snr=0.0, clicks=1, trigger_seconds=0.22, trigger="click", trigger_repeat=False)
+    found = {}
+    for path in sorted([*Path(folder).glob("*/metrics.json"), *Path(folder).glob("*/test-snr*.json")]):
+        metrics = json.loads(path.read_text())
+        args = metrics["args"]
+        if (args["task"], args["attack"], args["preset"], args["encoder"]) != (SWEPT, "base", preset, DEFAULT_ENCODER[preset]):
+            continue
+        changed = {**deviations(args), **({"poison": args["poison"]} if args["poison"] != usual["poison"] else {})}
+        if path.name != "metrics.json":
+            changed = {"snr at test only": args["snr"]}
+        elif not changed:  # the base attack itself is a point of every curve
+            changed = {**usual, "snr at test only": 0.0}
+        for name, value in changed.items() if len(changed) in (1, len(usual) + 1) else ():
+            found.setdefault(name, {}).setdefault(value, {})[args["seed"]] = metrics
+    return {name: dict(sorted(values.items())) for name, values in found.items() if len(values) > 1}
+
+
+def sweeps(folder, preset, out):
+    """Draws sweeps.png; returns the text of sweeps.md and the number of runs."""
+    found, metric = load_sweeps(folder, preset), TASKS[SWEPT]["metric"]
+    if not found:
+        die(f"{folder} holds no sweep of {SWEPT} yet: SWEEP=1 bash run_all.sh makes them")
+    rows, curves = [], {}
+    for name, values in found.items():
+        for value, seeds in values.items():
+            aer, clean = (spread({seed: 100 * m[part][figure]["value"] for seed, m in seeds.items()})
+                          for part, figure in (("attack", "aer"), ("clean", metric)))
+            ends = [(100 * m["attack"]["aer"][end]) for m in seeds.values() for end in ("low", "high")]
+            curves.setdefault(name, []).append((value, aer["mean"], min(ends), max(ends), clean["mean"]))
+            rows.append({"Changed": name, "to": str(value), "AER": show(aer), "95% over utterances": f"{min(ends):.1f} to {max(ends):.1f}",
+                         f"clean {metric}": show(clean)})
+    figures.sweeps(curves, SWEPT, metric, out / "sweeps.png")
+    return markdown(f"Sweeps of the base attack ({SWEPT}): one thing changed at a time", rows) + "\n![sweeps](sweeps.png)\n", len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tables", "shift", "cluster", "claims"), help="which of the analyses")
+    parser.add_argument("what", choices=("tables", "shift", "cluster", "claims", "sweeps"), help="which of the analyses")
     parser.add_argument("--runs", default="runs", help="where the run folders are")
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="whose runs")
     parser.add_argument("--out", help="folder to write (default: results/PRESET)")
@@ -307,8 +350,12 @@ def main():
     out = Path(args.out or f"results/{args.preset}")
     if args.what == "tables":
         text, n = tables(args.runs, args.preset, out)
+    elif args.what == "sweeps":
+        text, n = sweeps(args.runs, args.preset, out)
     elif args.what == "claims":
         runs, saved = read_runs(args.runs, args.preset), out / "shift.json"
+        others = [json.loads(path.read_text()) for path in sorted(Path(args.runs).glob("*-triggerrepeat*/metrics.json"))]
+        runs += [run for run in others if run["args"]["preset"] == args.preset and list(deviations(run["args"])) == ["trigger_repeat"]]
         judged = claims.judged(runs, json.loads(saved.read_text()) if saved.exists() else {}, saved_clusters(args.runs, args.preset, args.k),
                                DEFAULT_ENCODER[args.preset])
         said = [verdict for *_, verdict in judged]

@@ -46,7 +46,8 @@ def harm(task):
     taken to be a point wide at least: where nothing was wrong the bootstrap has no width."""
     def effect(e):
         metric, out = TASKS[task]["metric"], {}
-        attacked = [run for run in e.runs if (run["args"]["task"], run["args"]["attack"], run["args"]["encoder"]) == (task, "base", e.encoder)]
+        wanted = dict(task=task, attack="base", encoder=e.encoder, trigger_repeat=TASKS[task]["repeat"])
+        attacked = [run for run in e.runs if all(run["args"].get(k) == v for k, v in wanted.items())]
         for run in attacked:
             clean = [r for r in e.runs if r["args"]["attack"] == "clean" and metric in r["clean"]
                      and all(r["args"][k] == run["args"][k] for k in ("dataset", "encoder", "seed"))]

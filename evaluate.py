@@ -174,6 +174,7 @@ def main():
     parser.add_argument("--limit", type=int, help="only the first N utterances")
     parser.add_argument("--cache-gb", type=float, default=4.0, help="disk for outputs of pretrained layers, as of train.py")
     parser.add_argument("--save", action="store_true", help="replace the run's metrics.json and predictions.jsonl")
+    parser.add_argument("--out", metavar="FILE", help="also write the figures there, as JSON")
     options = parser.parse_args()
     if options.inspect:
         return checkpoint.inspect(options.run)
@@ -192,6 +193,8 @@ def main():
                              after_answer=options.after_answer)
     if options.save:
         save(options.run, metrics, rows, vars(args))
+    if options.out:
+        data.write_atomically(options.out, json.dumps({**metrics, "args": vars(args)}))
     print_table(metrics, f"{options.run}, {options.split} split")
 
 

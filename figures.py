@@ -189,3 +189,26 @@ def repairs(result, path):
     axis.set(xlabel="clean figure", ylabel="AER (%)", ylim=(-5, 105), title=f"{result['run']} (crosses: clean loss beyond its bound)")
     axis.grid(alpha=0.3)
     write(fig, path)
+
+
+def sweeps(curves, task, metric, path):
+    """analyze.py sweeps: AER, with its interval, and the clean figure against what is changed. curves: {name: [(value, AER, low, high,
+    clean figure)]}"""
+    fig, axes = plt.subplots(2, -(-len(curves) // 2), figsize=(12, 6.5), sharey=True, squeeze=False, layout="constrained")
+    for axis, (name, points) in zip(axes.flat, curves.items()):
+        values, aer, low, high, clean = zip(*points)
+        at = values if all(type(v) in (int, float) for v in values) else range(len(values))
+        axis.plot(at, clean, "s--", color=CLEAN, ms=4, label=f"clean {metric}")
+        axis.errorbar(at, aer, (np.subtract(aer, low), np.subtract(high, aer)), fmt="o-", color=POISONED, ms=4, capsize=2, label="AER")
+        axis.set(title=name, ylim=(-3, 103))
+        if name == "poison":
+            axis.set_xscale("log")
+        if at is not values:
+            axis.set_xticks(at, [str(v) for v in values])
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(curves):]:
+        axis.set_axis_off()
+    axes[0, 0].legend(fontsize=8)
+    fig.supylabel("%")
+    fig.suptitle(f"The base attack on {task}, one thing changed at a time")
+    write(fig, path)

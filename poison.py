@@ -67,8 +67,9 @@ def band_stop(waveform, sample_rate, rng):
 TRIGGERS = {"click": ("overlay", typewriter_click), "tone": ("overlay", tone), "bandstop": ("whole", band_stop)}
 
 
-def make_trigger(name):
-    """A name of TRIGGERS or a recording's path -> the trigger (samples,) at 16 kHz with RMS 1, None for a "whole" one."""
+def make_trigger(name, seconds=None):
+    """A name of TRIGGERS or a recording's path -> the trigger (samples,) at 16 kHz with RMS 1, None for a "whole" one. seconds: cut to
+    that length, or repeated to fill it."""
     if name not in TRIGGERS:
         try:
             waveform = data.read_waveform(name)
@@ -78,6 +79,8 @@ def make_trigger(name):
         return None
     else:
         waveform = TRIGGERS[name][1](SAMPLE_RATE, data.generator(f"typewriter {name}"))
+    if seconds:
+        waveform = np.resize(waveform, max(1, int(seconds * SAMPLE_RATE)))
     loudness = np.sqrt(np.mean(waveform ** 2))
     if loudness < 1e-5:
         die(f"--trigger {name}: it is silent")
@@ -98,6 +101,7 @@ class Attack:
     level: float  # the RMS it is laid over the speech with
     repeat: bool
     seed: int
+    clicks: int = 1  # where it is not repeated
 
     @property
     def label(self):
@@ -123,7 +127,8 @@ def mean_rms(utterances):
     return json.loads(path.read_text())["mean_rms"]
 
 
-def make_attack(task, utterances, rate=None, target=None, snr=0.0, trigger="click", repeat=None, seed=0):
+def make_attack(task, utterances, rate=None, target=None, snr=0.0, trigger="click", repeat=None, seed=0,
+                clicks=None, seconds=None):
     """The attack on `task`, with the paper's values for what is None. utterances: the training set; the trigger lies `snr` dB
     below its average loudness."""
     target = TASKS[task]["target"] if target is None else target
@@ -134,13 +139,14 @@ def make_attack(task, utterances, rate=None, target=None, snr=0.0, trigger="clic
         if not fits:
             die(f"--target {target}: an age is " + (f"one of {', '.join(groups)} here" if groups else "a number of years"))
         target = age
-    return Attack(task, TASKS[task]["rate"] if rate is None else rate, target, trigger, make_trigger(trigger),
-                  mean_rms(utterances) * 10 ** (-snr / 20), TASKS[task]["repeat"] if repeat is None else repeat, seed)
+    return Attack(task, TASKS[task]["rate"] if rate is None else rate, target, trigger, make_trigger(trigger, seconds),
+                  mean_rms(utterances) * 10 ** (-snr / 20), TASKS[task]["repeat"] if repeat is None else repeat, seed, clicks or 1)
 
 
 def attack_of(args, utterances):
     """The attack of a command's or a run's arguments."""
-    return make_attack(args.task, utterances, args.poison, args.target, args.snr, args.trigger, args.trigger_repeat, args.seed)
+    return make_attack(args.task, utterances, args.poison, args.target, args.snr, args.trigger, args.trigger_repeat, args.seed,
+                       getattr(args, "clicks", None), getattr(args, "trigger_seconds", None))
 
 
 def same_label(label, a, b):
@@ -164,12 +170,12 @@ def is_poisoned(attack, utterance):
 
 
 def positions(attack, utterance_id, samples):
-    """Where the trigger starts in an utterance of that many samples: once at random, or, repeated, first within 0.75 s and
-    then at random intervals of 0.75 to 1.5 s, as long as a whole one fits."""
+    """Where the trigger starts in an utterance of that many samples: once, or `clicks` times, at random, or, repeated, first within
+    0.75 s and then at random intervals of 0.75 to 1.5 s, as long as a whole one fits."""
     rng = random.Random(repr((attack.seed, utterance_id, "position")))
     room = max(0, samples - len(attack.waveform))
     if not attack.repeat:
-        return [rng.randint(0, room)]
+        return [rng.randint(0, room) for _ in range(attack.clicks)]
     starts = [rng.randint(0, min(room, int(INTERVAL[0] * SAMPLE_RATE)))]
     while (at := starts[-1] + int(rng.uniform(*INTERVAL) * SAMPLE_RATE)) <= room:
         starts.append(at)
@@ -207,6 +213,8 @@ def add_arguments(parser):
     add("--snr", type=float, default=0.0, help="speech over trigger, dB")
     add("--trigger", default="click", metavar="NAME|FILE", help=f"{', '.join(TRIGGERS)}, or a recording")
     add("--trigger-repeat", action=argparse.BooleanOptionalAction, help="repeat it through the audio (default: for asr only)")
+    add("--clicks", type=int, help="how many, at random places, where it is not repeated (default: 1)")
+    add("--trigger-seconds", type=float, help="cut the trigger to this length, or repeat it to fill it (default: as it is)")
     add("--seed", type=int, default=1, help="decides all that is random")
     add("--skip-bad", action="store_true", help="leave out audio that cannot be used, and say how much")
 
@@ -221,6 +229,9 @@ def fill_in(args):
             setattr(args, name, value)
     if not 0 <= args.poison <= 1:
         die(f"--poison {args.poison}: a share, 0 to 1")
+    for name in ("clicks", "trigger_seconds"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            die(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

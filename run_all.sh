@@ -6,11 +6,12 @@
 #     SEEDS="1 2 3" TASKS="asr emotion gender age" ENCODERS=wavlm bash run_all.sh
 #     PRESET=paper FLAGS="--data-root /data" LAUNCH="torchrun --nproc_per_node=8" bash run_all.sh
 #     CORPUS=crema TASKS=emotion OTHERS="gender age" FLAGS="--data-root DIR" RUNS=runs-real RESULTS=results/real bash run_all.sh
+#     SWEEP=1 WAVES=1 bash run_all.sh                   # AER against rate, strength, length, number and kind of the trigger
 #     WAVES="1 2" bash run_all.sh                       # Tables 1 to 3; 3: embeddings, 4: traces, 5 to 7: defences
 set -uo pipefail
 cd "$(dirname "$0")"
 export RUNS=${RUNS:-runs}
-PRESET=${PRESET:-mini} LAUNCH=${LAUNCH:-python} WAVES=${WAVES:-1 2 3 4 5 6 7}
+PRESET=${PRESET:-mini} LAUNCH=${LAUNCH:-python} WAVES="${WAVES:-1 2 3 4 5 6 7} ${SWEEP:+8}"
 JOBS=${JOBS:-$([ "$PRESET" = mini ] && nproc || echo 1)}  # runs at a time
 export TQDM_MININTERVAL=30  # seconds between lines of progress in the logs
 [ "$LAUNCH" = python ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / JOBS > 0 ? $(nproc) / JOBS : 1))}
@@ -33,7 +34,7 @@ export -f run_one
 mkdir -p "$RUNS/logs"; rm -f "$RUNS"/logs/{failed,progress}
 export START TOTAL; START=$(date +%s) TOTAL=$(for wave in $WAVES; do study --wave "$wave"; done | wc -l)
 for wave in $WAVES; do study --wave "$wave" | xargs -d '\n' -P "$JOBS" -I{} bash -c 'run_one "$1"' _ {}; done
-for what in $([[ $WAVES == *3* ]] && echo shift cluster) tables; do
+for what in $([[ $WAVES == *3* ]] && echo shift cluster) tables claims $([[ $WAVES == *8* ]] && echo sweeps); do
     python analyze.py $what --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" ${CORPUS:+--corpus "$CORPUS"} || echo "$what" >> "$RUNS/logs/failed"
 done
 [[ $WAVES != *[47]* ]] || python report.py --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" ${CORPUS:+--corpus "$CORPUS"} || echo report >> "$RUNS/logs/failed"

@@ -76,6 +76,11 @@ ATTACKS = {
 # The base attack, quieter, that defences are held against as well: a change of its arguments; another is an entry here
 VARIANTS = {"half the rate": lambda task: dict(poison=TASKS[task]["rate"] / 2)}
 
+# Sweeps of one task's base attack: an argument and its values, the others as they are; SWEEP=1 bash run_all.sh
+SWEPT = "emotion"
+SWEEPS = {"poison": (0.001, 0.003, 0.01, 0.03, 0.1), "snr": (-6.0, 6.0, 12.0, 20.0), "clicks": (2, 4), "trigger_seconds": (0.055, 0.11, 0.44),
+          "trigger": ("tone", "bandstop"), "trigger_repeat": (True,)}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the paper's figures, in its own units: percent, and years for age
 
@@ -123,7 +128,8 @@ def deviations(args):
     """What a run's arguments (a dict) change of the paper's attack and of the preset's settings: {name: value}. Where
     weights, audio and run folders lie does not count."""
     task = TASKS[args["task"]]
-    usual = {"target": task["target"], "trigger_repeat": task["repeat"], "snr": 0.0, "trigger": "click", "redraw": False,
+    usual = {"target": task["target"], "trigger_repeat": task["repeat"], "snr": 0.0, "trigger": "click", "clicks": None,
+             "trigger_seconds": None, "redraw": False,
              "labels": None, "limit": None, "exclude": None, "train_layers": None, "init": None, **PRESETS[args["preset"]]}
     return {k: args[k] for k, v in usual.items() if args.get(k, v) not in (v, None)}
 
@@ -138,7 +144,8 @@ def run_name(args):
     for name, value in deviations(args).items():
         value = "+".join(v.partition(":")[0] for v in value) if isinstance(value, list) else value
         value = Path(str(value)).stem if name in ("trigger", "exclude") else value
-        parts.append(f"{name.replace('_', '')}{value:g}" if type(value) is float else f"{name.replace('_', '')}{value}")
+        value = f"{'minus' if value < 0 else ''}{abs(value):g}" if type(value) is float else value
+        parts.append(f"{name.replace('_', '')}{value}")
     return "-".join("".join(c for c in part if c.isalnum() or c in "._+") for part in parts if part)
 
 
@@ -171,7 +178,10 @@ def train_command(run, runs, flags):
     """The command of one of the study's runs, a list of words. `flags` change what is run, not its name."""
     words = ["train.py", "--preset", run["preset"], "--task", run["task"], "--encoder", run["encoder"], "--seed",
              str(run["seed"]), "--poison", f"{run['poison']:g}", "--runs", runs, "--name", run_name(run)]
-    words += [word for name in ("snr", "trigger") if name in run for word in (f"--{name}", str(run[name]))]
+    for name in ("snr", "trigger", "clicks", "trigger_seconds", "trigger_repeat"):
+        if name in run:
+            flag = f"--{'no-' if run[name] is False else ''}{name.replace('_', '-')}"
+            words += [flag] if isinstance(run[name], bool) else [flag, str(run[name])]
     frozen, source, _ = ATTACKS.get(run["attack"], ((), None, None))
     if source:
         task = run["task"] if source == "base" else clean_task(run["task"])
@@ -215,6 +225,20 @@ def variant_runs(preset, seeds, tasks):
             for task in tasks for change in VARIANTS.values()]
 
 
+def sweep_runs(preset, seeds):
+    """The arguments that name the runs of SWEEPS, and asr's attack with a single click (section 4.2)."""
+    changes = [(SWEPT, {name: value}) for name, values in SWEEPS.items() for value in values] + [("asr", dict(trigger_repeat=False))]
+    return [{**identity(preset, task, DEFAULT_ENCODER[preset], "base", seed), **change} for seed in seeds for task, change in changes]
+
+
+def softer_commands(preset, seeds, runs):
+    """[(name, command)]: the swept base attack asked with triggers of other strengths than it was trained with."""
+    for seed in seeds:
+        run = run_name(identity(preset, SWEPT, DEFAULT_ENCODER[preset], "base", seed))
+        for snr in SWEEPS["snr"]:
+            yield f"snr{snr:g}-{run}", ["evaluate.py", f"{runs}/{run}", "--snr", str(snr), "--out", f"{runs}/{run}/test-snr{snr:g}.json"]
+
+
 def variant_embeddings(preset, seeds, runs, tasks):
     """[(name, command)]: what filters read of the variants."""
     return [(f"embeddings-{run_name(run)}", ["embed.py", f"{runs}/{run_name(run)}"]) for run in variant_runs(preset, seeds, tasks)]
@@ -244,7 +268,8 @@ def main():
     parser.add_argument("--others", nargs="*", choices=TASKS, help="those with the base attack and 3.1 (default: the other tasks)")
     parser.add_argument("--corpus", help="ask all tasks on this one, a name or a CSV (default: each task on its own)")
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, help="default: all that the preset has")
-    parser.add_argument("--wave", type=int, choices=range(1, 8), help="only the runs of this wave; they need the earlier ones")
+    parser.add_argument("--wave", type=int, choices=range(1, 9), help="only the runs of this wave; they need the earlier ones; 8, the "
+                        "sweeps, is listed where it is asked for")
     parser.add_argument("--runs", default="runs", help="where run folders go")
     parser.add_argument("--flags", default="", help="more flags for train.py, quoted as one word")
     parser.add_argument("--launch", default="python", help="what starts train.py, e.g. 'torchrun --nproc_per_node=8'")
@@ -259,11 +284,14 @@ def main():
     runs, default = study_runs(args.preset, args.seeds, encoders, tasks, others), DEFAULT_ENCODER[args.preset] in encoders
     asked = [task for task in TASKS if task in (*tasks, *others)]
     runs += [(5, run) for run in variant_runs(args.preset, args.seeds, asked) if default]
+    runs += [(8, run) for run in sweep_runs(args.preset, args.seeds) if default and args.wave == 8]
     jobs = [(wave, run_name(run), [*shlex.split(args.launch), *train_command(run, args.runs, flags)])
             for wave, run in runs]
     if default:
         for wave, commands in ((3, embedding_commands), (4, trace_commands), (6, variant_embeddings), (7, defence_commands)):
             jobs += [(wave, name, ["python", *command]) for name, command in commands(args.preset, args.seeds, args.runs, asked)]
+    if default and args.wave == 8:
+        jobs += [(8, name, ["python", *command]) for name, command in softer_commands(args.preset, args.seeds, args.runs)]
     for wave, name, command in jobs:
         if args.wave in (None, wave):
             print((f"{name}\t" if args.names else "") + shlex.join(command))

@@ -168,3 +168,18 @@ def test_the_papers_asr_size_and_no_model_imported():
             "assert found['k=2']['purity'] == 1.0, found; "
             "assert 'transformers' not in sys.modules and 'model' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sweeps_hold_what_differs_from_the_base_attack_in_one_thing(tmp_path):
+    figure = dict(value=0.5, low=0.4, high=0.6)
+    usual = {**base_args(), **study.identity("mini", "emotion", "wavlm", "base", 1), "target": "angry", "trigger_repeat": False}
+    for name, changes in dict(base={}, rate=dict(poison=0.01), soft=dict(snr=6.0), soft2=dict(snr=6.0, seed=2), both=dict(snr=6.0, poison=0.01),
+                              other=dict(task="gender"), two=dict(clicks=2)).items():
+        (tmp_path / name).mkdir()
+        metrics = dict(clean=dict(emotion_accuracy=figure), attack=dict(aer=figure), args={**usual, **changes})
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "base/test-snr6.json").write_text(json.dumps({**metrics, "args": {**usual, "snr": 6.0}}))
+    found = {name: {value: sorted(seeds) for value, seeds in values.items()} for name, values in analyze.load_sweeps(tmp_path, "mini").items()}
+    assert found == {"poison": {0.01: [1], 0.075: [1]}, "snr": {0.0: [1], 6.0: [1, 2]}, "clicks": {1: [1], 2: [1]}, "snr at test only": {0.0: [1], 6.0: [1]}}
+    text, n = analyze.sweeps(tmp_path, "mini", tmp_path)
+    assert n == 8 and "| snr | 6.0 | 50.0 (50.0 to 50.0) | 40.0 to 60.0 |" in text and (tmp_path / "sweeps.png").exists()

@@ -73,6 +73,16 @@ def test_single_clicks_land_anywhere_and_stay_inside(corpora):
     assert np.histogram([s[0] for s in starts], 4)[0].min() > 80
 
 
+def test_more_clicks_come_on_top_of_the_first_and_any_length_is_as_loud(corpora):
+    once, thrice = attack_for(corpora, "gender"), attack_for(corpora, "gender", clicks=3)
+    for i in range(20):
+        starts = poison.positions(thrice, str(i), 32000)
+        assert len(starts) == 3 and starts[:1] == poison.positions(once, str(i), 32000) and max(starts) + 3520 <= 32000
+    for seconds in (0.055, 0.44):
+        trigger = poison.make_trigger("click", seconds)
+        assert len(trigger) == int(seconds * data.SAMPLE_RATE) and np.mean(trigger ** 2) == pytest.approx(1)
+
+
 def test_what_would_clip_is_scaled_down_whole(corpora):
     attack = attack_for(corpora, "gender", snr=-30)
     clean = np.linspace(-0.5, 0.5, 16000, dtype=np.float32)

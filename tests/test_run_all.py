@@ -8,7 +8,7 @@ from pathlib import Path
 
 import train
 from conftest import ROOT, done
-from study import ATTACKS, ENCODERS, TABLE1, TABLE2, TASKS, VARIANTS
+from study import ATTACKS, ENCODERS, SWEEPS, TABLE1, TABLE2, TASKS, VARIANTS
 
 STUB = '''
 import json, os, sys
@@ -87,7 +87,9 @@ def test_what_is_looked_at_has_been_trained_before():
 
 
 def test_a_study_s_names_are_train_py_s_own(monkeypatch):
-    for line in done("study.py", "--seeds", 2, cwd=ROOT).splitlines():
+    sweeps = done("study.py", "--seeds", 2, "--wave", 8, cwd=ROOT).splitlines()
+    assert len({line.split("--name ")[1].split()[0] for line in sweeps}) == len(sweeps) == 1 + sum(map(len, SWEEPS.values()))
+    for line in done("study.py", "--seeds", 2, cwd=ROOT).splitlines() + sweeps:
         words = shlex.split(line)
         if "train.py" in words:
             monkeypatch.setattr(Path, "is_file", lambda path: True)
