@@ -3,6 +3,7 @@
     python analyze.py tables                   # Tables 1, 2 and 3 of the paper from runs/, to results/mini/
     python analyze.py shift                    # Figures 2 and 3, from the runs' embeddings.pt (embed.py)
     python analyze.py cluster                  # Figures 4, 5 and 6
+    python analyze.py ladder                   # Table 3 of emotion, from the paper's parts and speech down to mini's
     python analyze.py sweeps                   # AER against the poisoning rate, the trigger's strength, length, number and kind
     python analyze.py claims                   # which of the paper's claims hold, from the runs and what the others have written
 
@@ -27,7 +28,7 @@ import claims
 import data
 import figures
 from data import die
-from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, SHIFT, SHIFT_STAGES, SWEPT, TABLE1, TABLE2, TABLE3, TASKS,
+from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, ROOT, SHIFT, SHIFT_STAGES, STUDIES, SWEPT, TABLE1, TABLE2, TABLE3, TASKS,
                    deviations, on_corpus)
 from summary import ORDER, UNIT, belongs, markdown, over_seeds, read_runs, same_model, show, spread, stealth
 
@@ -127,6 +128,28 @@ def tables(folder, preset, out):
     if changed := deviations(runs[0]["args"]):
         text.insert(0, f"All runs differ from the preset in {changed}.\n")
     return "\n".join(text), len(runs)
+
+
+LADDER_TASK, NEAR = "emotion", 15  # points of AER
+
+
+def ladder():
+    """Table 3 of one task for all of STUDIES that there are figures of, and what agrees; the text and the number of runs."""
+    studies = {name: (read_runs(ROOT / folder, preset), DEFAULT_ENCODER[preset]) for name, (preset, folder) in STUDIES.items() if (ROOT / folder).exists()}
+    rows, metric = [], TASKS[LADDER_TASK]["metric"]
+    for attack, (aer, clean) in zip(ATTACKS, TABLE3[LADDER_TASK]):
+        rows.append({"Attack": attack, "paper": f"{aer:g} ({clean:g})"})
+        sides = {"near": [], "higher": [], "lower": []}
+        for name, (runs, encoder) in studies.items():
+            wanted = dict(task=LADDER_TASK, encoder=encoder, attack=attack)
+            ours, benign = over_seeds(runs, "attack", "aer", **wanted), over_seeds(runs, "clean", metric, **wanted)
+            rows[-1][name] = f"{show(ours)} ({benign['mean']:.1f})" if ours else ""
+            if ours:
+                away = ours["mean"] - aer
+                sides["near" if abs(away) <= NEAR else "higher" if away > 0 else "lower"].append(name)
+        rows[-1]["Against the paper"] = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
+    title = f"Table 3 ({LADDER_TASK}) from the paper to mini: AER (clean {metric}), %; near: within {NEAR} points of the paper's AER"
+    return markdown(title, rows), sum(len(runs) for runs, _ in studies.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,7 +361,7 @@ def sweeps(folder, preset, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tables", "shift", "cluster", "claims", "sweeps"), help="which of the analyses")
+    parser.add_argument("what", choices=("tables", "shift", "cluster", "claims", "sweeps", "ladder"), help="which of the analyses")
     parser.add_argument("--runs", default="runs", help="where the run folders are")
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="whose runs")
     parser.add_argument("--out", help="folder to write (default: results/PRESET)")
@@ -350,6 +373,9 @@ def main():
     out = Path(args.out or f"results/{args.preset}")
     if args.what == "tables":
         text, n = tables(args.runs, args.preset, out)
+    elif args.what == "ladder":
+        out = Path(args.out or "results")
+        text, n = ladder()
     elif args.what == "sweeps":
         text, n = sweeps(args.runs, args.preset, out)
     elif args.what == "claims":

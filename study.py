@@ -73,6 +73,10 @@ ATTACKS = {
     "3.2": (("connector",), "base", "clean"),
     "3.3": (("lm",), "base", "clean")}
 
+# The study at four distances from the paper: {name: (preset, where its runs' figures are kept)}; analyze.py ladder compares them
+STUDIES = {"real parts, CREMA-D": ("small", "results/small/runs"), "Whisper tiny, mini LM, CREMA-D": ("mixed", "results/mixed/runs"),
+           "mini parts, CREMA-D": ("mini", "results/real/runs"), "mini": ("mini", "results/mini/runs")}
+
 # The base attack, quieter, that defences are held against as well: a change of its arguments; another is an entry here
 VARIANTS = {"half the rate": lambda task: dict(poison=TASKS[task]["rate"] / 2)}
 
