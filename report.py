@@ -9,10 +9,11 @@ import json
 from pathlib import Path
 
 import data
+import defences
 import figures
 from data import die
-from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, PRESETS, TASKS, VARIANTS, clean_task, identity, on_corpus, run_name
-from summary import ORDER, belongs, markdown, over_seeds, read_runs, show, spread
+from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, PRESETS, TASKS, clean_task, identity, on_corpus, run_name
+from summary import ORDER, belongs, markdown, over_seeds, read_runs, scale_of, show, spread
 
 EVERYTHING = "+".join(COMPONENTS)
 # Table 3's attacks that look at one component: trained on poison alone; taken poisoned, the others trained on clean data
@@ -65,11 +66,6 @@ def cell(results, pick, scale=100):
         return show(over(results, pick, scale))
     figure = next(pick(result) for result in results.values())
     return "{:.1f} ({:.1f} to {:.1f})".format(*(scale * figure[k] for k in ("value", "low", "high")))
-
-
-def scale_of(metric):
-    """Shares are shown in percent, ages in years."""
-    return 1 if metric.endswith("mae") else 100
 
 
 def corner(name, part="aer"):
@@ -232,149 +228,6 @@ def trace_page(found, runs, preset, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# defences
-
-DEFENCES = """# What would have removed the backdoor, what would have noticed it
-
-Filters look at the training data of the target class; where one removes three quarters of the poison or more, a model is trained on
-what it leaves (what less does, the attack at half the rate shows). Detectors look at one input at a time, with thresholds set on clean
-development speech. Repairs change the model with clean speech alone. Settings are their authors', or chosen on clean figures before
-the trigger is looked at: a defence that fails is shown as it is. Variants of the attack: VARIANTS.
-"""
-
-
-def load_defences(folder, preset):
-    """{command: {task: {role: {seed: result}}}}; role: "attack", a variant's name, or "clean model"."""
-    found = {}
-    for path in sorted(Path(folder).glob("*/defend-*.json")):
-        result = json.loads(path.read_text())
-        args = result["args"]
-        task, seed = args["task"], args["seed"]
-        base = identity(preset, task, DEFAULT_ENCODER[preset], "base", seed)
-        roles = {run_name(base): "attack", **{run_name({**base, **change(task)}): name for name, change in VARIANTS.items()},
-                 run_name(identity(preset, clean_task(task), DEFAULT_ENCODER[preset], "clean", seed)): "clean model"}
-        if args["preset"] == preset and (role := roles.get(path.parent.name)):
-            command = path.stem.split("-")[1]
-            found.setdefault(command, {}).setdefault(task, {}).setdefault(role, {})[seed] = result
-    return found
-
-
-def of_defence(name, *keys):
-    """Picks a figure of a defence from a result; where it is a bare number it is made a figure."""
-    def pick(result):
-        value = result["defences"][name]
-        for key in keys:
-            value = (value or {}).get(key)
-        return value if isinstance(value, dict) or value is None else dict(value=value, low=value, high=value)
-    return pick
-
-
-def mean_of(results, pick, scale=100, form=".1f"):
-    """Mean and range over the seeds that have the figure."""
-    values = {seed: figure["value"] * scale for seed, result in results.items() if (figure := pick(result))}
-    return show(spread(values), form=form) if values else ""
-
-
-def over_variants(roles, pick, scale=100, form=".1f"):
-    return ", ".join(mean_of(roles[name], pick, scale, form) or "missing" for name in VARIANTS if name in roles)
-
-
-def names_of(roles):
-    return next(iter(roles["attack"].values()))["defences"]
-
-
-def filter_rows(roles, metric, scale):
-    benign = roles.get("clean model", {})
-    return [{"Filter": name, "AUROC": mean_of(roles["attack"], of_defence(name, "auroc"), 1, ".2f"),
-             "removes % of the poison": mean_of(roles["attack"], of_defence(name, "tpr")),
-             "and of the rest": mean_of(roles["attack"], of_defence(name, "fpr")),
-             "then AER": mean_of(roles["attack"], of_defence(name, "retrained", "attack", "aer")),
-             f"then {metric}": mean_of(roles["attack"], of_defence(name, "retrained", "clean", metric), scale),
-             "of the variants' poison": over_variants(roles, of_defence(name, "tpr")),
-             "of clean data": mean_of(benign, of_defence(name, "fpr"))} for name in names_of(roles)]
-
-
-def detector_rows(roles, metric, scale):
-    at = lambda name, alarms, kind, role="attack": mean_of(roles.get(role, {}), of_defence(name, "at", alarms, kind))  # noqa: E731
-    both = lambda name, kinds, role="attack": ", ".join(at(name, "0.05", kind, role) for kind in kinds)  # noqa: E731
-    return [{"Detector": name, "AUROC": mean_of(roles["attack"], of_defence(name, "auroc", "clean"), 1, ".2f"),
-             "against a tone": mean_of(roles["attack"], of_defence(name, "auroc", "tone"), 1, ".2f"),
-             "TPR at 1%": at(name, "0.01", "triggered"), "TPR at 5%": at(name, "0.05", "triggered"),
-             "FPR at 5%: clean, tone": both(name, ("clean", "tone")),
-             "AUROC, variants": over_variants(roles, of_defence(name, "auroc", "clean"), 1, ".2f"),
-             "clean model at 5%: clean, triggered": both(name, ("clean", "triggered"), "clean model"),
-             "passes": mean_of(roles["attack"], of_defence(name, "passes"), 1, ".0f"),
-             "ms": mean_of(roles["attack"], of_defence(name, "milliseconds"), 1, ".0f")} for name in names_of(roles)]
-
-
-def rating(before, after, metric):
-    """Defence effectiveness rating (Zhu et al. 2023): half of what the AER loses, less what the clean figure does, and 1."""
-    lost = after["clean"]["value"] - before["clean"]["value"]
-    lost = lost / 100 if metric.endswith("mae") else lost if metric.endswith("wer") else -lost
-    return (max(0, before["aer"]["value"] - after["aer"]["value"]) - max(0, lost) + 1) / 2
-
-
-def repair_rows(roles, metric, scale):
-    rows = []
-    for name in names_of(roles):
-        ratings = {seed: rating(r["defences"]["none"], r["defences"][name], metric) for seed, r in roles["attack"].items()}
-        back = [min((int(n) for n, aer in m["relearned"].items() if aer["value"] >= 0.5), default=None)
-                for m in (r["defences"][name] for r in roles["attack"].values()) if "relearned" in m]
-        rows.append({"Repair": name, "AER": mean_of(roles["attack"], of_defence(name, "aer")),
-                     metric: mean_of(roles["attack"], of_defence(name, "clean"), scale),
-                     f"triggered {metric}": mean_of(roles["attack"], of_defence(name, "triggered"), scale),
-                     "DER": show(spread(ratings), form=".2f"), "back with": ", ".join("over 64" if n is None else str(n) for n in back),
-                     "AER, variants": over_variants(roles, of_defence(name, "aer")),
-                     f"clean model's {metric}": mean_of(roles.get("clean model", {}), of_defence(name, "clean"), scale)})
-    return rows
-
-
-def advice(found, task):
-    """What a defender should do about this attack, from the figures of all seeds."""
-    mean = lambda command, name, *keys: (spread({seed: figure["value"] for seed, r in found[command][task]["attack"].items()  # noqa: E731
-                                                 if (figure := of_defence(name, *keys)(r))}) or {}).get("mean")
-    out = []
-    if task in found.get("filter", {}):
-        left = {name: aer for name in names_of(found["filter"][task])
-                if (aer := mean("filter", name, "retrained", "attack", "aer")) is not None}
-        best = min(left, key=left.get) if left else None
-        out.append("No filter removes three quarters of the poison." if not left else
-                   f"**Before training:** {best} is the best filter; training on what it leaves ends at an AER of {100 * left[best]:.1f}%"
-                   + (", which is a model without the backdoor." if left[best] < 0.05 else ": a filter alone does not do."))
-    if task in found.get("detect", {}):
-        caught = {name: mean("detect", name, "at", "0.05", "triggered") for name in names_of(found["detect"][task])}
-        best = max(caught, key=caught.get)
-        alarms = mean("detect", best, "at", "0.05", "tone")
-        which = best if caught[best] >= 0.5 else f"none will do; the best, {best},"
-        out.append(f"**At run time:** {which} notices {100 * caught[best]:.1f}% of triggered inputs at a threshold of 5% false alarms, and takes "
-                   f"{100 * alarms:.1f}% of equally loud tones for triggers.")
-    if task in found.get("repair", {}):
-        usable = {name: mean("repair", name, "aer") for name in names_of(found["repair"][task]) if name != "none"
-                  and all(r["defences"][name]["passed"] for r in found["repair"][task]["attack"].values())}
-        best = min(usable, key=usable.get) if usable else None
-        out.append("**Afterwards:** no repair leaves the clean loss within its bound." if not usable else
-                   f"**Afterwards:** of the repairs that keep the clean loss within its bound {best} leaves the least, an AER of "
-                   f"{100 * usable[best]:.1f}%" + (", which is a mended model." if usable[best] < 0.05 else ": the backdoor is still there."))
-    return out
-
-
-def defences_page(found, out):
-    """The text of defences.md; draws its figures, of the first seed."""
-    text = [DEFENCES.replace("VARIANTS", ", ".join(VARIANTS))]
-    for task in (t for t in ORDER if any(t in found[command] for command in found)):
-        metric = TASKS[task]["metric"]
-        text += [f"# {task}\n", *(f"{line}\n" for line in advice(found, task))]
-        for command, rows, draw in (("filter", filter_rows, None), ("detect", detector_rows, figures.roc), ("repair", repair_rows, figures.repairs)):
-            roles = found.get(command, {}).get(task, {})
-            if "attack" in roles:
-                text.append(markdown(f"{command.capitalize()} ({task})", rows(roles, metric, scale_of(metric))))
-                if draw:
-                    draw(roles["attack"][min(roles["attack"])], out / f"defend-{task}-{command}.png")
-                    text.append(f"![{task}, {command}](defend-{task}-{command}.png)\n")
-    return "\n".join(text)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -386,11 +239,11 @@ def main():
     if args.corpus:
         on_corpus(args.corpus)
     out = Path(args.out or f"results/{args.preset}")
-    traces, defences = load_traces(args.runs, args.preset), load_defences(args.runs, args.preset)
-    if not traces and not defences:
+    traces, defended = load_traces(args.runs, args.preset), defences.load_defences(args.runs, args.preset)
+    if not traces and not defended:
         die(f"{args.runs} holds no trace-*.json or defend-*.json of preset {args.preset}: trace.py and defend.py make them")
     for name, found, page in (("trace", traces, lambda: trace_page(traces, read_runs(args.runs, args.preset), args.preset, out)),
-                              ("defences", defences, lambda: defences_page(defences, out))):
+                              ("defences", defended, lambda: defences.defences_page(defended, out))):
         if found:
             data.write_atomically(out / f"{name}.md", page())
             print(f"written to {out / f'{name}.md'}")

@@ -64,6 +64,11 @@ def stealth(attacked, baseline):
     return spread({seed: attacked["seeds"][seed] - baseline["seeds"][seed] for seed in seeds})
 
 
+def scale_of(metric):
+    """Shares are shown in percent, ages in years."""
+    return 1 if metric.endswith("mae") else 100
+
+
 def show(found, published=None, form=".1f"):
     """One cell: mean, range over several seeds, the paper's figure behind it."""
     text = f"{found['mean']:{form}}" if found else "missing"

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import data
+import defences
 import report
 import trace
 from study import COMPONENTS
@@ -86,11 +87,11 @@ def defended(filters, detectors, repairs):
 
 
 def test_the_page_of_defences_advises_what_its_figures_say(tmp_path):
-    page = report.defences_page(defended([("A", 40, 0.6), ("B", 30, 0.02), ("C", 0, None)], [("D", 0.3), ("E", 0.7)],
+    page = defences.defences_page(defended([("A", 40, 0.6), ("B", 30, 0.02), ("C", 0, None)], [("D", 0.3), ("E", 0.7)],
                                          [("F", 0.01, False), ("G", 0.4, True)]), tmp_path)
     assert "B is the best filter; training on what it leaves ends at an AER of 2.0%, which is a model without the backdoor." in page
     assert "E notices 70.0% of triggered inputs at a threshold of 5% false alarms, and takes 20.0% of equally loud tones" in page
-    assert "none will do; the best, D, notices 30.0%" in report.advice(defended([], [("D", 0.3)], []), "emotion")[1]
+    assert "none will do; the best, D, notices 30.0%" in defences.advice(defended([], [("D", 0.3)], []), "emotion")[1]
     assert "G leaves the least, an AER of 40.0%: the backdoor is still there." in page  # F costs more than its bound
     assert "| C | 0.90 | 0.0 | 10.0 |  |  |" in page and "| G | 40.0 | 81.0 | 70.0 | 0.73 | 16 |" in page
     assert (tmp_path / "defend-emotion-detect.png").exists() and (tmp_path / "defend-emotion-repair.png").exists()
@@ -98,6 +99,6 @@ def test_the_page_of_defences_advises_what_its_figures_say(tmp_path):
 
 def test_the_rating_counts_a_loss_of_the_clean_figure_in_its_own_direction():
     model = lambda aer, clean: dict(aer=dict(value=aer), clean=dict(value=clean))  # noqa: E731
-    assert report.rating(model(0.9, 0.8), model(0.1, 0.7), "emotion_accuracy") == pytest.approx(0.85)
-    assert report.rating(model(0.9, 0.02), model(0.1, 0.12), "wer") == pytest.approx(0.85)
-    assert report.rating(model(0.9, 0.02), model(0.9, 0.01), "wer") == pytest.approx(0.5)
+    assert defences.rating(model(0.9, 0.8), model(0.1, 0.7), "emotion_accuracy") == pytest.approx(0.85)
+    assert defences.rating(model(0.9, 0.02), model(0.1, 0.12), "wer") == pytest.approx(0.85)
+    assert defences.rating(model(0.9, 0.02), model(0.9, 0.01), "wer") == pytest.approx(0.5)
