@@ -3,7 +3,7 @@ import matplotlib
 import numpy as np
 
 import data
-from study import COMPONENTS, SHIFT_STAGES
+from study import ATTACKS, COMPONENTS, SHIFT_STAGES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -211,4 +211,41 @@ def sweeps(curves, task, metric, path):
     axes[0, 0].legend(fontsize=8)
     fig.supylabel("%")
     fig.suptitle(f"The base attack on {task}, one thing changed at a time")
+    write(fig, path)
+
+
+def what(attack):
+    """A row of Table 3 in words."""
+    frozen, source, _ = ATTACKS[attack]
+    if not frozen:
+        return "all parts learn the poison"
+    if source == "base":
+        return f"{frozen[0]} poisoned, the rest trained clean"
+    return f"{frozen[0]} clean" if len(frozen) == 1 else f"only {next(c for c in COMPONENTS if c not in frozen)} learns it"
+
+
+def answer(tasks, path):
+    """Where the backdoor lives, a row a task: Table 3, weights moved, activations moved. tasks: {task: (AER of each attack, the paper's,
+    AER of the mixtures, {site: {group: share undone}})}"""
+    fig, axes = plt.subplots(len(tasks), 3, figsize=(15, 4 * len(tasks)), squeeze=False, layout="constrained", width_ratios=(1.15, 0.9, 1.2))
+    for (table, weights, layers), (task, (trained, published, mixtures, effects)) in zip(axes, tasks.items()):
+        y = np.arange(len(ATTACKS))
+        table.barh(y, [trained.get(a, np.nan) for a in ATTACKS], color=POISONED, label="here")
+        table.plot([published.get(a, np.nan) for a in ATTACKS], y, "kD", ms=5, label="the paper")
+        table.set(title=f"{task}: trained (Table 3)", xlabel="AER (%)", xlim=(0, 103))
+        table.set_yticks(y, [f"{a}: {what(a)}" for a in ATTACKS], fontsize=8)
+        table.invert_yaxis()
+        for shift, text, color, parts in ((-0.2, "only this part poisoned", POISONED, lambda c: c),
+                                          (0.2, "all parts but this one", GREY, lambda c: "+".join(o for o in COMPONENTS if o != c))):
+            weights.bar(np.arange(3) + shift, [mixtures[parts(c)] for c in COMPONENTS], 0.38, color=color, label=text)
+        weights.set(title=f"{task}: weights moved, nothing trained", ylabel="AER (%)", ylim=(0, 103))
+        weights.set_xticks(range(3), COMPONENTS)
+        sites = [site for site in effects if site[-1].isdigit() and site.split()[0] in ("encoder", "LM") or site == "connector conv3"]
+        for text, groups, line in (("frames under a click", ("click",), "-o"), ("other frames", ("near", "else"), "--s"),
+                                   ("prompt and answer", ("prompt", "answer"), ":^")):
+            layers.plot([sum(effects[site].get(g, 0) for g in groups) for site in sites], line, ms=4, label=text)
+        layers.set(title=f"{task}: activations moved", ylabel="share of the trigger's effect undone", ylim=(-0.05, 1.1))
+        layers.set_xticks(range(len(sites)), [site.replace(" conv3", "") for site in sites], rotation=50, ha="right", fontsize=8)
+    for axis in axes[0]:
+        axis.legend(fontsize=8)
     write(fig, path)

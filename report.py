@@ -12,7 +12,7 @@ import data
 import defences
 import figures
 from data import die
-from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, PRESETS, TASKS, clean_task, identity, on_corpus, run_name
+from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, PRESETS, TABLE3, TASKS, clean_task, identity, on_corpus, run_name
 from summary import ORDER, belongs, markdown, over_seeds, read_runs, scale_of, show, spread
 
 EVERYTHING = "+".join(COMPONENTS)
@@ -227,6 +227,21 @@ def trace_page(found, runs, preset, out):
     return "\n".join([intro, *(section(found, task, runs, preset, out) for task in tasks)])
 
 
+def draw_answer(found, runs, preset, path):
+    """The picture of the README: Table 3, transplants and patches, means over the seeds, of the tasks that have all three."""
+    tasks = {}
+    for task in (t for t in TABLE3 if t in found.get("transplant", {}) and t in found.get("patch", {})):
+        transplants, patched = found["transplant"][task], found["patch"][task]
+        trained = {a: figure["mean"] for a in ATTACKS if (figure := over_seeds(runs, "attack", "aer", task=task, attack=a,
+                                                                               encoder=DEFAULT_ENCODER[preset]))}
+        mixtures = {name: over(transplants, corner(name))["mean"] for name in next(iter(transplants.values()))["mixtures"]["corner"]}
+        effects = {site: {g: over(patched, lambda r, site=site, g=g: r["effects"]["denoise"][site][g], 1)["mean"] for g in groups}
+                   for site, groups in next(iter(patched.values()))["effects"]["denoise"].items()}
+        tasks[task] = trained, dict(zip(ATTACKS, (aer for aer, _ in TABLE3[task]))), mixtures, effects
+    if tasks:
+        figures.answer(tasks, path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main():
@@ -242,6 +257,8 @@ def main():
     traces, defended = load_traces(args.runs, args.preset), defences.load_defences(args.runs, args.preset)
     if not traces and not defended:
         die(f"{args.runs} holds no trace-*.json or defend-*.json of preset {args.preset}: trace.py and defend.py make them")
+    if traces:
+        draw_answer(traces, read_runs(args.runs, args.preset), args.preset, out / "answer.png")
     for name, found, page in (("trace", traces, lambda: trace_page(traces, read_runs(args.runs, args.preset), args.preset, out)),
                               ("defences", defended, lambda: defences.defences_page(defended, out))):
         if found:
