@@ -1,8 +1,8 @@
 """Repairs of an attacked model that need clean speech only; python defend.py repair RUN tries them.
 
 A repair is a function of (workshop, strength) that changes the workshop's model in place, and an entry of REPAIRS. Its strengths are
-tried from weak to strong until one raises the loss on clean development speech, half of which is kept for that, by more than TOLERANCE;
-the one before is taken. Neither the trigger nor the target is looked at before the choice has been made.
+tried from weak to strong until one raises the loss of any label on clean development speech, kept for that, by more than TOLERANCE; the
+one before is taken. Neither the trigger nor the target is looked at before the choice has been made.
 """
 import contextlib
 import itertools
@@ -18,8 +18,8 @@ import poison
 import trace
 from study import COMPONENTS, TASKS
 
-TOLERANCE = 0.05  # nats a token
-CLEAN = 128  # clean utterances that a defender has to tune on, and as many to choose by
+TOLERANCE = 0.05  # nats a token of a label's own answer
+TUNING, VALIDATION = 128, 64  # clean utterances that a defender has to tune on and to choose by
 SUBSETS = ["+".join(s) for n in (1, 2, 3) for s in itertools.combinations(COMPONENTS, n)]
 
 
@@ -27,9 +27,10 @@ class Workshop:
     """A model under repair, clean speech to tune and to validate it on, and the way back to where it was."""
 
     def __init__(self, slm, args, attack, dev_set):
-        dev_set = embed.drawn(dev_set)[:2 * CLEAN]
+        dev_set = embed.drawn(dev_set)
         self.slm, self.args, self.attack, self.hooks = slm, args, attack, contextlib.ExitStack()
-        self.tuning, self.validation = dev_set[:len(dev_set) // 2], dev_set[len(dev_set) // 2:]
+        tuning = min(TUNING, 2 * len(dev_set) // 3)
+        self.tuning, self.validation = dev_set[:tuning], dev_set[tuning:tuning + VALIDATION]
         self.attacked = trace.weights_of(slm)
         self.pretrained = trace.weights_of(model.load_slm(args, args.device))
         self.trained = {c: slm.parameters_of(c) for c in COMPONENTS}
@@ -48,17 +49,22 @@ class Workshop:
             self.cached.update(zip(((u.id, triggered) for u, _ in some), rows))
         return [self.cached[u.id, triggered] for u in utterances]
 
-    def batch(self, utterances, triggered=False):
-        """(x, mask, prompts, answers) of some utterances, all labels asked for."""
+    def batch(self, utterances, triggered=False, only=None):
+        """(x, mask, prompts, answers) of some utterances, all labels asked for or `only` one."""
         x, mask = self.slm.frozen_part(*cache.stack(self.rows(utterances, triggered), self.args.device))
         labels = [poison.poisoned_labels(self.attack, u.labels) if triggered else u.labels for u in utterances]
-        return (x, mask, [data.prompt(self.slm.tokenizer, list(u.labels)) for u in utterances],
+        labels = [{only: each[only]} if only else each for each in labels]
+        return (x, mask, [data.prompt(self.slm.tokenizer, list(each)) for each in labels],
                 [data.answer_ids(self.slm.tokenizer, each) for each in labels])
 
     @torch.no_grad()
-    def loss(self):
-        """Mean loss a token on the clean speech kept for validation."""
-        return float(torch.cat([self.slm(*self.batch(some)) for some in data.chunks(self.validation, 16)]).mean())
+    def losses(self):
+        """{label: mean loss a token, it alone asked for} on the clean speech kept for validation. In the loss of whole answers a label
+        that is lost hides behind the others' tokens."""
+        labels = sorted({label for u in self.validation for label in u.labels})
+        having = {label: [u for u in self.validation if label in u.labels] for label in labels}
+        return {label: float(torch.cat([self.slm(*self.batch(some, only=label)) for some in data.chunks(own, 16)]).mean())
+                for label, own in having.items()}
 
     def train_only(self, components):
         """From now on only these components train; returns their parameters."""
@@ -188,20 +194,21 @@ REPAIRS = {  # name: (function, strengths)
 
 def choose(shop, function, strengths):
     """Leaves the model as the chosen strength of a repair leaves it: the strongest before one that costs too much, or the weakest
-    where that does already. Returns {"strength", "loss", "passed", "loss_before"}; loss: {strength: loss}."""
-    before, losses = shop.loss(), {}
+    where that does already. Returns {"strength", "passed", "rise"}; rise: {strength: that of the label whose loss rises most}."""
+    shop.restore()
+    before, rises = shop.losses(), {}
     for strength in strengths:
         shop.restore()
         function(shop, strength)
-        losses[strength] = shop.loss()
-        if losses[strength] > before + TOLERANCE:
+        rises[strength] = max(loss - before[label] for label, loss in shop.losses().items())
+        if rises[strength] > TOLERANCE:
             break
-    passing = [strength for strength, loss in losses.items() if loss <= before + TOLERANCE]
+    passing = [strength for strength, rise in rises.items() if rise <= TOLERANCE]
     chosen = passing[-1] if passing else strengths[0]
     if chosen != strength:
         shop.restore()
         function(shop, chosen)
-    return dict(strength=chosen, passed=bool(passing), loss_before=before, loss={str(s): loss for s, loss in losses.items()})
+    return dict(strength=chosen, passed=bool(passing), rise={str(s): rise for s, rise in rises.items()})
 
 
 def answered(shop, utterances, triggered):

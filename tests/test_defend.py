@@ -150,20 +150,24 @@ def shop(parts, corpora):
     return shop
 
 
+def lost(shop):
+    return sum(shop.losses().values())
+
+
 def changed(shop):
     now = {c: shop.slm.component_state_dict(c) for c in COMPONENTS}
     return [c for c in COMPONENTS if any(not torch.equal(v, now[c][k]) for k, v in shop.attacked[c].items())]
 
 
 def test_fine_tuning_changes_what_it_names_and_restoring_undoes_it(shop):
-    before = shop.loss()
+    before = lost(shop)
     for name in ("encoder", "connector+lm"):
         shop.finetune(name.split("+"), epochs=2)
         assert changed(shop) == name.split("+")
         shop.restore()
-        assert changed(shop) == [] and shop.loss() == before
+        assert changed(shop) == [] and lost(shop) == before
     shop.finetune(epochs=8, rate=3.0)
-    assert shop.loss() < before
+    assert lost(shop) < before
 
 
 def test_poisoned_samples_bring_the_target(shop):
@@ -175,19 +179,19 @@ def test_poisoned_samples_bring_the_target(shop):
 
 
 def test_pruning_removes_hidden_units_and_restoring_brings_them_back(shop):
-    before = shop.loss()
+    before = lost(shop)
     shop.scale_neurons([torch.zeros(n) for _, n in shop.neurons()])
-    assert shop.loss() != before
+    assert lost(shop) != before
     shop.restore()
-    assert shop.loss() == before
+    assert lost(shop) == before
     masks = repair.neuron_masks(shop, steps=1)
-    assert shop.loss() == before and any((m < 1).any() for m in masks)
+    assert lost(shop) == before and any((m < 1).any() for m in masks)
     shop.masks = masks
     repair.adversarial_neuron_pruning(shop, threshold=2.0)  # every mask is below it
-    pruned = shop.loss()
+    pruned = lost(shop)
     shop.restore()
     shop.scale_neurons([torch.zeros(n) for _, n in shop.neurons()])
-    assert shop.loss() == pruned and changed(shop) == []
+    assert lost(shop) == pruned and changed(shop) == []
 
 
 def test_dropping_lora_and_mixing_do_what_their_names_say(shop):
@@ -208,7 +212,8 @@ def test_dropping_lora_and_mixing_do_what_their_names_say(shop):
 def test_the_strongest_setting_before_one_that_costs_too_much_is_taken():
     losses = {None: 1.0, 0.1: 1.01, 0.3: 1.04, 1.0: 1.2, 3.0: 1.0}
     shop = SimpleNamespace(now=None, hooks=None)
-    shop.loss, shop.restore = (lambda: losses[shop.now]), (lambda: setattr(shop, "now", None))
+    shop.losses = lambda: dict(gender=1.0, age=losses[shop.now])  # one label alone may be lost
+    shop.restore = lambda: setattr(shop, "now", None)
     chosen = repair.choose(shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0, 3.0))
     assert chosen["strength"] == 0.3 and chosen["passed"] and shop.now == 0.3
     losses.update({0.1: 1.5, 0.3: 1.3})
