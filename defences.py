@@ -16,7 +16,8 @@ the trigger is looked at: a defence that fails is shown as it is. Variants of th
 
 
 def load_defences(folder, preset):
-    """{command: {task: {role: {seed: result}}}}; role: "attack", a variant's name, or "clean model"."""
+    """{command: {task: {role: {seed: result}}}}; role: "attack", a variant's name, or "clean model". Under "attack" stand the runs' own
+    figures."""
     found = {}
     for path in sorted(Path(folder).glob("*/defend-*.json")):
         result = json.loads(path.read_text())
@@ -28,6 +29,8 @@ def load_defences(folder, preset):
         if args["preset"] == preset and (role := roles.get(path.parent.name)):
             command = path.stem.split("-")[1]
             found.setdefault(command, {}).setdefault(task, {}).setdefault(role, {})[seed] = result
+            if (metrics := path.parent / "metrics.json").exists():
+                found.setdefault("attack", {}).setdefault(task, {}).setdefault(role, {})[seed] = json.loads(metrics.read_text())["attack"]
     return found
 
 
@@ -105,7 +108,9 @@ def advice(found, task):
     """What a defender should do about this attack, from the figures of all seeds."""
     mean = lambda command, name, *keys: (spread({seed: figure["value"] for seed, r in found[command][task]["attack"].items()  # noqa: E731
                                                  if (figure := of_defence(name, *keys)(r))}) or {}).get("mean")
-    out = []
+    aer = {role: mean_of(seeds, lambda figures: figures.get("aer")) for role, seeds in found.get("attack", {}).get(task, {}).items()}
+    known = [f"{role} {aer[role]}" for role in ("attack", *VARIANTS) if role in aer]
+    out = [f"**AER without a defence:** {', '.join(known)}."] if known else []
     if task in found.get("filter", {}):
         left = {name: aer for name in names_of(found["filter"][task])
                 if (aer := mean("filter", name, "retrained", "attack", "aer")) is not None}
