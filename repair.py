@@ -159,10 +159,13 @@ def neuron_masks(shop, steps=60, largest=0.4, clean_share=0.2, rate=0.2):
     return [m.detach() for m in masks]
 
 
-def adversarial_neuron_pruning(shop, threshold):
-    """ANP (Wu and Wang 2021): hidden units whose mask falls below the threshold are removed."""
-    shop.masks = shop.masks or neuron_masks(shop)  # of the attacked model, whatever the threshold
-    shop.scale_neurons([(m >= threshold).float() for m in shop.masks])
+def adversarial_neuron_pruning(shop, share):
+    """ANP (Wu and Wang 2021): this share of the hidden units, those whose masks are lowest, is removed."""
+    shop.masks = shop.masks or neuron_masks(shop)  # of the attacked model, whatever the share
+    order = torch.cat(shop.masks).argsort(stable=True)
+    kept = torch.ones(len(order), device=shop.args.device)
+    kept[order[:int(share * len(order))]] = 0
+    shop.scale_neurons(kept.split([len(m) for m in shop.masks]))
 
 
 def gradient_norm_tuning(shop, penalty):
@@ -187,7 +190,7 @@ def fine_mixing(shop, share):
 
 REPAIRS = {  # name: (function, strengths)
     **{f"fine-tuning {name}": (fine_tuning(name.split("+")), (0.3, 1.0, 3.0, 10.0)) for name in SUBSETS},
-    "fine-pruning": (fine_pruning, (0.1, 0.3, 0.5, 0.7, 0.9)), "ANP": (adversarial_neuron_pruning, (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)),
+    "fine-pruning": (fine_pruning, (0.1, 0.3, 0.5, 0.7, 0.9)), "ANP": (adversarial_neuron_pruning, (0.003, 0.01, 0.03, 0.1, 0.3, 0.6)),
     "GN-FT": (gradient_norm_tuning, (0.3, 0.5, 0.8, 0.95)), "without LoRA": (without_lora, (1.0,)),
     "fine-mixing": (fine_mixing, (0.1, 0.3, 0.5, 0.7, 0.9))}
 

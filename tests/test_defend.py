@@ -187,7 +187,7 @@ def test_pruning_removes_hidden_units_and_restoring_brings_them_back(shop):
     masks = repair.neuron_masks(shop, steps=1)
     assert lost(shop) == before and any((m < 1).any() for m in masks)
     shop.masks = masks
-    repair.adversarial_neuron_pruning(shop, threshold=2.0)  # every mask is below it
+    repair.adversarial_neuron_pruning(shop, share=1.0)
     pruned = lost(shop)
     shop.restore()
     shop.scale_neurons([torch.zeros(n) for _, n in shop.neurons()])
