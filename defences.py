@@ -89,16 +89,22 @@ def rating(before, after, metric):
     return (max(0, before["aer"]["value"] - after["aer"]["value"]) - max(0, lost) + 1) / 2
 
 
+def back_with(results, name):
+    """How many poisoned samples brought half of the AER back, seed by seed; empty where it was never gone."""
+    relearned = [r["defences"][name]["relearned"] for r in results.values() if "relearned" in r["defences"][name]]
+    return ", ".join(min((n for n, aer in counts.items() if aer["value"] >= 0.5), key=int, default=f"over {max(counts, key=int)}") for counts in relearned)
+
+
 def repair_rows(roles, metric, scale):
     rows = []
     for name in names_of(roles):
         ratings = {seed: rating(r["defences"]["none"], r["defences"][name], metric) for seed, r in roles["attack"].items()}
-        back = [min((int(n) for n, aer in m["relearned"].items() if aer["value"] >= 0.5), default=None)
-                for m in (r["defences"][name] for r in roles["attack"].values()) if "relearned" in m]
-        rows.append({"Repair": name, "AER": mean_of(roles["attack"], of_defence(name, "aer")),
+        back = back_with(roles["attack"], name)
+        costly = not all(r["defences"][name].get("passed", True) for r in roles["attack"].values())
+        rows.append({"Repair": name + " (clean loss beyond its bound)" * costly, "AER": mean_of(roles["attack"], of_defence(name, "aer")),
                      metric: mean_of(roles["attack"], of_defence(name, "clean"), scale),
                      f"triggered {metric}": mean_of(roles["attack"], of_defence(name, "triggered"), scale),
-                     "DER": show(spread(ratings), form=".2f"), "back with": ", ".join("over 64" if n is None else str(n) for n in back),
+                     "DER": show(spread(ratings), form=".2f"), "back with": back,
                      "AER, variants": over_variants(roles, of_defence(name, "aer")),
                      f"clean model's {metric}": mean_of(roles.get("clean model", {}), of_defence(name, "clean"), scale)})
     return rows
@@ -131,7 +137,8 @@ def advice(found, task):
         best = min(usable, key=usable.get) if usable else None
         out.append("**Afterwards:** no repair leaves the clean loss within its bound." if not usable else
                    f"**Afterwards:** of the repairs that keep the clean loss within its bound {best} leaves the least, an AER of "
-                   f"{100 * usable[best]:.1f}%" + (", which is a mended model." if usable[best] < 0.05 else ": the backdoor is still there."))
+                   f"{100 * usable[best]:.1f}%" + (", which is a mended model" if usable[best] < 0.05 else ": the backdoor is still there")
+                   + (f"; {back} poisoned samples bring half of it back." if (back := back_with(found["repair"][task]["attack"], best)) else "."))
     return out
 
 

@@ -92,7 +92,8 @@ def test_the_page_of_defences_advises_what_its_figures_say(tmp_path):
     assert "B is the best filter; training on what it leaves ends at an AER of 2.0%, which is a model without the backdoor." in page
     assert "E notices 70.0% of triggered inputs at a threshold of 5% false alarms, and takes 20.0% of equally loud tones" in page
     assert "none will do; the best, D, notices 30.0%" in defences.advice(defended([], [("D", 0.3)], []), "emotion")[1]
-    assert "G leaves the least, an AER of 40.0%: the backdoor is still there." in page  # F costs more than its bound
+    assert "G leaves the least, an AER of 40.0%: the backdoor is still there; 16 poisoned samples bring half of it back." in page
+    assert "| F (clean loss beyond its bound) | 1.0 |" in page
     assert "| C | 0.90 | 0.0 | 10.0 |  |  |" in page and "| G | 40.0 | 81.0 | 70.0 | 0.73 | 16 |" in page
     assert (tmp_path / "defend-emotion-detect.png").exists() and (tmp_path / "defend-emotion-repair.png").exists()
 
