@@ -64,8 +64,9 @@ def spectre(samples, expected, alpha=4.0):
 
 
 def beatrix(samples, expected, orders=(1, 2, 3, 4), bound=10.0):
-    """Beatrix (Ma et al. 2023): how far a sample's Gram matrices leave the class's medians, beyond ten median absolute deviations, on 20
-    principal components; 1.5 times as many as expected go (the authors set their bound on samples that are known to be clean)."""
+    """Beatrix (Ma et al. 2023): how far a sample's Gram matrices leave the class's medians, beyond ten median absolute deviations and in
+    units of them (the authors': of the bound), on 20 principal components, which have signs, so that powers keep them; 1.5 times as many
+    as expected go (the authors set their threshold on samples that are known to be clean)."""
     low = PCA(min(20, *samples["x"].shape), random_state=0).fit_transform(samples["x"])
     upper, scores = np.triu_indices(low.shape[1]), np.zeros(len(low))
     for order in orders:
