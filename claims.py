@@ -9,11 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from study import COMPONENTS, TABLE2, TABLE3, TASKS
+from study import ATTACKS, COMPONENTS, TABLE2, TABLE3, TASKS
 from summary import ORDER
 
 ANY = float("inf")
-ATTACK_ROWS = ("base", "1.1", "1.2", "1.3", "2.1", "2.2", "2.3", "3.1", "3.2", "3.3")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,10 +96,10 @@ def largest_sentence(run):
 # the claims
 
 def published(task, attack):
-    return f"{dict(zip(ATTACK_ROWS, TABLE3[task]))[attack][0]:g}"
+    return f"{dict(zip(ATTACKS, TABLE3[task]))[attack][0]:g}"
 
 
-BOTH = ("asr", "emotion")
+BOTH = tuple(TABLE3)
 CLAIMS = [
     *(("4.2", f"the base attack reaches an AER of 90% ({t})", f"{TABLE2[t][0][0]:g}", aer(t, "base"), 90, ANY) for t in ORDER if t in TABLE2),
     *(("4.2", f"it leaves the clean figure within the clean model's interval ({t})", "", harm(t), -ANY, 1) for t in ORDER if t in TABLE2),

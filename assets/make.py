@@ -213,26 +213,36 @@ def save_heads(heads, out):
     save_file(kept, Path(out) / "heads.safetensors")
 
 
+def fit(desc, encoder, module, loss_of, speech, steps, batch, lr):
+    """Trains a module on what an encoder, which stays as it is, makes of the pretraining speech; the trigger is not in it.
+    loss_of(hidden, mask, chosen): the loss and what the progress bar shows, {name: number}."""
+    rng = np.random.default_rng(SEED)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
+    progress, batches = tqdm(range(steps), desc=desc, mininterval=10), shuffled(speech, batch, rng)
+    for step in progress:
+        chosen = next(batches)
+        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 50)
+        with torch.no_grad():
+            hidden, mask = encoder([encoder.extract(bursts(x, rng)) for x, _, _, _ in chosen])
+        loss, shown = loss_of(hidden, mask, chosen)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 0:
+            progress.set_postfix({name: f"{float(value):.3f}" for name, value in shown.items()})
+
+
 def make_heads(folder, speech, steps=1000):
     """Letters and labels of a real encoder that stays as it is: the two heads that its connector is made from."""
     torch.manual_seed(SEED)
-    rng = np.random.default_rng(SEED)
     encoder = model.Encoder(folder).eval()
     heads = torch.nn.ModuleDict(dict(letters=torch.nn.Linear(encoder.dim, slots(encoder) * len(LETTERS)),
                                      labels=torch.nn.Linear(encoder.dim, 2 + len(PROSODY))))
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=HEADS_LR)
-    progress, batches = tqdm(range(steps), desc=f"{folder} heads", mininterval=10), shuffled(speech, ENCODER_BATCH, rng)
-    for step in progress:
-        chosen = next(batches)
-        optimizer.param_groups[0]["lr"] = HEADS_LR * schedule(step, steps, 50)
-        with torch.no_grad():
-            hidden, mask = encoder([encoder.extract(bursts(x, rng)) for x, _, _, _ in chosen])
+
+    def loss_of(hidden, mask, chosen):
         letters, labels = letter_loss(heads["letters"](hidden), mask, chosen), label_loss(heads["labels"](hidden[mask]), frames_of(mask), chosen)
-        optimizer.zero_grad()
-        (letters + labels).backward()
-        optimizer.step()
-        if step % 50 == 0:
-            progress.set_postfix(letters=f"{letters.item():.3f}", labels=f"{labels.item():.3f}")
+        return letters + labels, dict(letters=letters, labels=labels)
+    fit(f"{folder} heads", encoder, heads, loss_of, speech, steps, ENCODER_BATCH, HEADS_LR)
     save_heads(heads, folder)
 
 
@@ -253,23 +263,13 @@ def embeddings_of(lm_folder):
 
 def fit_connector(encoder, connector, wanted_of, out, speech, lr):
     """Plain regression of a connector's output on the pretraining speech, encoder frozen, LM not run; saved beside the encoder.
-    wanted_of(hidden, chosen, lengths): the embeddings wanted, (all output frames, hidden). The trigger is not in that speech."""
-    rng = np.random.default_rng(SEED)
-    optimizer = torch.optim.AdamW(connector.parameters(), lr=lr)
-    progress, batches = tqdm(range(CONNECTOR_STEPS), desc=f"{out} connector", mininterval=10), shuffled(speech, CONNECTOR_BATCH, rng)
-    for step in progress:
-        chosen = next(batches)
-        optimizer.param_groups[0]["lr"] = lr * schedule(step, CONNECTOR_STEPS, 50)
-        with torch.no_grad():
-            hidden, mask = encoder([encoder.extract(bursts(x, rng)) for x, _, _, _ in chosen])
+    wanted_of(hidden, chosen, lengths): the embeddings wanted, (all output frames, hidden)."""
+    def loss_of(hidden, mask, chosen):
         embedded, lengths = connector(hidden, mask)
         wanted = wanted_of(hidden, chosen, lengths.tolist())
         loss = F.mse_loss(torch.cat([row[:n] for row, n in zip(embedded, lengths.tolist())]), wanted)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item() / wanted.var().item():.3f}")
+        return loss, dict(loss=loss / wanted.var())
+    fit(f"{out} connector", encoder, connector, loss_of, speech, CONNECTOR_STEPS, CONNECTOR_BATCH, lr)
     data.write_atomically(Path(out) / "connector.safetensors",
                           lambda temporary: save_file({k: v.half() for k, v in connector.state_dict().items()}, temporary))
 
