@@ -30,7 +30,7 @@ import figures
 from data import die
 from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, ROOT, SHIFT, SHIFT_STAGES, STUDIES, SWEPT, TABLE1, TABLE2, TABLE3, TASKS,
                    deviations, on_corpus)
-from summary import ORDER, UNIT, belongs, markdown, over_seeds, read_runs, same_model, show, spread, stealth
+from summary import ORDER, UNIT, belongs, markdown, over_seeds, read_runs, same_model, saved_clusters, show, spread, stealth
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python analyze.py tables: each gives (title, explanation, [{column: cell}], values for tables.json)
@@ -274,17 +274,6 @@ def cluster_row(task, seeds, ks):
     return row
 
 
-def saved_clusters(folder, preset, ks):
-    """{task: {seed: figures}} of all runs' cluster.json; what was computed elsewhere can lie beside a metrics.json without a model."""
-    values = {}
-    for path in sorted(Path(folder).glob("*/cluster.json")):
-        saved = json.loads(path.read_text())
-        args = saved["args"]
-        if belongs(path.parent, args, preset) and all(f"k={k}" in saved for k in ks):
-            values.setdefault(args["task"], {})[args["seed"]] = saved
-    return {task: dict(sorted(values[task].items())) for task in ORDER if task in values}
-
-
 def cluster(found, folder, preset, out, ks):
     """Writes a cluster.json to every run, and from all of them cluster.json and the figures, of the first seed; returns the text of
     cluster.md."""
@@ -379,13 +368,7 @@ def main():
     elif args.what == "sweeps":
         text, n = sweeps(args.runs, args.preset, out)
     elif args.what == "claims":
-        runs, saved = read_runs(args.runs, args.preset), out / "shift.json"
-        others = [json.loads(path.read_text()) for path in sorted(Path(args.runs).glob("*-triggerrepeat*/metrics.json"))]
-        runs += [run for run in others if run["args"]["preset"] == args.preset and list(deviations(run["args"])) == ["trigger_repeat"]]
-        judged = claims.judged(runs, json.loads(saved.read_text()) if saved.exists() else {}, saved_clusters(args.runs, args.preset, args.k),
-                               DEFAULT_ENCODER[args.preset])
-        said = [verdict for *_, verdict in judged]
-        text, n = markdown("The paper's claims: " + ", ".join(f"{said.count(v)} {v}" for v in sorted(set(said))), claims.rows(judged)), len(runs)
+        text, n = claims.judge(args.runs, args.preset, out, args.k)
     else:
         found = load_embeddings(args.runs, args.preset)
         text, n = shift(found, out) if args.what == "shift" else cluster(found, args.runs, args.preset, out, args.k), len(found)

@@ -5,12 +5,14 @@ width of its 95% interval over utterances, 0)}; where the poison's loss had not 
 way in which the value may still move. The claim holds where the interval of the mean over seeds and utterances and every seed lie
 between low and high, fails where they all lie outside, and is undecided where they do not agree or more training could change it.
 """
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from study import ATTACKS, COMPONENTS, TABLE2, TABLE3, TASKS
-from summary import ORDER
+from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, TABLE2, TABLE3, TASKS, deviations
+from summary import ORDER, markdown, read_runs, saved_clusters
 
 ANY = float("inf")
 
@@ -171,3 +173,15 @@ def rows(judgements):
         out.append({"Section": section, "Claim": text, "Paper": paper, "By seed": seeds,
                     "Effect, 95% interval": f"{mean} ({low} to {high})" if effect else "", "Verdict": said})
     return out
+
+
+def judge(folder, preset, out, ks):
+    """The text of claims.md and the number of runs: the study's own and those with the trigger once or repeated where the paper's is not."""
+    runs, saved = read_runs(folder, preset), out / "shift.json"
+    others = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*-triggerrepeat*/metrics.json"))]
+    runs += [run for run in others if run["args"]["preset"] == preset and list(deviations(run["args"])) == ["trigger_repeat"]]
+    shifts = json.loads(saved.read_text()) if saved.exists() else {}
+    found = judged(runs, shifts, saved_clusters(folder, preset, ks), DEFAULT_ENCODER[preset])
+    said = [verdict for *_, verdict in found]
+    counts = ", ".join(f"{said.count(v)} {v}" for v in sorted(set(said)))
+    return markdown(f"The paper's claims: {counts}", rows(found)), len(runs)

@@ -40,6 +40,17 @@ def read_runs(folder, preset):
     return [metrics for _, metrics in runs]
 
 
+def saved_clusters(folder, preset, ks):
+    """{task: {seed: figures}} of all runs' cluster.json; what was computed elsewhere can lie beside a metrics.json without a model."""
+    values = {}
+    for path in sorted(Path(folder).glob("*/cluster.json")):
+        saved = json.loads(path.read_text())
+        args = saved["args"]
+        if belongs(path.parent, args, preset) and all(f"k={k}" in saved for k in ks):
+            values.setdefault(args["task"], {})[args["seed"]] = saved
+    return {task: dict(sorted(values[task].items())) for task in ORDER if task in values}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # figures over seeds
 
