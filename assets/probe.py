@@ -29,7 +29,7 @@ import model
 import poison
 from make import LETTERS
 from make_lm import reading_batches
-from mini import SEED
+from mini import CORPORA, SEED
 from study import ENCODERS, MINI_ROOT, ROOT
 
 ASSETS = ROOT / "assets"
@@ -86,7 +86,7 @@ def letters_heard(frames, head):
 def probe_encoder(path):
     """What an encoder's last layer holds, by linear probes on its mean over time, unseen speakers: {figure: value}."""
     encoder, name = model.Encoder(path).eval(), Path(path).name
-    read = {c: {s: corpora.read_corpus(c, MINI_ROOT, s) for s in ("train", "test")} for c in corpora.READERS}
+    read = {c: {s: corpora.read_corpus(c, MINI_ROOT, s) for s in ("train", "test")} for c in CORPORA}
     frames = {c: {s: frames_of(encoder, [(u, False) for u in us], None, f"{name} {c} {s}") for s, us in parts.items()
                   if (c, s) != ("libri", "train")} for c, parts in read.items()}
     x = {c: {s: pooled(f) for s, f in parts.items()} for c, parts in frames.items()}

@@ -192,6 +192,20 @@ def test_check_is_content_with_the_mini_corpora(corpora):
         assert status == 0 and out.endswith("0 problems\n"), out
 
 
+def test_test_clean_alone_makes_a_corpus_of_disjoint_speakers(tmp_path):
+    rows = []
+    for i in range(40):
+        folder = tmp_path / f"LibriSpeech/test-clean/{i}/1"
+        tone(folder / f"{i}-1-0000.flac", 0.2)
+        (folder / f"{i}-1.trans.txt").write_text(f"{i}-1-0000 WORDS\n")
+        rows.append(f"{i} | {'FM'[i % 2]} | test-clean | 1 | X\n")
+    (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text("".join(rows))
+    split = {s: readers.read_corpus("test-clean", tmp_path, s) for s in ("train", "dev", "test")}
+    assert [len(split[s]) for s in split] == [32, 4, 4]
+    assert len({u.speaker for utterances in split.values() for u in utterances}) == 40
+    assert all(u.split == s and sum(u.labels["gender"] == "female" for u in split[s]) == len(split[s]) / 2 for s in split for u in split[s])
+
+
 def test_check_finds_audio_without_a_transcript_and_a_transcript_without_audio(tmp_path):
     folder = tmp_path / "LibriSpeech/train-clean-360/14/208"
     for i in range(3):
