@@ -320,10 +320,12 @@ def load_sweeps(folder, preset):
             continue
         changed = {**deviations(args), **({"poison": args["poison"]} if args["poison"] != usual["poison"] else {})}
         if path.name != "metrics.json":
-            changed = {"snr at test only": args["snr"]}
+            points = {"snr at test only": args["snr"]}
         elif not changed:  # the base attack itself is a point of every curve
-            changed = {**usual, "snr at test only": 0.0}
-        for name, value in changed.items() if len(changed) in (1, len(usual) + 1) else ():
+            points = {**usual, "snr at test only": 0.0}
+        else:
+            points = changed if len(changed) == 1 else {}
+        for name, value in points.items():
             found.setdefault(name, {}).setdefault(value, {})[args["seed"]] = metrics
     return {name: dict(sorted(values.items())) for name, values in found.items() if len(values) > 1}
 
