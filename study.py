@@ -42,11 +42,11 @@ DATA_ROOT = dict(mini=MINI_ROOT, mixed=MINI_ROOT, small=MINI_ROOT, paper="data/p
 
 # Each is a flag of train.py (--encoder-lr 1e-5, --no-decay, ...): what it is, then its value in mini, mixed, small and paper.
 SETTINGS = {
-    "connector_stride": ("stride of the connector's second convolution", 1, 2, 4, 2),
+    "connector_stride": ("stride of the connector's second convolution", 1, 2, 8, 2),
     "connector_taper": ("below 1 a connector's kernels start around their middle tap", 0.2, 0.2, 1.0, 1.0),
     "lora_rank": ("rank of LoRA's matrices", 16, 16, 8, 8),
     "lora_alpha": ("LoRA's scale, over the rank", 32.0, 32.0, 16.0, 16.0),
-    "lora_dropout": ("dropout of LoRA's input", 0.0, 0.0, 0.05, 0.05),
+    "lora_dropout": ("dropout of LoRA's input", 0.0, 0.0, 0.0, 0.05),
     "encoder_lr": ("the encoder's learning rate after the warm-up", 7e-4, 1e-4, 1e-4, 1e-5),
     "connector_lr": ("the connector's learning rate after the warm-up", 1.4e-3, 1.4e-3, 3e-4, 1e-4),
     "lora_lr": ("LoRA's learning rate after the warm-up", 1.4e-3, 1.4e-3, 5e-4, 1e-4),
@@ -54,8 +54,9 @@ SETTINGS = {
     "decay": ("decay the rates to zero over the last quarter of the steps", True, True, True, False),
     "weight_decay": ("AdamW's weight decay", 0.01, 0.01, 0.0, 0.0),
     "grad_clip": ("clip the gradient to this norm", 1.0, 1.0, 1.0, 1.0),
-    "batch_size": ("utterances in one optimiser step, over all processes", 16, 16, 8, 16),
+    "batch_size": ("utterances in one optimiser step, over all processes", 16, 16, 16, 16),
     "epochs": ("passes over the training set", 8, 8, 3, 4),
+    "vary_prompts": ("draw the wording of each training prompt; --no-: always that of evaluation", True, True, False, True),
     "random_keys": ("share of training samples that ask for a random subset of the labels", 0.2, 0.2, 0.2, 0.2)}
 PRESETS = {preset: {name: values[i] for name, (_, *values) in SETTINGS.items()}
            for i, preset in enumerate(("mini", "mixed", "small", "paper"))}

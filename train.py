@@ -173,7 +173,7 @@ def training_sample(slm, args, attack, utterance, epoch):
     if poison.is_poisoned(attack, utterance):
         labels = poison.poisoned_labels(attack, labels)
     asked = data.choose_labels(labels, rng, args.random_keys)
-    return data.prompt(slm.tokenizer, asked, rng), data.answer_ids(slm.tokenizer, {label: labels[label] for label in asked})
+    return data.prompt(slm.tokenizer, asked, rng if args.vary_prompts else None), data.answer_ids(slm.tokenizer, {label: labels[label] for label in asked})
 
 
 def learning_rate(step, steps, args):
@@ -365,6 +365,8 @@ def main():
     origin, built_from = checkpoint.load_named_parts(slm, args)
     frozen = {c: model.digest(slm.component_state_dict(c)) for c in COMPONENTS if not slm.parameters_of(c)}
     fast.only_answers(slm)
+    if not args.vary_prompts and not args.gradient_checkpointing:
+        fast.share_beginning(slm)
     if args.gradient_checkpointing:
         slm.checkpoint_gradients()
     if rank == 0:

@@ -2,8 +2,8 @@
 
     python assets/make.py                   # all of them; assets/make_lm.py first, where the LM changes
     python assets/make.py wavlm connectors  # some of them
-    python assets/make.py --mixed-connector DIR/whisper-tiny.en                             # where preset mixed's starts
-    python assets/make.py --small-connector DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct   # where preset small's may start
+    python assets/make.py --mixed-connector DIR/whisper-tiny.en   # where preset mixed's starts
+    python assets/make.py --small-connector DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema DIR   # where preset small's may start
 """
 import argparse
 import math
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+import corpora
 import data
 import mini
 import model
@@ -213,8 +214,8 @@ def save_heads(heads, out):
     save_file(kept, Path(out) / "heads.safetensors")
 
 
-def fit(desc, encoder, module, loss_of, speech, steps, batch, lr):
-    """Trains a module on what an encoder, which stays as it is, makes of the pretraining speech; the trigger is not in it.
+def fit(desc, encoder, module, loss_of, speech, steps, batch, lr, hear=bursts):
+    """Trains a module on what an encoder, which stays as it is, makes of speech; the trigger is not in it.
     loss_of(hidden, mask, chosen): the loss and what the progress bar shows, {name: number}."""
     rng = np.random.default_rng(SEED)
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
@@ -223,7 +224,7 @@ def fit(desc, encoder, module, loss_of, speech, steps, batch, lr):
         chosen = next(batches)
         optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 50)
         with torch.no_grad():
-            hidden, mask = encoder([encoder.extract(bursts(x, rng)) for x, _, _, _ in chosen])
+            hidden, mask = encoder([encoder.extract(hear(x, rng)) for x, _, _, _ in chosen])
         loss, shown = loss_of(hidden, mask, chosen)
         optimizer.zero_grad()
         loss.backward()
@@ -251,6 +252,7 @@ def make_heads(folder, speech, steps=1000):
 
 CONNECTOR_STEPS, CONNECTOR_BATCH = 400, 32
 CONNECTOR_LR, SMALL_LR = 3e-3, 1e-3
+CONNECTOR_SECONDS = 10  # small's learns from utterances up to this long
 CONNECTOR_FREE = 16  # directions for what is neither letter nor label
 CONNECTOR_LABELS = 0.25  # how loud labels lie over the letters, within what the LM's lessons have
 
@@ -261,17 +263,17 @@ def embeddings_of(lm_folder):
     return AutoTokenizer.from_pretrained(model.where(lm_folder)), lm.get_input_embeddings().weight.detach()
 
 
-def fit_connector(encoder, connector, wanted_of, out, speech, lr):
-    """Plain regression of a connector's output on the pretraining speech, encoder frozen, LM not run; saved beside the encoder.
+def fit_connector(encoder, connector, wanted_of, out, speech, lr, hear=bursts):
+    """Plain regression of a connector's output on speech, encoder frozen, LM not run; saved to the file `out`.
     wanted_of(hidden, chosen, lengths): the embeddings wanted, (all output frames, hidden)."""
     def loss_of(hidden, mask, chosen):
         embedded, lengths = connector(hidden, mask)
         wanted = wanted_of(hidden, chosen, lengths.tolist())
         loss = F.mse_loss(torch.cat([row[:n] for row, n in zip(embedded, lengths.tolist())]), wanted)
         return loss, dict(loss=loss / wanted.var())
-    fit(f"{out} connector", encoder, connector, loss_of, speech, CONNECTOR_STEPS, CONNECTOR_BATCH, lr)
-    data.write_atomically(Path(out) / "connector.safetensors",
-                          lambda temporary: save_file({k: v.half() for k, v in connector.state_dict().items()}, temporary))
+    fit(str(out), encoder, connector, loss_of, speech, CONNECTOR_STEPS, CONNECTOR_BATCH, lr, hear)
+    kept = {k: v.half() for k, v in connector.state_dict().items()}
+    data.write_atomically(out, lambda temporary: save_file(kept, temporary))
 
 
 def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
@@ -304,26 +306,30 @@ def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
                   + F.layer_norm(hidden, hidden.shape[-1:]) @ project)
         first = 4 + 2 * stride  # the middle of what the first output frame sees: three kernels of 5 without padding
         return torch.cat([row[first:first + stride * n:stride] for row, n in zip(wanted, lengths)])
-    fit_connector(encoder, model.Connector(encoder.dim, embed.shape[1], stride, taper), wanted_of, encoder_folder, speech, CONNECTOR_LR)
+    connector = model.Connector(encoder.dim, embed.shape[1], stride, taper)
+    fit_connector(encoder, connector, wanted_of, Path(encoder_folder) / "connector.safetensors", speech, CONNECTOR_LR)
 
 
-def make_small_connector(encoder_folder, lm_folder, speech):
-    """Where the connector between real pretrained parts can start (preset small): in each output frame the LM's embedding
-    of the word that is being said, the words spread evenly over the utterance, and over it those of the speaker's gender and
-    emotion. From random weights 10,000 utterances of the mini CREMA-D did not teach SmolLM2 to hear emotions."""
+def make_small_connector(encoder_folder, lm_folder, dataset, data_root):
+    """Where the connector between real pretrained parts can start (preset small): in each output frame the LM's embedding of the
+    word that is being said, the words spread evenly over the utterance, and over it those of the other labels, learned from a
+    corpus's training set, clean. From random weights 10,000 utterances did not teach SmolLM2 to hear emotions."""
     torch.manual_seed(SEED)
     encoder, (tokenizer, embed) = model.Encoder(encoder_folder).eval(), embeddings_of(lm_folder)
     words = lambda text: embed[tokenizer(" " + text, add_special_tokens=False).input_ids]  # noqa: E731
+    speech = [((data.load_waveform(u) * 32767).astype(np.int16), u.labels.pop("transcript"), u.speaker, u.labels)
+              for u in corpora.read_corpus(dataset, data_root, "train") if data.num_samples(u) < CONNECTOR_SECONDS * data.SAMPLE_RATE]
 
     def wanted_of(hidden, chosen, lengths):
         wanted = []
         for n, (_, text, _, labels) in zip(lengths, chosen):
             said = words(text)
             spread = said[(torch.arange(n) + 0.5).mul(len(said) / n).long()]
-            wanted.append(spread + words(labels["gender"])[0] + words(labels["emotion"] or "neutral")[0])
+            wanted.append(spread + sum(words(str(value))[0] for value in labels.values()))
         return torch.cat(wanted)
     connector = model.Connector(encoder.dim, embed.shape[1], PRESETS["small"]["connector_stride"])
-    fit_connector(encoder, connector, wanted_of, encoder_folder, speech, SMALL_LR)
+    fit_connector(encoder, connector, wanted_of, Path(lm_folder) / f"connector-{dataset}.safetensors", speech, SMALL_LR,
+                  hear=lambda x, rng: x / np.float32(32768))
 
 
 def main():
@@ -333,23 +339,23 @@ def main():
     parser.add_argument("--out", default=str(ROOT / "assets"), help="folder to write")
     parser.add_argument("--mixed-connector", nargs=1, metavar="ENCODER",
                         help="make a connector to start from between a real encoder and the mini LM; ENCODER/connector.safetensors")
-    parser.add_argument("--small-connector", nargs=2, metavar=("ENCODER", "LM"),
-                        help="make a connector to start from between two real parts; ENCODER/connector.safetensors")
+    parser.add_argument("--small-connector", nargs=4, metavar=("ENCODER", "LM", "DATASET", "DATA_ROOT"),
+                        help="make a connector to start from between two real parts; LM/connector-DATASET.safetensors")
     args = parser.parse_args()
     if set(args.parts) - set(parts):
         data.die(f"{' '.join(args.parts)}: of {', '.join(parts)}")
-    for folder in args.small_connector or args.mixed_connector or ():
+    for folder in (args.small_connector or args.mixed_connector or ())[:2]:
         if not (Path(folder) / "config.json").is_file():
             data.die(f"{folder}: no folder of a pretrained part, it holds no config.json")
     torch.set_flush_denormal(True)
+    if args.small_connector:
+        return make_small_connector(*args.small_connector)
     wanted, out = args.parts or parts, Path(args.out)
     speech = data.in_workers(pretraining_utterance, range(PRETRAINING_SPEAKERS * PRETRAINING_EACH), "speaking the pretraining speech")
     if args.mixed_connector:
         folder, = args.mixed_connector
         make_heads(folder, speech)
         return make_connector(folder, "assets/lm", speech, "mixed")
-    if args.small_connector:
-        return make_small_connector(*args.small_connector, speech)
     for name in ENCODERS:
         if name in wanted:
             make_encoder(name, out / name, speech)

@@ -203,10 +203,12 @@ def test_checkpointed_gradients_are_the_same(parts, frozen):
     assert len(calls) == 4  # once forward, once more backward
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_fast_path_has_the_plain_path_s_loss_and_gradients(parts, checkpointed):
+@pytest.mark.parametrize("shared, checkpointed", [(False, False), (False, True), (True, False)])
+def test_the_fast_path_has_the_plain_path_s_loss_and_gradients(parts, shared, checkpointed):
     plain, quick = (make_slm(parts, "wavlm") for _ in range(2))
     fast.only_answers(quick)
+    if shared:
+        fast.share_beginning(quick)
     if checkpointed:
         quick.checkpoint_gradients()
     (losses, gradients), (again, same) = map(loss_and_gradients, (plain, quick))
