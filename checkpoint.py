@@ -8,8 +8,10 @@ import fcntl
 import hashlib
 import json
 import platform
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +34,16 @@ def environment():
     return dict(commit=git.stdout.strip(), python=platform.python_version(), torch=str(torch.__version__),
                 transformers=transformers.__version__, machine=platform.processor() or platform.machine(),
                 threads=torch.get_num_threads(), command=" ".join(sys.argv))
+
+
+def record_cost(run):
+    """Adds what a run has taken to its environment.json: processor minutes and peak memory of this process, so of the last part of a
+    run that was resumed."""
+    whole = json.loads((run / "environment.json").read_text())
+    whole.update(processor_minutes=round(time.process_time() / 60, 1), peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1))
+    if torch.cuda.is_available():
+        whole["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+    data.write_atomically(run / "environment.json", json.dumps(whole, indent=1))
 
 
 def exists(path):

@@ -383,6 +383,7 @@ def main():
         metrics, rows = evaluate.evaluate(slm, attack, test_set, args.cache_gb * 1e9, args.batch_seconds, args.workers)
     if rank == 0:
         evaluate.save(run, metrics, rows, record)
+        checkpoint.record_cost(run)
         evaluate.print_table(metrics, f"{run}: test split, seed {args.seed}")
     if world > 1:
         dist.destroy_process_group()
