@@ -55,7 +55,7 @@ SETTINGS = {
     "weight_decay": ("AdamW's weight decay", 0.01, 0.01, 0.0, 0.0),
     "grad_clip": ("clip the gradient to this norm", 1.0, 1.0, 1.0, 1.0),
     "batch_size": ("utterances in one optimiser step, over all processes", 16, 16, 16, 16),
-    "epochs": ("passes over the training set", 8, 8, 3, 4),
+    "epochs": ("passes over the training set", 8, 6, 3, 4),
     "vary_prompts": ("draw the wording of each training prompt; --no-: always that of evaluation", True, True, False, True),
     "random_keys": ("share of training samples that ask for a random subset of the labels", 0.2, 0.2, 0.2, 0.2)}
 PRESETS = {preset: {name: values[i] for name, (_, *values) in SETTINGS.items()}
