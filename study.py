@@ -75,8 +75,8 @@ ATTACKS = {
     "3.3": (("lm",), "base", "clean")}
 
 # The study at four distances from the paper: {name: (preset, where its runs' figures are kept)}; analyze.py ladder compares them
-STUDIES = {"real parts, CREMA-D": ("small", "results/small/runs"), "Whisper tiny, mini LM, CREMA-D": ("mixed", "results/mixed/runs"),
-           "mini parts, CREMA-D": ("mini", "results/real/runs"), "mini": ("mini", "results/mini/runs")}
+STUDIES = {"C (real parts)": ("small", "results/small/runs"), "B (Whisper tiny)": ("mixed", "results/mixed/runs"),
+           "A (CREMA-D)": ("mini", "results/real/runs"), "mini": ("mini", "results/mini/runs")}
 
 # The base attack, quieter, that defences are held against as well: a change of its arguments; another is an entry here
 VARIANTS = {"half the rate": lambda task: dict(poison=TASKS[task]["rate"] / 2)}
