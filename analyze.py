@@ -35,12 +35,17 @@ from summary import ORDER, UNIT, belongs, markdown, over_seeds, read_runs, same_
 # ---------------------------------------------------------------------------------------------------------------------
 # python analyze.py tables: each gives (title, explanation, [{column: cell}], values for tables.json)
 
+def encoders_of(runs):
+    """Those that anything has run with: the others get no empty columns."""
+    return [encoder for encoder in ENCODERS if any(run["args"]["encoder"] == encoder for run in runs)]
+
+
 def table1(runs):
-    rows, values = [], []
+    rows, values, encoders = [], [], encoders_of(runs)
     for (corpus, task), published in TABLE1.items():
         published = dict(zip(ENCODERS, published))
-        found = {e: over_seeds(runs, "clean", TASKS[task]["metric"], dataset=corpus, encoder=e, attack="clean") for e in ENCODERS}
-        cells = {e: show(found[e], published.get(e)) for e in ENCODERS}
+        found = {e: over_seeds(runs, "clean", TASKS[task]["metric"], dataset=corpus, encoder=e, attack="clean") for e in encoders}
+        cells = {e: show(found[e], published.get(e)) for e in encoders}
         if any(found.values()):
             rows.append({"Dataset": corpus, "Task": f"{task} ({UNIT[task]})", **cells})
         values.append(dict(dataset=corpus, task=task, found=found, published=published))
@@ -67,10 +72,10 @@ def attack_cells(of, found):
 
 def table2(runs):
     rows, values = [], []
-    for task in ORDER:
+    for task in (t for t in ORDER if any(run["args"]["task"] == t and run["args"]["attack"] == "base" for run in runs)):
         rows.append({"Task": f"{task} ({UNIT[task]})"})
         paper = dict(zip(ENCODERS, TABLE2.get(task, ())))
-        for encoder in ENCODERS:
+        for encoder in encoders_of(runs):
             found = attacked(runs, task, encoder, "base", paper.get(encoder, (None, None)))
             rows[-1].update(attack_cells(encoder, found))
             rows[-1][f"{encoder} settled"] = show(found["settled"], form=".0f") if found["settled"] or not found["aer"] else "no"
@@ -81,12 +86,12 @@ def table2(runs):
 
 
 def table3(runs, preset):
-    ran = {run["args"]["task"] for run in runs if run["args"]["attack"] in ("1.1", "2.1")}
+    ran = {run["args"]["task"] for run in runs if run["args"]["attack"] in (ATTACKS if run["args"]["task"] in TABLE3 else ("1.1", "2.1"))}
     rows, values = [], []
     for i, (attack, (frozen, source, trained_on)) in enumerate(ATTACKS.items()):
         parts = {c: f"Frozen:{source}" if c in frozen else f"Train:{trained_on}" for c in COMPONENTS}
         rows.append({"Attack": attack, "Encoder": parts["encoder"], "Connector": parts["connector"], "LM": parts["lm"]})
-        for task in (t for t in ORDER if t in TABLE3 or t in ran):
+        for task in (t for t in ORDER if t in ran):
             found = attacked(runs, task, DEFAULT_ENCODER[preset], attack, TABLE3[task][i] if task in TABLE3 else (None, None))
             losses = [show(found[k], form=".3f") for k in ("poisoned_loss", "loss") if found[k] and trained_on == "poisoned"]
             rows[-1].update({**attack_cells(task, found), f"{task} triggered {UNIT[task]}": show(found["triggered"]),
@@ -146,8 +151,8 @@ def ladder():
             rows[-1][name] = f"{show(ours)} ({benign['mean']:.1f})" if ours else ""
             if ours:
                 away = ours["mean"] - aer
-                sides["near" if abs(away) <= NEAR else "higher" if away > 0 else "lower"].append(name)
-        rows[-1]["Against the paper"] = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
+                sides["near" if abs(away) <= NEAR else "higher" if away > 0 else "lower"].append(name.split()[0])
+        rows[-1]["Against the paper"] = "; ".join(f"{', '.join(names)} {side}" for side, names in sides.items() if names)
     title = f"Table 3 ({LADDER_TASK}) from the paper to mini: AER (clean {metric}), %; near: within {NEAR} points of the paper's AER"
     return markdown(title, rows), sum(len(runs) for runs, _ in studies.values())
 
