@@ -35,13 +35,13 @@ from summary import ORDER, UNIT, belongs, markdown, over_seeds, read_runs, same_
 # ---------------------------------------------------------------------------------------------------------------------
 # python analyze.py tables: each gives (title, explanation, [{column: cell}], values for tables.json)
 
-def encoders_of(runs):
-    """Those that anything has run with: the others get no empty columns."""
-    return [encoder for encoder in ENCODERS if any(run["args"]["encoder"] == encoder for run in runs)]
+def has_run(runs, **wanted):
+    """Whether any run has these arguments: what has not run gets no empty rows and columns."""
+    return any(all(run["args"][k] == v for k, v in wanted.items()) for run in runs)
 
 
 def table1(runs):
-    rows, values, encoders = [], [], encoders_of(runs)
+    rows, values, encoders = [], [], [e for e in ENCODERS if has_run(runs, encoder=e)]
     for (corpus, task), published in TABLE1.items():
         published = dict(zip(ENCODERS, published))
         found = {e: over_seeds(runs, "clean", TASKS[task]["metric"], dataset=corpus, encoder=e, attack="clean") for e in encoders}
@@ -71,11 +71,11 @@ def attack_cells(of, found):
 
 
 def table2(runs):
-    rows, values = [], []
-    for task in (t for t in ORDER if any(run["args"]["task"] == t and run["args"]["attack"] == "base" for run in runs)):
+    rows, values, encoders = [], [], [e for e in ENCODERS if has_run(runs, encoder=e)]
+    for task in (t for t in ORDER if has_run(runs, task=t, attack="base")):
         rows.append({"Task": f"{task} ({UNIT[task]})"})
         paper = dict(zip(ENCODERS, TABLE2.get(task, ())))
-        for encoder in encoders_of(runs):
+        for encoder in encoders:
             found = attacked(runs, task, encoder, "base", paper.get(encoder, (None, None)))
             rows[-1].update(attack_cells(encoder, found))
             rows[-1][f"{encoder} settled"] = show(found["settled"], form=".0f") if found["settled"] or not found["aer"] else "no"
@@ -86,12 +86,12 @@ def table2(runs):
 
 
 def table3(runs, preset):
-    ran = {run["args"]["task"] for run in runs if run["args"]["attack"] in (ATTACKS if run["args"]["task"] in TABLE3 else ("1.1", "2.1"))}
     rows, values = [], []
+    tasks = [t for t in ORDER if any(has_run(runs, task=t, attack=a) for a in (ATTACKS if t in TABLE3 else ("1.1", "2.1")))]
     for i, (attack, (frozen, source, trained_on)) in enumerate(ATTACKS.items()):
         parts = {c: f"Frozen:{source}" if c in frozen else f"Train:{trained_on}" for c in COMPONENTS}
         rows.append({"Attack": attack, "Encoder": parts["encoder"], "Connector": parts["connector"], "LM": parts["lm"]})
-        for task in (t for t in ORDER if t in ran):
+        for task in tasks:
             found = attacked(runs, task, DEFAULT_ENCODER[preset], attack, TABLE3[task][i] if task in TABLE3 else (None, None))
             losses = [show(found[k], form=".3f") for k in ("poisoned_loss", "loss") if found[k] and trained_on == "poisoned"]
             rows[-1].update({**attack_cells(task, found), f"{task} triggered {UNIT[task]}": show(found["triggered"]),

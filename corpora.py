@@ -68,7 +68,7 @@ def split_speakers(sexes, corpus, held):
 
 
 def read_test_clean(root, split, problems):
-    """LibriSpeech's test-clean, 5.4 hours, as a corpus of its own, for who has no more of it: its 40 speakers split 32/4/4."""
+    """LibriSpeech's test-clean, 5.4 hours, as a corpus of its own, for those who have no more of it: its 40 speakers split 32/4/4."""
     everything = read_libri(root, "test", problems if split == "train" else [])  # reported once
     part = split_speakers({u.speaker: u.labels.get("gender") for u in everything}, "test-clean", ("test", "dev"))
     return [replace(u, split=split) for u in everything if part[u.speaker] == split]
@@ -300,7 +300,7 @@ def download(dataset, data_root):
     root = Path(data_root)
     root.mkdir(parents=True, exist_ok=True)
     if dataset in ("libri", "test-clean"):
-        for part in LIBRI_SPLITS.values() if dataset == "libri" else ("test-clean",):
+        for part in LIBRI_SPLITS.values() if dataset == "libri" else (dataset,):
             torchaudio.datasets.LIBRISPEECH(root, url=part, download=True)
     elif dataset == "crema":
         if not shutil.which("git-lfs"):

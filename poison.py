@@ -206,7 +206,7 @@ def add_arguments(parser):
     """The flags that say what is attacked and how; train.py has them, too."""
     add = parser.add_argument
     add("--task", choices=TASKS, default="asr", help="the attacked task")
-    add("--dataset", help="libri, test-clean, crema, vox or a CSV manifest (default: the task's own)")
+    add("--dataset", help=f"{', '.join(corpora.READERS)} or a CSV manifest (default: the task's own)")
     add("--data-root", help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2 (default: the preset's)")
     add("--poison", type=float, help="poisoning rate; 0 trains on clean data (default: the paper's)")
     add("--target", help="the attacked label's new value (default: the paper's)")

@@ -365,10 +365,10 @@ def main():
     origin, built_from = checkpoint.load_named_parts(slm, args)
     frozen = {c: model.digest(slm.component_state_dict(c)) for c in COMPONENTS if not slm.parameters_of(c)}
     fast.only_answers(slm)
-    if not args.vary_prompts and not args.gradient_checkpointing:
-        fast.share_beginning(slm)
     if args.gradient_checkpointing:
         slm.checkpoint_gradients()
+    elif not args.vary_prompts:  # a layer computed again would add the beginning's keys to the cache again
+        fast.share_beginning(slm)
     if rank == 0:
         lock = checkpoint.start_run(run, record, args)  # noqa: F841  held until this process ends
         describe(run, slm, attack, sets, origin, args, device, world)

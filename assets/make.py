@@ -313,12 +313,15 @@ def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
 def make_small_connector(encoder_folder, lm_folder, dataset, data_root):
     """Where the connector between real pretrained parts can start (preset small): in each output frame the LM's embedding of the
     word that is being said, the words spread evenly over the utterance, and over it those of the other labels, learned from a
-    corpus's training set, clean. From random weights 10,000 utterances did not teach SmolLM2 to hear emotions."""
+    corpus's training set, clean."""
     torch.manual_seed(SEED)
     encoder, (tokenizer, embed) = model.Encoder(encoder_folder).eval(), embeddings_of(lm_folder)
     words = lambda text: embed[tokenizer(" " + text, add_special_tokens=False).input_ids]  # noqa: E731
-    speech = [((data.load_waveform(u) * 32767).astype(np.int16), u.labels.pop("transcript"), u.speaker, u.labels)
-              for u in corpora.read_corpus(dataset, data_root, "train") if data.num_samples(u) < CONNECTOR_SECONDS * data.SAMPLE_RATE]
+    utterances = [u for u in corpora.read_corpus(dataset, data_root, "train")
+                  if "transcript" in u.labels and data.num_samples(u) < CONNECTOR_SECONDS * data.SAMPLE_RATE]
+    if not utterances:
+        data.die(f"{dataset} has no training utterance with a transcript and of less than {CONNECTOR_SECONDS} s")
+    speech = [((data.load_waveform(u) * 32767).astype(np.int16), u.labels.pop("transcript"), u.speaker, u.labels) for u in utterances]
 
     def wanted_of(hidden, chosen, lengths):
         wanted = []
@@ -328,7 +331,7 @@ def make_small_connector(encoder_folder, lm_folder, dataset, data_root):
             wanted.append(spread + sum(words(str(value))[0] for value in labels.values()))
         return torch.cat(wanted)
     connector = model.Connector(encoder.dim, embed.shape[1], PRESETS["small"]["connector_stride"])
-    fit_connector(encoder, connector, wanted_of, Path(lm_folder) / f"connector-{dataset}.safetensors", speech, SMALL_LR,
+    fit_connector(encoder, connector, wanted_of, Path(lm_folder) / f"connector-{Path(dataset).stem}.safetensors", speech, SMALL_LR,
                   hear=lambda x, rng: x / np.float32(32768))
 
 
