@@ -139,22 +139,23 @@ LADDER_TASK, NEAR = "emotion", 15  # points of AER
 
 
 def ladder():
-    """Table 3 of one task for all of STUDIES that there are figures of, and what agrees; the text and the number of runs."""
-    studies = {name: (read_runs(ROOT / folder, preset), DEFAULT_ENCODER[preset]) for name, (preset, folder) in STUDIES.items() if (ROOT / folder).exists()}
-    rows, metric = [], TASKS[LADDER_TASK]["metric"]
+    """Table 3 of one task for all of STUDIES that there are figures of, what agrees, and their verdicts on the claims; the text and the number of
+    runs."""
+    studies = {name: (preset, ROOT / folder) for name, (preset, folder) in STUDIES.items() if (ROOT / folder).exists()}
+    runs, rows, metric = {name: read_runs(folder, preset) for name, (preset, folder) in studies.items()}, [], TASKS[LADDER_TASK]["metric"]
     for attack, (aer, clean) in zip(ATTACKS, TABLE3[LADDER_TASK]):
         rows.append({"Attack": attack, "paper": f"{aer:g} ({clean:g})"})
         sides = {"near": [], "higher": [], "lower": []}
-        for name, (runs, encoder) in studies.items():
-            wanted = dict(task=LADDER_TASK, encoder=encoder, attack=attack)
-            ours, benign = over_seeds(runs, "attack", "aer", **wanted), over_seeds(runs, "clean", metric, **wanted)
+        for name, (preset, _) in studies.items():
+            wanted = dict(task=LADDER_TASK, encoder=DEFAULT_ENCODER[preset], attack=attack)
+            ours, benign = over_seeds(runs[name], "attack", "aer", **wanted), over_seeds(runs[name], "clean", metric, **wanted)
             rows[-1][name] = f"{show(ours)} ({benign['mean']:.1f})" if ours else ""
             if ours:
                 away = ours["mean"] - aer
                 sides["near" if abs(away) <= NEAR else "higher" if away > 0 else "lower"].append(name.split()[0])
         rows[-1]["Against the paper"] = "; ".join(f"{', '.join(names)} {side}" for side, names in sides.items() if names)
     title = f"Table 3 ({LADDER_TASK}) from the paper to mini: AER (clean {metric}), %; near: within {NEAR} points of the paper's AER"
-    return markdown(title, rows), sum(len(runs) for runs, _ in studies.values())
+    return f"{markdown(title, rows)}\n{claims.side_by_side(studies)}", sum(map(len, runs.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,8 +281,7 @@ def cluster_row(task, seeds, ks):
 
 
 def cluster(found, folder, preset, out, ks):
-    """Writes a cluster.json to every run, and from all of them cluster.json and the figures, of the first seed; returns the text of
-    cluster.md."""
+    """Writes a cluster.json to every run and draws the figures, of the first seed; returns the text of cluster.md."""
     low = {}
     for (task, attack, seed), saved in sorted(found.items(), key=lambda item: item[0][2]):
         train = saved["train"]
@@ -303,7 +303,6 @@ def cluster(found, folder, preset, out, ks):
             figures.cluster_shares(shares, k, f"(the paper's Figure {number})", out / f"figure{number}-clusters-k{k}.png")
     if low:
         figures.target_class({task: low[task] for task in ORDER if task in low}, out / "figure5-pca.png")
-    data.write_atomically(out / "cluster.json", json.dumps(values, indent=1))
     return markdown("Activation clustering", [cluster_row(task, seeds, ks) for task, seeds in values.items()]) + """
 Purity and recall are of the most poisoned cluster; means over the seeds. "follows": what the clusters have the largest adjusted Rand
 index with, and in how many seeds. In the paper k = 2 follows gender for every task, k = 4 puts the poison into one cluster, and 84% of

@@ -11,10 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from data import die
 from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, TABLE2, TABLE3, TASKS, deviations
 from summary import ORDER, markdown, read_runs, saved_clusters
 
 ANY = float("inf")
+RULE = """
+A claim is a range for an effect. It holds where every seed and the 95% interval over seeds and utterances lie inside, fails where all of it
+lies outside on the same side, and is undecided otherwise, or where the poisoned loss was still falling in a way that could change the verdict."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,6 +168,16 @@ def judged(runs, shift, clusters, encoder):
     return [(section, text, paper, found := effect(evidence), verdict(found, low, high)) for section, text, paper, effect, low, high in CLAIMS]
 
 
+def of_study(folder, preset, out, ks=(2, 4)):
+    """(judgements, number of runs) of the runs in a folder and the shift.json in `out`: the study's own runs and those in which the trigger
+    is repeated where the paper's is not, or the other way round."""
+    runs, saved = read_runs(folder, preset), out / "shift.json"
+    others = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*-triggerrepeat*/metrics.json"))]
+    runs += [run for run in others if run["args"]["preset"] == preset and list(deviations(run["args"])) == ["trigger_repeat"]]
+    shifts = json.loads(saved.read_text()) if saved.exists() else {}
+    return judged(runs, shifts, saved_clusters(folder, preset, ks), DEFAULT_ENCODER[preset]), len(runs)
+
+
 def rows(judgements):
     """Rows of a table: what was measured, seed by seed."""
     out = []
@@ -177,12 +191,22 @@ def rows(judgements):
 
 
 def judge(folder, preset, out, ks):
-    """The text of claims.md and the number of runs: the study's own and those with the trigger once or repeated where the paper's is not."""
-    runs, saved = read_runs(folder, preset), out / "shift.json"
-    others = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*-triggerrepeat*/metrics.json"))]
-    runs += [run for run in others if run["args"]["preset"] == preset and list(deviations(run["args"])) == ["trigger_repeat"]]
-    shifts = json.loads(saved.read_text()) if saved.exists() else {}
-    found = judged(runs, shifts, saved_clusters(folder, preset, ks), DEFAULT_ENCODER[preset])
+    """The text of claims.md, on what has run, and the number of runs."""
+    found, n = of_study(folder, preset, out, ks)
+    measured = [judgement for judgement in found if judgement[3]]
+    if not measured:
+        die(f"{folder} holds nothing of preset {preset} that a claim rests on: train some runs first")
     said = [verdict for *_, verdict in found]
-    counts = ", ".join(f"{said.count(v)} {v}" for v in sorted(set(said)))
-    return markdown(f"The paper's claims: {counts}", rows(found)), len(runs)
+    counts = ", ".join(f"{said.count(v)} {text}" for v, text in (("holds", "hold"), ("fails", "fail"), ("undecided", "undecided"),
+                                                                ("not measured", "not measured")) if v in said)
+    sides = [{low <= v <= high for v, _, _ in effect.values()} for (*_, low, high), (*_, effect, _) in zip(CLAIMS, found) if len(effect) > 1]
+    agreed = f"\n\nOf the {len(sides)} claims with several seeds, the seeds agree on {sum(len(s) == 1 for s in sides)}." if sides else ""
+    return markdown(f"The paper's claims: {counts}", rows(measured)) + RULE + agreed + "\n", n
+
+
+def side_by_side(studies):
+    """A table of the verdicts in several studies, {name: (preset, folder of runs)}."""
+    found = {name: of_study(folder, preset, folder.parent)[0] for name, (preset, folder) in studies.items()}
+    table = [{"Section": claim[0][0], "Claim": claim[0][1], "Paper": claim[0][2],
+              **{name: said if effect else "" for name, (*_, effect, said) in zip(found, claim)}} for claim in zip(*found.values())]
+    return markdown("The paper's claims, study by study", [row for row in table if any(row[name] for name in found)]) + RULE + "\n"
