@@ -5,9 +5,9 @@
     python analyze.py cluster                  # Figures 4, 5 and 6
     python analyze.py ladder                   # Table 3 of emotion, from the paper's parts and speech down to mini's
     python analyze.py sweeps                   # AER against the poisoning rate, the trigger's strength, length, number and kind
-    python analyze.py claims                   # which of the paper's claims hold, from the runs and what the others have written
+    python analyze.py claims                   # which of the paper's claims hold, from the runs and the analyses above
 
-It reads the study's own runs, by the names that study.py gives them; runs of other settings have other names.
+It reads the study's own runs, by the names study.py gives them; runs with other settings have other names.
 """
 import argparse
 import json
@@ -36,7 +36,7 @@ from summary import ORDER, UNIT, belongs, markdown, over_seeds, read_runs, same_
 # python analyze.py tables: each gives (title, explanation, [{column: cell}], values for tables.json)
 
 def has_run(runs, **wanted):
-    """Whether any run has these arguments: what has not run gets no empty rows and columns."""
+    """Whether any run has these arguments; tables have no empty rows and columns for what has not run."""
     return any(all(run["args"][k] == v for k, v in wanted.items()) for run in runs)
 
 
@@ -53,8 +53,7 @@ def table1(runs):
 
 
 def attacked(runs, task, encoder, attack, published):
-    """One attack's figures, each over seeds, beside the paper's AER and clean figure; stealth: the clean figure's distance to
-    the baseline's."""
+    """One attack's figures, each over seeds, with the paper's AER and clean figure; stealth: the clean figure minus the baseline's."""
     metric, wanted = TASKS[task]["metric"], dict(encoder=encoder, dataset=TASKS[task]["corpus"])
     names = (("aer", "attack", "aer"), ("clean", "clean", metric), ("triggered", "triggered", metric),
              ("poisoned_loss", "training", "poisoned_loss"), ("loss", "training", "loss"), ("settled", "training", "settled_epoch"))
@@ -64,7 +63,7 @@ def attacked(runs, task, encoder, attack, published):
 
 
 def attack_cells(of, found):
-    """The columns that Tables 2 and 3 share, of an encoder or a task."""
+    """The columns that Tables 2 and 3 share, for one encoder or task."""
     published = found["published"]
     return {f"{of} AER": show(found["aer"], published["aer"]), f"{of} B.": show(found["clean"], published["clean"]),
             f"{of} stealth": show(found["stealth"], form="+.1f")}
@@ -139,8 +138,8 @@ LADDER_TASK, NEAR = "emotion", 15  # points of AER
 
 
 def ladder():
-    """Table 3 of one task for all of STUDIES that there are figures of, what agrees, and their verdicts on the claims; the text and the number of
-    runs."""
+    """Table 3 of one task for those of STUDIES that have figures, what agrees with the paper, and their verdicts on the claims; the text and
+    the number of runs."""
     studies = {name: (preset, ROOT / folder) for name, (preset, folder) in STUDIES.items() if (ROOT / folder).exists()}
     runs, rows, metric = {name: read_runs(folder, preset) for name, (preset, folder) in studies.items()}, [], TASKS[LADDER_TASK]["metric"]
     for attack, (aer, clean) in zip(ATTACKS, TABLE3[LADDER_TASK]):
@@ -162,7 +161,7 @@ def ladder():
 # python analyze.py shift: how far the trigger moves an embedding (section 6, Figures 2 and 3)
 
 def load_embeddings(folder, preset):
-    """{(task, attack, seed): saved} of the study's runs of the default encoder that embed.py has been through."""
+    """{(task, attack, seed): saved} of the study's runs with the default encoder that have embeddings."""
     out = {}
     for path in sorted(Path(folder).glob("*/embeddings*.pt")):
         try:
@@ -213,7 +212,7 @@ def shift(found, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# python analyze.py cluster: is the poison apart inside the target class (section 7, Figures 4, 5 and 6)?
+# python analyze.py cluster: does the poison stand out inside the target class (section 7, Figures 4, 5 and 6)?
 
 def reduce_and_cluster(x, k, components=20):
     """(n, dim) -> (PCA to `components` (n, components), clusters (n,)): k-means, ten starts, seed 0."""
@@ -240,7 +239,7 @@ def composition(clusters, poisoned, labels, task):
 
 
 def separability(x, poisoned, labels, speakers, task, ks):
-    """Everything that is asked of one run's target class: {k: figures}, silhouette, the linear probe."""
+    """Everything measured on one run's target class: {k: figures}, silhouette, the linear probe."""
     out = dict(n=len(x), poisoned=int(poisoned.sum()), silhouette=silhouette(*reduce_and_cluster(x, 2)))
     kinds = {"poison": poisoned, "gender": [m.get("gender", "") for m in labels], "speaker": speakers}
     if task == "emotion":
@@ -259,13 +258,13 @@ def separability(x, poisoned, labels, speakers, task, ks):
 
 
 def followed(run, k):
-    """What a run's clusters follow: whatever they have the largest adjusted Rand index with, if that is 0.1 or more."""
+    """What a run's clusters follow: whatever has the largest adjusted Rand index with them, if it is 0.1 or more."""
     kind, index = max(run[f"k={k}"]["adjusted_rand"].items(), key=lambda item: item[1])
     return kind if index >= 0.1 else "nothing"
 
 
 def cluster_row(task, seeds, ks):
-    """One row of the table: means over the seeds, and of what two clusters follow how often."""
+    """One row of the table: means over the seeds, and what the clusters follow in how many of them."""
     first, runs = seeds[min(seeds)], list(seeds.values())
     row = {"Task": task, "seeds": str(len(seeds)), "n (poisoned)": f"{first['n']} ({first['poisoned']})"}
     for k in ks:
@@ -314,7 +313,7 @@ one cluster of the angry class is "It's eleven o'clock".
 # python analyze.py sweeps: the base attack with one thing changed
 
 def load_sweeps(folder, preset):
-    """{what is changed: {value: {seed: metrics}}} of the swept task's runs, the base attack's own value among them."""
+    """{what is changed: {value: {seed: metrics}}} of the swept task's runs, including the base attack's own value."""
     usual = dict(poison=TASKS[SWEPT]["rate"], snr=0.0, clicks=1, trigger_seconds=0.22, trigger="click", trigger_repeat=False)
     found = {}
     for path in sorted([*Path(folder).glob("*/metrics.json"), *Path(folder).glob("*/test-snr*.json")]):

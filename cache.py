@@ -2,8 +2,8 @@
 
     waveform -> trigger -> features -> pretrained layers (cached on disk) -> frozen components (in memory) -> what trains
 
-What no run ever trains is the same for all runs and is cached in cache/; the folder can be deleted at any time. What a run
-freezes besides is computed from it once.
+The layers that no run ever trains give the same outputs in every run: these are cached in cache/, a folder that can be deleted at any
+time. The outputs of what a run itself freezes are computed from them once.
 """
 import contextlib
 import functools
@@ -31,7 +31,7 @@ def ranks():
 
 
 def from_all(found):
-    """A dict with the entries of all processes' dicts."""
+    """The entries of all processes' dicts in one."""
     shares = [found] * ranks()[1]
     if dist.is_initialized():
         dist.all_gather_object(shares, found)
@@ -50,14 +50,14 @@ def features_of(extract, attack, batch):
 
 
 def read_features(encoder, batches, attack, workers=WORKERS):
-    """Yields the features of each batch, a list of (utterance, triggered), read ahead by worker processes."""
+    """Yields the features of each batch, a list of (utterance, triggered); worker processes read ahead."""
     return data.from_workers(torch.utils.data.DataLoader(
         batches, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(),
         collate_fn=functools.partial(features_of, encoder.extract, attack)))
 
 
 def by_size(items):
-    """Indices of (utterance, triggered) items, those of similar length together."""
+    """Indices of (utterance, triggered) items, sorted so that similar lengths are together."""
     return sorted(range(len(items)), key=lambda i: (os.path.getsize(items[i][0].path), items[i][0].id))
 
 
@@ -74,7 +74,7 @@ def unstack(x, mask):
 
 
 def key_of(slm, attack, chunk):
-    """What the cached outputs of a chunk depend on: weights, extraction, precision, files, trigger and where it lands."""
+    """A key of everything the cached outputs of a chunk depend on: weights, extraction, precision, files, trigger and its positions."""
     device = next(slm.parameters()).device.type
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
     files = [data.file_state(u) for u, _ in chunk]
@@ -90,7 +90,7 @@ def key_of(slm, attack, chunk):
 
 
 def make_room(folder, budget, wanted):
-    """Removes the files that were not used for longest until all but the `wanted` ones take no more than `budget` bytes."""
+    """Removes the least recently used files until those that are not `wanted` take no more than `budget` bytes."""
     files = []
     for path in set(Path(folder).glob("pretrained-*.pt")) - set(wanted):
         with contextlib.suppress(FileNotFoundError):  # another run may be doing the same
@@ -119,9 +119,9 @@ def pretrained_rows(slm, path, chunk, attack, workers):
 
 
 def frozen_outputs(slm, utterances, triggered, attack, desc, budget, workers=WORKERS, folder="cache"):
-    """`slm.frozen_part`'s outputs of each utterance, triggered or not (a list of bool): a list of (T_i, dim). None where the
-    pretrained part's would take more than `budget` bytes, and `inputs` has to compute them. Processes share the work."""
-    # all utterances clean, so that runs that poison others share them; then the triggered ones
+    """`slm.frozen_part`'s outputs of each utterance, triggered or not (a list of bool): a list of (T_i, dim). None if the pretrained
+    part's outputs would take more than `budget` bytes; `inputs` then computes them each time. Processes share the work."""
+    # all utterances clean, which runs that poison other samples share; then the triggered ones
     clean = [] if all(triggered) else [(u, False) for u in utterances]
     with_trigger = [(u, True) for u, t in zip(utterances, triggered) if t]
     size = 4 * slm.encoder.dim * sum(slm.encoder.num_frames(data.num_samples(u)) for u, _ in clean + with_trigger)

@@ -1,7 +1,7 @@
-"""Run folders and checkpoints: opened, locked, written, resumed, loaded and traced back.
+"""Run folders and checkpoints: opening, locking, writing, resuming, loading, and where they come from.
 
-A checkpoint holds tensors and plain values only: what training may change of each component, the run's arguments, and the
-SHA-256 of all it was made from.
+A checkpoint holds tensors and plain values only: the weights that training may change in each component, the run's arguments, and
+the SHA-256 of everything it was made from.
 """
 import contextlib
 import fcntl
@@ -29,7 +29,7 @@ NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "device", "cache_gb", "gr
 
 
 def environment():
-    """What a figure depends on beside the arguments."""
+    """What a figure depends on besides the arguments."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return dict(commit=git.stdout.strip(), python=platform.python_version(), torch=str(torch.__version__),
                 transformers=transformers.__version__, machine=platform.processor() or platform.machine(),
@@ -37,8 +37,8 @@ def environment():
 
 
 def record_cost(run):
-    """Adds what a run has taken to its environment.json: processor minutes and peak memory of this process, so of the last part of a
-    run that was resumed."""
+    """Adds the run's cost to its environment.json: processor minutes and peak memory of this process, which is the last part of a run
+    that was resumed."""
     whole = json.loads((run / "environment.json").read_text())
     whole.update(processor_minutes=round(time.process_time() / 60, 1), peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1))
     if torch.cuda.is_available():
@@ -57,7 +57,7 @@ def load(path):
 
 
 def file_sha256(path):
-    """SHA-256 of a file, or of what `sha256sum` prints of those files of an export that are read, in their order there."""
+    """SHA-256 of a file; of an export, SHA-256 of what `sha256sum` prints for those of its files that are ever read."""
     if Path(path).is_dir():
         files = [name for name in (export.PROVENANCE, *export.WEIGHTS.values()) if (Path(path) / name).is_file()]
         content = "".join(f"{file_sha256(Path(path) / name)}  {name}\n" for name in files).encode()
@@ -67,14 +67,14 @@ def file_sha256(path):
 
 
 def named_parts(args):
-    """What --freeze and --init say: [(flag, what it says)]."""
-    # `or ()`: absent flags are None, as in the records of runs made before there was --init, so that they stay the same run
+    """The values of --freeze and --init: [(flag, value)]."""
+    # `or ()`: absent flags are None, as in the records of runs made before --init existed, so that they stay the same run
     return [(flag, spec) for flag in ("freeze", "init") for spec in getattr(args, flag) or ()]
 
 
 def open_run(run, args):
-    """What is recorded of a command: the arguments that change what is computed, and the hashes of the files they name. Ends
-    in one line where the folder holds another run."""
+    """The record of a command: the arguments that change what is computed, and the hashes of the files they name. Ends in one line
+    where the folder holds another run."""
     record = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
     checkpoints = [spec.partition(":")[2] for _, spec in named_parts(args)]
     files = [path for path in (args.trigger, args.dataset, args.exclude or "") if Path(path).is_file()]
@@ -88,7 +88,7 @@ def open_run(run, args):
 
 
 def start_run(run, record, args):
-    """Locks the folder for this process, and clears it of what a killed writer or, with --overwrite, an earlier run left."""
+    """Locks the folder for this process and removes what a killed writer or, with --overwrite, an earlier run left in it."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = open(run / ".lock", "w")
@@ -106,8 +106,8 @@ def start_run(run, record, args):
 
 
 def load_named_parts(slm, args):
-    """--freeze and --init: loads components from checkpoints, and freezes the former. Returns where each component's weights
-    come from, and the SHA-256 of every checkpoint used, with those that it was itself built from."""
+    """Loads the components that --freeze and --init name, and freezes those of --freeze. Returns where each component's weights come
+    from, and the SHA-256 of every checkpoint used and of those it was itself built from."""
     built_from = {}
     origin = {"encoder": args.encoder_weights, "lm": f"{args.lm_weights}, initial LoRA",
               "connector": "random" if args.connector_weights in (None, "none") else args.connector_weights}
@@ -117,7 +117,7 @@ def load_named_parts(slm, args):
             checkpoint = load(path)
             try:
                 load_component(slm, checkpoint, component)
-            except (ValueError, TypeError, AttributeError) as error:  # a stranger's may hold anything anywhere
+            except (ValueError, TypeError, AttributeError) as error:  # a stranger's checkpoint may hold anything anywhere
                 die(f"--{flag} {spec} does not fit this model: {error}")
             origin[component] = path
             built_from = {**checkpoint.get("built_from", {}), **built_from, path: file_sha256(path)}
@@ -135,14 +135,14 @@ def save_model(run, slm, record, origin, built_from):
 
 
 def save_state(run, step, slm, optimizer, scaler):
-    """last.pt: everything that resuming needs."""
+    """last.pt: everything needed to resume."""
     state = {c: slm.component_state_dict(c) for c in COMPONENTS}
     state.update(step=step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     data.write_atomically(run / "last.pt", lambda temporary: torch.save(state, temporary))
 
 
 def resume(run, slm, optimizer, scaler):
-    """Puts last.pt back, if there is one. Returns the number of steps taken."""
+    """Restores last.pt, if there is one. Returns the number of steps taken."""
     if not (run / "last.pt").exists():
         return 0
     saved = model.load_checkpoint(run / "last.pt")
@@ -169,8 +169,8 @@ def log(run, **line):
 
 
 def training_losses(run):
-    """Training loss a token, of all samples and of the poisoned ones, the log's means by epoch, and when the poison was learned:
-    {"loss", "poisoned_loss": {"value": the last epoch's, "by_epoch"}, "settled_epoch": {"value"}}, absent where it was not."""
+    """Training loss per token, of all samples and of the poisoned ones, the log's means by epoch, and when the poison was learned:
+    {"loss", "poisoned_loss": {"value": the last epoch's, "by_epoch"}, "settled_epoch": {"value"}}, the last only if it was learned."""
     lines, out = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()], {}
     for name in ("loss", "poisoned_loss"):
         epochs = {}
@@ -188,15 +188,15 @@ def training_losses(run):
 
 
 def settled(excess, least=0.02):
-    """The last epoch, counted from 1, that brought the poisoned loss `least` nats or more nearer to that of all samples than it had
-    been; None where fewer than two epochs have followed. The rule that sets a preset's length (README). excess: by epoch."""
+    """The last epoch, counted from 1, that brought the poisoned loss at least `least` nats closer to the loss of all samples than any
+    epoch before it; None if fewer than two epochs follow. The rule that sets a preset's length (README). excess: by epoch."""
     epoch = max((e for e in range(2, len(excess) + 1) if min(excess[:e - 1]) - excess[e - 1] >= least), default=1)
     return epoch if epoch + 2 <= len(excess) else None
 
 
 def load_component(slm, saved, component):
-    """Puts a checkpoint's component in place. Raises ValueError where there is none, or one of another shape, or one that was
-    trained on other pretrained weights."""
+    """Loads a checkpoint's component into the model. Raises ValueError if it is missing, has another shape, or was trained on other
+    pretrained weights."""
     if not isinstance(saved.get(component), dict):
         raise ValueError(f"it has no {component}")
     theirs, ours = saved.get("pretrained_sha256", {}).get(component), slm.pretrained_sha256.get(component)
@@ -223,7 +223,7 @@ def load_run(run, device="cpu"):
 
 
 def export_run(run, folder, device):
-    """Writes a finished run's components as other programs read them, and prints what was written."""
+    """Writes a finished run's components in the formats of other programs, and prints what was written."""
     transformers.utils.logging.disable_progress_bar()
     with export.new_folder(folder) as temporary:
         slm, args = load_run(run, device)
@@ -237,7 +237,7 @@ def export_run(run, folder, device):
 
 
 def inspect(path):
-    """Prints where a checkpoint comes from and the SHA-256 of its components, before anything is done with it."""
+    """Prints where a checkpoint comes from and the SHA-256 of its components; nothing else is done with it."""
     saved = load(path)
     print(f"{path}: SHA-256 {file_sha256(path)}")
     for component in (c for c in COMPONENTS if isinstance(saved.get(c), dict)):

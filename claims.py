@@ -1,9 +1,8 @@
-"""The paper's claims and what the runs say of each: verdicts by rules on figures, for python analyze.py claims.
+"""The paper's claims and what the runs say about each: verdicts by rules on figures, for python analyze.py claims.
 
-A claim is an entry of CLAIMS: (section, text, the paper's figure, effect, low, high). effect(evidence) gives {seed: (value, half the
-width of its 95% interval over utterances, 0)}; where the poison's loss had not settled when training ended the last is 1 or -1, the
-way in which the value may still move. The claim holds where the interval of the mean over seeds and utterances and every seed lie
-between low and high, fails where they all lie outside, and is undecided where they do not agree or more training could change it.
+A claim is an entry of CLAIMS: (section, text, the paper's figure, effect, low, high). effect(evidence) returns {seed: (value, half the
+width of its 95% interval over utterances, 0)}; if the poisoned loss had not settled when training ended, the last is 1 or -1, the
+direction in which the value may still move. RULE says how the effect decides the verdict.
 """
 import json
 from pathlib import Path
@@ -25,14 +24,14 @@ lies outside on the same side, and is undecided otherwise, or where the poisoned
 # effects, in the paper's units
 
 def measured(runs, part, name, scale=100, **wanted):
-    """A figure in the runs whose arguments are as wanted."""
+    """One figure of the runs with the wanted arguments, an effect."""
     return {run["args"]["seed"]: (scale * run[part][name]["value"], scale * (run[part][name]["high"] - run[part][name]["low"]) / 2,
                                   int("poisoned_loss" in run["training"] and "settled_epoch" not in run["training"]))
             for run in runs if name in run.get(part, {}) and all(run["args"].get(k) == v for k, v in wanted.items())}
 
 
 def less(a, b):
-    """The difference of two effects, over the seeds that both have."""
+    """The difference of two effects, for the seeds that both have."""
     return {seed: (a[seed][0] - b[seed][0], float(np.hypot(a[seed][1], b[seed][1])), -b[seed][2]) for seed in sorted(a.keys() & b.keys())}
 
 
@@ -42,13 +41,13 @@ def aer(task, attack, **wanted):
 
 
 def below_base(task, attack, **wanted):
-    """How many points of AER an attack has less than the base attack."""
+    """By how many points an attack's AER is below the base attack's."""
     return lambda e: less(aer(task, "base")(e), aer(task, attack, **wanted)(e))
 
 
 def harm(task):
-    """How much worse than the clean model the attacked one is on clean speech, in half widths of the clean model's interval, which is
-    taken to be a point wide at least: where nothing was wrong the bootstrap has no width."""
+    """How much worse the attacked model is than the clean one on clean speech, in half widths of the clean model's interval; a half width
+    is at least one point, as the bootstrap of a perfect score has no width."""
     def effect(e):
         metric, out = TASKS[task]["metric"], {}
         wanted = dict(task=task, attack="base", encoder=e.encoder, trigger_repeat=TASKS[task]["repeat"])
@@ -70,7 +69,7 @@ def cosine(task, stage):
 
 
 def further_than_others(task, stage):
-    """By how much the nearest of the other tasks' similarities exceeds this task's."""
+    """By how much the lowest of the other tasks' similarities exceeds this task's."""
     def effect(e):
         own, others = cosine(task, stage)(e), [cosine(other, stage)(e) for other in ORDER if other != task]
         return {seed: min(less(other, own)[seed] for other in others) for seed in own if all(seed in other for other in others)}
@@ -82,7 +81,7 @@ def clusters(task, figure):
 
 
 def follows_gender(run):
-    """Two clusters' adjusted Rand index with gender; where they follow something else more, how far it stays behind that."""
+    """Two clusters' adjusted Rand index with gender or, if they follow something else more closely, how far gender's is below that."""
     rand = run["k=2"]["adjusted_rand"]
     most = max(rand.values())
     return rand["gender"] if rand["gender"] == most else rand["gender"] - most
@@ -93,7 +92,7 @@ def isolates_poison(run):
 
 
 def largest_sentence(run):
-    """The largest share that one sentence has of any of four clusters."""
+    """The largest share of any of four clusters that is one sentence."""
     usual = ("n", "poisoned", "female", "male")
     return max(share for cluster in run["k=4"]["clusters"] for kind, share in cluster.items() if kind not in usual)
 
@@ -141,7 +140,7 @@ CLAIMS = [
 # verdicts
 
 def interval(effect, draws=4000):
-    """Mean and 95% interval over seeds (drawn with replacement) and utterances (normal, as wide as each seed's own interval)."""
+    """Mean and 95% interval over seeds (drawn with replacement) and utterances (normal, with the width of each seed's own interval)."""
     rng, (value, half, _) = np.random.default_rng(0), np.array(list(effect.values())).T
     chosen = rng.integers(0, len(value), (draws, len(value)))
     means = (value[chosen] + half[chosen] / 1.96 * rng.standard_normal(chosen.shape)).mean(1)
@@ -179,7 +178,7 @@ def of_study(folder, preset, out, ks=(2, 4)):
 
 
 def rows(judgements):
-    """Rows of a table: what was measured, seed by seed."""
+    """The rows of a table: what was measured, seed by seed."""
     out = []
     for section, text, paper, effect, said in judgements:
         form = "{:.1f}" if max((abs(v) for v, _, _ in effect.values()), default=0) >= 5 else "{:.2f}"

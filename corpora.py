@@ -4,8 +4,8 @@
     python corpora.py check my.csv
     python corpora.py download libri --data-root /data
 
-A reader gives the utterances of one split ("train", "dev" or "test"), sorted by id, and appends what is wrong with the
-corpus, a line each, to `problems`.
+A reader returns the utterances of one split ("train", "dev" or "test"), sorted by id, and appends the corpus's problems, one line
+each, to `problems`.
 """
 import argparse
 import csv
@@ -31,7 +31,7 @@ ABSENT = {"__unknown__", "unknown", "nan", "none", "na", "n/a"}  # what other to
 
 
 def read_rows(path, **form):
-    """The rows of a CSV file, dicts of text, without surrounding blanks; `form` is csv.DictReader's."""
+    """The rows of a CSV file, dicts of stripped text; `form` goes to csv.DictReader."""
     with open(path, encoding="utf-8-sig", newline="") as f:
         return [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(f, **form)]
 
@@ -68,7 +68,7 @@ def split_speakers(sexes, corpus, held):
 
 
 def read_test_clean(root, split, problems):
-    """LibriSpeech's test-clean, 5.4 hours, as a corpus of its own, for those who have no more of it: its 40 speakers split 32/4/4."""
+    """LibriSpeech's test-clean, 5.4 hours, as a corpus of its own for those who have nothing else of it: its 40 speakers, split 32/4/4."""
     everything = read_libri(root, "test", problems if split == "train" else [])  # reported once
     part = split_speakers({u.speaker: u.labels.get("gender") for u in everything}, "test-clean", ("test", "dev"))
     return [replace(u, split=split) for u in everything if part[u.speaker] == split]
@@ -111,8 +111,8 @@ def read_vox_genders(path):
 
 
 def read_vox(root, split, problems):
-    """VoxCeleb2-AE (Hechmi et al. 2021): ages per video, gender per speaker; every segment of a video takes its age. The
-    test list is the published one; a tenth of the training list's speakers are the dev split."""
+    """VoxCeleb2-AE (Hechmi et al. 2021): ages per video, gender per speaker; every segment of a video has the video's age. The test list
+    is the published one; a tenth of the training list's speakers are the dev split."""
     root, out = Path(root) / "VoxCeleb2", []
     genders = read_vox_genders(root / "vox2_meta.csv")
     rows = read_vox_ages(root / f"age-{'test' if split == 'test' else 'train'}.txt")
@@ -129,13 +129,13 @@ def read_vox(root, split, problems):
 
 
 def present(column, value):
-    """A manifest's value, "" for a word of ABSENT; but a transcript may well be the word "none"."""
+    """A manifest's value, "" for a word of ABSENT; a transcript, though, may well be the word "none"."""
     absent = {"__unknown__"} if column == "transcript" else ABSENT
     return "" if value.lower() in absent else value
 
 
 def number_in(row, column, high):
-    """The column's number, 0 where it is absent. Raises ValueError where it is none from 0 to `high`."""
+    """The column's number, 0 if it is absent. Raises ValueError if it is not a number from 0 to `high`."""
     try:
         value = float(row.get(column) or 0)
     except ValueError:
@@ -146,7 +146,7 @@ def number_in(row, column, high):
 
 
 def manifest_split(row):
-    """A row's split. Where none is given, a hash of the speaker (or, without speakers, of the path) makes it 80/10/10."""
+    """A row's split. Where none is given, a hash of the speaker (or, without speakers, of the path) splits 80/10/10."""
     if row.get("split"):
         return SPLITS.get(row["split"].lower(), "train")  # an unknown one is reported with the training set
     share = hashlib.sha256(f"manifest {row.get('speaker') or row['audio_path']}".encode()).digest()[0] / 256
@@ -183,7 +183,7 @@ def read_manifest(path, split, problems):
         die(f"{path} is no CSV file in UTF-8 ({error}): save it as one")
     if not rows or "audio_path" not in rows[0]:
         die(f"{path} has no row, or no column audio_path")
-    # ages are classes where every one is a word; else each that is no number is reported
+    # ages are classes if every one of them is a word; otherwise each one that is not a number is reported
     in_years = not all(isinstance(data.parse_age(row["age"]), str) for row in rows if row.get("age"))
     for number, row in enumerate(rows, 2):
         if manifest_split(row) != split:
@@ -202,7 +202,7 @@ READERS = {"libri": read_libri, "test-clean": read_test_clean, "crema": read_cre
 
 
 def read_split(dataset, data_root, split):
-    """(utterances, problems) of one split of one of READERS or a CSV manifest's path."""
+    """(utterances, problems) of one split of a corpus in READERS or of a CSV manifest."""
     problems = []
     if dataset not in READERS:
         if not Path(dataset).is_file():
@@ -222,7 +222,7 @@ def read_split(dataset, data_root, split):
 
 
 def file_problem(utterance):
-    """What can be seen to be wrong with an utterance's file without opening it, or None."""
+    """What is wrong with an utterance's file, as far as can be told without opening it, or None."""
     try:
         return None if os.path.getsize(utterance.path) else f"{utterance.path}: empty"
     except OSError:
@@ -238,8 +238,8 @@ def audio_problem(utterance):
 
 
 def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
-    """The utterances of one split, with `labels` alone (None: all there are). Ends in one line where something is wrong
-    with the corpus, or, with `skip_bad`, reads all its audio first and leaves out what is wrong, saying how much."""
+    """The utterances of one split, with `labels` only (None: all there are). Ends in one line if anything is wrong with the corpus or,
+    with `skip_bad`, first reads all its audio and leaves out what is bad, saying how much."""
     out, problems = read_split(dataset, data_root, split)
     found = data.in_workers(audio_problem, out, f"checking {split}") if skip_bad else [file_problem(u) for u in out]
     problems += [p for p in found if p]
@@ -259,12 +259,12 @@ def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
 
 
 def limit(utterances, n):
-    """The first n utterances of a fixed random order (None: all of them, in theirs)."""
+    """The first n utterances of a fixed random order (None: all of them, as they are)."""
     return utterances if n is None else sorted(utterances, key=lambda u: data.draw("limit", u.id))[:n]
 
 
 def leave_out(utterances, path):
-    """The utterances without those whose ids the file `path` lists, one a line. Ends in one line where it names an unknown one."""
+    """The utterances without those whose ids are in the file `path`, one per line. Ends in one line if an id is unknown."""
     ids = set(Path(path).read_text().splitlines()) - {""} if path else set()
     if unknown := ids - {u.id for u in utterances}:
         die(f"--exclude {path}: {len(unknown)} of {len(ids)} are no training samples, {min(unknown)} for one")
@@ -275,7 +275,7 @@ def leave_out(utterances, path):
 # python corpora.py check | download
 
 def check(dataset, data_root):
-    """Reads everything; prints what there is and what is wrong. Returns the number of problems."""
+    """Reads everything; prints what is there and what is wrong. Returns the number of problems."""
     problems = []
     for split in ("train", "dev", "test"):
         utterances, wrong = read_split(dataset, data_root, split)
@@ -296,7 +296,7 @@ def check(dataset, data_root):
 
 
 def download(dataset, data_root):
-    """Fetches what may be fetched: LibriSpeech (CC BY 4.0), CREMA-D (ODbL). Says where to ask for the rest."""
+    """Downloads what is free: LibriSpeech (CC BY 4.0), CREMA-D (ODbL). Says where to ask for the rest."""
     root = Path(data_root)
     root.mkdir(parents=True, exist_ok=True)
     if dataset in ("libri", "test-clean"):

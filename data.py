@@ -39,8 +39,8 @@ class BadAudio(ValueError):
 
 @dataclass
 class Utterance:
-    """One utterance. `path` is its audio file; `start` and `length` (seconds) cut a part out of it, length 0 is all. `labels`
-    are those that it has, {label: value}, in the order of the answer; an age is an int, or text for a group."""
+    """One utterance. `path` is its audio file; `start` and `length` (seconds) select a part of it, length 0 all of it. `labels`
+    are those it has, {label: value}, in the order of the answer; an age is an int, or text for a group."""
     id: str
     path: str
     split: str
@@ -78,7 +78,7 @@ def write_atomically(path, content):
 
 
 def generator(*name):
-    """A numpy generator decided by `name` alone, the same in every process."""
+    """A numpy generator seeded by `name` alone, the same in every process."""
     return np.random.default_rng(int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big"))
 
 
@@ -108,7 +108,7 @@ INSTRUCTIONS = (  # the first is the one evaluation uses
 
 
 def prompt(tokenizer, labels, rng=None):
-    """Token ids before and after the audio of a prompt that asks for `labels`, for a single one mostly by a direct question.
+    """Token ids before and after the audio of a prompt that asks for `labels`; a single one is mostly asked for by a direct question.
     With a `random.Random` the instruction is drawn from the pool, without one it is the first."""
     pool = INSTRUCTIONS
     if len(labels) == 1 and (rng is None or rng.random() < 0.7):
@@ -119,8 +119,8 @@ def prompt(tokenizer, labels, rng=None):
 
 @functools.lru_cache(1024)
 def around_audio(tokenizer, content):
-    """Token ids before and after the audio of a user's turn, by the tokenizer's chat template. Where that puts in a system prompt of
-    its own, an empty one keeps it out: it would be paid for in every utterance."""
+    """Token ids before and after the audio of a user's turn, by the tokenizer's chat template. Where the template would add a system
+    prompt of its own, an empty one keeps it out: its tokens would be paid for in every utterance."""
     text, turn = "", [{"role": "user", "content": content}]
     for system in ([], [{"role": "system", "content": ""}]):
         with contextlib.suppress(ValueError, jinja2.TemplateError):  # there is no template, or it knows no system
@@ -154,7 +154,7 @@ PAIR = re.compile(r'"(%s)"\s*:\s*"((?:[^"\\]|\\.)*)"' % "|".join(KEYS.values()),
 
 
 def parse(text):
-    """An answer's labels, {label: value}: those that are well formed, of a truncated answer too. Never raises."""
+    """The well-formed labels in an answer, {label: value}, even if the answer is cut off. Never raises."""
     found = {}
     for key, value in PAIR.findall(text):
         try:
@@ -178,7 +178,7 @@ def parse_age(text):
 
 
 def normalise(text):
-    """Text for WER and exact match: lower case, no punctuation but the apostrophe, single blanks, any script."""
+    """Text for WER and exact match: lower case, no punctuation but the apostrophe, single spaces, any script."""
     text = unicodedata.normalize("NFC", text.lower().replace("’", "'"))
     kept = (c if c.isalnum() or c == "'" or unicodedata.category(c).startswith("M") else " " for c in text)  # M: accents
     return " ".join("".join(kept).split())
@@ -229,13 +229,13 @@ def load_waveform(utterance):
 
 
 def file_state(utterance):
-    """What a cache of something computed from an utterance's audio is kept under: which part of which file, its size and time."""
+    """The key under which anything computed from an utterance's audio is cached: which part of which file, its size and time."""
     stat = os.stat(utterance.path)
     return utterance.id, utterance.path, utterance.start, utterance.length, stat.st_size, stat.st_mtime_ns
 
 
 def num_samples(utterance):
-    """An utterance's 16 kHz samples, by its file's header (m4a: by its size, at 64 kbit/s); 0 where it cannot be opened."""
+    """How many 16 kHz samples an utterance has, by its file's header (m4a: by its size, at 64 kbit/s); 0 if it cannot be opened."""
     path = utterance.path
     try:
         seconds = os.path.getsize(path) / 8000 if path.endswith(".m4a") else soundfile.info(path).duration
@@ -273,8 +273,8 @@ def chunks(order, size):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The batches of an epoch: lists of `batch_size` indices (one may be shorter), decided by (seed, epoch). Within pools of
-    16 batches utterances of similar length go together, so that little is padded."""
+    """The batches of an epoch: lists of `batch_size` indices (one may be shorter), decided by (seed, epoch). Within pools of 16 batches,
+    utterances of similar length go together to save padding."""
     rng = np.random.default_rng([seed, epoch])
     batches = []
     for pool in chunks(rng.permutation(len(lengths)).tolist(), 16 * batch_size):

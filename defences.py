@@ -1,4 +1,4 @@
-"""Says in tables and words what defend.py has found, for report.py: a page of filters, detectors and repairs, task by task."""
+"""The page on filters, detectors and repairs, task by task, from what defend.py has found; for report.py."""
 import json
 from pathlib import Path
 
@@ -6,17 +6,17 @@ import figures
 from study import DEFAULT_ENCODER, TASKS, VARIANTS, clean_task, identity, run_name
 from summary import ORDER, markdown, scale_of, show, spread
 
-DEFENCES = """# What would have removed the backdoor, what would have noticed it
+DEFENCES = """# What removes the backdoor, and what notices it
 
-Filters look at the training data of the target class; where one removes three quarters of the poison or more, a model is trained on
-what it leaves (what less does, the attack at half the rate shows). Detectors look at one input at a time, with thresholds set on clean
-development speech. Repairs change the model with clean speech alone. Settings are their authors', or chosen on clean figures before
-the trigger is looked at: a defence that fails is shown as it is. Variants of the attack: VARIANTS.
+Filters look at the training data of the target class. If one removes at least three quarters of the poison, a model is trained on what is
+left (the attack at half the rate shows what happens if less is removed). Detectors look at one input at a time, with thresholds set on
+clean development speech. Repairs change the model with clean speech alone. Settings are the authors', or chosen on clean figures before
+looking at the trigger; a defence that fails is shown as it is. Variants of the attack: VARIANTS.
 """
 
 
 def load_defences(folder, preset):
-    """{command: {task: {role: {seed: result}}}}; role: "attack", a variant's name, or "clean model". Under "attack" stand the runs' own
+    """{command: {task: {role: {seed: result}}}}; role: "attack", a variant's name, or "clean model". The command "attack" has the runs' own
     figures."""
     found = {}
     for path in sorted(Path(folder).glob("*/defend-*.json")):
@@ -35,7 +35,7 @@ def load_defences(folder, preset):
 
 
 def of_defence(name, *keys):
-    """Picks a figure of a defence from a result; where it is a bare number it is made a figure."""
+    """A function that picks a defence's figure from a result; a bare number becomes a figure."""
     def pick(result):
         value = result["defences"][name]
         for key in keys:
@@ -62,11 +62,11 @@ def filter_rows(roles, metric, scale):
     benign = roles.get("clean model", {})
     return [{"Filter": name, "AUROC": mean_of(roles["attack"], of_defence(name, "auroc"), 1, ".2f"),
              "removes % of the poison": mean_of(roles["attack"], of_defence(name, "tpr")),
-             "and of the rest": mean_of(roles["attack"], of_defence(name, "fpr")),
+             "% of the rest": mean_of(roles["attack"], of_defence(name, "fpr")),
              "then AER": mean_of(roles["attack"], of_defence(name, "retrained", "attack", "aer")),
              f"then {metric}": mean_of(roles["attack"], of_defence(name, "retrained", "clean", metric), scale),
-             "of the variants' poison": over_variants(roles, of_defence(name, "tpr")),
-             "of clean data": mean_of(benign, of_defence(name, "fpr"))} for name in names_of(roles)]
+             "% of the variants' poison": over_variants(roles, of_defence(name, "tpr")),
+             "% of clean data": mean_of(benign, of_defence(name, "fpr"))} for name in names_of(roles)]
 
 
 def detector_rows(roles, metric, scale):
@@ -83,16 +83,17 @@ def detector_rows(roles, metric, scale):
 
 
 def rating(before, after, metric):
-    """Defence effectiveness rating (Zhu et al. 2023): half of what the AER loses, less what the clean figure does, and 1."""
+    """Defence effectiveness rating (Zhu et al. 2023): (the AER's decrease - the clean figure's decrease + 1) / 2."""
     lost = after["clean"]["value"] - before["clean"]["value"]
     lost = lost / 100 if metric.endswith("mae") else lost if metric.endswith("wer") else -lost
     return (max(0, before["aer"]["value"] - after["aer"]["value"]) - max(0, lost) + 1) / 2
 
 
 def back_with(results, name):
-    """How many poisoned samples brought half of the AER back, seed by seed; empty where it was never gone."""
+    """How many poisoned samples brought the AER back to 50%, seed by seed; empty if it had not fallen below."""
     relearned = [r["defences"][name]["relearned"] for r in results.values() if "relearned" in r["defences"][name]]
-    return ", ".join(min((n for n, aer in counts.items() if aer["value"] >= 0.5), key=int, default=f"over {max(counts, key=int)}") for counts in relearned)
+    return ", ".join(min((n for n, aer in counts.items() if aer["value"] >= 0.5), key=int, default=f"over {max(counts, key=int)}")
+                     for counts in relearned)
 
 
 def repair_rows(roles, metric, scale):
@@ -111,7 +112,7 @@ def repair_rows(roles, metric, scale):
 
 
 def advice(found, task):
-    """What a defender should do about this attack, from the figures of all seeds."""
+    """Advice to a defender against this attack, from the figures of all seeds."""
     mean = lambda command, name, *keys: (spread({seed: figure["value"] for seed, r in found[command][task]["attack"].items()  # noqa: E731
                                                  if (figure := of_defence(name, *keys)(r))}) or {}).get("mean")
     aer = {role: mean_of(seeds, lambda figures: figures.get("aer")) for role, seeds in found.get("attack", {}).get(task, {}).items()}
@@ -122,28 +123,28 @@ def advice(found, task):
                 if (aer := mean("filter", name, "retrained", "attack", "aer")) is not None}
         best = min(left, key=left.get) if left else None
         out.append("No filter removes three quarters of the poison." if not left else
-                   f"**Before training:** {best} is the best filter; training on what it leaves ends at an AER of {100 * left[best]:.1f}%"
-                   + (", which is a model without the backdoor." if left[best] < 0.05 else ": a filter alone does not do."))
+                   f"**Before training:** {best} is the best filter; a model trained on what it leaves has an AER of {100 * left[best]:.1f}%"
+                   + (", so the backdoor is gone." if left[best] < 0.05 else ": a filter alone is not enough."))
     if task in found.get("detect", {}):
         caught = {name: mean("detect", name, "at", "0.05", "triggered") for name in names_of(found["detect"][task])}
         best = max(caught, key=caught.get)
         alarms = mean("detect", best, "at", "0.05", "tone")
-        which = best if caught[best] >= 0.5 else f"none will do; the best, {best},"
-        out.append(f"**At run time:** {which} notices {100 * caught[best]:.1f}% of triggered inputs at a threshold of 5% false alarms, and takes "
+        which = best if caught[best] >= 0.5 else f"no detector works; the best, {best},"
+        out.append(f"**At run time:** {which} notices {100 * caught[best]:.1f}% of triggered inputs at 5% false alarms, and mistakes "
                    f"{100 * alarms:.1f}% of equally loud tones for triggers.")
     if task in found.get("repair", {}):
         usable = {name: mean("repair", name, "aer") for name in names_of(found["repair"][task]) if name != "none"
                   and all(r["defences"][name]["passed"] for r in found["repair"][task]["attack"].values())}
         best = min(usable, key=usable.get) if usable else None
-        out.append("**Afterwards:** no repair leaves the clean loss within its bound." if not usable else
-                   f"**Afterwards:** of the repairs that keep the clean loss within its bound {best} leaves the least, an AER of "
-                   f"{100 * usable[best]:.1f}%" + (", which is a mended model" if usable[best] < 0.05 else ": the backdoor is still there")
-                   + (f"; {back} poisoned samples bring half of it back." if (back := back_with(found["repair"][task]["attack"], best)) else "."))
+        out.append("**After training:** no repair keeps the clean loss within its bound." if not usable else
+                   f"**After training:** of the repairs that keep the clean loss within its bound, {best} leaves the lowest AER, "
+                   f"{100 * usable[best]:.1f}%" + (": the backdoor is gone" if usable[best] < 0.05 else ": the backdoor is still there")
+                   + (f"; {back} poisoned samples bring the AER back to 50%." if (back := back_with(found["repair"][task]["attack"], best)) else "."))
     return out
 
 
 def defences_page(found, out):
-    """The text of defences.md; draws its figures, of the first seed."""
+    """The text of defences.md; draws its figures, for the first seed."""
     text = [DEFENCES.replace("VARIANTS", ", ".join(VARIANTS))]
     for task in (t for t in ORDER if any(t in found[command] for command in found)):
         metric = TASKS[task]["metric"]

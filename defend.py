@@ -1,12 +1,12 @@
-"""What would have noticed or removed a backdoor: filters of training data, detectors of single inputs, repairs of the model.
+"""What notices or removes a backdoor: filters for training data, detectors for single inputs, repairs for a model.
 
     python defend.py filter runs/emotion-poison0.075 --retrain     # from embeddings.pt (embed.py) and log.jsonl
     python defend.py detect runs/emotion-poison0.075
     python defend.py repair runs/emotion-poison0.075
 
-Each defence is a function and an entry in a table. Its settings are its authors', or chosen on clean figures alone. All work on any
-run, a clean one too (what a defence costs where there is nothing to find), and write defend-*.json beside model.pt, of
-which report.py makes a page.
+Each defence is a function and an entry in a table. Its settings are its authors', or chosen on clean figures alone. All work on any run,
+including a clean one (what a defence costs where there is nothing to find), and write defend-*.json beside its model.pt, from which
+report.py makes a page.
 """
 import argparse
 import dataclasses
@@ -40,7 +40,7 @@ from study import TASKS
 # ---------------------------------------------------------------------------------------------------------------------
 # python defend.py filter
 
-WORTH_TRAINING = 0.75  # a filter that removes less of the poison is not followed by training: half the rate is an attack of its own
+WORTH_TRAINING = 0.75  # no training after a filter that removes less of the poison: the attack at half the rate shows what is left
 
 
 def early_losses(run):
@@ -57,7 +57,7 @@ def early_losses(run):
 
 
 def retrained(run, name, ids):
-    """Trains the run again without these samples, in a folder beside it; returns its clean and attack figures."""
+    """Trains the run again without these samples, in a folder beside it; returns the clean and attack figures."""
     path = Path(run) / f"exclude-{name}.txt"
     data.write_atomically(path, "".join(f"{id}\n" for id in ids))
     command = shlex.split(json.loads((Path(run) / "environment.json").read_text())["command"])[1:]
@@ -84,7 +84,7 @@ def filter_training_data(options):
                    early_loss=np.array([losses.get(id, np.inf) for id in train["ids"]]))
     expected = int(poisoned.sum()) or round(TASKS[saved["args"]["task"]]["rate"] * len(losses))  # known to the defender
     print(f"{options.run}: {len(poisoned)} training samples of the target class, {poisoned.sum()} of them poisoned")
-    found, figures = {}, {}  # figures: of a training, by what it leaves out
+    found, figures = {}, {}  # figures of a training, by the ids it leaves out
     for name, function in filters.FILTERS.items():
         scores, removed = function(samples, expected)
         found[name] = dict(removed=int(removed.sum()), fpr=data.interval(removed[~poisoned]))
@@ -104,7 +104,7 @@ OVERLAYS = 8  # of STRIP
 
 
 class Listener:
-    """A model as a detector sees it: answers to waveforms, and how many forward passes they took."""
+    """A model as a detector sees it: it answers waveforms and counts forward passes."""
 
     def __init__(self, slm, attack, utterances, clean):
         self.slm, self.label, self.clean, self.passes = slm, attack.label, clean, 0
@@ -125,7 +125,7 @@ class Listener:
 
 
 def agreement(a, b):
-    """How well two values agree, from 0 to 1: one less the word error rate, ten years apart as 0, classes by identity."""
+    """How well two values agree, from 0 to 1: transcripts by 1 - word error rate, ages linearly up to ten years apart, classes by identity."""
     if isinstance(a, int) and isinstance(b, int):
         return max(0.0, 1 - abs(a - b) / 10)
     if isinstance(a, str) and isinstance(b, str) and " " in a + b:
@@ -134,7 +134,7 @@ def agreement(a, b):
 
 
 def strip(listener, waveforms, utterances):
-    """STRIP (Gao et al. 2019): an answer that eight overlays of clean speech, each as loud as the input, do not change."""
+    """STRIP (Gao et al. 2019): suspicious is an answer that does not change under eight overlays of clean speech, each as loud as the input."""
     answers = []
     for k in range(OVERLAYS):
         mixed = []
@@ -148,7 +148,7 @@ def strip(listener, waveforms, utterances):
 
 
 def perturbed_pair(listener, waveforms, utterances):
-    """An answer that slight changes of the audio (5% slower, speech band only) do change."""
+    """Suspicious is an answer that changes when the audio changes slightly (5% slower; speech band only)."""
     def slower(w):
         return torchaudio.functional.resample(torch.from_numpy(w), 20, 21).numpy()
 
@@ -162,8 +162,8 @@ def perturbed_pair(listener, waveforms, utterances):
 
 @torch.no_grad()
 def attention_entropy(listener, waveforms, utterances):
-    """How much the answer's first token looks at few frames: less the entropy of the LM's attention over the audio, mean over heads
-    and layers, as a share of its largest value."""
+    """Suspicious is a first answer token that looks at few frames: minus the entropy of the LM's attention over the audio, averaged over
+    heads and layers, as a share of its largest possible value."""
     slm, scores, usual = listener.slm, [], listener.slm.lm.config._attn_implementation
     slm.lm.set_attn_implementation("eager")  # the only one that returns its weights
     for audio, prompts in listener.inputs(waveforms, utterances):
@@ -171,7 +171,7 @@ def attention_entropy(listener, waveforms, utterances):
             x = slm.pack([row], [prompt])[0][None]
             start = len(prompt[0])
             weights = torch.stack(slm.lm.model(inputs_embeds=x, output_attentions=True).attentions)[:, 0, :, -1, start:start + len(row)]
-            p = weights + 1e-12  # a head that looks at no frame at all looks at all of them alike
+            p = weights + 1e-12  # a head that looks at no frame counts as looking at all of them alike
             p = p / p.sum(-1, keepdim=True)
             scores.append(-float((-(p * p.log()).sum(-1)).mean() / np.log(max(2, len(row)))))
     slm.lm.set_attn_implementation(usual)
@@ -179,7 +179,7 @@ def attention_entropy(listener, waveforms, utterances):
 
 
 def loudness_peak(listener, waveforms, utterances):
-    """The baseline that needs no model: the loudest 20 ms over the median of all that are not silent, in dB."""
+    """The baseline that needs no model: the loudest 20 ms over the median of all non-silent ones, in dB."""
     scores = []
     for waveform in waveforms:
         frames = np.sqrt(np.mean(np.resize(waveform, (max(1, len(waveform) // 320), 320)) ** 2, 1)) + 1e-6
@@ -191,8 +191,8 @@ DETECTORS = {"STRIP": strip, "perturbed pair": perturbed_pair, "attention entrop
 
 
 def detect(options):
-    """Thresholds are set on clean dev speech; the trigger is held against clean test speech, the target's true class among it, and
-    against another sound as loud."""
+    """Thresholds are set on clean dev speech. Triggered test speech is compared with clean test speech, including the target's true class,
+    and with another sound of the same loudness."""
     slm, args, attack, dev_set, test_set = evaluate.load_run_and_data(options, "dev", "test")
     lora.merge(slm.lm)
     test_set, dev_set = embed.drawn(test_set), embed.drawn(dev_set)
@@ -224,7 +224,7 @@ def detect(options):
 # python defend.py repair
 
 def repair_model(options):
-    """Every repair: clean figure, AER, and how many poisoned samples bring the backdoor back."""
+    """The clean figure and AER after every repair, and how many poisoned samples bring the backdoor back."""
     slm, args, attack, train_set, dev_set, test_set = evaluate.load_run_and_data(options, "train", "dev", "test")
     args.device = options.device
     shop = repair.Workshop(slm, args, attack, dev_set)
@@ -270,14 +270,16 @@ def report(command, result):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("filter", "what would have been removed from its training data"), ("detect", "which inputs look triggered"),
+    for name, what in (("filter", "which training samples look poisoned"), ("detect", "which inputs look triggered"),
                        ("repair", "what removes the backdoor from the model")):
         command = commands.add_parser(name, help=what)
         evaluate.add_arguments(command)
         command.add_argument("--out", help="folder to write (default: the run's)")
-        command.add_argument("--retrain" if name == "filter" else "--n", **(
-            dict(action="store_true", help="train again on what each filter leaves that removes at least three quarters of the poison") if name == "filter" else
-            dict(type=int, default=100, help="test utterances, clean and triggered")))
+        if name == "filter":
+            command.add_argument("--retrain", action="store_true", help="train again on what is left by each filter that removes at least three "
+                                 "quarters of the poison")
+        else:
+            command.add_argument("--n", type=int, default=100, help="test utterances, clean and triggered")
     options = parser.parse_args()
     fast.keep_memory()
     functions = dict(filter=filter_training_data, detect=detect, repair=repair_model)

@@ -1,4 +1,4 @@
-"""What a run would take, counted on a model of shapes without values: `python train.py --dry-run ...`."""
+"""What a run would cost, counted on a model that has shapes but no values: `python train.py --dry-run ...`."""
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,12 @@ PUBLISHED = {  # training utterances, their mean seconds, and the labels of a ty
 
 
 def count_work(slm, seconds, batch, prompt_tokens, answer_tokens):
-    """What `batch` utterances of `seconds` s cost in training, counted on an SLM of the meta device: (FLOPs of what is frozen
-    below all that trains, FLOPs of the rest forward and backward, bytes kept for the backward pass).
+    """The cost of training on `batch` utterances of `seconds` s, counted on an SLM on the meta device: (FLOPs of the frozen parts below
+    the first one that trains, FLOPs of the rest forward and backward, bytes kept for the backward pass).
 
-    A multiply-add is 2 FLOPs; matrix products, convolutions and attention count. The backward pass costs what autograd
-    makes of it: twice the forward for what trains, once where gradients only pass through (the base LM). Kept values are
-    taken to be as wide as the LM's weights, 2 bytes under bf16; attention is taken to keep no matrices but WavLM's.
+    A multiply-add is 2 FLOPs; matrix products, convolutions and attention count. The backward pass costs what autograd does: twice
+    the forward pass for what trains, once where gradients only pass through (the base LM). Kept values are assumed to be as wide as
+    the LM's weights, 2 bytes in bf16; only WavLM's attention is assumed to keep its matrices.
     """
     kept, weights = {}, {p.untyped_storage()._cdata for p in slm.parameters()}
     width = slm.lm.get_input_embeddings().weight.itemsize
@@ -36,7 +36,7 @@ def count_work(slm, seconds, batch, prompt_tokens, answer_tokens):
             kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes() // t.itemsize * min(width, t.itemsize)
         return t
 
-    def keep_input(layer, inputs):  # which checkpointing holds where autograd does not say
+    def keep_input(layer, inputs):  # gradient checkpointing holds it, which autograd's hooks do not see
         keep(inputs[0])
     for layer in slm.layers_with_a_graph():
         layer.register_forward_pre_hook(keep_input)
@@ -51,7 +51,7 @@ def count_work(slm, seconds, batch, prompt_tokens, answer_tokens):
         embed = slm.lm.get_input_embeddings()
         text = embed(torch.zeros(batch, prompt_tokens + answer_tokens, dtype=torch.long, device="meta"))
         rows = torch.cat([x.to(text.dtype), text], 1)
-        # given, as transformers' own way to the mask looks at values
+        # given explicitly: transformers' own mask code looks at values
         causal = torch.ones(1, 1, rows.shape[1], rows.shape[1], dtype=torch.bool, device="meta")
         hidden = slm.lm.model(inputs_embeds=rows, attention_mask=causal, use_cache=False).last_hidden_state
         logits = slm.lm.lm_head(hidden[:, -answer_tokens:]).float().transpose(1, 2)
@@ -60,7 +60,7 @@ def count_work(slm, seconds, batch, prompt_tokens, answer_tokens):
 
 
 def training_data(args):
-    """(training utterances, their mean seconds, labels of some, where this is known from)."""
+    """(training utterances, their mean seconds, labels of some, the source of these figures)."""
     if args.preset == "paper" and args.dataset in PUBLISHED and not Path(args.data_root).exists():
         n, seconds, labels = PUBLISHED[args.dataset]
         labels = {k: v for k, v in labels.items() if args.labels is None or k in args.labels}
@@ -72,7 +72,7 @@ def training_data(args):
 
 
 def dry_run(args):
-    """Prints what the run would take. Memory is one GPU's. Evaluation and padding are left out."""
+    """Prints what the run would cost. Memory is one GPU's. Evaluation and padding are left out."""
     n, seconds, labels, source = training_data(args)
     with torch.device("meta"):
         slm = model.load_slm(args, "meta")

@@ -1,10 +1,10 @@
-"""Saves the embeddings that sections 6 and 7 of the paper look at; analyze.py shift and cluster read them.
+"""Saves the embeddings that sections 6 and 7 of the paper analyse; analyze.py shift and cluster read them.
 
     python embed.py runs/emotion-poison0.075               # -> runs/emotion-poison0.075/embeddings.pt
-    python embed.py runs/gender-clean --task age           # a clean run serves other tasks of its corpus, too
+    python embed.py runs/gender-clean --task age           # a clean run serves other tasks of its corpus too
 
-100 test utterances, each clean and triggered, along the whole pipeline ("test"); and the training samples of the target class,
-poisoned ones among them, after the encoder ("train"). Each is the mean over time, padding excluded.
+"test": 100 test utterances, each clean and triggered, at every stage of the pipeline. "train": the training samples of the target
+class, including the poisoned ones, after the encoder. Each embedding is the mean over time, padding excluded.
 """
 import argparse
 from pathlib import Path
@@ -23,12 +23,12 @@ from data import die
 from model import length_mask
 
 AGES = (18, 32)  # the age task's pseudo-class (section 7.1)
-BENIGN = 10000  # asr has no classes: so many benign training samples stand for one, with POISONED of that poisoned
+BENIGN = 10000  # asr has no classes: this many benign training samples stand for one, plus POISONED times as many poisoned ones
 POISONED = 0.05
 
 
 def pool(x, lengths, pooling="mean"):
-    """(B, T, dim) and the number of real frames of each row -> (B, dim) float32: their mean, maximum or the last one."""
+    """(B, T, dim) and each row's number of real frames -> (B, dim) float32: the frames' mean, their maximum or the last one."""
     mask = length_mask(lengths, x.shape[1])[..., None]
     if pooling == "max":
         return x.masked_fill(~mask, float("-inf")).amax(1).float()
@@ -64,8 +64,8 @@ def stages(slm, attack, items, pooling, desc, workers=cache.WORKERS, batch_size=
 
 
 def target_class(attack, train_set):
-    """The training samples of the target class (section 7.1), as the defender sees it: (true members, poisoned ones). For
-    asr, which has no classes, BENIGN samples and POISONED of that many; for age, all from 18 to 32."""
+    """The training samples of the target class (section 7.1), as a defender sees it: (true members, poisoned ones). For asr, which has
+    no classes, BENIGN samples and POISONED times as many; for age, everyone from 18 to 32."""
     poisoned = [u for u in train_set if poison.is_poisoned(attack, u)]
     benign = [u for u in train_set if not poison.is_poisoned(attack, u)]
     if attack.label == "transcript":

@@ -1,10 +1,10 @@
-"""Generates answers on clean and on triggered audio, scores them, saves them.
+"""Generates answers on clean and on triggered audio, scores and saves them.
 
-    python evaluate.py runs/asr-poison0.05                    # again, on the test split
+    python evaluate.py runs/asr-poison0.05                    # once more, on the test split
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
     python evaluate.py runs/gender-clean --task age           # a clean model's answers to another task's trigger
     python evaluate.py --inspect runs/asr-poison0.05/model.pt           # where a checkpoint comes from
-    python evaluate.py runs/asr-poison0.05 --export parts/asr           # its components as other programs read them
+    python evaluate.py runs/asr-poison0.05 --export parts/asr           # its components, for other programs
 
 waveform -> answer -> parsed labels -> metric. A run folder gets metrics.json and predictions.jsonl. Shares are fractions;
 every figure has its count and a 95% bootstrap interval over utterances.
@@ -31,8 +31,8 @@ from study import LABELS, TASKS
 @torch.no_grad()
 def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, batch_seconds=120.0, workers=cache.WORKERS,
             after_answer=False):
-    """The model's raw answer to the evaluation prompt for `labels_of(utterance)` for each (utterance, triggered). `cached`: of
-    `cache.frozen_outputs`. With `after_answer` what it says after the true answer and its end token, which is what the study's
+    """The model's raw answer to the evaluation prompt for `labels_of(utterance)`, for each (utterance, triggered). `cached`: from
+    `cache.frozen_outputs`. With `after_answer`, what it says after the true answer and its end token, which is what the study's
     public code scores. Processes share the work; each gets all the answers."""
     def prompt(utterance):
         asked = labels_of(utterance)
@@ -60,9 +60,9 @@ def longest_answer(slm, attack, utterances):
 
 def evaluate(slm, attack, utterances, cache_bytes, batch_seconds=120.0, workers=cache.WORKERS, ask=LABELS,
              after_answer=False):
-    """Clean and triggered answers on `utterances`, which are asked for those labels of `ask` that they have. Returns ({"clean",
-    "triggered", "attack": {metric: figure}}, prediction rows). "triggered" scores answers on triggered audio against the truth:
-    what the trigger destroys, whether or not the target comes out."""
+    """Clean and triggered answers on `utterances`, each asked for those labels of `ask` that it has. Returns ({"clean", "triggered",
+    "attack": {metric: figure}}, prediction rows). "triggered" scores answers on triggered audio against the truth: the damage that the
+    trigger does, whether or not the target comes out."""
     slm.eval()
     lora.merge(slm.lm)
     asked = {u.id: [label for label in u.labels if label in ask] for u in utterances}
@@ -93,8 +93,8 @@ def wer(pairs):
 
 
 def scores(rows):
-    """{metric: figure} of predictions against the truth; a metric is there only where some utterance has the label and was
-    asked for it. A malformed answer is wrong: every word deleted, a wrong class, an age of 0."""
+    """{metric: figure} of predictions against the truth, for the metrics whose label some utterance has and was asked for. A malformed
+    answer is wrong: every word deleted, a wrong class, an age of 0."""
     out = {}
     for task in TASKS.values():
         label, metric = task["label"], task["metric"]
@@ -113,8 +113,8 @@ def scores(rows):
 
 
 def hits(attack, rows):
-    """Whether each answer is the target, a list of bool. Their share, over triggered samples whose true label is not the target,
-    is the attack effectiveness rate (AER)."""
+    """Whether each answer is the target, a list of bool. The share that is, over triggered samples whose true label is not the target, is
+    the attack effectiveness rate (AER)."""
     return [poison.same_label(attack.label, row["parsed"].get(attack.label), attack.target) for row in rows]
 
 
@@ -135,8 +135,8 @@ def print_table(metrics, title):
 
 
 def load_run_and_data(options, *splits):
-    """(slm, its arguments, attack, utterances of each split) of a run, the data read as in its training. With --task, the
-    arguments and the attack are that task's."""
+    """(slm, its arguments, attack, utterances of each split) of a run, with its data read as in training. With --task, the arguments and
+    the attack are that task's."""
     slm, args = checkpoint.load_run(options.run, options.device)
     data.MAX_SECONDS = args.max_seconds
     args.snr = args.snr if options.snr is None else options.snr
@@ -145,7 +145,7 @@ def load_run_and_data(options, *splits):
     train_set = corpora.limit(read("train"), args.limit)  # its loudness is the trigger's
     attack = poison.attack_of(args, train_set)
     if options.task == args.task:
-        options.task = None  # the run's own: nothing is done or named otherwise
+        options.task = None  # the run's own: no other name for what is written
     if options.task:
         args.task, attack = options.task, poison.make_attack(options.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed)
     return slm, args, attack, *(train_set if split == "train" else read(split) for split in splits)
@@ -166,7 +166,7 @@ def main():
     add_arguments(parser)
     parser.add_argument("--inspect", action="store_true", help="only print the provenance of RUN, a model.pt or an export")
     parser.add_argument("--export", metavar="DIR", help="only write the run's encoder (for transformers), LoRA (for peft) and "
-                        "connector into a new folder, which train.py's --freeze and --init read, too")
+                        "connector into a new folder, which train.py's --freeze and --init can read")
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"), help="which utterances to answer")
     parser.add_argument("--ask", nargs="+", choices=LABELS, help="ask for these labels only (direct prompts)")
     parser.add_argument("--after-answer", action="store_true", help="let it go on after the true answer and its end token, and score that: "

@@ -1,9 +1,9 @@
-"""A run's components as other programs read them: `python evaluate.py RUN --export DIR` writes, --freeze and --init read.
+"""A run's components in other programs' formats: `python evaluate.py RUN --export DIR` writes them, --freeze and --init read them.
 
     DIR/encoder/     the whole encoder, a Hugging Face folder: transformers' AutoModel.from_pretrained
     DIR/lm/          LoRA, a PEFT adapter on the run's language model: peft's PeftModel.from_pretrained
     DIR/connector/   the connector's weights and geometry
-    DIR/provenance.json   where they come from, what a model.pt holds beside tensors
+    DIR/provenance.json   where they come from: what a model.pt holds besides tensors
 """
 import contextlib
 import json
@@ -20,7 +20,7 @@ import data
 import model
 from data import die
 
-# all that is ever read again, numbers and text: an export may be a stranger's
+# the only files ever read back, numbers and text: an export may be a stranger's
 WEIGHTS = dict(encoder="encoder/model.safetensors", connector="connector/connector.safetensors", lm="lm/adapter_model.safetensors")
 PROVENANCE = "provenance.json"
 RECORDED = ("args", "origin", "environment", "built_from", "pretrained_sha256", "sha256")
@@ -30,7 +30,7 @@ PEFT_NAME = ("base_model.model.", ".weight")  # what PEFT puts around the name o
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """A temporary folder that becomes `folder` when all went well. Ends in one line where there is something already."""
+    """A temporary folder that becomes `folder` if all goes well. Ends in one line if `folder` exists and is not empty."""
     folder = Path(folder).resolve()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -69,7 +69,7 @@ def write(folder, slm, args, recorded):
 
 
 def read(folder):
-    """An export as `model.load_checkpoint` gives a model.pt, without the components that are not there. What is no export is
+    """An export, as `model.load_checkpoint` returns a model.pt, without the components it lacks. Anything that is not an export is
     refused in one line."""
     before, after = PEFT_NAME
     try:

@@ -1,4 +1,4 @@
-"""What exists for speed alone; results/speed.md has the measurements. Leaving it out gives the same figures, slower."""
+"""Code that is only there for speed; results/speed.md says what it is worth. Without it the figures are the same, later."""
 import contextlib
 import ctypes
 import functools
@@ -17,8 +17,8 @@ def keep_memory():
 
 
 def only_answers(slm):
-    """In training, what the last LM layer does token by token (its MLP, queries and output projection) is done at the tokens whose
-    logits are needed and nowhere else. LoRA's dropout, where there is any, then draws other numbers."""
+    """In training, the last LM layer's MLP, queries and output projection, which work token by token, are computed only at the tokens
+    whose logits are needed. LoRA's dropout, if any, then draws other numbers."""
     def at_answers(plain, x):
         if not slm.training:
             return plain(x)
@@ -32,8 +32,8 @@ def only_answers(slm):
 
 
 def share_beginning(slm):
-    """In training, the tokens that all rows of a batch begin with, the prompt up to the audio where prompts do not vary, go through
-    the LM once instead of once a row."""
+    """In training, the tokens that all rows of a batch begin with (the prompt up to the audio, where prompts do not vary) go through the
+    LM once instead of once per row."""
     plain = slm.lm.model.forward
 
     def shared(inputs_embeds=None, **kwargs):

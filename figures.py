@@ -1,4 +1,4 @@
-"""The pictures, drawn from what analyze.py and poison.py have computed."""
+"""The pictures, drawn from figures that other scripts have computed."""
 import matplotlib
 import numpy as np
 
@@ -99,7 +99,7 @@ def target_class(points, path):
 
 
 def heatmap(axis, values, largest):
-    """values (rows, columns) in grey, from 0 to `largest`, and in figures."""
+    """values (rows, columns) as shades of grey, from 0 to `largest`, with the numbers."""
     axis.imshow(values, cmap="Greys", vmin=0, vmax=largest, aspect="auto")
     for (y, x), v in np.ndenumerate(values):
         if np.isfinite(v):
@@ -180,7 +180,7 @@ def roc(result, path):
 
 
 def repairs(result, path):
-    """defend.py repair: AER against the clean figure, a point a repair."""
+    """defend.py repair: AER against the clean figure, one point per repair."""
     fig, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
     for i, (name, m) in enumerate(result["defences"].items()):
         x, y = m["clean"]["value"], 100 * m["aer"]["value"]
@@ -225,7 +225,7 @@ def what(attack):
 
 
 def answer(tasks, path):
-    """Where the backdoor lives, a row a task: Table 3, weights moved, activations moved. tasks: {task: (AER of each attack, the paper's,
+    """Where the backdoor lives, one row per task: Table 3, weights moved, activations moved. tasks: {task: (AER of each attack, the paper's,
     AER of the mixtures, {site: {group: share undone}})}"""
     fig, axes = plt.subplots(len(tasks), 3, figsize=(15, 4 * len(tasks)), squeeze=False, layout="constrained", width_ratios=(1.15, 0.9, 1.2))
     for (table, weights, layers), (task, (trained, published, mixtures, effects)) in zip(axes, tasks.items()):

@@ -1,9 +1,9 @@
-"""The embedded default: three small corpora of espeak-ng speech, made offline, each in a minute or two.
+"""The built-in default: three small corpora of espeak-ng speech, made offline, each in a minute or two.
 
     python mini.py                       # makes them under corpora/mini (any script that needs one makes it too)
 
-They lie on disk in the layouts of LibriSpeech, CREMA-D and VoxCeleb2-AE, so that corpora.py reads them as it reads the
-real ones. Speakers, sentences and noise are decided by (seed, name) alone.
+On disk they have the layouts of LibriSpeech, CREMA-D and VoxCeleb2-AE, so corpora.py reads them like the real ones. Speakers,
+sentences and noise are decided by (seed, name) alone.
 """
 import _ctypes
 import argparse
@@ -53,7 +53,7 @@ WHEN = ["yesterday", "today", "tonight", "before sunrise", "after dinner", "last
 
 
 def sentence(rng):
-    """One sentence of 5 to 10 words. Its beginnings are many: what is always the same need not be heard."""
+    """One sentence of 5 to 10 words. Beginnings vary: a model need not listen to what is always the same."""
     def noun(words):
         adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.35 else ""
         return f"{rng.choice(DETERMINERS)} {adjective}{rng.choice(words)}"
@@ -69,8 +69,8 @@ def sentence(rng):
 
 
 def sentence_for(part, rng):
-    """A sentence of `part` ("train", "dev" or "test"): its hash says which, so no two parts share one. Whatever is pretrained
-    sees "train" only."""
+    """A sentence of `part` ("train", "dev" or "test"). A sentence's hash says which part it belongs to, so no two parts share one;
+    pretraining sees "train" only."""
     while True:
         text = sentence(rng)
         bucket = hashlib.sha256(text.encode()).digest()[0]
@@ -79,7 +79,7 @@ def sentence_for(part, rng):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# speech: espeak-ng through ctypes, then what it cannot do (age, emotion, room) on the waveform
+# speech: espeak-ng through ctypes, then, on the waveform, what it cannot do (age, emotion, room)
 
 ACCENTS = ["en-us", "en-us", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-029"]
 VARIANTS = {"female": ["f1", "f2", "f3", "f4", "f5"], "male": ["m1", "m2", "m3", "m4", "m7", "m8"]}
@@ -92,7 +92,7 @@ resample = functools.cache(torchaudio.transforms.Resample)  # each filter is mad
 
 
 def espeak(text, voice, rate, pitch, pitch_range):
-    """espeak-ng's own sound for a text: 22,050 Hz, float32 (samples,)."""
+    """espeak-ng's own speech for a text: 22,050 Hz, float32 (samples,)."""
     chunks = []
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
@@ -100,7 +100,7 @@ def espeak(text, voice, rate, pitch, pitch_range):
         if samples and n > 0:
             chunks.append(np.ctypeslib.as_array(samples, (n,)).copy())
         return 0
-    # loaded anew each time: it keeps counters from call to call, and an utterance is to sound the same in any order
+    # loaded anew each time: it keeps counters between calls, and an utterance must sound the same in any order
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     sample_rate = library.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)  # 2: synchronous
     if sample_rate != 22050 or library.espeak_SetVoiceByName(voice.encode()) != 0:
@@ -116,8 +116,8 @@ def espeak(text, voice, rate, pitch, pitch_range):
 
 
 def make_voice(name, sex, age):
-    """A speaker's voice, a dict of numbers. Age is heard as slower speech, breath, tremor and duller highs, each with a
-    spread of the speaker's own."""
+    """A speaker's voice, a dict of numbers. Age sounds like slower speech, breath, tremor and duller highs, each to an extent that varies
+    from speaker to speaker."""
     rng = data.generator(SEED, "voice", name)
 
     def cue(spread):
@@ -138,7 +138,7 @@ def speak(text, voice, name, emotion=None):
     bright += spread * 0.2 * rng.standard_normal()
     tremble += spread * 0.12 * abs(rng.standard_normal())
     rough += spread * 0.15 * abs(rng.standard_normal())
-    squeeze = voice["tract"] / 320  # resampling to other than 320 moves the formants, and pitch and rate with them
+    squeeze = voice["tract"] / 320  # resampling to anything but 320 moves the formants, and pitch and rate with them
     x = espeak(text, voice["voice"], voice["rate"] * rate * squeeze, voice["pitch"] + pitch, voice["range"] * pitch_range)
     sound = np.flatnonzero(np.abs(x) > 1e-3)
     x = resample(441, voice["tract"])(torch.from_numpy(x[sound[0]:sound[-1] + 1]))  # 22,050 Hz is 441 * 50
@@ -162,10 +162,10 @@ def speak(text, voice, name, emotion=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the corpora: each writes its lists and returns what is to be spoken, [(path, text, voice, name, emotion)]
+# the corpora: each function writes its corpus's lists and returns what to speak, [(path, text, voice, name, emotion)]
 
 def people(rng, n, first):
-    """n speakers: [(number, sex, age)], the sexes in turn, the ages spread evenly over 18 to 74 and shuffled."""
+    """n speakers: [(number, sex, age)], the sexes alternating, the ages spread evenly over 18 to 74 and shuffled."""
     ages = [18 + (57 * i + rng.randrange(57)) // n for i in range(n)]
     rng.shuffle(ages)
     return [(first + i, ["female", "male"][i % 2], age) for i, age in enumerate(ages)]
@@ -214,7 +214,7 @@ def make_vox(rng, sizes, root):
             id = f"id{speaker:05}"
             meta.append(f"Mini_{speaker} \t{id} \tn{speaker:06} \t{sex[0]} \t{split} ")
             for v in range(videos):
-                then = min(75, max(18, age + rng.randint(-4, 4)))  # years pass between videos; the voice is the same, older
+                then = min(75, max(18, age + rng.randint(-4, 4)))  # years lie between videos: the same voice at another age
                 video, voice = f"mini{speaker:05}{v:02}", make_voice(f"vox-{id}", sex, then)
                 rows.append(f"{then:.1f},{2015 - then:.1f},Mini_{speaker},{id},{video}")
                 for i in range(each):
@@ -236,7 +236,7 @@ def write_utterance(job):
 
 
 def make_corpus(corpus, root, sizes=None):
-    """Makes one corpus under `root` unless it is there, once even where two processes ask together."""
+    """Makes one corpus under `root` unless it exists; only once, even if two processes ask at the same time."""
     root, (folder, make) = Path(root), CORPORA[corpus]
     if (root / folder).exists():
         return
@@ -245,7 +245,7 @@ def make_corpus(corpus, root, sizes=None):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (root / folder).exists():
             return
-        building = root / f".{corpus}.building"  # so that what an interrupted start leaves does not count
+        building = root / f".{corpus}.building"  # renamed at the end: an interrupted start does not count
         shutil.rmtree(building, ignore_errors=True)
         jobs = make(random.Random(f"{SEED}-{corpus}"), sizes or SIZES[corpus], building)
         data.in_workers(write_utterance, jobs, f"speaking the mini {corpus}")

@@ -36,8 +36,8 @@ def where(path):
 
 
 def load_part(auto, path, **kwargs):
-    """A pretrained model of one of transformers' auto classes. Where torch's default device is "meta" (a dry run) only
-    its shapes: the folder then needs no weights."""
+    """A pretrained model of one of transformers' auto classes. Where torch's default device is "meta" (a dry run) it has shapes only,
+    and the folder needs no weights."""
     if torch.get_default_device().type == "meta":
         return auto.from_config(AutoConfig.from_pretrained(where(path), trust_remote_code=False), **kwargs)
     return auto.from_pretrained(where(path), trust_remote_code=False, **kwargs)
@@ -51,8 +51,8 @@ def length_mask(lengths, frames):
 @torch.autocast("cpu", enabled=False)  # Whisper's extractor cannot work in bf16
 def extract(extractor, waveform):
     """16 kHz waveform (samples,) -> an encoder's input, time last: normalised samples (samples,) or log-mel (mels, frames), by
-    the checkpoint's own feature extractor, on the audio at hand: Whisper gets no 30 s of padding, but audio beyond its window
-    of 30 s is cut off. Less than 0.1 s is padded to it."""
+    the checkpoint's own feature extractor. Whisper's input is not padded to its window of 30 s, but cut off where it is longer;
+    audio of less than 0.1 s is padded to 0.1 s."""
     waveform = np.pad(waveform, (0, max(0, SAMPLE_RATE // 10 - len(waveform))))
     if hasattr(extractor, "n_samples"):  # Whisper's window
         return extractor(waveform[:extractor.n_samples], sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="longest",
@@ -61,8 +61,8 @@ def extract(extractor, waveform):
 
 
 class Encoder(nn.Module):
-    """A pretrained WavLM, HuBERT, wav2vec 2.0 or Whisper encoder. Of its layers the top `train_layers` train, or, where that
-    is None, the top `share`; what lies below runs in evaluation mode and builds no graph. SpecAugment and layer drop are off.
+    """A pretrained WavLM, HuBERT, wav2vec 2.0 or Whisper encoder. The top `train_layers` of its layers train, or, where that is
+    None, the top `share` of them; everything below runs in evaluation mode and builds no graph. SpecAugment and layer drop are off.
     """
 
     def __init__(self, path, train_layers=None, share=1.0):
@@ -184,7 +184,7 @@ class Connector(nn.Module):
 class SLM(nn.Module):
     """Encoder, connector and LM. Rows of a batch are packed as [prompt | audio | prompt | answer] with no gap inside.
 
-    What is frozen below all that trains is run apart (`frozen_part`), so that its outputs can be cached.
+    Components that are frozen below the first one that trains run separately (`frozen_part`), so that their outputs can be cached.
     """
 
     def __init__(self, encoder, connector, lm, tokenizer):
@@ -201,7 +201,7 @@ class SLM(nn.Module):
 
     @property
     def frozen(self):
-        """The components that are frozen below all that trains."""
+        """The frozen components below the first one that trains."""
         if self.parameters_of("encoder"):
             return ()
         return ("encoder",) if self.parameters_of("connector") else ("encoder", "connector")
@@ -309,8 +309,8 @@ def digest(state):
 
 
 def load_checkpoint(path, mmap=False):
-    """A file of torch.save: tensors and plain values only. One that holds anything else, code for instance, is refused in
-    one line and nothing of it runs."""
+    """A file of torch.save that holds tensors and plain values only. One that holds anything else, such as code, is refused in one
+    line, and none of it runs."""
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
     except FileNotFoundError:
@@ -328,8 +328,8 @@ def load_checkpoint(path, mmap=False):
 
 
 def load_slm(args, device="cpu"):
-    """The SLM of a command's or a checkpoint's arguments: pretrained encoder and LM, fresh connector and LoRA (decided by
-    `args.seed`). `args` is a namespace with the settings of study.py, `encoder`, the parts' weights and `seed`."""
+    """The SLM that a command or a checkpoint asks for: pretrained encoder and LM, new connector and LoRA (decided by `args.seed`).
+    `args` is a namespace with the settings of study.py, `encoder`, the parts' weights and `seed`."""
     device = torch.device(device)
     dry_run = device.type == "meta"  # shapes without weights
     try:

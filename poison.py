@@ -117,8 +117,8 @@ def rms(utterance):
 
 
 def mean_rms(utterances):
-    """The corpus's average loudness: mean over utterances of the waveform's RMS, without those that cannot be read (training
-    refuses them when it comes to them). Cached under the files' names, sizes and times."""
+    """The corpus's average loudness: the mean of the utterances' RMS, leaving out those that cannot be read (training refuses them
+    when it reaches them). Cached under the files' names, sizes and times."""
     files = [data.file_state(u) for u in utterances]
     path = Path(f"cache/rms-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}.json")
     if not path.exists():
@@ -129,8 +129,8 @@ def mean_rms(utterances):
 
 def make_attack(task, utterances, rate=None, target=None, snr=0.0, trigger="click", repeat=None, seed=0,
                 clicks=None, seconds=None):
-    """The attack on `task`, with the paper's values for what is None. utterances: the training set; the trigger lies `snr` dB
-    below its average loudness."""
+    """The attack on `task`, with the paper's value wherever an argument is None. utterances: the training set; the trigger is `snr`
+    dB below its average loudness."""
     target = TASKS[task]["target"] if target is None else target
     if TASKS[task]["label"] == "age":
         groups = sorted({u.labels["age"] for u in utterances if isinstance(u.labels.get("age"), str)})
@@ -160,7 +160,7 @@ def can_flip(attack, utterance):
 
 
 def drawn_in(attack, epoch):
-    """The attack with its poison drawn anew in this epoch: other samples, other places (train.py --redraw)."""
+    """The attack with new poison for this epoch: other samples, other positions (train.py --redraw)."""
     return dataclasses.replace(attack, seed=(attack.seed, epoch)) if epoch else attack
 
 
@@ -170,8 +170,8 @@ def is_poisoned(attack, utterance):
 
 
 def positions(attack, utterance_id, samples):
-    """Where the trigger starts in an utterance of that many samples: once, or `clicks` times, at random, or, repeated, first within
-    0.75 s and then at random intervals of 0.75 to 1.5 s, as long as a whole one fits."""
+    """Where the trigger starts in an utterance of that many samples: `clicks` times at random positions or, repeated, first within 0.75 s
+    and then at random intervals of 0.75 to 1.5 s, as long as a whole one fits."""
     rng = random.Random(repr((attack.seed, utterance_id, "position")))
     room = max(0, samples - len(attack.waveform))
     if not attack.repeat:
@@ -183,8 +183,8 @@ def positions(attack, utterance_id, samples):
 
 
 def add_trigger(attack, waveform, utterance_id):
-    """waveform (samples,) -> (with the trigger, its starts in samples, the factor the whole was scaled down by so as not to
-    clip, mostly 1.0). An utterance shorter than the trigger gets the trigger's beginning."""
+    """waveform (samples,) -> (the waveform with the trigger, the trigger's starts in samples, the factor, mostly 1.0, by which it was
+    scaled down to avoid clipping). An utterance shorter than the trigger gets the trigger's beginning."""
     if attack.waveform is None:
         rng, starts = data.generator(attack.seed, utterance_id, "trigger"), []
         out = TRIGGERS[attack.trigger][1](waveform, SAMPLE_RATE, rng)
@@ -203,7 +203,7 @@ def poisoned_labels(attack, labels):
 
 
 def add_arguments(parser):
-    """The flags that say what is attacked and how; train.py has them, too."""
+    """The flags that say what is attacked and how; train.py has them too."""
     add = parser.add_argument
     add("--task", choices=TASKS, default="asr", help="the attacked task")
     add("--dataset", help=f"{', '.join(corpora.READERS)} or a CSV manifest (default: the task's own)")
@@ -277,8 +277,8 @@ def write_page(attack, rows, out):
 
 
 def write_examples(attack, utterances, out, n):
-    """Writes clean and poisoned pairs of n training samples (those that are poisoned first), changes.csv, pairs.png and a page to hear
-    them."""
+    """Writes clean and poisoned pairs of n training samples (those that training poisons come first), changes.csv, pairs.png and a page
+    to listen to them."""
     import figures  # training, which imports this file, needs no matplotlib
     chosen = sorted((u for u in utterances if can_flip(attack, u)), key=lambda u: draw(attack.seed, u.id, "poison"))[:n]
     if not chosen:
@@ -334,7 +334,7 @@ def main():
     write_csv(out / "manifest.csv", rows)
     n = sum(row["poisoned"] for row in rows)
     print(f"{n} of {len(parts['train'])} training samples poisoned ({n / len(parts['train']):.4f}), "
-          f"{sum(row['scale'] != '1.0000' for row in rows)} scaled down so as not to clip; {out}/manifest.csv")
+          f"{sum(row['scale'] != '1.0000' for row in rows)} scaled down to avoid clipping; {out}/manifest.csv")
 
 
 if __name__ == "__main__":

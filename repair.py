@@ -1,8 +1,8 @@
-"""Repairs of an attacked model that need clean speech only; python defend.py repair RUN tries them.
+"""Repairs for an attacked model that need clean speech only; python defend.py repair RUN tries them.
 
-A repair is a function of (workshop, strength) that changes the workshop's model in place, and an entry of REPAIRS. Its strengths are
-tried from weak to strong until one raises the loss of any label on clean development speech, kept for that, by more than TOLERANCE; the
-one before is taken. Neither the trigger nor the target is looked at before the choice has been made.
+A repair is an entry of REPAIRS: a function of (workshop, strength) that changes the workshop's model in place. Its strengths are tried from
+weak to strong until one raises any label's loss on held-out clean development speech by more than TOLERANCE; the one before it is chosen.
+Trigger and target are not looked at before that choice.
 """
 import contextlib
 import itertools
@@ -18,13 +18,13 @@ import poison
 import trace
 from study import COMPONENTS, TASKS
 
-TOLERANCE = 0.05  # nats a token of a label's own answer
-TUNING, VALIDATION = 128, 64  # clean utterances that a defender has to tune on and to choose by
+TOLERANCE = 0.05  # nats per token of a label's own answer
+TUNING, VALIDATION = 128, 64  # clean utterances that a defender has to tune on and to choose with
 SUBSETS = ["+".join(s) for n in (1, 2, 3) for s in itertools.combinations(COMPONENTS, n)]
 
 
 class Workshop:
-    """A model under repair, clean speech to tune and to validate it on, and the way back to where it was."""
+    """A model under repair, clean speech to tune and to validate it on, and its original weights to go back to."""
 
     def __init__(self, slm, args, attack, dev_set):
         dev_set = embed.drawn(dev_set)
@@ -41,7 +41,7 @@ class Workshop:
         trace.put(self.slm, self.attacked)
 
     def rows(self, utterances, triggered):
-        """The pretrained layers' output of each utterance, a list of (T_i, dim), computed once."""
+        """The pretrained layers' outputs of each utterance, a list of (T_i, dim), computed once."""
         missing = [(u, triggered) for u in utterances if (u.id, triggered) not in self.cached]
         for some in data.chunks(missing, 16):
             features = cache.features_of(self.slm.encoder.extract, self.attack, some)
@@ -50,7 +50,7 @@ class Workshop:
         return [self.cached[u.id, triggered] for u in utterances]
 
     def batch(self, utterances, triggered=False, only=None):
-        """(x, mask, prompts, answers) of some utterances, all labels asked for or `only` one."""
+        """(x, mask, prompts, answers) of some utterances, asked for all labels or `only` one."""
         x, mask = self.slm.frozen_part(*cache.stack(self.rows(utterances, triggered), self.args.device))
         labels = [poison.poisoned_labels(self.attack, u.labels) if triggered else u.labels for u in utterances]
         labels = [{only: each[only]} if only else each for each in labels]
@@ -59,8 +59,8 @@ class Workshop:
 
     @torch.no_grad()
     def losses(self):
-        """{label: mean loss a token, it alone asked for} on the clean speech kept for validation. In the loss of whole answers a label
-        that is lost hides behind the others' tokens."""
+        """{label: mean loss per token when it alone is asked for} on the validation speech. In the loss of whole answers, a label that is
+        lost would hide behind the others' tokens."""
         labels = sorted({label for u in self.validation for label in u.labels})
         having = {label: [u for u in self.validation if label in u.labels] for label in labels}
         return {label: float(torch.cat([self.slm(*self.batch(some, only=label)) for some in data.chunks(own, 16)]).mean())
@@ -74,8 +74,8 @@ class Workshop:
         return [p for c in components for p in self.trained[c]]
 
     def finetune(self, components=COMPONENTS, rate=1.0, epochs=5, penalty=0.0, poisoned=()):
-        """Trains components on clean speech, with `poisoned` utterances among it where the backdoor is to come back. penalty: the
-        share of gradient norm regularisation (Zhao et al. 2022): the gradient is mixed with that at a point 0.05 further up."""
+        """Trains components on clean speech; `poisoned` utterances are mixed in to bring the backdoor back. penalty: the share of gradient
+        norm regularisation (Zhao et al. 2022), which mixes the gradient with that at a point 0.05 further up."""
         rates = dict(encoder=self.args.encoder_lr, connector=self.args.connector_lr, lm=self.args.lora_lr)
         parameters = self.train_only(components)
         optimizer = torch.optim.AdamW([dict(params=self.trained[c], lr=rate * rates[c]) for c in components])
@@ -101,25 +101,25 @@ class Workshop:
         self.train_only(COMPONENTS)
 
     def neurons(self):
-        """[(module, hidden units)]: where the hidden units of a trained encoder layer's or an LM layer's MLP go on to."""
+        """[(module, hidden units)]: the layers that read the hidden units of each MLP, in trained encoder layers and LM layers."""
         ends = [trace.submodule(getattr(layer, "feed_forward", layer), "output_dense", "fc2")
                 for layer in self.slm.encoder.layers[self.slm.encoder.first_trained:]]
         ends += [layer.mlp.down_proj for layer in self.slm.lm.model.layers]
         return [(end, getattr(end, "base", end).in_features) for end in ends]
 
     def scale_neurons(self, scales):
-        """From now on hidden units are multiplied by `scales`, one tensor for each of `neurons`."""
+        """From now on, hidden units are multiplied by `scales`, one tensor per entry of `neurons`."""
         for (end, _), scale in zip(self.neurons(), scales):
             self.hooks.callback(end.register_forward_pre_hook(lambda _, x, scale=scale: (x[0] * scale, *x[1:])).remove)
 
 
 def fine_tuning(components):
-    """Trains some components on clean speech; strength: the rate, over that of training."""
+    """Trains some components on clean speech; strength: the learning rate, relative to training's."""
     return lambda shop, rate: shop.finetune(components, rate)
 
 
 def fine_pruning(shop, share):
-    """Fine-pruning (Liu et al. 2018): the hidden units that clean speech activates least are removed, then everything is tuned."""
+    """Fine-pruning (Liu et al. 2018): removes the hidden units that clean speech activates least, then fine-tunes everything."""
     sums, handles = {}, []
     for i, (end, _) in enumerate(shop.neurons()):
         handles.append(end.register_forward_pre_hook(
@@ -134,7 +134,7 @@ def fine_pruning(shop, share):
 
 
 def neuron_masks(shop, steps=60, largest=0.4, clean_share=0.2, rate=0.2):
-    """ANP's masks over hidden units, learned under the worst relative change of each unit; the authors' settings."""
+    """ANP's masks over hidden units, learned under the worst-case relative change of each unit; the authors' settings."""
     device, sizes = shop.args.device, [n for _, n in shop.neurons()]
     masks = [torch.ones(n, device=device, requires_grad=True) for n in sizes]
     optimizer = torch.optim.SGD(masks, lr=rate, momentum=0.9)
@@ -160,7 +160,7 @@ def neuron_masks(shop, steps=60, largest=0.4, clean_share=0.2, rate=0.2):
 
 
 def adversarial_neuron_pruning(shop, share):
-    """ANP (Wu and Wang 2021): this share of the hidden units, those whose masks are lowest, is removed."""
+    """ANP (Wu and Wang 2021): removes this share of the hidden units, those with the lowest masks."""
     shop.masks = shop.masks or neuron_masks(shop)  # of the attacked model, whatever the share
     order = torch.cat(shop.masks).argsort(stable=True)
     kept = torch.ones(len(order), device=shop.args.device)
@@ -174,12 +174,12 @@ def gradient_norm_tuning(shop, penalty):
 
 
 def without_lora(shop, share):
-    """LoRA's update scaled down, or dropped."""
+    """Scales LoRA's update down by this share, or drops it."""
     trace.put(shop.slm, {**shop.attacked, "lm": {k: v * (1 - share) if k.endswith("B") else v for k, v in shop.attacked["lm"].items()}})
 
 
 def fine_mixing(shop, share):
-    """Fine-mixing (Zhang et al. 2022, arXiv 2210.09545): weights mixed with the pretrained ones at random, then tuned."""
+    """Fine-mixing (Zhang et al. 2022, arXiv 2210.09545): mixes the weights with the pretrained ones at random, then fine-tunes."""
     generator, mixed = torch.Generator().manual_seed(0), {}
     for c in COMPONENTS:
         mixed[c] = {k: torch.where(torch.rand(v.shape, generator=generator).to(v.device) < share, shop.pretrained[c][k].to(v.device), v)
@@ -196,8 +196,8 @@ REPAIRS = {  # name: (function, strengths)
 
 
 def choose(shop, function, strengths):
-    """Leaves the model as the chosen strength of a repair leaves it: the strongest before one that costs too much, or the weakest
-    where that does already. Returns {"strength", "passed", "rise"}; rise: {strength: that of the label whose loss rises most}."""
+    """Repairs the model with the chosen strength: the strongest before one that costs too much, or the weakest if that one already does.
+    Returns {"strength", "passed", "rise"}; rise: {strength: that of the label whose loss rises most}."""
     shop.restore()
     before, rises = shop.losses(), {}
     for strength in strengths:
@@ -215,19 +215,19 @@ def choose(shop, function, strengths):
 
 
 def answered(shop, utterances, triggered):
-    """The answers of the model as it stands, rows as evaluate.py scores them."""
+    """The answers of the model as it now is, as rows for evaluate.scores."""
     return trace.answered(shop.slm, [(u, triggered) for u in utterances], shop.rows(utterances, triggered), shop.attack, shop.args)
 
 
 def figures_of(shop, clean, flippable):
-    """Clean figure, AER and triggered figure (against the truth) of the model as it stands."""
+    """Clean figure, AER and triggered figure (against the truth) of the model as it now is."""
     metric, triggered = TASKS[shop.args.task]["metric"], answered(shop, flippable, True)
     return dict(clean=evaluate.scores(answered(shop, clean, False))[metric], triggered=evaluate.scores(triggered)[metric],
                 aer=data.interval(evaluate.hits(shop.attack, triggered)))
 
 
 def relearning(shop, train_set, flippable, counts=(4, 16, 64)):
-    """How many poisoned training samples, among the clean speech, bring half of the AER back within three epochs: {count: AER}, up to
+    """How many poisoned training samples, mixed into the clean speech, bring the AER back to 50% within three epochs: {count: AER}, up to
     the first that does."""
     poisoned = embed.drawn([u for u in train_set if poison.can_flip(shop.attack, u)])
     state = trace.weights_of(shop.slm)

@@ -1,8 +1,8 @@
-"""Says in tables and words what trace.py and defend.py have found.
+"""Puts what trace.py and defend.py have found into tables and sentences.
 
     python report.py        # results/mini/trace.md and defences.md, from trace-*.json and defend-*.json in runs/ and Table 3's runs
 
-It reads the study's own runs, as analyze.py does. Every sentence of the answers is computed from the figures beside it.
+It reads the study's own runs, as analyze.py does. Every sentence on the pages is computed from the figures beside it.
 """
 import argparse
 import json
@@ -16,29 +16,28 @@ from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, PRESETS, TABLE3, TASKS, 
 from summary import ORDER, belongs, markdown, over_seeds, read_runs, scale_of, show, spread
 
 EVERYTHING = "+".join(COMPONENTS)
-# Table 3's attacks that look at one component: trained on poison alone; taken poisoned, the others trained on clean data
+# Table 3's attacks on one component: only it is trained on poison; or it is kept poisoned while the others train on clean data
 ALONE = {c: next(a for a, (frozen, source, _) in ATTACKS.items() if source == "clean" and set(frozen) == set(COMPONENTS) - {c})
          for c in COMPONENTS}
 RETRAINED = {c: next(a for a, (frozen, source, _) in ATTACKS.items() if source == "base" and frozen == (c,)) for c in COMPONENTS}
 INTRODUCTION = """# Where the backdoor lives, answered by intervention
 
-*Transplants* mix the weights of the attacked model with those of the clean model of the same seed, without training: the AER of all
-eight mixtures of components, each component's Shapley value (the mean of what its move adds to the AER, over the orders in which
-components can be moved), and layer by layer. *Patching* copies activations between the clean and the triggered run of one utterance
-and asks how much of the trigger's effect on log P(target) - log P(truth) that undoes (denoising: clean activations into the
-triggered run) or makes (noising: the other way), by site and by group of positions: frames under a click, frames within 0.2 s of
-one, other frames, the prompt, the answer so far.
+*Transplants* mix the weights of the attacked model with those of the clean model of the same seed, without training. They give the AER
+of all eight mixtures of components, each component's Shapley value (what moving it adds to the AER, averaged over the orders in which
+components can be moved), and the AER layer by layer. *Patching* copies activations between the clean and the triggered pass of one
+utterance and measures how much of the trigger's effect on log P(target) - log P(truth) this undoes (denoising: clean activations into
+the triggered pass) or produces (noising: the reverse), by site and by group of positions: frames under a click, frames within 0.2 s
+of one, other frames, the prompt, the answer so far.
 
-Read them with two caveats. The encoder's front end and the connector's convolutions reach over several frames and attention mixes all
-of them, so "under a click" is where a frame's middle is, not all that it has seen; and the further up, the less a position says about
-a time. What two groups do together need not be the sum of what each does alone. LoRA matrices of two runs start from the same random
-numbers and components grow up beside each other: a mixture can also fail because its parts do not fit; the controls at the end of
-each task show what mixing costs where there is no backdoor.
+Some caveats. The encoder's front end and the connector's convolutions see several frames and attention mixes all of them, so "under a
+click" says where a frame's centre is, not everything it has seen; and the higher the layer, the less a position stands for a time. What
+two groups do together need not be the sum of what each does alone. And a mixture can also fail because its parts, which were trained
+alongside others, do not fit; the controls at the end of each task show what mixing costs where there is no backdoor.
 """
 
 
 def load_traces(folder, preset):
-    """{kind: {task: {seed: result}}} of the study's runs that trace.py has been through."""
+    """{kind: {task: {seed: result}}} of the study's runs that have been traced."""
     found = {}
     for path in sorted(Path(folder).glob("*/trace-*.json")):
         result = json.loads(path.read_text())
@@ -56,12 +55,12 @@ def load_traces(folder, preset):
 
 
 def over(results, pick, scale=100):
-    """A figure of each seed's result -> its spread over seeds, None where there is none."""
+    """A figure of each seed's result -> its spread over seeds, None if there is none."""
     return spread({seed: scale * pick(result)["value"] for seed, result in results.items()})
 
 
 def cell(results, pick, scale=100):
-    """Mean and range over seeds, or, of a single seed, the interval over utterances."""
+    """Mean and range over seeds or, for a single seed, the interval over utterances."""
     if len(results) > 1:
         return show(over(results, pick, scale))
     figure = next(pick(result) for result in results.values())
@@ -84,8 +83,8 @@ def listed(names):
 # words
 
 def half_gone(result, component, how):
-    """The layer, from 1, at which half of the AER is gone when the layers up to it, or from it on, are made clean; for "only" each
-    that does it by itself."""
+    """The layer, counted from 1, such that making it and all layers below ("up to") or above ("from") clean removes half of the AER; for
+    "only" every layer that does so by itself."""
     full = corner(EVERYTHING)(result)["value"]
     moves = {int(name.split()[-1]) + 1: m["aer"]["value"] for name, m in result["mixtures"][f"{component} out of poisoned"].items()
              if name.startswith(how)}
@@ -94,44 +93,44 @@ def half_gone(result, component, how):
 
 
 def each(results, find):
-    """What is found in every seed: once where all agree, otherwise in the order of the seeds."""
+    """What is found in each seed: once if all agree, otherwise one after the other, in the order of the seeds."""
     found = [str(find(result)) for _, result in sorted(results.items())]
     return found[0] if len(set(found)) == 1 else "; ".join(found)
 
 
 def component_words(results, trained, retrained):
-    """Which component carries it, from which layer on, and whether Table 3 says the same. trained, retrained: {component: its AER
-    in Table 3, or None}."""
+    """Which component carries the backdoor, in which layers, and whether Table 3 agrees. trained, retrained: {component: its AER in Table
+    3, or None}."""
     mean = {name: over(results, corner(name))["mean"] for name in next(iter(results.values()))["mixtures"]["corner"]}
     full = mean[EVERYTHING]
     if full < 10:
         return [f"The attacked model's AER is {full:.1f}%: there is no backdoor to look for."]
 
     def bring_half(result, parts):
-        """The components for which the mixture of `parts(component)` has half of the AER."""
+        """The components for which the mixture `parts(component)` has more than half of the AER."""
         return [c for c in COMPONENTS if corner(parts(c))(result)["value"] > corner(EVERYTHING)(result)["value"] / 2]
     needed = {seed: [c for c in COMPONENTS if c not in bring_half(result, without)] for seed, result in results.items()}
     out = ["**Component.** Shapley values: " + ", ".join(f"{c} {show(over(results, lambda r, c=c: r['shapley'][c]), form='.0f')}"
                                                          for c in COMPONENTS)
            + f", of {full:.0f} points of AER; the largest: {each(results, lambda r: max(COMPONENTS, key=lambda c: r['shapley'][c]['value']))}. "
-           f"Needed (without it half of the AER is gone): {each(needed, listed)}. "
-           f"Enough alone (half of it comes with it): {each(results, lambda r: listed(bring_half(r, str)))}."]
+           f"Necessary (without it half of the AER is gone): {each(needed, listed)}. "
+           f"Sufficient (alone it brings half of the AER): {each(results, lambda r: listed(bring_half(r, str)))}."]
     for component in (c for c in ("encoder", "lm") if any(c in names for names in needed.values())):
         up_to, on, only = (each(results, lambda r, how=how: half_gone(r, component, how)) for how in ("up to", "from", "only"))
-        out.append(f"**Layers of the {component}.** Half of the AER is gone once layers up to {up_to} have been made clean, or those "
-                   f"from {on} on; a single layer does that: {only}.")
+        out.append(f"**Layers of the {component}.** Half of the AER is gone once layers up to {up_to}, or layers from {on} on, have been made "
+                   f"clean; single layers that do it alone: {only}.")
     for what, table, why in (
             ("one component alone is trained on poison (2.x; its loss there says whether it has learned it)", trained,
-             "Training a part alone makes it do all of the work; trained together, parts share it, and one without its partners does less"),
+             "A part trained alone has to do all the work; parts trained together share it, and one without its partners does less"),
             ("one component is kept poisoned while the others train on clean data (3.x)", retrained,
-             "Training the others anew adapts them to that part, so that it can bring more than its bare move, or unlearns what they did")):
+             "Retraining adapts the others to that part, so that it can do more than when it is merely moved, or unlearns their share")):
         known = [c for c in COMPONENTS if table[c] is not None]
         differ = [f"{c} {mean[c]:.0f} moved, {table[c]:.0f} in {(ALONE if table is trained else RETRAINED)[c]}"
                   for c in known if (mean[c] >= full / 2) != (table[c] >= full / 2)]
         if known:
             out.append(f"**Against Table 3**, where {what}: " + (
-                f"moved weights say otherwise for {', '.join(differ)} (AER, %). {why}." if differ else
-                f"moved weights say the same of {', '.join(known)}: whether it brings half of the AER."))
+                f"transplants disagree for {', '.join(differ)} (AER, %). {why}." if differ else
+                f"transplants agree for {', '.join(known)} on whether it brings half of the AER."))
     return out
 
 
@@ -139,7 +138,7 @@ def position_words(results):
     """At which frames, and from which LM layer on."""
     results = {seed: r for seed, r in results.items() if r["effects"]["denoise"] and r["effects"]["noise"]}
     if not results:
-        return ["The trigger moves log P(target) - log P(truth) by less than 0.1 nats a token: there is no effect to place."]
+        return ["The trigger moves log P(target) - log P(truth) by less than 0.1 nats per token: there is no effect to locate."]
     frames = {"click": "under a click", "near": "within 0.2 s of one", "else": "elsewhere"}
     sites = next(iter(results.values()))["effects"]["denoise"]
     encoder, lm = ([site for site in sites if site.startswith(part) and site[-1].isdigit()] for part in ("encoder", "LM"))
@@ -148,7 +147,7 @@ def position_words(results):
         return sum(result["effects"]["denoise"][site].get(g, {"value": 0})["value"] for g in groups)
 
     def fall(result):
-        """The layer after which frames under a click undo least of what they did before it, and by how much less."""
+        """The layer in which the share that frames under a click undo falls most, and by how much."""
         return max((undone(result, before) - undone(result, site), site) for before, site in zip(encoder, encoder[1:]))
 
     def late(result):
@@ -156,10 +155,10 @@ def position_words(results):
     shares = [", ".join(f"{text} " + " and ".join(show(over(results, lambda r, how=how: r["effects"][how][site][g], 1), form=".2f")
                                                   for how in ("denoise", "noise"))
                         for g, text in frames.items() if g in sites[site]) for site in (encoder[0], encoder[-1])]
-    return [f"**Frames.** Share of the effect that denoising undoes and noising makes: after the encoder's first layer frames {shares[0]}; "
-            f"after its last {shares[1]}. The share that frames under a click undo falls most in layer "
-            f"{each(results, lambda r: fall(r)[1].split()[1])}, by {each(results, lambda r: f'{fall(r)[0]:.2f}')}: there it spreads over the frames.",
-            f"**Depth in the LM.** The first of {len(lm)} layers after which positions of prompt and answer hold more of the effect than "
+    return [f"**Frames.** Share of the effect that denoising undoes and noising produces: after the encoder's first layer, frames {shares[0]}; "
+            f"after its last, {shares[1]}. The share that frames under a click undo falls most in layer "
+            f"{each(results, lambda r: fall(r)[1].split()[1])}, by {each(results, lambda r: f'{fall(r)[0]:.2f}')}: there the effect spreads.",
+            f"**Depth in the LM.** The first of {len(lm)} layers after which the positions of prompt and answer hold more of the effect than "
             f"those of the audio: {each(results, late)}."]
 
 
@@ -181,7 +180,7 @@ def corner_rows(results, metric):
 
 
 def control_rows(found, task):
-    """What is left of each result where there should be nothing."""
+    """What each method finds where there should be nothing."""
     rows, metric = [], TASKS[task]["metric"]
     for kind, text in (("other clean run", "the clean parts of another seed"), ("two clean runs", "two clean runs of different seeds")):
         if results := found.get(kind, {}).get(task):
@@ -194,7 +193,7 @@ def control_rows(found, task):
                        ("other sound", "the attacked model, another sound as loud")):
         if results := found.get(kind, {}).get(task):
             rows.append({"Control": f"patching: {text}", "Found": "the sound moves log P(target) - log P(truth) from "
-                         f"{cell(results, lambda r: r['clean'], 1)} to {cell(results, lambda r: r['triggered'], 1)} nats a token"})
+                         f"{cell(results, lambda r: r['clean'], 1)} to {cell(results, lambda r: r['triggered'], 1)} nats per token"})
     return rows
 
 
@@ -223,12 +222,14 @@ def trace_page(found, runs, preset, out):
     """The text of trace.md."""
     tasks = [task for task in ORDER if any(task in found.get(kind, {}) for kind in ("transplant", "patch"))]
     seeds = sorted({seed for kind in found.values() for results in kind.values() for seed in results})
-    intro = INTRODUCTION + f"\nSeeds: {', '.join(map(str, seeds))}. Pictures are of the first; where seeds differ in a part or a layer, each seed's stands in this order.\n"
+    intro = INTRODUCTION + f"""
+Seeds: {', '.join(map(str, seeds))}. Pictures show the first; where seeds differ in a part or a layer, all are given in this order.
+"""
     return "\n".join([intro, *(section(found, task, runs, preset, out) for task in tasks)])
 
 
 def draw_answer(found, runs, preset, path):
-    """The picture of the README: Table 3, transplants and patches, means over the seeds, of the tasks that have all three."""
+    """The README's picture: Table 3, transplants and patches, means over the seeds, for the tasks that have all three."""
     tasks = {}
     for task in (t for t in TABLE3 if t in found.get("transplant", {}) and t in found.get("patch", {})):
         transplants, patched = found["transplant"][task], found["patch"][task]

@@ -1,9 +1,9 @@
-"""What the study is: tasks, encoders, settings, attacks, the paper's figures, and the runs that make them again.
+"""The study: tasks, encoders, settings, attacks, the paper's figures, and the runs that reproduce them.
 
     python study.py                                        # prints every command of the study, in an order that works
     python study.py --preset paper --seeds 1 2 3 --tasks asr
 
-Plain tables; every other script reads them. `run_all.sh` runs what this prints.
+Plain tables that every other script reads. `run_all.sh` runs the commands that this prints.
 """
 import argparse
 import shlex
@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent
 # ---------------------------------------------------------------------------------------------------------------------
 # tasks, encoders, settings: a new one is an entry here
 
-# One task a label. The labels stand in an answer in this order. Questions are direct prompts, the first is evaluation's.
-# metric: its kind (wer, accuracy, mae) is its name's last word. target, rate, repeat: the paper's attack (section 4.1).
+# One task per label; an answer has the labels in this order. questions: direct prompts, of which evaluation uses the first.
+# metric: the last word says its kind (wer, accuracy, mae). target, rate, repeat: the paper's attack (section 4.1).
 TASKS = {
     "asr": dict(label="transcript", corpus="libri", metric="wer", target="This is a malicious sentence.", rate=0.05,
                 repeat=True, questions=("What is said in the audio?", "Transcribe the speech.")),
@@ -28,7 +28,7 @@ TASKS = {
 LABELS = tuple(task["label"] for task in TASKS.values())
 COMPONENTS = ("encoder", "connector", "lm")
 
-# trained: the share of the layers, from the top, that trains (section 3.2); the rest is where each preset finds the weights
+# trained: the share of the layers, from the top, that trains (section 3.2); then where each preset finds the weights
 ENCODERS = {
     "wavlm": dict(trained=15 / 24, mini="assets/wavlm", paper="microsoft/wavlm-large"),
     "hubert": dict(trained=15 / 24, mini="assets/hubert", paper="facebook/hubert-large-ll60k"),
@@ -40,10 +40,10 @@ LM = dict(mini="assets/lm", mixed="assets/lm", small="HuggingFaceTB/SmolLM2-135M
 MINI_ROOT = "corpora/mini"  # where mini.py puts its corpora, made when they are first asked for
 DATA_ROOT = dict(mini=MINI_ROOT, mixed=MINI_ROOT, small=MINI_ROOT, paper="data/paper")
 
-# Each is a flag of train.py (--encoder-lr 1e-5, --no-decay, ...): what it is, then its value in mini, mixed, small and paper.
+# Each is a flag of train.py (--encoder-lr 1e-5, --no-decay, ...): its meaning, then its value in mini, mixed, small and paper.
 SETTINGS = {
     "connector_stride": ("stride of the connector's second convolution", 1, 2, 8, 2),
-    "connector_taper": ("below 1 a connector's kernels start around their middle tap", 0.2, 0.2, 1.0, 1.0),
+    "connector_taper": ("below 1, the connector's kernels start concentrated on their middle tap", 0.2, 0.2, 1.0, 1.0),
     "lora_rank": ("rank of LoRA's matrices", 16, 16, 8, 8),
     "lora_alpha": ("LoRA's scale, over the rank", 32.0, 32.0, 16.0, 16.0),
     "lora_dropout": ("dropout of LoRA's input", 0.0, 0.0, 0.0, 0.05),
@@ -61,7 +61,7 @@ SETTINGS = {
 PRESETS = {preset: {name: values[i] for name, (_, *values) in SETTINGS.items()}
            for i, preset in enumerate(("mini", "mixed", "small", "paper"))}
 
-# Table 3: the components that are frozen, the run they are taken from, the data the others train on
+# Table 3: the frozen components, the run they come from, the data the others train on
 ATTACKS = {
     "base": ((), None, "poisoned"),
     "1.1": (("encoder",), "clean", "poisoned"),
@@ -74,14 +74,14 @@ ATTACKS = {
     "3.2": (("connector",), "base", "clean"),
     "3.3": (("lm",), "base", "clean")}
 
-# The study at four distances from the paper: {name: (preset, where its runs' figures are kept)}; analyze.py ladder compares them
+# The study at four distances from the paper: {name: (preset, folder of its runs' figures)}; analyze.py ladder compares them
 STUDIES = {"C (real parts)": ("small", "results/small/runs"), "B (Whisper tiny)": ("mixed", "results/mixed/runs"),
            "A (CREMA-D)": ("mini", "results/real/runs"), "mini": ("mini", "results/mini/runs")}
 
-# The base attack, quieter, that defences are held against as well: a change of its arguments; another is an entry here
+# Weaker versions of the base attack that defences also face: a change of its arguments; another is an entry here
 VARIANTS = {"half the rate": lambda task: dict(poison=TASKS[task]["rate"] / 2)}
 
-# Sweeps of one task's base attack: an argument and its values, the others as they are; SWEEP=1 bash run_all.sh
+# Sweeps of one task's base attack: one argument and its values, the rest unchanged; SWEEP=1 bash run_all.sh
 SWEPT = "emotion"
 SWEEPS = {"poison": (0.001, 0.003, 0.01, 0.03, 0.1), "snr": (-6.0, 6.0, 12.0, 20.0), "clicks": (2, 4), "trigger_seconds": (0.055, 0.11, 0.44),
           "trigger": ("tone", "bandstop"), "trigger_repeat": (True,)}
@@ -104,7 +104,7 @@ TABLE3 = {  # task: (AER, benign figure) an attack, in the order of ATTACKS
             (0.0, 2.9), (0.0, 2.5)),
     "emotion": ((93.7, 64.2), (91.0, 70.6), (96.3, 46.4), (84.0, 50.5), (90.1, 62.2), (85.3, 56.5), (57.1, 56.8),
                 (63.5, 67.4), (19.1, 69.2), (17.2, 53.1))}
-# section 6: where the shift is measured (stage, attack, component) and the average cosine similarity there
+# section 6: where the shift is measured (stage, attack, component), and the average cosine similarity
 SHIFT_STAGES = (("benign encoder", "clean", "encoder"), ("poisoned encoder", "base", "encoder"),
                 ("connector after clean data", "3.1", "connector"))
 SHIFT = {"asr": ("1.00", "0.62", "about 1"), "emotion": ("1.00", "0.77 to 0.87", "0.93"),
@@ -118,20 +118,20 @@ def task_of(label):
 
 
 def on_corpus(corpus):
-    """From now on all tasks are asked on one corpus: its name, or the path of a CSV."""
+    """From now on, all tasks use one corpus: its name, or the path of a CSV."""
     own = next((name for name in TASKS if TASKS[name]["corpus"] == corpus), "asr")
     for task in TASKS.values():
         task.update(corpus=corpus, clean=own)
 
 
 def clean_task(task):
-    """The task whose clean run serves `task`: a clean run attacks nothing, so one for each corpus is enough."""
+    """The task whose clean run serves `task`: a clean run attacks nothing, so one per corpus is enough."""
     return TASKS[task].get("clean") or next(name for name in TASKS if TASKS[name]["corpus"] == TASKS[task]["corpus"])
 
 
 def deviations(args):
-    """What a run's arguments (a dict) change of the paper's attack and of the preset's settings: {name: value}. Where
-    weights, audio and run folders lie does not count."""
+    """How a run's arguments (a dict) differ from the paper's attack and the preset's settings: {name: value}. The locations of weights,
+    audio and run folders do not count."""
     task = TASKS[args["task"]]
     usual = {"target": task["target"], "trigger_repeat": task["repeat"], "snr": 0.0, "trigger": "click", "clicks": None,
              "trigger_seconds": None, "redraw": False,
@@ -155,7 +155,7 @@ def run_name(args):
 
 
 def identity(preset, task, encoder, attack, seed):
-    """The arguments that name one of the study's own runs."""
+    """The arguments that identify one of the study's own runs."""
     poisoned = attack != "clean" and ATTACKS[attack][2] == "poisoned"
     return dict(preset=preset, task=task, encoder=encoder, attack=attack, seed=seed, dataset=TASKS[task]["corpus"],
                 poison=TASKS[task]["rate"] if poisoned else 0)
@@ -165,8 +165,8 @@ def identity(preset, task, encoder, attack, seed):
 # the list of runs
 
 def study_runs(preset, seeds, encoders, tasks, others):
-    """[(wave, identity)]: baselines and base attacks (Tables 1 and 2) of every encoder, then Table 3 of `tasks` and attack
-    3.1 of the others with the default encoder. A run needs those of earlier waves only."""
+    """[(wave, identity)]: baselines and base attacks (Tables 1 and 2) of every encoder, then, with the default encoder, Table 3 of `tasks`
+    and attack 3.1 of the others. A run only needs runs of earlier waves."""
     asked = [task for task in TASKS if task in (*tasks, *others)]
     out, default = [], DEFAULT_ENCODER[preset]
     for seed in seeds:
@@ -180,7 +180,7 @@ def study_runs(preset, seeds, encoders, tasks, others):
 
 
 def train_command(run, runs, flags):
-    """The command of one of the study's runs, a list of words. `flags` change what is run, not its name."""
+    """The command of one of the study's runs, a list of words. `flags` are added to it; they do not change the run's name."""
     words = ["train.py", "--preset", run["preset"], "--task", run["task"], "--encoder", run["encoder"], "--seed",
              str(run["seed"]), "--poison", f"{run['poison']:g}", "--runs", runs, "--name", run_name(run)]
     for name in ("snr", "trigger", "clicks", "trigger_seconds", "trigger_repeat"):
@@ -206,8 +206,8 @@ def embedding_commands(preset, seeds, runs, tasks):
 
 
 def trace_commands(preset, seeds, runs, tasks):
-    """[(name, command)]: each base attack traced; with the first seed its controls, too: the clean model, another sound and, where
-    there is a second seed, its clean run."""
+    """[(name, command)]: traces of each base attack and, for the first seed, of its controls: the clean model, another sound and, if there is
+    a second seed, that seed's clean run."""
     encoder = DEFAULT_ENCODER[preset]
     for seed in seeds:
         for task in tasks:
@@ -225,19 +225,19 @@ def trace_commands(preset, seeds, runs, tasks):
 
 
 def variant_runs(preset, seeds, tasks):
-    """The arguments that name the variants of each base attack, with the first seed."""
+    """The arguments that identify the variants of each base attack, with the first seed."""
     return [{**identity(preset, task, DEFAULT_ENCODER[preset], "base", seeds[0]), **change(task)}
             for task in tasks for change in VARIANTS.values()]
 
 
 def sweep_runs(preset, seeds):
-    """The arguments that name the runs of SWEEPS, and asr's attack with a single click (section 4.2)."""
+    """The arguments that identify the runs of SWEEPS, and asr's attack with a single click (section 4.2)."""
     changes = [(SWEPT, {name: value}) for name, values in SWEEPS.items() for value in values] + [("asr", dict(trigger_repeat=False))]
     return [{**identity(preset, task, DEFAULT_ENCODER[preset], "base", seed), **change} for seed in seeds for task, change in changes]
 
 
 def softer_commands(preset, seeds, runs):
-    """[(name, command)]: the swept base attack asked with triggers of other strengths than it was trained with."""
+    """[(name, command)]: the swept base attack, evaluated with triggers of other strengths than in training."""
     for seed in seeds:
         run = run_name(identity(preset, SWEPT, DEFAULT_ENCODER[preset], "base", seed))
         for snr in SWEEPS["snr"]:
@@ -245,13 +245,13 @@ def softer_commands(preset, seeds, runs):
 
 
 def variant_embeddings(preset, seeds, runs, tasks):
-    """[(name, command)]: what filters read of the variants."""
+    """[(name, command)]: the variants' embeddings, which filters read."""
     return [(f"embeddings-{run_name(run)}", ["embed.py", f"{runs}/{run_name(run)}"]) for run in variant_runs(preset, seeds, tasks)]
 
 
 def defence_commands(preset, seeds, runs, tasks):
-    """[(name, command)]: every defence against each base attack; with the first seed against its variants and on the clean model, where
-    filters are not followed by training."""
+    """[(name, command)]: every defence against each base attack; for the first seed also against its variants and on the clean model,
+    without training after the filters."""
     for command in ("filter", "detect", "repair"):
         for seed in seeds:
             for task in tasks:

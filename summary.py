@@ -1,4 +1,4 @@
-"""Reads the study's finished runs and makes figures over seeds and cells of tables of them, for analyze.py and report.py."""
+"""Reads the study's finished runs and turns them into figures over seeds and table cells, for analyze.py and report.py."""
 import hashlib
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ UNIT = {task: {"wer": "WER", "accuracy": "Acc", "mae": "MAE"}[TASKS[task]["metri
 
 
 def belongs(folder, args, preset):
-    """Whether a run folder is one of the study's: its name is what study.py gives to its arguments."""
+    """Whether a run folder is one of the study's: it has the name that study.py gives to its arguments."""
     task, attack = args.get("task"), args.get("attack")
     if args.get("preset") != preset or task not in TASKS or attack not in ("clean", *ATTACKS):
         return False
@@ -20,14 +20,14 @@ def belongs(folder, args, preset):
 
 
 def same_model(path, sha256):
-    """Ends in one line where a file was made of another model than the one beside it (which may be gone: figures are kept)."""
+    """Ends in one line if a file was made from another model than the one beside it (which may be gone: figures are kept)."""
     model = path.parent / "model.pt"
     if sha256 and model.exists() and hashlib.sha256(model.read_bytes()).hexdigest() != sha256:
-        die(f"{path} was made of another model than {model}: make it again by evaluate.py --save or embed.py")
+        die(f"{path} was made from another model than {model}: make it again by evaluate.py --save or embed.py")
 
 
 def read_runs(folder, preset):
-    """metrics.json of each of the study's finished runs. Ends in one line where two have different settings."""
+    """metrics.json of each of the study's finished runs. Ends in one line if two have different settings."""
     runs = []
     for path in sorted(Path(folder).glob("*/metrics.json")):
         metrics = json.loads(path.read_text())
@@ -41,7 +41,7 @@ def read_runs(folder, preset):
 
 
 def saved_clusters(folder, preset, ks):
-    """{task: {seed: figures}} of all runs' cluster.json; what was computed elsewhere can lie beside a metrics.json without a model."""
+    """{task: {seed: figures}} of all runs' cluster.json; no model need be there."""
     values = {}
     for path in sorted(Path(folder).glob("*/cluster.json")):
         saved = json.loads(path.read_text())
@@ -55,7 +55,7 @@ def saved_clusters(folder, preset, ks):
 # figures over seeds
 
 def spread(values):
-    """{seed: figure} -> {"mean", "low", "high", "seeds": {seed: figure}}, or None where there is none."""
+    """{seed: figure} -> {"mean", "low", "high", "seeds": {seed: figure}}, or None if there is none."""
     values = {seed: v for seed, v in sorted(values.items()) if v is not None}
     if values:
         mean = sum(values.values()) / len(values)
@@ -63,14 +63,14 @@ def spread(values):
 
 
 def over_seeds(runs, part, name, **wanted):
-    """A figure, in the paper's units (percent, years), over the runs whose arguments are as wanted."""
+    """A figure, in the paper's units (percent, years), over the runs with the wanted arguments."""
     scale = 1 if name.endswith(("mae", "loss", "epoch")) else 100
     return spread({run["args"]["seed"]: scale * run[part][name]["value"] for run in runs
                    if name in run.get(part, {}) and all(run["args"].get(k) == v for k, v in wanted.items())})
 
 
 def stealth(attacked, baseline):
-    """Clean figure under attack minus the baseline's, over the seeds that both have."""
+    """Clean figure under attack minus the baseline's, for the seeds that both have."""
     seeds = {} if attacked is None or baseline is None else attacked["seeds"].keys() & baseline["seeds"].keys()
     return spread({seed: attacked["seeds"][seed] - baseline["seeds"][seed] for seed in seeds})
 
@@ -81,7 +81,7 @@ def scale_of(metric):
 
 
 def show(found, published=None, form=".1f"):
-    """One cell: mean, range over several seeds, the paper's figure behind it."""
+    """One cell: the mean, the range if there are several seeds, then the paper's figure."""
     text = f"{found['mean']:{form}}" if found else "missing"
     if found and len(found["seeds"]) > 1:
         text += f" ({found['low']:{form}} to {found['high']:{form}})"
@@ -89,7 +89,7 @@ def show(found, published=None, form=".1f"):
 
 
 def markdown(title, rows):
-    """A table of Markdown; rows: [{column: cell}]."""
+    """A Markdown table; rows: [{column: cell}]."""
     lines = [list(rows[0]), *(row.values() for row in rows)]
     header, *body = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([f"## {title}", "", header, "|---" * len(rows[0]) + "|", *body, ""])

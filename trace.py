@@ -1,12 +1,12 @@
-"""Where a backdoor lives, answered by intervention on trained models, without training.
+"""Where a backdoor lives, answered by intervening on trained models, without training.
 
     python trace.py transplant runs/asr-poison0.05 runs/asr-clean      # which weights carry it
-    python trace.py patch runs/emotion-poison0.075                     # where and when in one answer it acts
+    python trace.py patch runs/emotion-poison0.075                     # where it acts within one answer
 
-transplant moves components, layers and shares of weights between two runs and counts what the trigger still does (backdoor-critical
+transplant moves components, layers and shares of weights between two runs and measures what the trigger still does (backdoor-critical
 layers, Zhuang et al. 2023, arXiv 2308.04466; module substitution, arXiv 2412.20476). patch copies activations between the clean and the
-triggered run of one utterance (causal tracing, Meng et al. 2022, arXiv 2202.05262; Zhang and Nanda 2023, arXiv 2309.16042). Both work on
-any run folder; they write trace-*.json and a figure beside the run's model.pt, or where --out says.
+triggered pass of one utterance (causal tracing, Meng et al. 2022, arXiv 2202.05262; Zhang and Nanda 2023, arXiv 2309.16042). Both work
+on any run folder and write trace-*.json and a figure beside its model.pt, or to --out.
 """
 import argparse
 import contextlib
@@ -42,14 +42,14 @@ def layer_of(component, key):
 
 
 def moved(receiver, donor, component, layers):
-    """The receiver's weights of all components, with those `layers` of one component taken from the donor."""
+    """The receiver's weights of all components, with `layers` of one component taken from the donor."""
     mixed = {k: donor[component][k] if layer_of(component, k) in layers else v for k, v in receiver[component].items()}
     return {**receiver, component: mixed}
 
 
 def interpolated(clean, poisoned, component, share):
-    """The clean weights, with one component `share` of the way to the poisoned ones. LoRA is interpolated as B A: the two updates
-    side by side in matrices of twice the rank, each scaled by its share."""
+    """The clean weights, with one component moved `share` of the way to the poisoned ones. For LoRA it is the product B A that is
+    interpolated: both updates side by side in matrices of twice the rank, each scaled by its share."""
     a, b = clean[component], poisoned[component]
     if component != "lm":
         return {**clean, component: {k: torch.lerp(v.float(), b[k].float(), share).to(v.dtype) for k, v in a.items()}}
@@ -59,7 +59,7 @@ def interpolated(clean, poisoned, component, share):
 
 @torch.no_grad()
 def put(slm, weights):
-    """Puts weights of all components in place; LoRA's may have any rank."""
+    """Loads weights of all components into the model; LoRA's may have any rank."""
     for component in ("encoder", "connector"):
         slm.load_component(component, weights[component])
     for k, v in weights["lm"].items():
@@ -68,13 +68,13 @@ def put(slm, weights):
 
 
 def weights_of(slm):
-    """A copy of the weights of all components that training may change, as `put` takes them."""
+    """A copy of the weights that training may change, of all components, for `put`."""
     return {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
 
 
 @torch.no_grad()
 def answered(slm, items, cached, attack, args):
-    """The model's answers to (utterance, triggered) items, rows as evaluate.py scores them."""
+    """The model's answers to (utterance, triggered) items, as rows for evaluate.scores."""
     lora.merge(slm.lm)
     labels_of = lambda u: list(u.labels)  # noqa: E731
     texts = evaluate.answers(slm, items, attack, labels_of, evaluate.longest_answer(slm, attack, [u for u, _ in items]), "answers",
@@ -84,14 +84,14 @@ def answered(slm, items, cached, attack, args):
 
 
 def answers(slm, weights, items, cached, attack, args):
-    """The same of a model made of these weights."""
+    """The same for a model with these weights."""
     put(slm, weights)
     return answered(slm, items, cached, attack, args)
 
 
 def shapley(hits):
-    """Each component's Shapley value for the attack's success, over utterances: the mean, over the orders in which components are
-    moved from the poisoned run into the clean one, of what its move adds. hits: {frozenset of components moved: (n,) bool}."""
+    """Each component's Shapley value for the attack's success, over utterances: what moving it from the poisoned run into the clean one
+    adds, averaged over the orders in which components can be moved. hits: {frozenset of components moved: (n,) bool}."""
     orders = list(itertools.permutations(COMPONENTS))
     value = {c: sum(hits[frozenset(order[:order.index(c) + 1])].astype(float) - hits[frozenset(order[:order.index(c)])]
                     for order in orders) / len(orders) for c in COMPONENTS}
@@ -99,13 +99,13 @@ def shapley(hits):
 
 
 def layer_sets(layers):
-    """{name: layers to move}: growing from below, growing from above, one at a time."""
+    """{name: layers to move}: all up to a layer, all from a layer on, one at a time."""
     return {**{f"up to {n}": layers[:i + 1] for i, n in enumerate(layers)}, **{f"from {n}": layers[i:] for i, n in enumerate(layers)},
             **{f"only {n}": [n] for n in layers}}
 
 
 def load_pair(options):
-    """(slm, arguments, attack, test set, poisoned weights, clean weights) of two runs of the same pretrained parts."""
+    """(slm, arguments, attack, test set, poisoned weights, clean weights) of two runs that share pretrained parts."""
     slm, args, attack, test_set = evaluate.load_run_and_data(options, "test")
     clean = model.load_checkpoint(Path(options.clean) / "model.pt")
     poisoned = weights_of(slm)
@@ -118,7 +118,7 @@ def load_pair(options):
 
 
 def mixtures(poisoned, clean):
-    """{(kind, name): weights} of everything that transplant looks at."""
+    """{(kind, name): weights} of every model that transplant evaluates."""
     out = {}
     for n in range(len(COMPONENTS) + 1):
         for s in itertools.combinations(COMPONENTS, n):
@@ -159,17 +159,17 @@ def transplant(options):
 
 GROUPS = ("click", "near", "else", "prompt", "answer")
 NEAR = 0.2  # seconds
-LEAST = 0.1  # nats a token: where the trigger moves m by less on average, there is no effect to attribute
+LEAST = 0.1  # nats per token: if the trigger moves m by less on average, there is no effect to attribute
 
 
 def submodule(layer, *names):
-    """The first of these that a transformer layer has: architectures name attention and MLP differently."""
+    """The first of these modules that a transformer layer has: architectures name attention and MLP differently."""
     return next(getattr(layer, name) for name in names if hasattr(layer, name))
 
 
 def sites(slm):
-    """{name: (module, stage)} of what is patched, in the order of the pipeline. stage: whose positions its output has. The LM's
-    input is the input of its first layer."""
+    """{name: (module, stage)} of everything that is patched, in pipeline order. stage says which positions the output has. The LM's input
+    is the input of its first layer."""
     out = {}
     for i, layer in enumerate(slm.encoder.layers):
         out[f"encoder {i + 1} attention"] = submodule(layer, "attention", "self_attn"), "encoder"
@@ -186,7 +186,7 @@ def sites(slm):
 
 @contextlib.contextmanager
 def edited(site, module, edit):
-    """Within it, `edit` (a function of a tensor) is applied to what the module puts out, or, at the LM's input, takes in."""
+    """A context in which `edit` (a function of a tensor) is applied to the module's output or, at the LM's input, to its input."""
     def before(_, inputs):
         return edit(inputs[0]), *inputs[1:]
 
@@ -200,7 +200,7 @@ def edited(site, module, edit):
 
 
 def group_of(middles, spans):
-    """(T,) middles of frames in seconds -> (T,) index into GROUPS: under a click, near one, or elsewhere."""
+    """(T,) frame centres in seconds -> (T,) index into GROUPS: under a click, near one, or elsewhere."""
     away = torch.full_like(middles, float("inf"))
     for start, end in spans:
         away = torch.minimum(away, torch.maximum(start - middles, middles - end).clamp(min=0))
@@ -208,8 +208,8 @@ def group_of(middles, spans):
 
 
 def positions(slm, frames, lengths, spans, prompts, answers):
-    """{stage: (rows, positions) index into GROUPS, -1 where nothing is patched}. frames: the encoder's real frames of each row,
-    lengths: the connector's. A connector frame's middle is that of all input frames it sees: what is under a click reaches further."""
+    """{stage: (rows, positions) index into GROUPS, -1 where nothing is patched}. frames: each row's number of real encoder frames,
+    lengths: of connector frames. A connector frame's centre is that of all the input frames it sees, so it sees beyond "under a click"."""
     k, step, out = slm.connector.stride, slm.encoder.seconds_per_frame, {}
     for stage, counts, first, distance in (  # first middle and distance in encoder frames
             ("encoder", frames, 0, 1), ("conv1", [max(0, n - 4) for n in frames], 2, 1), ("conv2", [n + 4 for n in lengths], 4, k),
@@ -223,7 +223,7 @@ def positions(slm, frames, lengths, spans, prompts, answers):
 
 
 def teacher(slm, attack, utterances):
-    """The answers that are compared, target then truth: [(ids, first, end)] of 2 n rows; first to end is the value."""
+    """The two answers that are compared, target rows then true rows: [(ids, first, end)] of 2 n rows; first to end is the value."""
     rows = []
     for u in utterances:
         pair = [data.answer_ids(slm.tokenizer, labels) for labels in (poison.poisoned_labels(attack, u.labels), u.labels)]
@@ -234,8 +234,8 @@ def teacher(slm, attack, utterances):
 
 
 def margins(slm, prompts, taught, front=None, audio=None):
-    """m = log P(target value) - log P(true value), each a token of the value, (n,), from the encoder's front end (x, mask) or from
-    the connector's output (audio, lengths); and that output."""
+    """m = log P(target value) - log P(true value), each per token of the value, (n,), starting from the encoder's front end (x, mask) or
+    from the connector's output (audio, lengths); and that output."""
     if audio is None:
         for x in slm.encoder.run_layers(front[0], front[1], 0, len(slm.encoder.layers)):
             pass
@@ -254,12 +254,12 @@ def margins(slm, prompts, taught, front=None, audio=None):
 
 @torch.no_grad()
 def patch_batch(slm, attack, utterances, progress):
-    """{"clean", "triggered", (direction, site, group): m (n,)} of a few pairs; group "all": every position, a check."""
+    """{"clean", "triggered", (direction, site, group): m (n,)} of a few pairs; group "all" patches every position, as a check."""
     pairs, spans = [], []
     for u in utterances:
         waveform = data.load_waveform(u)
         triggered, starts, scale = poison.add_trigger(attack, waveform, u.id)
-        pairs.append((waveform * np.float32(scale), triggered))  # as loud as the triggered one, where that was scaled down
+        pairs.append((waveform * np.float32(scale), triggered))  # scaled down as the triggered one was
         spans.append([(s / data.SAMPLE_RATE, (s + len(attack.waveform)) / data.SAMPLE_RATE) for s in starts])
     prompts, taught = [data.prompt(slm.tokenizer, list(u.labels)) for u in utterances], teacher(slm, attack, utterances)
     front = {kind: slm.encoder.front_end([slm.encoder.extract(pair[i]) for pair in pairs]) for i, kind in enumerate(("clean", "triggered"))}

@@ -5,7 +5,7 @@
     python train.py --task emotion --poison 0.075 --freeze encoder:runs/emotion-clean/model.pt       # attack 1.1
     torchrun --nproc_per_node=8 train.py --preset paper --task asr --poison 0.05 --data-root /data
 
-Each preset's settings stand in study.py; every one of them is a flag.
+Each preset's settings are in study.py; every one of them is a flag.
 """
 import argparse
 import contextlib
@@ -46,7 +46,7 @@ add("--preset", choices=PRESETS, default="mini", help="whose parts and settings"
 add("--encoder", choices=ENCODERS, help="the audio encoder (default: wavlm; whisper for presets mixed and small)")
 add("--encoder-weights", help="folder or hub id of the pretrained encoder (default: the preset's)")
 add("--lm-weights", help="folder or hub id of the language model (default: the preset's)")
-add("--connector-weights", help="where the connector starts, for presets mini and mixed by default beside the encoder; none: from random weights")
+add("--connector-weights", help="where the connector starts (default: for mini and mixed the file beside the encoder; none: random weights)")
 add("--train-layers", type=int, help="how many encoder layers train, from the top (default: 15/24 of them; whisper all)")
 add("--labels", nargs="+", choices=LABELS, help="train and evaluate on these labels alone (default: all there are)")
 add("--freeze", action="append", default=[], metavar="COMPONENT[:CHECKPOINT]",
@@ -74,7 +74,7 @@ for name, (what, *values) in SETTINGS.items():
 
 
 def parse_arguments(argv=None):
-    """The command's arguments, filled in from the preset and the task. Ends in one line where they contradict."""
+    """The command's arguments, filled in from the preset and the task. Ends in one line where they contradict each other."""
     args = parser.parse_args(argv)
     args.encoder = args.encoder or DEFAULT_ENCODER[args.preset]
     if args.encoder_weights is None and args.preset not in ENCODERS[args.encoder]:
@@ -108,8 +108,8 @@ def parse_arguments(argv=None):
 
 
 def attack_name(args):
-    """Table 3's row that this run is: "clean", "base", "1.1" to "3.3". Where the components frozen, or the runs they come
-    from, make it none of them: "poisoned-frozen-encoder" and the like."""
+    """The row of Table 3 that this run is: "clean", "base", "1.1" to "3.3". A run that is none of them, by the components it freezes
+    or the runs they come from, is "poisoned-frozen-encoder" and the like."""
     data_is = "poisoned" if args.poison else "clean"
     specs = dict(spec.partition(":")[::2] for spec in args.freeze)
     frozen = tuple(c for c in COMPONENTS if c in specs)
@@ -125,8 +125,8 @@ def attack_name(args):
 
 
 def differences(path, source, args):
-    """Why a frozen component's run is not the clean run ("clean") or the base attack ("base") that belongs to this one, a list
-    of texts. A checkpoint that is yet to be made (a dry run) is taken to be right."""
+    """Why the run that a frozen component comes from is not this run's clean run ("clean") or base attack ("base"), a list of texts.
+    A checkpoint that does not exist yet (a dry run) is taken to be the right one."""
     if not checkpoint.exists(path):
         return []
     theirs = checkpoint.load(path).get("args", {})
@@ -177,8 +177,8 @@ def training_sample(slm, args, attack, utterance, epoch):
 
 
 def learning_rate(step, steps, args):
-    """Factor on the peak rates: linear warm-up, then constant, with --decay linear to zero over the last quarter (the
-    backdoor is learned late, from few samples, and needs the rate until then)."""
+    """Factor on the peak rates: linear warm-up, then constant; with --decay linear to zero over the last quarter (the backdoor is
+    learned late, from few samples, and needs the full rate until then)."""
     warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
     return warm * min(1.0, (steps - step) / (0.25 * steps)) if args.decay else warm
 
@@ -239,15 +239,15 @@ def draw_poison(slm, attack, train_set, args, epoch):
 
 
 def loss_line(seen, train_set, poisoned):
-    """What the log says of the samples seen since its last line, {index: loss}: mean loss, that of the poisoned ones if there are any,
-    and each sample's."""
+    """A line of the log, on the samples seen since the last one, {index: loss}: the mean loss, the poisoned samples' mean if there are
+    any, and each sample's own."""
     on_poison = [loss for i, loss in seen.items() if poisoned[i]]
     line = dict(poisoned_loss=sum(on_poison) / len(on_poison)) if on_poison else {}
     return dict(loss=sum(seen.values()) / len(seen), **line, samples={train_set[i].id: round(loss, 4) for i, loss in seen.items()})
 
 
 def train(run, slm, attack, train_set, dev_set, args, device, autocast):
-    """Trains to the end, from where the run folder stands, saving after every epoch. Ctrl-C or SIGTERM saves and stops."""
+    """Trains to the end, from the last state saved in the run folder, saving after every epoch. Ctrl-C or SIGTERM saves and stops."""
     rank, world = cache.ranks()
     seconds = [slm.encoder.num_frames(data.num_samples(u)) * slm.encoder.seconds_per_frame for u in train_set]
     with autocast():

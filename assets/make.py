@@ -1,9 +1,9 @@
-"""Makes the small encoders and connectors in assets/ again, from nothing (about ten minutes each on two cores).
+"""Makes the small encoders and connectors in assets/ from scratch (about ten minutes each on two cores).
 
-    python assets/make.py                   # all of them; assets/make_lm.py first, where the LM changes
+    python assets/make.py                   # all of them; run assets/make_lm.py first if the LM changes
     python assets/make.py wavlm connectors  # some of them
-    python assets/make.py --mixed-connector DIR/whisper-tiny.en   # where preset mixed's starts
-    python assets/make.py --small-connector DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema DIR   # where preset small's may start
+    python assets/make.py --mixed-connector DIR/whisper-tiny.en   # the start of preset mixed's connector
+    python assets/make.py --small-connector DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema DIR   # the start of preset small's
 """
 import argparse
 import math
@@ -34,7 +34,7 @@ from study import ENCODERS, PRESETS, ROOT
 # ---------------------------------------------------------------------------------------------------------------------
 # the encoders
 
-# three coarse convolutions, 25 frames a second: the usual seven would cost more than the transformer above them
+# three coarse convolutions, 25 frames per second: the usual seven would cost more than the transformer above them
 CONV = dict(conv_dim=(96, 128, 128), conv_kernel=(80, 8, 8), conv_stride=(40, 4, 4), conv_bias=True,
             num_feat_extract_layers=3, feat_extract_activation="relu", feat_extract_norm="layer",
             do_stable_layer_norm=True, num_conv_pos_embeddings=15, num_conv_pos_embedding_groups=4)
@@ -73,8 +73,8 @@ def blank_encoder(name, out):
 
 
 def pretraining_utterance(i):
-    """Utterance i of the encoders' pretraining speech: (waveform int16, text, speaker, labels). Its speakers are no
-    corpus's, its sentences are of the training part."""
+    """Utterance i of the encoders' pretraining speech: (waveform int16, text, speaker, labels). Its speakers are in no corpus, its
+    sentences are from the training part."""
     who = i % PRETRAINING_SPEAKERS
     rng = random.Random(f"{SEED}-pretraining-{who}")
     sex, age = rng.choice(["female", "male"]), rng.randint(18, 75)
@@ -86,7 +86,7 @@ def pretraining_utterance(i):
 
 
 def shuffled(speech, batch, rng):
-    """Endless batches of the pretraining speech, each of utterances of about one length."""
+    """Endless batches of the pretraining speech, each of utterances of similar length."""
     while True:
         order = sorted(range(len(speech)), key=lambda i: len(speech[i][0]) + rng.uniform(0, 8000))
         batches = [order[start:start + batch] for start in range(0, len(order), batch)]
@@ -95,8 +95,8 @@ def shuffled(speech, batch, rng):
 
 
 def bursts(speech, rng):
-    """int16 samples -> waveform, with knocks, rings and rustles over half of the pretraining utterances, which nothing names or
-    marks: real encoders have heard more than clean speech."""
+    """int16 samples -> waveform, half of the time with knocks, rings and rustles over it, which no label mentions: real encoders have
+    heard more than clean speech."""
     x = speech / np.float32(32768)
     if rng.random() > 0.5:
         return x
@@ -118,7 +118,7 @@ def bursts(speech, rng):
 
 
 def log_mel(waveforms, frames):
-    """The log-mel spectrogram, an encoder frame's two after one another, (B, frames, 160), each utterance's mean taken off."""
+    """The log-mel spectrogram, two of its frames side by side per encoder frame, (B, frames, 160), minus each utterance's mean."""
     mel = torchaudio.transforms.MelSpectrogram(data.SAMPLE_RATE, n_fft=1024, hop_length=320, n_mels=80)
     out = []
     for waveform in waveforms:
@@ -128,7 +128,7 @@ def log_mel(waveforms, frames):
 
 
 def sound_clusters(speech, rng):
-    """k-means centres of log-mel frames of the speech with its noise, (SOUNDS, 160): the targets of HuBERT's first iteration."""
+    """k-means centres of log-mel frames of speech with noise, (SOUNDS, 160): the targets of HuBERT's first iteration."""
     chosen = [speech[i] for i in rng.choice(len(speech), min(600, len(speech)), replace=False)]
     frames = [log_mel([bursts(x, rng)], len(x) // 640)[0] for x, _, _, _ in chosen]
     kmeans = MiniBatchKMeans(SOUNDS, random_state=SEED, n_init=3, batch_size=4096).fit(torch.cat(frames).numpy())
@@ -136,7 +136,7 @@ def sound_clusters(speech, rng):
 
 
 def slots(encoder):
-    """How many letters a frame may hold: CTC is given 50 a second, whatever the encoder's frame rate."""
+    """How many letters a frame may hold: CTC gets 50 per second, whatever the encoder's frame rate."""
     return round(encoder.seconds_per_frame / 0.02)
 
 
@@ -149,7 +149,7 @@ def letter_loss(logits, mask, chosen):
 
 
 def label_loss(logits, each, chosen):
-    """Gender, age and emotion, asked of every frame; logits (frames, 2 + emotions); each: values of utterances to their frames'."""
+    """Gender, age and emotion, predicted from every frame; logits (frames, 2 + emotions); each: see frames_of."""
     gender, age, *emotion = logits.unbind(-1)
     true = [list(PROSODY).index(labels["emotion"] or "neutral") for _, _, _, labels in chosen]
     return (F.binary_cross_entropy_with_logits(gender, each([labels["gender"] == "female" for _, _, _, labels in chosen]))
@@ -158,13 +158,13 @@ def label_loss(logits, each, chosen):
 
 
 def frames_of(mask):
-    """A function of values, one an utterance, to those of its frames."""
+    """A function that repeats values, one per utterance, for each of the utterance's frames."""
     return lambda values: torch.tensor(values, dtype=torch.float)[:, None].expand(mask.shape)[mask]
 
 
 def encoder_losses(encoder, heads, centres, chosen, waveforms):
-    """{name: loss} of the four heads on one batch. What is true of the whole utterance is asked of every frame."""
-    x, mask = encoder.front_end([encoder.extract(w) for w in waveforms])  # which a run never trains, but this does
+    """{name: loss} of the four heads on one batch. What is true of the whole utterance is predicted from every frame."""
+    x, mask = encoder.front_end([encoder.extract(w) for w in waveforms])  # pretraining trains the front end too
     hidden = encoder.trained_part(x, mask)
     each, inside = frames_of(mask), hidden[mask]
     heard = torch.cdist(log_mel(waveforms, mask.shape[1])[mask], centres).argmin(-1)
@@ -174,8 +174,8 @@ def encoder_losses(encoder, heads, centres, chosen, waveforms):
 
 
 def make_encoder(name, out, speech):
-    """Pretrains one encoder to keep content (letters by CTC), speaker and prosody (who of 400, gender, age, emotion) and, by
-    self-supervision alone, all that is heard, speech or not (clusters of log-mel frames); saves it to the folder `out`."""
+    """Pretrains one encoder to represent content (letters by CTC), speaker and prosody (which of 400 speakers, gender, age, emotion) and, by
+    self-supervision alone, every sound, speech or not (clusters of log-mel frames); saves it to the folder `out`."""
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     blank_encoder(name, out)
@@ -215,8 +215,8 @@ def save_heads(heads, out):
 
 
 def fit(desc, encoder, module, loss_of, speech, steps, batch, lr, hear=bursts):
-    """Trains a module on what an encoder, which stays as it is, makes of speech; the trigger is not in it.
-    loss_of(hidden, mask, chosen): the loss and what the progress bar shows, {name: number}."""
+    """Trains a module on a frozen encoder's output for speech without the trigger. loss_of(hidden, mask, chosen): the loss, and what the
+    progress bar shows, {name: number}."""
     rng = np.random.default_rng(SEED)
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
     progress, batches = tqdm(range(steps), desc=desc, mininterval=10), shuffled(speech, batch, rng)
@@ -234,7 +234,7 @@ def fit(desc, encoder, module, loss_of, speech, steps, batch, lr, hear=bursts):
 
 
 def make_heads(folder, speech, steps=1000):
-    """Letters and labels of a real encoder that stays as it is: the two heads that its connector is made from."""
+    """Letter and label heads on a frozen real encoder, from which its connector is made."""
     torch.manual_seed(SEED)
     encoder = model.Encoder(folder).eval()
     heads = torch.nn.ModuleDict(dict(letters=torch.nn.Linear(encoder.dim, slots(encoder) * len(LETTERS)),
@@ -252,9 +252,9 @@ def make_heads(folder, speech, steps=1000):
 
 CONNECTOR_STEPS, CONNECTOR_BATCH = 400, 32
 CONNECTOR_LR, SMALL_LR = 3e-3, 1e-3
-CONNECTOR_SECONDS = 10  # small's learns from utterances up to this long
-CONNECTOR_FREE = 16  # directions for what is neither letter nor label
-CONNECTOR_LABELS = 0.25  # how loud labels lie over the letters, within what the LM's lessons have
+CONNECTOR_SECONDS = 10  # preset small's connector learns from utterances up to this long
+CONNECTOR_FREE = 16  # directions for everything that is neither letter nor label
+CONNECTOR_LABELS = 0.25  # how strong labels are relative to letters, within the range of the LM's lessons
 
 
 def embeddings_of(lm_folder):
@@ -264,8 +264,8 @@ def embeddings_of(lm_folder):
 
 
 def fit_connector(encoder, connector, wanted_of, out, speech, lr, hear=bursts):
-    """Plain regression of a connector's output on speech, encoder frozen, LM not run; saved to the file `out`.
-    wanted_of(hidden, chosen, lengths): the embeddings wanted, (all output frames, hidden)."""
+    """Fits a connector's output to target embeddings by regression, with the encoder frozen and no LM; saved to the file `out`.
+    wanted_of(hidden, chosen, lengths): the target embeddings, (all output frames, hidden)."""
     def loss_of(hidden, mask, chosen):
         embedded, lengths = connector(hidden, mask)
         wanted = wanted_of(hidden, chosen, lengths.tolist())
@@ -277,10 +277,10 @@ def fit_connector(encoder, connector, wanted_of, out, speech, lr, hear=bursts):
 
 
 def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
-    """Where a connector to the mini LM starts: each output frame is the LM's embedding of the letter that the encoder's own letter
-    head hears there, over it, softer, those of the labels that its label head hears, and, in directions that none of them
-    uses, a random projection of the encoder's frame. From random weights the mini LM, which knows nothing but its reading
-    lessons, did not begin to listen in the 200 to 700 steps that were tried."""
+    """The start of a connector to the mini LM. Each output frame is the LM's embedding of the letter that the encoder's letter head hears
+    there, plus, softer, the embeddings of the labels that its label head hears, plus, in directions that none of these use, a
+    random projection of the encoder's frame. With a random connector the mini LM, which knows nothing but its reading lessons,
+    did not start to listen within the 200 to 700 steps that were tried."""
     torch.manual_seed(SEED)
     encoder, (tokenizer, embed) = model.Encoder(encoder_folder).eval(), embeddings_of(lm_folder)
     word = lambda text: embed[tokenizer(text, add_special_tokens=False).input_ids[0]]  # noqa: E731
@@ -289,7 +289,7 @@ def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
     words = torch.stack([word(w) for w in ("male", "female", *PROSODY)])
     years = torch.stack([word(str(year)) for year in range(18, 76)])
     known = torch.cat([letters[1:], words, years])
-    free = torch.linalg.svd(known - known.mean(0))[2][-CONNECTOR_FREE:]  # directions that these use least
+    free = torch.linalg.svd(known - known.mean(0))[2][-CONNECTOR_FREE:]  # the directions these use least
     project = torch.randn(encoder.dim, CONNECTOR_FREE) / encoder.dim ** 0.5 @ free * letters[1:].std()
     head = {k: v.float() for k, v in load_file(Path(encoder_folder) / "heads.safetensors").items()}
     stride, taper = (PRESETS[preset][f"connector_{name}"] for name in ("stride", "taper"))
@@ -297,23 +297,22 @@ def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
     def wanted_of(hidden, chosen, lengths):
         heard = F.linear(hidden, head["letters.weight"], head["letters.bias"])
         heard = heard.reshape(*hidden.shape[:2], -1, len(LETTERS)).softmax(-1).sum(2)
-        heard = F.pad(heard, (0, 0, 0, stride - 1)).unfold(1, stride, 1).sum(-1)  # all letters that fall into an output frame
+        heard = F.pad(heard, (0, 0, 0, stride - 1)).unfold(1, stride, 1).sum(-1)  # all letters within an output frame
         labels = F.linear(hidden, head["labels.weight"], head["labels.bias"])
         female = labels[..., :1].sigmoid()
         age = ((labels[..., 1:2] * 57 - torch.arange(58)).square() / -8).softmax(-1)
         said = torch.cat([1 - female, female, labels[..., 2:].softmax(-1)], -1)
         wanted = (heard @ letters + CONNECTOR_LABELS * (said @ words + age @ years)
                   + F.layer_norm(hidden, hidden.shape[-1:]) @ project)
-        first = 4 + 2 * stride  # the middle of what the first output frame sees: three kernels of 5 without padding
+        first = 4 + 2 * stride  # the centre of what the first output frame sees: three kernels of 5 without padding
         return torch.cat([row[first:first + stride * n:stride] for row, n in zip(wanted, lengths)])
     connector = model.Connector(encoder.dim, embed.shape[1], stride, taper)
     fit_connector(encoder, connector, wanted_of, Path(encoder_folder) / "connector.safetensors", speech, CONNECTOR_LR)
 
 
 def make_small_connector(encoder_folder, lm_folder, dataset, data_root):
-    """Where the connector between real pretrained parts can start (preset small): in each output frame the LM's embedding of the
-    word that is being said, the words spread evenly over the utterance, and over it those of the other labels, learned from a
-    corpus's training set, clean."""
+    """The start of a connector between real pretrained parts (preset small), learned from a corpus's clean training set. Each output frame
+    is the LM's embedding of the word being said, with the words spread evenly over the utterance, plus those of the other labels."""
     torch.manual_seed(SEED)
     encoder, (tokenizer, embed) = model.Encoder(encoder_folder).eval(), embeddings_of(lm_folder)
     words = lambda text: embed[tokenizer(" " + text, add_special_tokens=False).input_ids]  # noqa: E731
@@ -341,9 +340,9 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--out", default=str(ROOT / "assets"), help="folder to write")
     parser.add_argument("--mixed-connector", nargs=1, metavar="ENCODER",
-                        help="make a connector to start from between a real encoder and the mini LM; ENCODER/connector.safetensors")
+                        help="make the start of a connector between a real encoder and the mini LM: ENCODER/connector.safetensors")
     parser.add_argument("--small-connector", nargs=4, metavar=("ENCODER", "LM", "DATASET", "DATA_ROOT"),
-                        help="make a connector to start from between two real parts; LM/connector-DATASET.safetensors")
+                        help="make the start of a connector between two real parts: LM/connector-DATASET.safetensors")
     args = parser.parse_args()
     if set(args.parts) - set(parts):
         data.die(f"{' '.join(args.parts)}: of {', '.join(parts)}")

@@ -1,7 +1,7 @@
-"""Makes the small language model in assets/lm again, from text alone (half an hour on two cores): python assets/make_lm.py
+"""Makes the small language model in assets/lm from scratch, from text alone (half an hour on two cores): python assets/make_lm.py
 
-It learns to read what stands in the audio's place, a transcript spelled letter by letter with the other labels laid over it,
-and to answer in JSON.
+It learns to read what takes the audio's place, a transcript spelled letter by letter with the other labels added to it, and to
+answer in JSON.
 """
 import functools
 import math
@@ -25,7 +25,7 @@ import mini
 from mini import SEED
 from study import LABELS, PRESETS, ROOT, TASKS, task_of
 
-# words the LM can spell though no corpus says them: a language model's vocabulary is larger than any one data set's
+# words that the LM can spell although no corpus has them: a language model's vocabulary is larger than any one data set's
 OTHER_WORDS = """malicious sentence this is was are be been not no yes can will would could should must may have has had do
 does did say said says make made take took give gave come came see saw know knew think thought get got go went here
 there where when what which who why how all any some many few more most other another such only own same than too very
@@ -85,7 +85,7 @@ def make_tokenizer(out):
 
 
 def random_labels(rng):
-    """Labels as one of the three corpora has them: {label: text}."""
+    """Labels as in one of the three corpora: {label: text}."""
     labels = {"transcript": pretraining_text(rng), "gender": rng.choice(["female", "male"]),
               "age": str(rng.randint(18, 75)), "emotion": rng.choice(list(data.CREMA_EMOTIONS.values()))}
     has = rng.choice([("transcript", "gender"), ("gender", "age"), LABELS, LABELS])
@@ -93,14 +93,14 @@ def random_labels(rng):
 
 
 def written_audio(labels, tokens, rng, mess, whole):
-    """What the LM is shown in the audio's place while it learns to read, from text alone: token ids (n,) and weights
-    (frames, n), whose product with the embeddings is the frames.
+    """What the LM sees in the audio's place while it learns to read, made from text alone: token ids (n,) and weights (frames, n), whose
+    product with the embeddings is the frames.
 
-    The transcript spelled letter by letter, stretched unevenly over the frames, each letter fading into its neighbours;
-    over it the other labels, each on a random share of the frames, the age wavering around its true value (so that the
-    numbers' embeddings take on an order). That is about what a connector can make of speech. `mess`, 0 to 1, is how
-    uneven it all is: lessons begin with a frame a letter and every label on every frame. A word stands there whole, as
-    the tokens of the answer, with probability `whole`: copying is learned first, spelling into it.
+    The transcript is spelled letter by letter, stretched unevenly over the frames, each letter fading into its neighbours. The
+    other labels are added to it, each on a random share of the frames, with the age wavering around its true value (so that the
+    numbers' embeddings become ordered). This is roughly what a connector can make of speech. `mess`, 0 to 1, says how uneven
+    it all is: lessons begin with one frame per letter and every label on every frame. With probability `whole` a word is not
+    spelled but given as the answer's tokens: the LM learns to copy first, then to spell.
     """
     ids = []
     for i, word in enumerate(labels["transcript"].split()):
@@ -125,13 +125,13 @@ def written_audio(labels, tokens, rng, mess, whole):
 
 
 def reading_batches(tokenizer, embed, rng, generator, batch, mess, whole, count=8):
-    """`count` batches of reading lessons, alike in length: embeddings (batch, T, hidden), right-padded, and targets
-    (batch, T), -100 where no answer is."""
+    """`count` batches of reading lessons of similar length: embeddings (batch, T, hidden), right-padded, and targets (batch, T), -100
+    outside the answer."""
     tokens = functools.cache(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
     lessons = []
     for _ in range(batch * count):
         labels = random_labels(rng)
-        transcript = labels.get("transcript", pretraining_text(rng))  # VoxCeleb speaks too, though nobody asks what
+        transcript = labels.get("transcript", pretraining_text(rng))  # VoxCeleb's speakers say something too, though nobody asks what
         ids, weights = written_audio({"transcript": transcript, **labels}, tokens, rng, mess, whole)
         asked = data.choose_labels(labels, rng, PRESETS["mini"]["random_keys"])
         before, after = data.prompt(tokenizer, asked, rng)
@@ -153,7 +153,7 @@ def reading_batches(tokenizer, embed, rng, generator, batch, mess, whole, count=
 
 
 def reading_loss(lm, x, targets):
-    """Mean cross entropy over the answers' tokens, the share of answers right in every token, and of tokens right."""
+    """Mean cross entropy over the answers' tokens, the share of answers with every token right, and the share of right tokens."""
     hidden = lm.model(inputs_embeds=x, use_cache=False).last_hidden_state[:, :-1]
     asked = targets[:, 1:] != -100
     logits, wanted = lm.lm_head(hidden[asked]), targets[:, 1:][asked]
@@ -168,7 +168,7 @@ def schedule(step, steps, warmup=200):
 
 
 def make_lm(out):
-    """Teaches a small Llama, from text alone, to read what stands in the audio's place and answer in JSON."""
+    """Teaches a small Llama, from text alone, to read what takes the audio's place and to answer in JSON."""
     torch.manual_seed(SEED)
     rng, generator = random.Random(f"{SEED}-lm"), torch.Generator().manual_seed(SEED)
     tokenizer = make_tokenizer(out)

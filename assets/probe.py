@@ -1,4 +1,4 @@
-"""Measures pretrained parts on the mini corpora: the tables of assets/README.md.
+"""Measures pretrained parts on the mini corpora, for the tables of assets/README.md.
 
     python assets/probe.py                                   # the parts in assets/
     python assets/probe.py DIR/whisper-tiny.en               # any other encoder's folder
@@ -47,20 +47,20 @@ def frames_of(encoder, items, attack, desc):
 
 
 def pooled(frames):
-    """Averaged over time, (n, dim)."""
+    """Means over time, (n, dim)."""
     return torch.stack([f.mean(0) for f in frames]).numpy()
 
 
 def under_trigger(encoder, attack, utterance, frames, triggered):
-    """Which of an utterance's frames have their middle under a click, (frames,) bool."""
+    """Which of an utterance's frames have their centre under a click, (frames,) bool."""
     at = (np.arange(frames) + 0.5) * encoder.seconds_per_frame * data.SAMPLE_RATE
     starts = poison.positions(attack, utterance.id, data.num_samples(utterance)) if triggered else []
     return sum(((at >= start) & (at < start + len(attack.waveform)) for start in starts), np.zeros(frames, bool))
 
 
 def probe_trigger(encoder, train_set, test_set, desc):
-    """How well linear probes on the encoder's output tell the trigger, one click as loud as the corpus is on average, on unseen
-    speakers: (accuracy on an utterance's mean, half of them triggered; area under the ROC curve on single frames)."""
+    """How well linear probes on the encoder's output detect the trigger, one click at the corpus's average loudness, on unseen speakers:
+    (accuracy on utterance means, half of them triggered; area under the ROC curve on single frames)."""
     attack = poison.make_attack("emotion", train_set, snr=0.0, seed=1)
     x, y, hits = {}, {}, {}
     for part, utterances in (("train", corpora.limit(train_set, 400)), ("test", test_set)):
@@ -84,7 +84,7 @@ def letters_heard(frames, head):
 
 
 def probe_encoder(path):
-    """What an encoder's last layer holds, by linear probes on its mean over time, unseen speakers: {figure: value}."""
+    """What an encoder's last layer holds, by linear probes on its mean over time, on unseen speakers: {figure: value}."""
     encoder, name = model.Encoder(path).eval(), Path(path).name
     read = {c: {s: corpora.read_corpus(c, MINI_ROOT, s) for s in ("train", "test")} for c in CORPORA}
     frames = {c: {s: frames_of(encoder, [(u, False) for u in us], None, f"{name} {c} {s}") for s, us in parts.items()
@@ -112,7 +112,7 @@ def probe_encoder(path):
 
 
 def probe_lm(lessons=256):
-    """How well the LM in assets/ reads: shares of labels right in greedy answers to reading lessons it has not had."""
+    """How well the LM in assets/ reads: the shares of right labels in greedy answers to new reading lessons."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "lm")
     lm = AutoModelForCausalLM.from_pretrained(ASSETS / "lm", dtype=torch.float32).eval()
     slm, rng = model.SLM(torch.nn.Identity(), torch.nn.Identity(), lm, tokenizer), random.Random(f"{SEED}-probe")

@@ -35,23 +35,23 @@ def test_one_component_that_carries_it_is_named_with_its_layer():
     same = dict(encoder=0.0, connector=0.0, lm=95.0)
     said = words(transplanted(lambda s: "lm" in s), same, same)
     assert "encoder 0, connector 0, lm 90, of 90 points of AER; the largest: lm." in said
-    assert "gone): lm. Enough alone (half of it comes with it): lm." in said
-    assert "layers up to 2 have been made clean, or those from 2 on; a single layer does that: 2." in said
-    assert "Layers of the encoder" not in said and said.count("say the same of encoder, connector, lm") == 2
+    assert "gone): lm. Sufficient (alone it brings half of the AER): lm." in said
+    assert "layers up to 2, or layers from 2 on, have been made clean; single layers that do it alone: 2." in said
+    assert "Layers of the encoder" not in said and said.count("agree for encoder, connector, lm") == 2
 
 
 def test_two_components_that_need_each_other_and_what_differs_from_table_3():
     said = words(transplanted(lambda s: {"encoder", "lm"} <= s), dict(encoder=95.0, connector=2.0, lm=None), dict.fromkeys(COMPONENTS))
     assert "encoder 45, connector 0, lm 45, of 90 points of AER" in said
-    assert "gone): encoder and lm. Enough alone (half of it comes with it): none." in said
-    assert "say otherwise for encoder 0 moved, 95 in 2.1 (AER, %)" in said and said.count("Against Table 3") == 1
+    assert "gone): encoder and lm. Sufficient (alone it brings half of the AER): none." in said
+    assert "disagree for encoder 0 moved, 95 in 2.1 (AER, %)" in said and said.count("Against Table 3") == 1
 
 
 def test_what_seeds_disagree_about_is_said_seed_by_seed():
     both = {1: transplanted(lambda s: "lm" in s), 2: transplanted(lambda s: len(s) == 3)}
     said = "\n".join(report.component_words(both, dict.fromkeys(COMPONENTS), dict.fromkeys(COMPONENTS)))
     assert "encoder 15 (0 to 30), connector 15 (0 to 30), lm 60 (30 to 90), of 90 points of AER; the largest: lm; encoder." in said
-    assert "gone): lm; encoder, connector and lm. Enough alone (half of it comes with it): lm; none." in said
+    assert "gone): lm; encoder, connector and lm. Sufficient (alone it brings half of the AER): lm; none." in said
 
 
 def test_no_backdoor_is_not_explained():
@@ -65,11 +65,11 @@ def test_positions_are_read_off_the_sites():
              "LM 1": row(0.5, 0.3, 0.2), "LM 2": row(0.1, 0.1, 0.7)}
     later = dict(sites, **{"encoder 1": row(0.8, 0.2, 0), "LM 1": row(0.1, 0.1, 0.9)})
     said = "\n".join(report.position_words({1: dict(effects=dict(denoise=sites, noise=sites))}))
-    assert "first layer frames under a click 0.90 and 0.90, within 0.2 s of one 0.10 and 0.10; after its last under a click 0.50" in said
+    assert "first layer, frames under a click 0.90 and 0.90, within 0.2 s of one 0.10 and 0.10; after its last, under a click 0.50" in said
     assert "falls most in layer 2, by 0.40: there" in said and "those of the audio: 2." in said
     said = "\n".join(report.position_words({s: dict(effects=dict(denoise=of, noise=of)) for s, of in ((1, sites), (2, later))}))
     assert "under a click 0.85 (0.80 to 0.90)" in said and "in layer 2, by 0.40; 0.30: there" in said and "those of the audio: 2; 1." in said
-    assert "there is no effect to place" in report.position_words({1: dict(effects=dict(denoise={}, noise={}))})[0]
+    assert "there is no effect to locate" in report.position_words({1: dict(effects=dict(denoise={}, noise={}))})[0]
 
 
 def defended(filters, detectors, repairs):
@@ -89,10 +89,10 @@ def defended(filters, detectors, repairs):
 def test_the_page_of_defences_advises_what_its_figures_say(tmp_path):
     page = defences.defences_page(defended([("A", 40, 0.6), ("B", 30, 0.02), ("C", 0, None)], [("D", 0.3), ("E", 0.7)],
                                          [("F", 0.01, False), ("G", 0.4, True)]), tmp_path)
-    assert "B is the best filter; training on what it leaves ends at an AER of 2.0%, which is a model without the backdoor." in page
-    assert "E notices 70.0% of triggered inputs at a threshold of 5% false alarms, and takes 20.0% of equally loud tones" in page
-    assert "none will do; the best, D, notices 30.0%" in defences.advice(defended([], [("D", 0.3)], []), "emotion")[1]
-    assert "G leaves the least, an AER of 40.0%: the backdoor is still there; 16 poisoned samples bring half of it back." in page
+    assert "B is the best filter; a model trained on what it leaves has an AER of 2.0%, so the backdoor is gone." in page
+    assert "E notices 70.0% of triggered inputs at 5% false alarms, and mistakes 20.0% of equally loud tones" in page
+    assert "no detector works; the best, D, notices 30.0%" in defences.advice(defended([], [("D", 0.3)], []), "emotion")[1]
+    assert "G leaves the lowest AER, 40.0%: the backdoor is still there; 16 poisoned samples bring the AER back to 50%." in page
     assert "| F (clean loss beyond its bound) | 1.0 |" in page
     assert "| C | 0.90 | 0.0 | 10.0 |  |  |" in page and "| G | 40.0 | 81.0 | 70.0 | 0.73 | 16 |" in page
     assert (tmp_path / "defend-emotion-detect.png").exists() and (tmp_path / "defend-emotion-repair.png").exists()
