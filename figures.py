@@ -217,29 +217,34 @@ def sweeps(curves, task, metric, path):
 def what(attack):
     """A row of Table 3 in words."""
     frozen, source, _ = ATTACKS[attack]
+    frozen, free = ([name.replace("lm", "LM") for name in COMPONENTS if (name in frozen) == held] for held in (True, False))
     if not frozen:
         return "all parts learn the poison"
     if source == "base":
         return f"{frozen[0]} poisoned, the rest trained clean"
-    return f"{frozen[0]} clean" if len(frozen) == 1 else f"only {next(c for c in COMPONENTS if c not in frozen)} learns it"
+    return f"{frozen[0]} clean" if len(frozen) == 1 else f"only {free[0]} learns it"
 
 
 def answer(tasks, path):
-    """Where the backdoor lives, one row per task: Table 3, weights moved, activations moved. tasks: {task: (AER of each attack, the paper's,
-    AER of the mixtures, {site: {group: share undone}})}"""
+    """Where the backdoor lives, one row per task: Table 3, weights moved, activations moved. tasks: {task: ({attack: (AER, whether it had
+    settled)}, the paper's AER, AER of the mixtures, {site: {group: share undone}})}"""
     fig, axes = plt.subplots(len(tasks), 3, figsize=(15, 4 * len(tasks)), squeeze=False, layout="constrained", width_ratios=(1.15, 0.9, 1.2))
     for (table, weights, layers), (task, (trained, published, mixtures, effects)) in zip(axes, tasks.items()):
         y = np.arange(len(ATTACKS))
-        table.barh(y, [trained.get(a, np.nan) for a in ATTACKS], color=POISONED, label="here")
+        for done, color, text in ((True, POISONED, "here"), (False, "#f2b5b5", "here, poison not yet learned")):
+            table.barh(y, [trained[a][0] if a in trained and trained[a][1] == done else np.nan for a in ATTACKS], color=color, label=text)
+        for i, a in enumerate(ATTACKS):
+            if a in trained:
+                table.text(106, i, f"{trained[a][0]:.0f}", va="center", fontsize=8)
         table.plot([published.get(a, np.nan) for a in ATTACKS], y, "kD", ms=5, label="the paper")
-        table.set(title=f"{task}: trained (Table 3)", xlabel="AER (%)", xlim=(0, 103))
+        table.set(title=f"{task}: trained (Table 3)", xlabel="AER (%)", xlim=(0, 116))
         table.set_yticks(y, [f"{a}: {what(a)}" for a in ATTACKS], fontsize=8)
         table.invert_yaxis()
         for shift, text, color, parts in ((-0.2, "only this part poisoned", POISONED, lambda c: c),
                                           (0.2, "all parts but this one", GREY, lambda c: "+".join(o for o in COMPONENTS if o != c))):
             weights.bar(np.arange(3) + shift, [mixtures[parts(c)] for c in COMPONENTS], 0.38, color=color, label=text)
         weights.set(title=f"{task}: weights moved, nothing trained", ylabel="AER (%)", ylim=(0, 103))
-        weights.set_xticks(range(3), COMPONENTS)
+        weights.set_xticks(range(3), ["LM" if c == "lm" else c for c in COMPONENTS])
         sites = [site for site in effects if site[-1].isdigit() and site.split()[0] in ("encoder", "LM") or site == "connector conv3"]
         for text, groups, line in (("frames under a click", ("click",), "-o"), ("other frames", ("near", "else"), "--s"),
                                    ("prompt and answer", ("prompt", "answer"), ":^")):

@@ -233,8 +233,9 @@ def draw_answer(found, runs, preset, path):
     tasks = {}
     for task in (t for t in TABLE3 if t in found.get("transplant", {}) and t in found.get("patch", {})):
         transplants, patched = found["transplant"][task], found["patch"][task]
-        trained = {a: figure["mean"] for a in ATTACKS if (figure := over_seeds(runs, "attack", "aer", task=task, attack=a,
-                                                                               encoder=DEFAULT_ENCODER[preset]))}
+        of = lambda attack, *name: over_seeds(runs, *name, task=task, attack=attack, encoder=DEFAULT_ENCODER[preset])  # noqa: E731
+        trained = {a: (figure["mean"], not of(a, "training", "poisoned_loss") or bool(of(a, "training", "settled_epoch")))
+                   for a in ATTACKS if (figure := of(a, "attack", "aer"))}
         mixtures = {name: over(transplants, corner(name))["mean"] for name in next(iter(transplants.values()))["mixtures"]["corner"]}
         effects = {site: {g: over(patched, lambda r, site=site, g=g: r["effects"]["denoise"][site][g], 1)["mean"] for g in groups}
                    for site, groups in next(iter(patched.values()))["effects"]["denoise"].items()}
