@@ -44,3 +44,13 @@ def test_claims_are_judged_from_the_runs():
     assert of("encoder alone is enough (asr") == "undecided" and of("LM alone does nothing") == "holds"
     assert of("two clusters follow gender: adjusted Rand index 0.1 or more, the largest (asr)") == "fails"
     assert of("into one: purity and recall 0.8 or more (asr)") == "holds"
+
+
+def test_studies_side_by_side_leave_empty_what_one_has_not_measured(tmp_path, monkeypatch):
+    runs = {"a": [run("asr", "base", 0.97, seed=1), run("asr", "base", 0.96, seed=2)], "b": [run("asr", "3.1", 0.0)]}
+    monkeypatch.setattr(claims, "read_runs", lambda folder, preset: runs[folder.parent.name])
+    page = claims.side_by_side({name: ("mini", tmp_path / name / "runs") for name in runs})
+    rows = {cells[2]: cells[4:6] for line in page.splitlines() if len(cells := [cell.strip() for cell in line.split("|")]) == 7}
+    assert rows["the base attack reaches an AER of 90% (asr)"] == ["holds", ""] and len(rows) == 2 + 2  # header, rule
+    text, n = claims.judge(tmp_path / "a" / "runs", "mini", tmp_path, (2, 4))
+    assert n == 2 and "1 hold, 47 not measured" in text and "Of the 1 claims with several seeds, the seeds agree on 1." in text
