@@ -144,16 +144,18 @@ def ladder():
     runs, rows, metric = {name: read_runs(folder, preset) for name, (preset, folder) in studies.items()}, [], TASKS[LADDER_TASK]["metric"]
     for attack, (aer, clean) in zip(ATTACKS, TABLE3[LADDER_TASK]):
         rows.append({"Attack": attack, "paper": f"{aer:g} ({clean:g})"})
-        sides = {"near": [], "higher": [], "lower": []}
+        agrees, higher, lower = ("agrees", "agree"), ("is higher", "are higher"), ("is lower", "are lower")
+        sides = {agrees: [], higher: [], lower: []}
         for name, (preset, _) in studies.items():
             wanted = dict(task=LADDER_TASK, encoder=DEFAULT_ENCODER[preset], attack=attack)
             ours, benign = over_seeds(runs[name], "attack", "aer", **wanted), over_seeds(runs[name], "clean", metric, **wanted)
             rows[-1][name] = f"{show(ours)} ({benign['mean']:.1f})" if ours else ""
             if ours:
                 away = ours["mean"] - aer
-                sides["near" if abs(away) <= NEAR else "higher" if away > 0 else "lower"].append(name.split()[0])
-        rows[-1]["Against the paper"] = "; ".join(f"{', '.join(names)} {side}" for side, names in sides.items() if names)
-    title = f"Table 3 ({LADDER_TASK}) from the paper to mini: AER (clean {metric}), %; near: within {NEAR} points of the paper's AER"
+                sides[agrees if abs(away) <= NEAR else higher if away > 0 else lower].append(name.split()[0])
+        rows[-1]["Against the paper"] = "; ".join(f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} {side[len(names) > 1]}"
+                                                  for side, names in sides.items() if names)
+    title = f"Table 3 ({LADDER_TASK}) from the paper to mini: AER (clean {metric}), %; agrees: within {NEAR} points of the paper's AER"
     return f"{markdown(title, rows)}\n{claims.side_by_side(studies)}", sum(map(len, runs.values()))
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every table and figure of the paper: the runs that study.py lists, then the analyses. What has finished is not run again,
-# what was interrupted goes on where it was.
+# Every table and figure of the paper: the runs that study.py lists, then the analyses. Finished runs are not repeated, interrupted
+# ones continue.
 #
 #     bash run_all.sh                                   # mini, one seed
 #     SEEDS="1 2 3" TASKS="asr emotion gender age" ENCODERS=wavlm bash run_all.sh
@@ -20,7 +20,7 @@ study() {
     python study.py --names --preset "$PRESET" --seeds ${SEEDS:-1} --tasks ${TASKS:-asr emotion} --runs "$RUNS" \
         --launch "$LAUNCH" --flags="${FLAGS:-}" ${ENCODERS:+--encoders $ENCODERS} ${OTHERS+--others $OTHERS} ${CORPUS:+--corpus "$CORPUS"} "$@"
 }
-run_one() {  # "name<TAB>command": finished once this very command has ended well
+run_one() {  # "name<TAB>command": finished once exactly this command has succeeded
     local name=${1%%$'\t'*} command=${1#*$'\t'} n
     if [ "$(cat "$RUNS/logs/$name.done" 2>/dev/null)" != "$command" ]; then
         if eval "$command" > "$RUNS/logs/$name.log" 2>&1; then echo "$command" > "$RUNS/logs/$name.done"
