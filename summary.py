@@ -89,7 +89,9 @@ def show(found, published=None, form=".1f"):
 
 
 def markdown(title, rows):
-    """A Markdown table; rows: [{column: cell}]."""
+    """A Markdown table with a title; rows: [{column: cell}], none for the title alone."""
+    if not rows:
+        return f"## {title}\n"
     lines = [list(rows[0]), *(row.values() for row in rows)]
     header, *body = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([f"## {title}", "", header, "|---" * len(rows[0]) + "|", *body, ""])
