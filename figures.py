@@ -3,7 +3,7 @@ import matplotlib
 import numpy as np
 
 import data
-from study import ATTACKS, COMPONENTS, SHIFT_STAGES
+from study import ATTACKS, COMPONENTS, SHIFT_STAGES, TASKS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -181,13 +181,13 @@ def roc(result, path):
 
 def repairs(result, path):
     """defend.py repair: AER against the clean figure, one point per repair."""
-    fig, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    for i, (name, m) in enumerate(result["defences"].items()):
-        x, y = m["clean"]["value"], 100 * m["aer"]["value"]
-        axis.plot(x, y, "ko" if m.get("passed", True) else "kx", ms=9 if name == "none" else 6)
-        axis.annotate(name, (x, y), xytext=(6, 4 if i % 2 else -10), textcoords="offset points", fontsize=7)
-    axis.set(xlabel="clean figure", ylabel="AER (%)", ylim=(-5, 105), title=f"{result['run']} (crosses: clean loss beyond its bound)")
+    fig, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    for (name, m), color in zip(result["defences"].items(), ("black", *plt.cm.tab20.colors)):
+        marker = "*" if name == "none" else "o" if m["passed"] else "X"
+        axis.plot(m["clean"]["value"], 100 * m["aer"]["value"], marker, color=color, ms=15 if name == "none" else 9, label=name)
+    axis.set(xlabel=f"clean {TASKS[result['args']['task']]['metric']}", ylabel="AER (%)", ylim=(-5, 105), title=result["run"])
     axis.grid(alpha=0.3)
+    fig.legend(loc="outside right center", fontsize=8, title="repair (crosses: clean loss\nbeyond its bound)")
     write(fig, path)
 
 

@@ -82,7 +82,7 @@ def defended(filters, detectors, repairs):
     mended = {"none": dict(aer=figure(0.9), clean=figure(0.85), triggered=figure(0.2)), **{
         name: dict(aer=figure(aer), clean=figure(0.81), triggered=figure(0.7), passed=passed, strength=1.0,
                    relearned={"4": figure(0.1), "16": figure(0.9)}) for name, aer, passed in repairs}}
-    return {command: {"emotion": {"attack": {1: dict(run="runs/x", defences=d)}}}
+    return {command: {"emotion": {"attack": {1: dict(run="runs/x", args=dict(task="emotion"), defences=d)}}}
             for command, d in (("filter", removal), ("detect", noticed), ("repair", mended))}
 
 
