@@ -124,7 +124,7 @@ def sentences(low, clusters, rows, path):
 
 def hybrids(result, path):
     """trace.py transplant: the cube of the eight mixtures, and AER by the layers moved."""
-    fig, (cube, *by_layer) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", width_ratios=(1.2, 1, 1))
+    fig, (cube, *by_layer) = plt.subplots(1, 3, figsize=(15, 5.5), layout="constrained", width_ratios=(1.2, 1, 1))
     place = lambda s: np.array([("encoder" in s) + 0.45 * ("connector" in s), ("lm" in s) + 0.35 * ("connector" in s)])  # noqa: E731
     corners = {frozenset(name.split("+")) - {"none"}: m["aer"]["value"] for name, m in result["mixtures"]["corner"].items()}
     for s in corners:
@@ -133,17 +133,19 @@ def hybrids(result, path):
     for s, aer in corners.items():
         cube.scatter(*place(s), s=1500, color=str(1 - 0.8 * aer), edgecolor="black", zorder=2)
         cube.text(*place(s), f"{100 * aer:.0f}", ha="center", va="center", color="white" if aer > 0.5 else "black", zorder=3)
-        cube.text(*place(s) - (0, 0.17), "+".join(c for c in COMPONENTS if c in s) or "clean", ha="center", fontsize=8)
-    cube.set(title="AER (%) by the components taken\nfrom the poisoned run", xlim=(-0.4, 1.9), ylim=(-0.35, 1.65))
+        cube.text(*place(s) - (0, 0.21), "+".join(c for c in COMPONENTS if c in s) or "clean", ha="center", fontsize=8)
+    cube.set(title="AER (%) by the components taken\nfrom the poisoned run", xlim=(-0.4, 1.9), ylim=(-0.4, 1.65))
     cube.axis("off")
     for axis, component in zip(by_layer, ("encoder", "lm")):
-        for kind, line, color in (("into clean", "-", POISONED), ("out of poisoned", "--", CLEAN)):
+        for kind, text, line, color in (("into clean", "poisoned, in the clean model", "-", POISONED),
+                                        ("out of poisoned", "clean, in the poisoned model", "--", CLEAN)):
             moves = result["mixtures"][f"{component} {kind}"]
-            for how, marker in (("up to", "o"), ("from", "s"), ("only", "^")):
+            for how, which, marker in (("up to", "layers up to n", "o"), ("from", "layers from n on", "s"), ("only", "only layer n", "^")):
                 chosen = {int(name.split()[-1]) + 1: 100 * m["aer"]["value"] for name, m in moves.items() if name.startswith(how)}
-                axis.plot(chosen.keys(), chosen.values(), line + marker, color=color, ms=5, lw=1, label=f"{how}, {kind}")
-        axis.set(title=f"{component} layers moved", xlabel="layer", ylabel="AER (%)", ylim=(-4, 104), xticks=list(chosen))
-    by_layer[0].legend(fontsize=7)
+                axis.plot(chosen.keys(), chosen.values(), line + marker, color=color, ms=5, lw=1, label=f"{which} {text}")
+        axis.set(title=f"{'LM' if component == 'lm' else component} layers moved", xlabel="layer n", ylabel="AER (%)", ylim=(-4, 104),
+                 xticks=list(chosen))
+    fig.legend(*by_layer[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8)
     write(fig, path)
 
 
