@@ -142,15 +142,16 @@ def ladder():
     the number of runs."""
     studies = {name: (preset, ROOT / folder) for name, (preset, folder) in STUDIES.items() if (ROOT / folder).exists()}
     runs, rows, metric = {name: read_runs(folder, preset) for name, (preset, folder) in studies.items()}, [], TASKS[LADDER_TASK]["metric"]
-    for attack, (aer, clean) in zip(ATTACKS, TABLE3[LADDER_TASK]):
-        rows.append({"Attack": attack, "paper": f"{aer:g} ({clean:g})"})
-        agrees, higher, lower = ("agrees", "agree"), ("is higher", "are higher"), ("is lower", "are lower")
+    agrees, higher, lower = ("agrees", "agree"), ("is higher", "are higher"), ("is lower", "are lower")
+    baseline = None, TABLE1[TASKS[LADDER_TASK]["corpus"], LADDER_TASK][0]
+    for attack, (aer, clean) in zip(("clean", *ATTACKS), (baseline, *TABLE3[LADDER_TASK])):
+        rows.append({"Attack": attack, "paper": f"({clean:g})" if aer is None else f"{aer:g} ({clean:g})"})
         sides = {agrees: [], higher: [], lower: []}
         for name, (preset, _) in studies.items():
             wanted = dict(task=LADDER_TASK, encoder=DEFAULT_ENCODER[preset], attack=attack)
             ours, benign = over_seeds(runs[name], "attack", "aer", **wanted), over_seeds(runs[name], "clean", metric, **wanted)
             rows[-1][name] = f"{show(ours)} ({benign['mean']:.1f})" if ours else ""
-            if ours:
+            if ours and aer is not None:
                 away = ours["mean"] - aer
                 sides[agrees if abs(away) <= NEAR else higher if away > 0 else lower].append(name.split()[0])
         rows[-1]["Against the paper"] = "; ".join(f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} {side[len(names) > 1]}"
