@@ -190,7 +190,8 @@ def shift(found, out):
     """Writes shift.json and the figures; returns the text of shift.md. found: what `load_embeddings` gives."""
     first = min(seed for _, _, seed in found)
     values, rows, pairs, depth = {}, [], {}, {}
-    for task in ORDER:
+    tasks = [task for task in ORDER if any(task == t for t, _, _ in found)]
+    for task in tasks:
         rows.append({"Task": task})
         values[task] = {}
         for (stage, attack, part), published in zip(SHIFT_STAGES, SHIFT.get(task, ("",) * 3)):
@@ -207,9 +208,10 @@ def shift(found, out):
                 depth[task, attack] = {layers: cosines(clean[layers], triggered[layers]).mean(-1).tolist()
                                        for layers in ("encoder_layers", "lm_layers")}
         values[task]["by depth"] = {attack: curves for (t, attack), curves in depth.items() if t == task}
-    figures.shift_pairs(pairs, ("asr", "emotion"), f"seed {first} (the paper's Figure 2)", out / "figure2-shift-asr-emotion.png")
-    figures.shift_pairs(pairs, ("gender", "age"), f"seed {first} (the paper's Figure 3)", out / "figure3-shift-gender-age.png")
-    figures.shift_by_depth(depth, ORDER, first, out / "shift-by-depth.png")
+    for number, shown in ((2, ("asr", "emotion")), (3, ("gender", "age"))):
+        if own := [task for task in shown if task in tasks]:
+            figures.shift_pairs(pairs, own, f"seed {first} (the paper's Figure {number})", out / f"figure{number}-shift-{'-'.join(shown)}.png")
+    figures.shift_by_depth(depth, tasks, first, out / "shift-by-depth.png")
     data.write_atomically(out / "shift.json", json.dumps(values, indent=1))
     return markdown("Embedding shift: average cosine similarity of clean and triggered test utterances", rows)
 

@@ -37,7 +37,7 @@ def pairs(examples, attack, path):
 
 def shift_pairs(points, tasks, title, path):
     """Figures 2 and 3. points: {(task, stage): (clean (n, 2), triggered (n, 2), cosine)}"""
-    fig, axes = plt.subplots(len(tasks), 3, figsize=(11, 7), layout="constrained")
+    fig, axes = plt.subplots(len(tasks), 3, figsize=(11, 3.5 * len(tasks)), squeeze=False, layout="constrained")
     for row, task in zip(axes, tasks):
         for axis, (stage, _, _) in zip(row, SHIFT_STAGES):
             axis.set(title=f"{task}: {stage}", xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
@@ -56,7 +56,7 @@ def shift_pairs(points, tasks, title, path):
 
 def shift_by_depth(curves, tasks, seed, path):
     """curves: {(task, attack): {"encoder_layers": [cosine after each], "lm_layers": [...]}}"""
-    fig, axes = plt.subplots(2, len(tasks), figsize=(14, 6), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(2, len(tasks), figsize=(3.5 * len(tasks), 6), sharey=True, squeeze=False, layout="constrained")
     for column, task in zip(axes.T, tasks):
         for axis, part in zip(column, ("encoder_layers", "lm_layers")):
             for attack, label, style in (("clean", "benign", "o-"), ("base", "base attack", "^--"), ("3.1", "attack 3.1", "s:")):
