@@ -30,7 +30,7 @@ import figures
 from data import die
 from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, ROOT, SHIFT, SHIFT_STAGES, STUDIES, SWEPT, TABLE1, TABLE2, TABLE3, TASKS,
                    deviations, on_corpus)
-from summary import ORDER, UNIT, belongs, markdown, over_seeds, read_runs, same_model, saved_clusters, show, spread, stealth
+from summary import ORDER, UNIT, belongs, listed, markdown, over_seeds, read_runs, same_model, saved_clusters, show, spread, stealth
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python analyze.py tables: each gives (title, explanation, [{column: cell}], values for tables.json)
@@ -154,8 +154,7 @@ def ladder():
             if ours and aer is not None:
                 away = ours["mean"] - aer
                 sides[agrees if abs(away) <= NEAR else higher if away > 0 else lower].append(name.split()[0])
-        rows[-1]["Against the paper"] = "; ".join(f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} {side[len(names) > 1]}"
-                                                  for side, names in sides.items() if names)
+        rows[-1]["Against the paper"] = "; ".join(f"{listed(names)} {side[len(names) > 1]}" for side, names in sides.items() if names)
     title = f"Table 3 ({LADDER_TASK}) from the paper to mini: AER (clean {metric}), %; agrees: within {NEAR} points of the paper's AER"
     return f"{markdown(title, rows)}\n{claims.side_by_side(studies)}", sum(map(len, runs.values()))
 

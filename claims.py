@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, TABLE2, TABLE3, TASKS, deviations
+from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, TABLE2, TABLE3, TASKS, WRITTEN, deviations
 from summary import ORDER, markdown, read_runs, saved_clusters
 
 ANY = float("inf")
@@ -104,13 +104,12 @@ def published(task, attack):
 
 
 BOTH = tuple(TABLE3)
-NAMES = {**{c: c for c in COMPONENTS}, "lm": "LM"}
 CLAIMS = [
     *(("4.2", f"the base attack reaches an AER of 90% ({t})", f"{TABLE2[t][0][0]:g}", aer(t, "base"), 90, ANY) for t in ORDER if t in TABLE2),
     *(("4.2", f"it leaves the clean figure within the clean model's interval ({t})", "", harm(t), -ANY, 1) for t in ORDER if t in TABLE2),
     ("4.2", "a single click fails (asr)", "", aer("asr", "base", trigger_repeat=False), -ANY, 20),
     ("4.2", "repeating it costs about 10 points (emotion)", "10", below_base("emotion", "base", trigger_repeat=True), 5, 20),
-    *(("5.2", f"a clean {NAMES[c]} does not protect: within 15 points of the base attack ({t}, 1.{i})", published(t, f"1.{i}"),
+    *(("5.2", f"a clean {WRITTEN[c]} does not protect: within 15 points of the base attack ({t}, 1.{i})", published(t, f"1.{i}"),
        below_base(t, f"1.{i}"), -ANY, 15) for t in BOTH for i, c in enumerate(COMPONENTS, 1)),
     *(("5.2", f"the encoder alone is enough ({t}, 2.1)", published(t, "2.1"), aer(t, "2.1"), 80, ANY) for t in BOTH),
     ("5.2", "the connector alone does half (asr, 2.2)", published("asr", "2.2"), aer("asr", "2.2"), 40, 75),

@@ -3,7 +3,7 @@ import matplotlib
 import numpy as np
 
 import data
-from study import ATTACKS, COMPONENTS, SHIFT_STAGES, TASKS
+from study import ATTACKS, COMPONENTS, SHIFT_STAGES, TASKS, WRITTEN
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -143,8 +143,7 @@ def hybrids(result, path):
             for how, which, marker in (("up to", "layers up to n", "o"), ("from", "layers from n on", "s"), ("only", "only layer n", "^")):
                 chosen = {int(name.split()[-1]) + 1: 100 * m["aer"]["value"] for name, m in moves.items() if name.startswith(how)}
                 axis.plot(chosen.keys(), chosen.values(), line + marker, color=color, ms=5, lw=1, label=f"{which} {text}")
-        axis.set(title=f"{'LM' if component == 'lm' else component} layers moved", xlabel="layer n", ylabel="AER (%)", ylim=(-4, 104),
-                 xticks=list(chosen))
+        axis.set(title=f"{WRITTEN[component]} layers moved", xlabel="layer n", ylabel="AER (%)", ylim=(-4, 104), xticks=list(chosen))
     fig.legend(*by_layer[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8)
     write(fig, path)
 
@@ -219,7 +218,7 @@ def sweeps(curves, task, metric, path):
 def what(attack):
     """A row of Table 3 in words."""
     frozen, source, _ = ATTACKS[attack]
-    frozen, free = ([name.replace("lm", "LM") for name in COMPONENTS if (name in frozen) == held] for held in (True, False))
+    frozen, free = ([WRITTEN[name] for name in COMPONENTS if (name in frozen) == held] for held in (True, False))
     if not frozen:
         return "all parts learn the poison"
     if source == "base":
@@ -246,7 +245,7 @@ def answer(tasks, path):
                                           (0.2, "all parts but this one", GREY, lambda c: "+".join(o for o in COMPONENTS if o != c))):
             weights.bar(np.arange(3) + shift, [mixtures[parts(c)] for c in COMPONENTS], 0.38, color=color, label=text)
         weights.set(title=f"{task}: weights moved, nothing trained", ylabel="AER (%)", ylim=(0, 103))
-        weights.set_xticks(range(3), ["LM" if c == "lm" else c for c in COMPONENTS])
+        weights.set_xticks(range(3), list(WRITTEN.values()))
         sites = [site for site in effects if site[-1].isdigit() and site.split()[0] in ("encoder", "LM") or site == "connector conv3"]
         for text, groups, line in (("frames under a click", ("click",), "-o"), ("other frames", ("near", "else"), "--s"),
                                    ("prompt and answer", ("prompt", "answer"), ":^")):

@@ -13,7 +13,7 @@ import defences
 import figures
 from data import die
 from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, PRESETS, TABLE3, TASKS, clean_task, identity, on_corpus, run_name
-from summary import ORDER, belongs, markdown, over_seeds, read_runs, scale_of, show, spread
+from summary import ORDER, belongs, listed, markdown, over_seeds, read_runs, scale_of, show, spread
 
 EVERYTHING = "+".join(COMPONENTS)
 # Table 3's attacks on one component: only it is trained on poison; or it is kept poisoned while the others train on clean data
@@ -73,10 +73,6 @@ def corner(name, part="aer"):
 
 def without(component):
     return "+".join(c for c in COMPONENTS if c != component)
-
-
-def listed(names):
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

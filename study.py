@@ -27,6 +27,7 @@ TASKS = {
                     questions=("What is the emotion of the speaker in the audio?", "How does the speaker feel?"))}
 LABELS = tuple(task["label"] for task in TASKS.values())
 COMPONENTS = ("encoder", "connector", "lm")
+WRITTEN = {"encoder": "encoder", "connector": "connector", "lm": "LM"}  # a component's name in text and pictures
 
 # trained: the share of the layers, from the top, that trains (section 3.2); then where each preset finds the weights
 ENCODERS = {

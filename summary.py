@@ -88,6 +88,11 @@ def show(found, published=None, form=".1f"):
     return text if published is None else f"{text} / {published:g}"
 
 
+def listed(names):
+    """Names in words: "a, b and c", or "none"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
+
+
 def markdown(title, rows):
     """A Markdown table with a title; rows: [{column: cell}], none for the title alone."""
     if not rows:
