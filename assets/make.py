@@ -3,7 +3,6 @@
     python assets/make.py                   # all of them; run assets/make_lm.py first if the LM changes
     python assets/make.py wavlm connectors  # some of them
     python assets/make.py --mixed-connector DIR/whisper-tiny.en   # the start of preset mixed's connector
-    python assets/make.py --small-connector DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema DIR   # the start of preset small's
 """
 import argparse
 import math
@@ -23,7 +22,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-import corpora
 import data
 import mini
 import model
@@ -251,10 +249,14 @@ def make_heads(folder, speech, steps=1000):
 # the connectors
 
 CONNECTOR_STEPS, CONNECTOR_BATCH = 400, 32
-CONNECTOR_LR, SMALL_LR = 3e-3, 1e-3
-CONNECTOR_SECONDS = 10  # preset small's connector learns from utterances up to this long
+CONNECTOR_LR = 3e-3
 CONNECTOR_FREE = 16  # directions for everything that is neither letter nor label
 CONNECTOR_LABELS = 0.25  # how strong labels are relative to letters, within the range of the LM's lessons
+
+
+def check_part(folder):
+    if not (Path(folder) / "config.json").is_file():
+        data.die(f"{folder}: no folder of a pretrained part, it holds no config.json")
 
 
 def embeddings_of(lm_folder):
@@ -272,6 +274,10 @@ def fit_connector(encoder, connector, wanted_of, out, speech, lr, hear=bursts):
         loss = F.mse_loss(torch.cat([row[:n] for row, n in zip(embedded, lengths.tolist())]), wanted)
         return loss, dict(loss=loss / wanted.var())
     fit(str(out), encoder, connector, loss_of, speech, CONNECTOR_STEPS, CONNECTOR_BATCH, lr, hear)
+    save_connector(connector, out)
+
+
+def save_connector(connector, out):
     kept = {k: v.half() for k, v in connector.state_dict().items()}
     data.write_atomically(out, lambda temporary: save_file(kept, temporary))
 
@@ -310,30 +316,6 @@ def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
     fit_connector(encoder, connector, wanted_of, Path(encoder_folder) / "connector.safetensors", speech, CONNECTOR_LR)
 
 
-def make_small_connector(encoder_folder, lm_folder, dataset, data_root):
-    """The start of a connector between real pretrained parts (preset small), learned from a corpus's clean training set. Each output frame
-    is the LM's embedding of the word being said, with the words spread evenly over the utterance, plus those of the other labels."""
-    torch.manual_seed(SEED)
-    encoder, (tokenizer, embed) = model.Encoder(encoder_folder).eval(), embeddings_of(lm_folder)
-    words = lambda text: embed[tokenizer(" " + text, add_special_tokens=False).input_ids]  # noqa: E731
-    utterances = [u for u in corpora.read_corpus(dataset, data_root, "train")
-                  if "transcript" in u.labels and data.num_samples(u) < CONNECTOR_SECONDS * data.SAMPLE_RATE]
-    if not utterances:
-        data.die(f"{dataset} has no training utterance with a transcript and of less than {CONNECTOR_SECONDS} s")
-    speech = [((data.load_waveform(u) * 32767).astype(np.int16), u.labels.pop("transcript"), u.speaker, u.labels) for u in utterances]
-
-    def wanted_of(hidden, chosen, lengths):
-        wanted = []
-        for n, (_, text, _, labels) in zip(lengths, chosen):
-            said = words(text)
-            spread = said[(torch.arange(n) + 0.5).mul(len(said) / n).long()]
-            wanted.append(spread + sum(words(str(value))[0] for value in labels.values()))
-        return torch.cat(wanted)
-    connector = model.Connector(encoder.dim, embed.shape[1], PRESETS["small"]["connector_stride"])
-    fit_connector(encoder, connector, wanted_of, Path(lm_folder) / f"connector-{Path(dataset).stem}.safetensors", speech, SMALL_LR,
-                  hear=lambda x, rng: x / np.float32(32768))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = (*ENCODERS, "connectors")
@@ -341,17 +323,12 @@ def main():
     parser.add_argument("--out", default=str(ROOT / "assets"), help="folder to write")
     parser.add_argument("--mixed-connector", nargs=1, metavar="ENCODER",
                         help="make the start of a connector between a real encoder and the mini LM: ENCODER/connector.safetensors")
-    parser.add_argument("--small-connector", nargs=4, metavar=("ENCODER", "LM", "DATASET", "DATA_ROOT"),
-                        help="make the start of a connector between two real parts: LM/connector-DATASET.safetensors")
     args = parser.parse_args()
     if set(args.parts) - set(parts):
         data.die(f"{' '.join(args.parts)}: of {', '.join(parts)}")
-    for folder in (args.small_connector or args.mixed_connector or ())[:2]:
-        if not (Path(folder) / "config.json").is_file():
-            data.die(f"{folder}: no folder of a pretrained part, it holds no config.json")
+    for folder in args.mixed_connector or ():
+        check_part(folder)
     torch.set_flush_denormal(True)
-    if args.small_connector:
-        return make_small_connector(*args.small_connector)
     wanted, out = args.parts or parts, Path(args.out)
     speech = data.in_workers(pretraining_utterance, range(PRETRAINING_SPEAKERS * PRETRAINING_EACH), "speaking the pretraining speech")
     if args.mixed_connector:
