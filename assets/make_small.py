@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from make import CONNECTOR_BATCH, SEED, check_part, embeddings_of, fit, fit_connector, save_connector  # sets the path to what follows
+from make import CONNECTOR_BATCH, CONNECTOR_STEPS, SEED, check_part, embeddings_of, fit, fit_connector, save_connector  # sets the path to what follows
 
 import corpora
 import data
@@ -18,8 +18,7 @@ import model
 from study import PRESETS
 
 LR = 1e-3
-CTC_STEPS = 300  # more learn the training transcripts by heart
-CTC_LOGIT = 12  # of a token where a frame is that token's embedding
+CTC_LOGIT = 24  # of a token where a frame is the embedding of that token
 
 
 def real_speech(dataset, data_root):
@@ -76,7 +75,7 @@ def make_ctc_connector(encoder_folder, lm_folder, dataset, data_root):
                           zero_infinity=True)
         return loss, dict(loss=loss)
     out = Path(lm_folder) / f"connector-ctc-{Path(dataset).stem}.safetensors"
-    fit(str(out), encoder, connector, loss_of, speech, CTC_STEPS, CONNECTOR_BATCH, LR, as_it_is)
+    fit(str(out), encoder, connector, loss_of, speech, CONNECTOR_STEPS, CONNECTOR_BATCH, LR, as_it_is)
     connector.conv3.bias.data += mean
     save_connector(connector, out)
 
