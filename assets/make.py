@@ -255,6 +255,7 @@ CONNECTOR_LABELS = 0.25  # how strong labels are relative to letters, within the
 
 
 def check_part(folder):
+    """Ends in one line if a folder holds no pretrained part."""
     if not (Path(folder) / "config.json").is_file():
         data.die(f"{folder}: no folder of a pretrained part, it holds no config.json")
 
@@ -278,6 +279,7 @@ def fit_connector(encoder, connector, wanted_of, out, speech, lr, hear=bursts):
 
 
 def save_connector(connector, out):
+    """Writes a connector in half precision, as train.py's --connector-weights reads it."""
     kept = {k: v.half() for k, v in connector.state_dict().items()}
     data.write_atomically(out, lambda temporary: save_file(kept, temporary))
 
