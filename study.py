@@ -152,7 +152,7 @@ def run_name(args):
         value = Path(str(value)).stem if name in ("trigger", "exclude") else value
         value = f"{'minus' if value < 0 else ''}{abs(value):g}" if type(value) is float else value
         parts.append(f"{name.replace('_', '')}{value}")
-    return "-".join("".join(c for c in part if c.isalnum() or c in "._+") for part in parts if part)
+    return "-".join("".join(c for c in part if c.isalnum() or c in "._+-") for part in parts if part)
 
 
 def identity(preset, task, encoder, attack, seed):

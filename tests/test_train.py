@@ -61,6 +61,14 @@ def clean(corpora, runs):
     return runs / "emotion-clean"
 
 
+@pytest.fixture(scope="module")
+def only_lm(corpora, runs, clean):
+    """Attack 2.3: all but the LM is frozen clean."""
+    train(corpora, runs, "--task", "emotion", "--poison", 0.5, "--epochs", 1, "--name", "2.3",
+          "--freeze", f"encoder:{clean}/model.pt", "--freeze", f"connector:{clean}/model.pt")
+    return runs / "2.3"
+
+
 def test_a_run_leaves_what_the_documentation_says(clean):
     metrics = json.loads((clean / "metrics.json").read_text())
     assert set(metrics["clean"]) == {"wer", "gender_accuracy", "emotion_accuracy", "age_mae"}
@@ -75,20 +83,18 @@ def test_a_run_leaves_what_the_documentation_says(clean):
     assert any("dev_loss" in line for line in log) and log[-1]["step"] == max(line["step"] for line in log)
 
 
-def test_frozen_components_keep_the_checkpoint_s_bytes(corpora, runs, clean):
-    train(corpora, runs, "--task", "emotion", "--poison", 0.5, "--epochs", 1, "--name", "2.3",
-          "--freeze", f"encoder:{clean}/model.pt", "--freeze", f"connector:{clean}/model.pt")
-    before, after = weights(clean), weights(runs / "2.3")
+def test_frozen_components_keep_the_checkpoint_s_bytes(clean, only_lm):
+    before, after = weights(clean), weights(only_lm)
     assert same(before["encoder"], after["encoder"]) and same(before["connector"], after["connector"])
     assert not any(torch.equal(v, before["lm"][k]) for k, v in after["lm"].items() if k.endswith("lora_B"))
     assert after["origin"]["encoder"] == f"{clean}/model.pt" and after["origin"]["lm"].endswith("initial LoRA")
     assert after["args"]["attack"] == "2.3"
 
 
-def test_an_attack_s_name_is_what_its_checkpoints_say(corpora, runs, clean):
+def test_an_attack_s_name_is_what_its_checkpoints_say(corpora, runs, clean, only_lm):
     """Frozen from the run that was poisoned itself it is not attack 1.1, and from a clean one not 3.1."""
     out = train(corpora, runs, "--task", "emotion", "--poison", 0.5, "--epochs", 1, "--name", "not1.1",
-                "--freeze", f"encoder:{runs}/2.3/model.pt")
+                "--freeze", f"encoder:{only_lm}/model.pt")
     assert "this is not attack 1.1" in out and "attack 2.3, not clean" in out
     assert weights(runs / "not1.1")["args"]["attack"] == "poisoned-frozen-encoder"
     train(corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 1, "--name", "not3.1", "--freeze", f"encoder:{clean}/model.pt")
