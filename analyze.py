@@ -156,7 +156,7 @@ def ladder():
                 sides[agrees if abs(away) <= NEAR else higher if away > 0 else lower].append(name.split()[0])
         rows[-1]["Against the paper"] = "; ".join(f"{listed(names)} {side[len(names) > 1]}" for side, names in sides.items() if names)
     title = f"Table 3 ({LADDER_TASK}) from the paper to mini: AER (clean {metric}), %; agrees: within {NEAR} points of the paper's AER"
-    aer, clean = TABLE2[LADDER_TASK][list(ENCODERS).index("whisper")]
+    aer, clean = dict(zip(ENCODERS, TABLE2[LADDER_TASK]))["whisper"]
     note = f"The paper's figures are WavLM's. Its base attack on Whisper, which B and C have, reaches {aer:g} ({clean:g}).\n"
     return f"{markdown(title, rows)}\n{note}\n{claims.side_by_side(studies)}", sum(map(len, runs.values()))
 

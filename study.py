@@ -150,7 +150,7 @@ def run_name(args):
     for name, value in deviations(args).items():
         value = "+".join(v.partition(":")[0] for v in value) if isinstance(value, list) else value
         value = Path(str(value)).stem if name in ("trigger", "exclude") else value
-        value = f"{'minus' if value < 0 else ''}{abs(value):g}" if type(value) is float else value
+        value = f"{value:g}" if type(value) is float else value
         parts.append(f"{name.replace('_', '')}{value}")
     return "-".join("".join(c for c in part if c.isalnum() or c in "._+-") for part in parts if part)
 
