@@ -169,8 +169,8 @@ def log(run, **line):
 
 
 def training_losses(run):
-    """Training loss per token, of all samples and of the poisoned ones, the log's means by epoch, and when the poison was learned:
-    {"loss", "poisoned_loss": {"value": the last epoch's, "by_epoch"}, "settled_epoch": {"value"}}, the last only if it was learned."""
+    """Training loss per token, of all samples and of the poisoned ones, the log's means by epoch, and the epoch after which the poisoned
+    one settled: {"loss", "poisoned_loss": {"value": the last epoch's, "by_epoch"}, "settled_epoch": {"value"}}, the last only if it did."""
     lines, out = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()], {}
     for name in ("loss", "poisoned_loss"):
         epochs = {}
