@@ -147,7 +147,8 @@ def ladder():
     for attack, (aer, clean) in zip(("clean", *ATTACKS), (baseline, *TABLE3[LADDER_TASK])):
         rows.append({"Attack": attack, "paper": f"({clean:g})" if aer is None else f"{aer:g} ({clean:g})"})
         sides = {agrees: [], higher: [], lower: []}
-        for name, (preset, _) in studies.items():
+        for name in (name for name in studies if has_run(runs[name], task=LADDER_TASK)):
+            preset = studies[name][0]
             wanted = dict(task=LADDER_TASK, encoder=DEFAULT_ENCODER[preset], attack=attack)
             ours, benign = over_seeds(runs[name], "attack", "aer", **wanted), over_seeds(runs[name], "clean", metric, **wanted)
             rows[-1][name] = f"{show(ours)} ({benign['mean']:.1f})" if ours else ""
@@ -351,8 +352,9 @@ def sweeps(folder, preset, out):
                           for part, figure in (("attack", "aer"), ("clean", metric)))
             ends = [(100 * m["attack"]["aer"][end]) for m in seeds.values() for end in ("low", "high")]
             curves.setdefault(name, []).append((value, aer["mean"], min(ends), max(ends), clean["mean"]))
+            losses = [spread({seed: m.get("training", {}).get(loss, {}).get("value") for seed, m in seeds.items()}) for loss in ("poisoned_loss", "loss")]
             rows.append({"Changed": name, "to": str(value), "AER": show(aer), "95% over utterances": f"{min(ends):.1f} to {max(ends):.1f}",
-                         f"clean {metric}": show(clean)})
+                         f"clean {metric}": show(clean), "loss: poisoned, all": ", ".join(show(loss, form=".3f") for loss in losses if loss)})
     figures.sweeps(curves, SWEPT, metric, out / "sweeps.png")
     return markdown(f"Sweeps of the base attack ({SWEPT}): one thing changed at a time", rows) + "\n![sweeps](sweeps.png)\n", len(rows)
 

@@ -76,8 +76,8 @@ ATTACKS = {
     "3.3": (("lm",), "base", "clean")}
 
 # The study at four distances from the paper: {name: (preset, folder of its runs' figures)}; analyze.py ladder compares them
-STUDIES = {"C (real parts)": ("small", "results/small/runs"), "B (Whisper tiny)": ("mixed", "results/mixed/runs"),
-           "A (CREMA-D)": ("mini", "results/real/runs"), "mini": ("mini", "results/mini/runs")}
+STUDIES = {"C (real parts)": ("small", "results/small/runs"), "C on asr": ("small", "results/small-asr/runs"),
+           "B (Whisper tiny)": ("mixed", "results/mixed/runs"), "A (CREMA-D)": ("mini", "results/real/runs"), "mini": ("mini", "results/mini/runs")}
 
 # Weaker versions of the base attack that defences also face: a change of its arguments; another is an entry here
 VARIANTS = {"half the rate": lambda task: dict(poison=TASKS[task]["rate"] / 2)}
