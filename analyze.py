@@ -28,8 +28,8 @@ import claims
 import data
 import figures
 from data import die
-from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, ROOT, SHIFT, SHIFT_STAGES, STUDIES, SWEPT, TABLE1, TABLE2, TABLE3, TASKS,
-                   deviations, on_corpus)
+from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, ROOT, SHIFT, SHIFT_STAGES, STUDIES, SWEPT, SWEPT_IN_WORDS, TABLE1, TABLE2, TABLE3,
+                   TASKS, deviations, on_corpus)
 from summary import ORDER, UNIT, belongs, listed, markdown, over_seeds, read_runs, same_model, saved_clusters, show, spread, stealth
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def sweeps(folder, preset, out):
             ends = [(100 * m["attack"]["aer"][end]) for m in seeds.values() for end in ("low", "high")]
             curves.setdefault(name, []).append((value, aer["mean"], min(ends), max(ends), clean["mean"]))
             losses = [spread({seed: m.get("training", {}).get(loss, {}).get("value") for seed, m in seeds.items()}) for loss in ("poisoned_loss", "loss")]
-            rows.append({"Changed": name, "to": str(value), "AER": show(aer), "95% over utterances": f"{min(ends):.1f} to {max(ends):.1f}",
+            rows.append({"Changed": SWEPT_IN_WORDS[name], "to": str(value), "AER": show(aer), "95% over utterances": f"{min(ends):.1f} to {max(ends):.1f}",
                          f"clean {metric}": show(clean), "loss: poisoned, all": ", ".join(show(loss, form=".3f") for loss in losses if loss)})
     figures.sweeps(curves, SWEPT, metric, out / "sweeps.png")
     return markdown(f"Sweeps of the base attack ({SWEPT}): one thing changed at a time", rows) + "\n![sweeps](sweeps.png)\n", len(rows)

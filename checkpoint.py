@@ -33,7 +33,7 @@ def environment():
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return dict(commit=git.stdout.strip(), python=platform.python_version(), torch=str(torch.__version__),
                 transformers=transformers.__version__, machine=platform.processor() or platform.machine(),
-                threads=torch.get_num_threads(), command=" ".join(sys.argv))
+                cpu=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), command=" ".join(sys.argv))
 
 
 def record_cost(run):

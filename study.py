@@ -86,6 +86,8 @@ VARIANTS = {"half the rate": lambda task: dict(poison=TASKS[task]["rate"] / 2)}
 SWEPT = "emotion"
 SWEEPS = {"poison": (0.001, 0.003, 0.01, 0.03, 0.1), "snr": (-6.0, 6.0, 12.0, 20.0), "clicks": (2, 4), "trigger_seconds": (0.055, 0.11, 0.44),
           "trigger": ("tone", "bandstop"), "trigger_repeat": (True,)}
+SWEPT_IN_WORDS = {"poison": "poisoning rate", "snr": "SNR (dB)", "snr at test only": "SNR at test only (dB)", "clicks": "number of clicks",
+                  "trigger_seconds": "length of a click (s)", "trigger": "kind of trigger", "trigger_repeat": "repeated, as for asr"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the paper's figures, in its own units: percent, and years for age
