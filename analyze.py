@@ -28,8 +28,8 @@ import claims
 import data
 import figures
 from data import die
-from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, ROOT, SHIFT, SHIFT_STAGES, STUDIES, SWEPT, SWEPT_IN_WORDS, TABLE1, TABLE2, TABLE3,
-                   TASKS, deviations, on_corpus)
+from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, ROOT, SHIFT, SHIFT_STAGES, STUDIES, SWEPT,
+                   SWEPT_IN_WORDS, TABLE1, TABLE2, TABLE3, TASKS, deviations, on_corpus)
 from summary import ORDER, UNIT, belongs, listed, markdown, over_seeds, read_runs, same_model, saved_clusters, show, spread, stealth
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,13 +142,13 @@ def ladder():
     the number of runs."""
     studies = {name: (preset, ROOT / folder) for name, (preset, folder) in STUDIES.items() if (ROOT / folder).exists()}
     runs, rows, metric = {name: read_runs(folder, preset) for name, (preset, folder) in studies.items()}, [], TASKS[LADDER_TASK]["metric"]
+    shown = {name: preset for name, (preset, _) in studies.items() if has_run(runs[name], task=LADDER_TASK)}
     agrees, higher, lower = ("agrees", "agree"), ("is higher", "are higher"), ("is lower", "are lower")
     baseline = None, TABLE1[TASKS[LADDER_TASK]["corpus"], LADDER_TASK][0]
     for attack, (aer, clean) in zip(("clean", *ATTACKS), (baseline, *TABLE3[LADDER_TASK])):
         rows.append({"Attack": attack, "paper": f"({clean:g})" if aer is None else f"{aer:g} ({clean:g})"})
         sides = {agrees: [], higher: [], lower: []}
-        for name in (name for name in studies if has_run(runs[name], task=LADDER_TASK)):
-            preset = studies[name][0]
+        for name, preset in shown.items():
             wanted = dict(task=LADDER_TASK, encoder=DEFAULT_ENCODER[preset], attack=attack)
             ours, benign = over_seeds(runs[name], "attack", "aer", **wanted), over_seeds(runs[name], "clean", metric, **wanted)
             rows[-1][name] = f"{show(ours)} ({benign['mean']:.1f})" if ours else ""
@@ -353,7 +353,7 @@ def sweeps(folder, preset, out):
             ends = [(100 * m["attack"]["aer"][end]) for m in seeds.values() for end in ("low", "high")]
             curves.setdefault(name, []).append((value, aer["mean"], min(ends), max(ends), clean["mean"]))
             losses = [spread({seed: m.get("training", {}).get(loss, {}).get("value") for seed, m in seeds.items()}) for loss in ("poisoned_loss", "loss")]
-            rows.append({"Changed": SWEPT_IN_WORDS[name], "to": str(value), "AER": show(aer), "95% over utterances": f"{min(ends):.1f} to {max(ends):.1f}",
+            rows.append({"Changed": SWEPT_IN_WORDS.get(name, name), "to": str(value), "AER": show(aer), "95% over utterances": f"{min(ends):.1f} to {max(ends):.1f}",
                          f"clean {metric}": show(clean), "loss: poisoned, all": ", ".join(show(loss, form=".3f") for loss in losses if loss)})
     figures.sweeps(curves, SWEPT, metric, out / "sweeps.png")
     return markdown(f"Sweeps of the base attack ({SWEPT}): one thing changed at a time", rows) + "\n![sweeps](sweeps.png)\n", len(rows)

@@ -201,7 +201,7 @@ def sweeps(curves, task, metric, path):
         at = values if all(type(v) in (int, float) for v in values) else range(len(values))
         axis.plot(at, clean, "s--", color=CLEAN, ms=4, label=f"clean {metric}")
         axis.errorbar(at, aer, (np.subtract(aer, low), np.subtract(high, aer)), fmt="o-", color=POISONED, ms=4, capsize=2, label="AER")
-        axis.set(title=SWEPT_IN_WORDS[name], ylim=(-3, 103))
+        axis.set(title=SWEPT_IN_WORDS.get(name, name), ylim=(-3, 103))
         if name == "poison":
             axis.set_xscale("log")
         if at is not values:
