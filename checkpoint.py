@@ -41,8 +41,8 @@ def record_cost(run):
     that was resumed."""
     whole = json.loads((run / "environment.json").read_text())
     whole.update(processor_minutes=round(time.process_time() / 60, 1), peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1))
-    if torch.cuda.is_available():
-        whole["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+    if torch.cuda.is_initialized():
+        whole.update(gpu=torch.cuda.get_device_name(), peak_gpu_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1))
     data.write_atomically(run / "environment.json", json.dumps(whole, indent=1))
 
 
