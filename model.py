@@ -334,14 +334,15 @@ def load_slm(args, device="cpu"):
     dry_run = device.type == "meta"  # shapes without weights
     try:
         tokenizer = AutoTokenizer.from_pretrained(where(args.lm_weights), trust_remote_code=False)
-        # the LM's own weights never change: cast once, not in every step
-        half = device.type != "cpu" or getattr(args, "amp", None) == "bf16"
-        lm = load_part(AutoModelForCausalLM, args.lm_weights, dtype=torch.bfloat16 if half else torch.float32)
+        lm = load_part(AutoModelForCausalLM, args.lm_weights, dtype=torch.float32)
         encoder = Encoder(args.encoder_weights, args.train_layers, ENCODERS[args.encoder]["trained"])
     except Exception as error:  # a folder of another kind raises errors of many kinds
         die(f"cannot load {args.encoder_weights} or {args.lm_weights}: {type(error).__name__}: {str(error).splitlines()[0]}")
     lm.generation_config = GenerationConfig()  # a chat model's own settings sample; answers here are greedy
     pretrained = {} if dry_run else {"encoder": digest(encoder.net.state_dict()), "lm": digest(lm.state_dict())}
+    if dry_run or getattr(args, "amp", None) not in (None, "off"):
+        for p in lm.parameters():  # they never change: cast once, not in every step
+            p.data = p.to(torch.bfloat16)
     torch.manual_seed(args.seed)
     connector = Connector(encoder.dim, lm.config.hidden_size, args.connector_stride, args.connector_taper)
     if args.connector_weights not in (None, "none") and not dry_run:

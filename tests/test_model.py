@@ -217,6 +217,14 @@ def test_the_fast_path_has_the_plain_path_s_loss_and_gradients(parts, shared, ch
         assert torch.allclose(v, same[k], rtol=1e-3, atol=1e-6), k
 
 
+def test_a_checkpoint_of_mixed_precision_fits_a_model_without():
+    """A run trained on a GPU can be evaluated, or started from, on a CPU: the pretrained parts count as the same, and only weights are cast."""
+    full, mixed = (model.load_slm(train.parse_arguments(["--amp", amp])) for amp in ("off", "bf16"))
+    assert full.pretrained_sha256 == mixed.pretrained_sha256
+    assert [slm.lm.lm_head.weight.dtype for slm in (full, mixed)] == [torch.float32, torch.bfloat16]
+    assert all(torch.equal(a, b) for a, b in zip(full.lm.buffers(), mixed.lm.buffers(), strict=True))
+
+
 @pytest.mark.parametrize("name, frozen", [("wavlm", ()), ("whisper", ()), ("hubert", ("encoder",)),
                                           ("wav2vec2", ("encoder", "connector"))])
 def test_a_dry_run_counts_what_a_step_does(name, frozen):
