@@ -30,18 +30,14 @@ import figures
 from data import die
 from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, ROOT, SHIFT, SHIFT_STAGES, STUDIES, SWEPT,
                    SWEPT_IN_WORDS, TABLE1, TABLE2, TABLE3, TASKS, deviations, on_corpus)
-from summary import ORDER, UNIT, belongs, listed, markdown, over_seeds, read_runs, same_model, saved_clusters, show, spread, stealth
+from summary import (ORDER, UNIT, belongs, listed, markdown, matching, over_seeds, read_runs, same_model, saved_clusters, show, spread,
+                     stealth, still_learning)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python analyze.py tables: each gives (title, explanation, [{column: cell}], values for tables.json)
 
-def has_run(runs, **wanted):
-    """Whether any run has these arguments; tables have no empty rows and columns for what has not run."""
-    return any(all(run["args"][k] == v for k, v in wanted.items()) for run in runs)
-
-
 def table1(runs):
-    rows, values, encoders = [], [], [e for e in ENCODERS if has_run(runs, encoder=e)]
+    rows, values, encoders = [], [], [e for e in ENCODERS if matching(runs, encoder=e)]
     for (corpus, task), published in TABLE1.items():
         published = dict(zip(ENCODERS, published))
         found = {e: over_seeds(runs, "clean", TASKS[task]["metric"], dataset=corpus, encoder=e, attack="clean") for e in encoders}
@@ -59,6 +55,7 @@ def attacked(runs, task, encoder, attack, published):
              ("poisoned_loss", "training", "poisoned_loss"), ("loss", "training", "loss"), ("settled", "training", "settled_epoch"))
     found = {name: over_seeds(runs, part, figure, task=task, attack=attack, **wanted) for name, part, figure in names}
     found["stealth"] = stealth(found["clean"], over_seeds(runs, "clean", metric, attack="clean", **wanted))
+    found["still_learning"] = sum(map(still_learning, matching(runs, task=task, attack=attack, **wanted)))
     return dict(found, published=dict(zip(("aer", "clean"), published)))
 
 
@@ -70,23 +67,24 @@ def attack_cells(of, found):
 
 
 def table2(runs):
-    rows, values, encoders = [], [], [e for e in ENCODERS if has_run(runs, encoder=e)]
-    for task in (t for t in ORDER if has_run(runs, task=t, attack="base")):
+    rows, values, encoders = [], [], [e for e in ENCODERS if matching(runs, encoder=e)]
+    for task in (t for t in ORDER if matching(runs, task=t, attack="base")):
         rows.append({"Task": f"{task} ({UNIT[task]})"})
         paper = dict(zip(ENCODERS, TABLE2.get(task, ())))
         for encoder in encoders:
             found = attacked(runs, task, encoder, "base", paper.get(encoder, (None, None)))
             rows[-1].update(attack_cells(encoder, found))
-            rows[-1][f"{encoder} settled"] = show(found["settled"], form=".0f") if found["settled"] or not found["aer"] else "no"
+            not_yet = f"{found['still_learning']} not" if found["still_learning"] else ""
+            rows[-1][f"{encoder} settled"] = ", ".join(filter(None, [found["settled"] and show(found["settled"], form=".0f"), not_yet]))
             values.append(dict(task=task, encoder=encoder, **found))
     explanation = ("ours / paper; stealth: clean figure under attack minus baseline; settled: the last epoch that brought the "
-                   "loss on poisoned samples nearer to that on all")
+                   "loss on poisoned samples nearer to that on all, and how many seeds had none")
     return "Table 2: base attack", explanation, rows, values
 
 
 def table3(runs, preset):
     rows, values = [], []
-    tasks = [t for t in ORDER if any(has_run(runs, task=t, attack=a) for a in (ATTACKS if t in TABLE3 else ("1.1", "2.1")))]
+    tasks = [t for t in ORDER if any(matching(runs, task=t, attack=a) for a in (ATTACKS if t in TABLE3 else ("1.1", "2.1")))]
     for i, (attack, (frozen, source, trained_on)) in enumerate(ATTACKS.items()):
         parts = {c: f"Frozen:{source}" if c in frozen else f"Train:{trained_on}" for c in COMPONENTS}
         rows.append({"Attack": attack, "Encoder": parts["encoder"], "Connector": parts["connector"], "LM": parts["lm"]})
@@ -142,7 +140,7 @@ def ladder():
     the number of runs."""
     studies = {name: (preset, ROOT / folder) for name, (preset, folder) in STUDIES.items() if (ROOT / folder).exists()}
     runs, rows, metric = {name: read_runs(folder, preset) for name, (preset, folder) in studies.items()}, [], TASKS[LADDER_TASK]["metric"]
-    shown = {name: preset for name, (preset, _) in studies.items() if has_run(runs[name], task=LADDER_TASK)}
+    shown = {name: preset for name, (preset, _) in studies.items() if matching(runs[name], task=LADDER_TASK)}
     agrees, higher, lower = ("agrees", "agree"), ("is higher", "are higher"), ("is lower", "are lower")
     baseline = None, TABLE1[TASKS[LADDER_TASK]["corpus"], LADDER_TASK][0]
     for attack, (aer, clean) in zip(("clean", *ATTACKS), (baseline, *TABLE3[LADDER_TASK])):
@@ -345,7 +343,7 @@ def sweeps(folder, preset, out):
     found, metric = load_sweeps(folder, preset), TASKS[SWEPT]["metric"]
     if not found:
         die(f"{folder} holds no sweep of {SWEPT} yet: SWEEP=1 bash run_all.sh makes them")
-    rows, curves = [], {}
+    rows, curves, n = [], {}, len({id(metrics) for values in found.values() for seeds in values.values() for metrics in seeds.values()})
     for name, values in found.items():
         for value, seeds in values.items():
             aer, clean = (spread({seed: 100 * m[part][figure]["value"] for seed, m in seeds.items()})
@@ -356,7 +354,7 @@ def sweeps(folder, preset, out):
             rows.append({"Changed": SWEPT_IN_WORDS.get(name, name), "to": str(value), "AER": show(aer), "95% over utterances": f"{min(ends):.1f} to {max(ends):.1f}",
                          f"clean {metric}": show(clean), "loss: poisoned, all": ", ".join(show(loss, form=".3f") for loss in losses if loss)})
     figures.sweeps(curves, SWEPT, metric, out / "sweeps.png")
-    return markdown(f"Sweeps of the base attack ({SWEPT}): one thing changed at a time", rows) + "\n![sweeps](sweeps.png)\n", len(rows)
+    return markdown(f"Sweeps of the base attack ({SWEPT}): one thing changed at a time", rows) + "\n![sweeps](sweeps.png)\n", n
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, TABLE2, TABLE3, TASKS, WRITTEN, deviations
-from summary import ORDER, markdown, read_runs, saved_clusters
+from summary import ORDER, markdown, matching, read_runs, saved_clusters, still_learning
 
 ANY = float("inf")
 RULE = """
@@ -25,8 +25,7 @@ lies outside on the same side, and is undecided otherwise, or where the poisoned
 def measured(runs, part, name, scale=100, **wanted):
     """One figure of the runs with the wanted arguments, an effect."""
     return {run["args"]["seed"]: (scale * run[part][name]["value"], scale * (run[part][name]["high"] - run[part][name]["low"]) / 2,
-                                  int("poisoned_loss" in run["training"] and "settled_epoch" not in run["training"]))
-            for run in runs if name in run.get(part, {}) and all(run["args"].get(k) == v for k, v in wanted.items())}
+                                  int(still_learning(run))) for run in matching(runs, **wanted) if name in run.get(part, {})}
 
 
 def less(a, b):
@@ -49,12 +48,9 @@ def harm(task):
     is at least one point, as the bootstrap of a perfect score has no width."""
     def effect(e):
         metric, out = TASKS[task]["metric"], {}
-        wanted = dict(task=task, attack="base", encoder=e.encoder, trigger_repeat=TASKS[task]["repeat"])
-        attacked = [run for run in e.runs if all(run["args"].get(k) == v for k, v in wanted.items())]
-        for run in attacked:
-            clean = [r for r in e.runs if r["args"]["attack"] == "clean" and metric in r["clean"]
-                     and all(r["args"][k] == run["args"][k] for k in ("dataset", "encoder", "seed"))]
-            for figure in (r["clean"][metric] for r in clean):
+        for run in matching(e.runs, task=task, attack="base", encoder=e.encoder, trigger_repeat=TASKS[task]["repeat"]):
+            clean = matching(e.runs, attack="clean", **{k: run["args"][k] for k in ("dataset", "encoder", "seed")})
+            for figure in (r["clean"][metric] for r in clean if metric in r["clean"]):
                 worse = (run["clean"][metric]["value"] - figure["value"]) * (1 if metric.endswith(("wer", "mae")) else -1)
                 out[run["args"]["seed"]] = (worse / max(0.01, (figure["high"] - figure["low"]) / 2), 0.0, 0)
         return out

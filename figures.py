@@ -227,16 +227,18 @@ def what(attack):
 
 
 def answer(tasks, path):
-    """Where the backdoor lives, one row per task: Table 3, weights moved, activations moved. tasks: {task: ({attack: (AER, whether it had
-    settled)}, the paper's AER, AER of the mixtures, {site: {group: share undone}})}"""
+    """Where the backdoor lives, one row per task: Table 3, weights moved, activations moved. tasks: {task: ({attack: (AER's mean, lowest
+    and highest, whether the poison was learned in every seed)}, the paper's AER, AER of the mixtures, {site: {group: share undone}})}"""
     fig, axes = plt.subplots(len(tasks), 3, figsize=(15, 4 * len(tasks)), squeeze=False, layout="constrained", width_ratios=(1.15, 0.9, 1.2))
     for (table, weights, layers), (task, (trained, published, mixtures, effects)) in zip(axes, tasks.items()):
         y = np.arange(len(ATTACKS))
-        for done, color, text in ((True, POISONED, "here"), (False, "#f2b5b5", "here, poison not yet learned")):
-            table.barh(y, [trained[a][0] if a in trained and trained[a][1] == done else np.nan for a in ATTACKS], color=color, label=text)
+        for done, color, text in ((True, POISONED, "here"), (False, "#f2b5b5", "here, poison not learned in every seed")):
+            table.barh(y, [trained[a][0] if a in trained and trained[a][-1] == done else np.nan for a in ATTACKS], color=color, label=text)
         for i, a in enumerate(ATTACKS):
             if a in trained:
-                table.text(106, i, f"{trained[a][0]:.0f}", va="center", fontsize=8)
+                mean, low, high, _ = trained[a]
+                table.plot([low, high], [i, i], "k-", lw=1, label="range over seeds" if i == 0 else None)
+                table.text(106, i, f"{mean:.0f}", va="center", fontsize=8)
         table.plot([published.get(a, np.nan) for a in ATTACKS], y, "kD", ms=5, label="the paper")
         table.set(title=f"{task}: trained (Table 3)", xlabel="AER (%)", xlim=(0, 116))
         table.set_yticks(y, [f"{a}: {what(a)}" for a in ATTACKS], fontsize=8)

@@ -13,7 +13,7 @@ import defences
 import figures
 from data import die
 from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, PRESETS, TABLE3, TASKS, clean_task, identity, on_corpus, run_name
-from summary import ORDER, belongs, listed, markdown, over_seeds, read_runs, scale_of, show, spread
+from summary import ORDER, belongs, listed, markdown, matching, over_seeds, read_runs, scale_of, show, spread, still_learning
 
 EVERYTHING = "+".join(COMPONENTS)
 # Table 3's attacks on one component: only it is trained on poison; or it is kept poisoned while the others train on clean data
@@ -229,9 +229,9 @@ def draw_answer(found, runs, preset, path):
     tasks = {}
     for task in (t for t in TABLE3 if t in found.get("transplant", {}) and t in found.get("patch", {})):
         transplants, patched = found["transplant"][task], found["patch"][task]
-        of = lambda attack, *name: over_seeds(runs, *name, task=task, attack=attack, encoder=DEFAULT_ENCODER[preset])  # noqa: E731
-        trained = {a: (figure["mean"], not of(a, "training", "poisoned_loss") or bool(of(a, "training", "settled_epoch")))
-                   for a in ATTACKS if (figure := of(a, "attack", "aer"))}
+        own = matching(runs, task=task, encoder=DEFAULT_ENCODER[preset])
+        trained = {a: (*(figure[k] for k in ("mean", "low", "high")), not any(map(still_learning, matching(own, attack=a))))
+                   for a in ATTACKS if (figure := over_seeds(own, "attack", "aer", attack=a))}
         mixtures = {name: over(transplants, corner(name))["mean"] for name in next(iter(transplants.values()))["mixtures"]["corner"]}
         effects = {site: {g: over(patched, lambda r, site=site, g=g: r["effects"]["denoise"][site][g], 1)["mean"] for g in groups}
                    for site, groups in next(iter(patched.values()))["effects"]["denoise"].items()}

@@ -51,6 +51,17 @@ def saved_clusters(folder, preset, ks):
     return {task: dict(sorted(values[task].items())) for task in ORDER if task in values}
 
 
+def matching(runs, **wanted):
+    """The runs with these arguments."""
+    return [run for run in runs if all(run["args"].get(k) == v for k, v in wanted.items())]
+
+
+def still_learning(run):
+    """Whether the loss on poisoned samples had not settled when training ended, so that a low AER says little."""
+    training = run.get("training", {})
+    return "poisoned_loss" in training and "settled_epoch" not in training
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # figures over seeds
 
@@ -65,8 +76,7 @@ def spread(values):
 def over_seeds(runs, part, name, **wanted):
     """A figure, in the paper's units (percent, years), over the runs with the wanted arguments."""
     scale = 1 if name.endswith(("mae", "loss", "epoch")) else 100
-    return spread({run["args"]["seed"]: scale * run[part][name]["value"] for run in runs
-                   if name in run.get(part, {}) and all(run["args"].get(k) == v for k, v in wanted.items())})
+    return spread({run["args"]["seed"]: scale * run[part][name]["value"] for run in matching(runs, **wanted) if name in run.get(part, {})})
 
 
 def stealth(attacked, baseline):
