@@ -49,7 +49,7 @@ def shift_pairs(points, tasks, title, path):
             axis.scatter(*a.T, s=12, color=CLEAN, marker="o", label="clean", zorder=2)
             axis.scatter(*b.T, s=14, color=POISONED, marker="^", label="triggered", zorder=2)
             axis.text(0.02, 0.02, f"cos {cosine:.2f}", transform=axis.transAxes)
-    axes[0, 0].legend(loc="upper right", fontsize=8)
+    next(axis for axis in axes.flat if axis.collections).legend(loc="upper right", fontsize=8)
     fig.suptitle(f"Clean-triggered pairs of test utterances, {title}")
     write(fig, path)
 
