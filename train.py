@@ -59,7 +59,7 @@ add("--exclude", metavar="FILE", help="leave out the training samples whose ids 
 add("--batch-seconds", type=float, default=120.0, help="audio in one forward pass, padding counted")
 add("--max-seconds", type=float, default=data.MAX_SECONDS, help="longer audio is refused, or left out by --skip-bad")
 add("--cache-gb", type=float, default=4.0, help="disk for outputs of pretrained layers, shared between runs, in cache/")
-add("--amp", choices=("off", "bf16", "fp16"), help="mixed precision (default: bf16 on CUDA, off on the CPU)")
+add("--amp", choices=("off", "bf16", "fp16"), help="mixed precision (default: bf16 on CUDA, except for preset mini; else off)")
 add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
 add("--workers", type=int, default=cache.WORKERS, help="processes that read audio ahead")
 add("--gradient-checkpointing", action="store_true", help="less memory: layers are computed again in the backward pass")
@@ -157,7 +157,7 @@ def set_up_device(args):
         die(f"{world} processes share --batch-size {args.batch_size}: start no more than that")
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
+    args.amp = args.amp or ("bf16" if device.type == "cuda" and args.preset != "mini" else "off")
     autocast = functools.partial(torch.autocast, device.type, enabled=args.amp != "off",
                                  dtype=torch.float16 if args.amp == "fp16" else torch.bfloat16)
     return device, autocast, rank, world
