@@ -52,7 +52,7 @@ def features_of(extract, attack, batch):
 def read_features(encoder, batches, attack, workers=WORKERS):
     """Yields the features of each batch, a list of (utterance, triggered); worker processes read ahead."""
     return data.from_workers(torch.utils.data.DataLoader(
-        batches, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        batches, batch_size=None, num_workers=workers, pin_memory=encoder.layer_norm.weight.is_cuda,
         collate_fn=functools.partial(features_of, encoder.extract, attack)))
 
 

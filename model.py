@@ -27,6 +27,7 @@ from data import SAMPLE_RATE, die
 from lora import add_lora, lora_state_dict
 from study import COMPONENTS, ENCODERS, ROOT
 
+torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on a GPU too, as in matrix products by default
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # inside transformers' WavLM
 
 
@@ -340,7 +341,7 @@ def load_slm(args, device="cpu"):
         die(f"cannot load {args.encoder_weights} or {args.lm_weights}: {type(error).__name__}: {str(error).splitlines()[0]}")
     lm.generation_config = GenerationConfig()  # a chat model's own settings sample; answers here are greedy
     pretrained = {} if dry_run else {"encoder": digest(encoder.net.state_dict()), "lm": digest(lm.state_dict())}
-    if dry_run or getattr(args, "amp", None) not in (None, "off"):
+    if dry_run or getattr(args, "amp", None) == "bf16":
         for p in lm.parameters():  # they never change: cast once, not in every step
             p.data = p.to(torch.bfloat16)
     torch.manual_seed(args.seed)

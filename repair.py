@@ -110,7 +110,7 @@ class Workshop:
     def scale_neurons(self, scales):
         """From now on, hidden units are multiplied by `scales`, one tensor per entry of `neurons`."""
         for (end, _), scale in zip(self.neurons(), scales):
-            self.hooks.callback(end.register_forward_pre_hook(lambda _, x, scale=scale: (x[0] * scale, *x[1:])).remove)
+            self.hooks.callback(end.register_forward_pre_hook(lambda _, x, scale=scale: (x[0] * scale.to(x[0].dtype), *x[1:])).remove)
 
 
 def fine_tuning(components):
@@ -123,7 +123,7 @@ def fine_pruning(shop, share):
     sums, handles = {}, []
     for i, (end, _) in enumerate(shop.neurons()):
         handles.append(end.register_forward_pre_hook(
-            lambda _, x, i=i: sums.__setitem__(i, sums.get(i, 0) + x[0].detach().abs().mean((0, 1)))))
+            lambda _, x, i=i: sums.__setitem__(i, sums.get(i, 0) + x[0].detach().float().abs().mean((0, 1)))))
     with torch.no_grad():
         for some in data.chunks(shop.tuning, 16):
             shop.slm(*shop.batch(some))

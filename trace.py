@@ -107,14 +107,13 @@ def layer_sets(layers):
 def load_pair(options):
     """(slm, arguments, attack, test set, poisoned weights, clean weights) of two runs that share pretrained parts."""
     slm, args, attack, test_set = evaluate.load_run_and_data(options, "test")
-    clean = model.load_checkpoint(Path(options.clean) / "model.pt")
-    poisoned = weights_of(slm)
+    clean, poisoned = model.load_checkpoint(Path(options.clean) / "model.pt"), weights_of(slm)
     try:
         for c in COMPONENTS:
             checkpoint.load_component(slm, clean, c)
     except ValueError as error:
         die(f"{options.clean} cannot be mixed with {options.run}: {error}")
-    return slm, args, attack, test_set, poisoned, {c: clean[c] for c in COMPONENTS}
+    return slm, args, attack, test_set, poisoned, weights_of(slm)
 
 
 def mixtures(poisoned, clean):

@@ -269,7 +269,10 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
         signal.signal(sig, lambda *_: stop.append(True))
     while step < steps:
         epoch, stopping = step // epoch_steps, 0
-        batches = data.epoch_batches(seconds, args.batch_size, args.seed, epoch)[:epoch_steps][step % epoch_steps:]
+        batches = data.epoch_batches(seconds, args.batch_size, args.seed, epoch)
+        if min(map(len, batches)) < world:  # the short batch would leave a process without a share: it is the one left out
+            batches.sort(key=len, reverse=True)
+        batches = batches[:epoch_steps][step % epoch_steps:]
         shares = [data.micro_batches(batch[rank::world], seconds, args.batch_seconds) for batch in batches]
         stream = cache.inputs(slm, list(zip(train_set, poisoned)), sum(shares, []), cached, drawn, args.workers)
         slm.train()

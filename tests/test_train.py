@@ -162,6 +162,15 @@ def test_two_processes_learn_the_same(corpora, runs, one):
     learned_the_same(one, runs / "two")
 
 
+def test_more_processes_than_utterances_in_the_short_batch(corpora, runs):
+    """17 utterances in batches of 8: the last one alone cannot be shared by two processes, wherever the shuffle puts it."""
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29612")
+    process = start(corpora, runs, *SAME, "--limit", 17, "--epochs", 3, "--name", "uneven", launch=launch)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert [line["step"] for line in read_log(runs / "uneven") if "dev_loss" in line] == [2, 4, 6]
+
+
 def test_without_the_cache_it_learns_the_same(corpora, runs, one):
     train(corpora, runs, *SAME, "--name", "streamed", "--cache-gb", 0)
     learned_the_same(one, runs / "streamed")
