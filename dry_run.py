@@ -89,7 +89,7 @@ def dry_run(args):
     passes = 1 if 4 * slm.encoder.dim * frames <= args.cache_gb * 1e9 else args.epochs
     work = (below * passes + above * args.epochs) * epoch_steps * args.batch_size
     trained = {c: sum(p.numel() for p in slm.parameters_of(c)) for c in COMPONENTS}
-    print(f"dry run of {args.name}: preset {args.preset}, encoder {args.encoder}, bf16 on a GPU\n"
+    print(f"dry run of {args.name}: preset {args.preset}, encoder {args.encoder}, with --amp bf16 on a GPU\n"
           f"data {args.dataset}: {n:,} train utterances of {seconds:.1f} s ({source}), prompt {prompt} and answer {answer} "
           f"tokens\n{'':12}{'parameters':>16}{'trained':>16}")
     for c in COMPONENTS:
