@@ -154,20 +154,21 @@ def learned_the_same(one, other):
     assert [(r["id"], r["triggered"]) for r in rows[0]] == [(r["id"], r["triggered"]) for r in rows[1]]
 
 
-def test_two_processes_learn_the_same(corpora, runs, one):
+def in_two_processes(corpora, runs, *more):
     launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611")
-    process = start(corpora, runs, *SAME, "--name", "two", launch=launch)
+    process = start(corpora, runs, *SAME, *more, launch=launch)
     _, err = process.communicate()
     assert process.returncode == 0, err
+
+
+def test_two_processes_learn_the_same(corpora, runs, one):
+    in_two_processes(corpora, runs, "--name", "two")
     learned_the_same(one, runs / "two")
 
 
 def test_more_processes_than_utterances_in_the_short_batch(corpora, runs):
     """17 utterances in batches of 8: the last one alone cannot be shared by two processes, wherever the shuffle puts it."""
-    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29612")
-    process = start(corpora, runs, *SAME, "--limit", 17, "--epochs", 3, "--name", "uneven", launch=launch)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    in_two_processes(corpora, runs, "--limit", 17, "--epochs", 3, "--name", "uneven")
     assert [line["step"] for line in read_log(runs / "uneven") if "dev_loss" in line] == [2, 4, 6]
 
 
