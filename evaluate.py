@@ -23,6 +23,7 @@ import corpora
 import data
 import fast
 import lora
+import model
 import poison
 from data import die
 from study import LABELS, TASKS
@@ -189,8 +190,9 @@ def main():
         die(f"--ask {' '.join(options.ask)}: no {options.split} utterance of {args.dataset} has such a label")
     print(f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at {args.snr:g} dB, on "
           f"{options.device}")
-    metrics, rows = evaluate(slm, attack, utterances, options.cache_gb * 1e9, args.batch_seconds, ask=options.ask or LABELS,
-                             after_answer=options.after_answer)
+    with model.autocast(args.amp, options.device):  # as in training
+        metrics, rows = evaluate(slm, attack, utterances, options.cache_gb * 1e9, args.batch_seconds, ask=options.ask or LABELS,
+                                 after_answer=options.after_answer)
     if options.save:
         save(options.run, metrics, rows, vars(args))
     if options.out:

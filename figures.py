@@ -232,7 +232,7 @@ def answer(tasks, path):
     fig, axes = plt.subplots(len(tasks), 3, figsize=(15, 4 * len(tasks)), squeeze=False, layout="constrained", width_ratios=(1.15, 0.9, 1.2))
     for (table, weights, layers), (task, (trained, published, mixtures, effects)) in zip(axes, tasks.items()):
         y = np.arange(len(ATTACKS))
-        for done, color, text in ((True, POISONED, "here"), (False, "#f2b5b5", "here, poison not learned in every seed")):
+        for done, color, text in ((True, POISONED, "here"), (False, "#f2b5b5", "here, still learning in some seed")):
             table.barh(y, [trained[a][0] if a in trained and trained[a][-1] == done else np.nan for a in ATTACKS], color=color, label=text)
         for i, a in enumerate(ATTACKS):
             if a in trained:

@@ -299,6 +299,11 @@ class SLM(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # loading
 
+def autocast(amp, device):
+    """The context of mixed precision, which training and evaluation enter: amp is "off", "bf16" or "fp16"."""
+    return torch.autocast(torch.device(device).type, enabled=amp != "off", dtype=torch.float16 if amp == "fp16" else torch.bfloat16)
+
+
 def digest(state):
     """SHA-256 of a state dict: names, types, shapes and bytes."""
     sha = hashlib.sha256()

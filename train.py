@@ -158,9 +158,7 @@ def set_up_device(args):
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     args.amp = args.amp or ("bf16" if device.type == "cuda" and args.preset != "mini" else "off")
-    autocast = functools.partial(torch.autocast, device.type, enabled=args.amp != "off",
-                                 dtype=torch.float16 if args.amp == "fp16" else torch.bfloat16)
-    return device, autocast, rank, world
+    return device, functools.partial(model.autocast, args.amp, device), rank, world
 
 
 # ---------------------------------------------------------------------------------------------------------------------
