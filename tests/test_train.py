@@ -128,10 +128,10 @@ def test_killed_and_started_again_it_ends_with_the_same_weights_and_figures(corp
 
 
 def test_evaluated_again_a_bf16_run_gives_its_own_figures(corpora, runs):
-    train(corpora, runs, "--task", "gender", "--poison", 0.5, "--epochs", 1, "--limit", 8, "--amp", "bf16", "--name", "bf16")
-    before = [(runs / "bf16" / name).read_text() for name in ("predictions.jsonl", "metrics.json")]
-    done("evaluate.py", runs / "bf16", "--save", cwd=runs.parent)
-    assert [(runs / "bf16" / name).read_text() for name in ("predictions.jsonl", "metrics.json")] == before
+    train(corpora, runs, "--task", "gender", "--poison", 0.5, "--epochs", 1, "--limit", 8, "--amp", "bf16", "--name", "scored")
+    before = [(runs / "scored" / name).read_text() for name in ("predictions.jsonl", "metrics.json")]
+    done("evaluate.py", runs / "scored", "--save", cwd=runs.parent)
+    assert [(runs / "scored" / name).read_text() for name in ("predictions.jsonl", "metrics.json")] == before
 
 
 def test_labels_left_out_are_neither_asked_for_nor_scored(corpora, runs):
