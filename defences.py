@@ -4,14 +4,15 @@ from pathlib import Path
 
 import figures
 from study import DEFAULT_ENCODER, TASKS, VARIANTS, clean_task, identity, run_name
-from summary import ORDER, markdown, scale_of, show, spread
+from summary import ORDER, listed, markdown, scale_of, show, spread
 
 DEFENCES = """# What removes the backdoor, and what notices it
 
 Filters look at the training data of the target class. If one removes at least three quarters of the poison, a model is trained on what is
 left (the attack at half the rate shows what happens if less is removed). Detectors look at one input at a time, with thresholds set on
 clean development speech. Repairs change the model with clean speech alone. Settings are the authors', or chosen on clean figures before
-looking at the trigger; a defence that fails is shown as it is. Variants of the attack: VARIANTS.
+looking at the trigger; a defence that fails is shown as it is. Variants of the attack: VARIANTS. Cells give the mean and, where several
+seeds have run, the range; variants and clean models may have run for fewer seeds than the attack. Pictures show the first seed.
 """
 
 
@@ -56,6 +57,13 @@ def over_variants(roles, pick, scale=100, form=".1f"):
 
 def names_of(roles):
     return next(iter(roles["attack"].values()))["defences"]
+
+
+def seeds_of(results):
+    """In words: of which seeds these results are, and after which of them a model was trained on what a filter leaves."""
+    again = [seed for seed, r in results.items() if any("retrained" in figures for figures in r["defences"].values())]
+    words = [("seed " if len(seeds) == 1 else "seeds ") + listed([str(seed) for seed in sorted(seeds)]) for seeds in (results, again) if seeds]
+    return ", trained again for ".join(words)
 
 
 def filter_rows(roles, metric, scale):
@@ -112,34 +120,37 @@ def repair_rows(roles, metric, scale):
 
 
 def advice(found, task):
-    """Advice to a defender against this attack, from the figures of all seeds."""
-    mean = lambda command, name, *keys: (spread({seed: figure["value"] for seed, r in found[command][task]["attack"].items()  # noqa: E731
-                                                 if (figure := of_defence(name, *keys)(r))}) or {}).get("mean")
+    """Advice to a defender against this attack, from the figures of all seeds: their means and ranges."""
+    over = lambda command, name, *keys: spread({seed: 100 * figure["value"] for seed, r in found[command][task]["attack"].items()  # noqa: E731
+                                                if (figure := of_defence(name, *keys)(r))})
+    mean = lambda figure: figure["mean"]  # noqa: E731
+    gone = lambda figure: figure["high"] < 5  # noqa: E731, in every seed
     aer = {role: mean_of(seeds, lambda figures: figures.get("aer")) for role, seeds in found.get("attack", {}).get(task, {}).items()}
     known = [f"{role} {aer[role]}" for role in ("attack", *VARIANTS) if role in aer]
     out = [f"**AER without a defence:** {', '.join(known)}."] if known else []
     if task in found.get("filter", {}):
-        left = {name: aer for name in names_of(found["filter"][task])
-                if (aer := mean("filter", name, "retrained", "attack", "aer")) is not None}
-        best = min(left, key=left.get) if left else None
+        left = {name: figure for name in names_of(found["filter"][task]) if (figure := over("filter", name, "retrained", "attack", "aer"))}
+        best = min(left, key=lambda name: mean(left[name])) if left else None
         out.append("No filter removes three quarters of the poison." if not left else
-                   f"**Before training:** {best} is the best filter; a model trained on what it leaves has an AER of {100 * left[best]:.1f}%"
-                   + (", so the backdoor is gone." if left[best] < 0.05 else ": a filter alone is not enough."))
+                   f"**Before training:** {best} is the best filter; a model trained on what it leaves has an AER of {show(left[best])}%"
+                   + (", so the backdoor is gone." if gone(left[best]) else ": a filter alone is not enough."))
     if task in found.get("detect", {}):
-        caught = {name: mean("detect", name, "at", "0.05", "triggered") for name in names_of(found["detect"][task])}
-        best = max(caught, key=caught.get)
-        alarms = mean("detect", best, "at", "0.05", "tone")
-        which = best if caught[best] >= 0.5 else f"no detector works; the best, {best},"
-        out.append(f"**At run time:** {which} notices {100 * caught[best]:.1f}% of triggered inputs at 5% false alarms, and mistakes "
-                   f"{100 * alarms:.1f}% of equally loud tones for triggers.")
+        caught = {name: over("detect", name, "at", "0.05", "triggered") for name in names_of(found["detect"][task])}
+        best = max(caught, key=lambda name: mean(caught[name]))
+        which = best if mean(caught[best]) >= 50 else f"no detector works; the best, {best},"
+        out.append(f"**At run time:** {which} notices {show(caught[best])}% of triggered inputs at 5% false alarms, and mistakes "
+                   f"{show(over('detect', best, 'at', '0.05', 'tone'))}% of equally loud tones for triggers.")
     if task in found.get("repair", {}):
-        usable = {name: mean("repair", name, "aer") for name in names_of(found["repair"][task]) if name != "none"
+        usable = {name: over("repair", name, "aer") for name in names_of(found["repair"][task]) if name != "none"
                   and all(r["defences"][name]["passed"] for r in found["repair"][task]["attack"].values())}
-        best = min(usable, key=usable.get) if usable else None
-        out.append("**After training:** no repair keeps the clean loss within its bound." if not usable else
-                   f"**After training:** of the repairs that keep the clean loss within its bound, {best} leaves the lowest AER, "
-                   f"{100 * usable[best]:.1f}%" + (": the backdoor is gone" if usable[best] < 0.05 else ": the backdoor is still there")
-                   + (f"; {back} poisoned samples bring the AER back to 50%." if (back := back_with(found["repair"][task]["attack"], best)) else "."))
+        if usable:
+            best = min(usable, key=lambda name: mean(usable[name]))
+            back = back_with(found["repair"][task]["attack"], best)
+            out.append(f"**After training:** of the repairs that keep the clean loss within its bound, {best} leaves the lowest AER, "
+                       f"{show(usable[best])}%: the backdoor is {'gone' if gone(usable[best]) else 'still there'}"
+                       + (f"; {back} poisoned samples{', seed by seed,' * (',' in back)} bring the AER back to 50%." if back else "."))
+        else:
+            out.append("**After training:** no repair keeps the clean loss within its bound.")
     return out
 
 
@@ -152,7 +163,7 @@ def defences_page(found, out):
         for command, rows, draw in (("filter", filter_rows, None), ("detect", detector_rows, figures.roc), ("repair", repair_rows, figures.repairs)):
             roles = found.get(command, {}).get(task, {})
             if "attack" in roles:
-                text.append(markdown(f"{command.capitalize()} ({task})", rows(roles, metric, scale_of(metric))))
+                text.append(markdown(f"{command.capitalize()} ({task}, {seeds_of(roles['attack'])})", rows(roles, metric, scale_of(metric))))
                 if draw:
                     draw(roles["attack"][min(roles["attack"])], out / f"defend-{task}-{command}.png")
                     text.append(f"![{task}, {command}](defend-{task}-{command}.png)\n")
