@@ -109,8 +109,9 @@ def repair_rows(roles, metric, scale):
     for name in names_of(roles):
         ratings = {seed: rating(r["defences"]["none"], r["defences"][name], metric) for seed, r in roles["attack"].items()}
         back = back_with(roles["attack"], name)
-        costly = not all(r["defences"][name].get("passed", True) for r in roles["attack"].values())
-        rows.append({"Repair": name + " (clean loss beyond its bound)" * costly, "AER": mean_of(roles["attack"], of_defence(name, "aer")),
+        failed, seeds = sum(not r["defences"][name].get("passed", True) for r in roles["attack"].values()), len(roles["attack"])
+        costly = f" (clean loss beyond its bound{f' in {failed} of {seeds} seeds' if seeds > 1 else ''})" if failed else ""
+        rows.append({"Repair": name + costly, "AER": mean_of(roles["attack"], of_defence(name, "aer")),
                      metric: mean_of(roles["attack"], of_defence(name, "clean"), scale),
                      f"triggered {metric}": mean_of(roles["attack"], of_defence(name, "triggered"), scale),
                      "DER": show(spread(ratings), form=".2f"), "back with": back,

@@ -99,14 +99,15 @@ def test_the_page_of_defences_advises_what_its_figures_say(tmp_path):
 
 
 def test_advice_says_gone_only_of_what_is_gone_in_every_seed(tmp_path):
-    found = defended([("A", 40, 0.01)], [("D", 0.3)], [("G", 0.01, True)])
-    assert "G leaves the lowest AER, 1.0%: the backdoor is gone; 16 poisoned" in defences.advice(found, "emotion")[2]
-    for command, other in defended([("A", 0, None)], [("D", 0.9)], [("G", 0.2, True)]).items():
+    found = defended([("A", 40, 0.01)], [("D", 0.3)], [("G", 0.01, True), ("F", 0.0, True)])
+    assert "F leaves the lowest AER, 0.0%: the backdoor is gone; 16 poisoned" in defences.advice(found, "emotion")[2]
+    for command, other in defended([("A", 0, None)], [("D", 0.9)], [("G", 0.2, True), ("F", 0.0, False)]).items():
         found[command]["emotion"]["attack"][2] = other["emotion"]["attack"][1]
     page = defences.defences_page(found, tmp_path)
     assert "an AER of 1.0%, so the backdoor is gone." in page and "Filter (emotion, seeds 1 and 2, trained again for seed 1)" in page
     assert "D notices 60.0 (30.0 to 90.0)% of triggered inputs" in page and "Detect (emotion, seeds 1 and 2)" in page
     assert "G leaves the lowest AER, 10.5 (1.0 to 20.0)%: the backdoor is still there; 16, 16 poisoned samples, seed by seed, bring" in page
+    assert "| F (clean loss beyond its bound in 1 of 2 seeds) | 0.0 (0.0 to 0.0) |" in page
 
 
 def test_the_rating_counts_a_loss_of_the_clean_figure_in_its_own_direction():
