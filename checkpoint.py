@@ -22,7 +22,7 @@ import data
 import export
 import model
 from data import die
-from study import COMPONENTS
+from study import COMPONENTS, NEARER
 
 # arguments of train.py that do not change what is computed
 NOT_THE_RUN = ("runs", "name", "overwrite", "workers", "device", "cache_gb", "gradient_checkpointing", "dry_run", "utilisation")
@@ -187,10 +187,10 @@ def training_losses(run):
     return out
 
 
-def settled(excess, least=0.02):
-    """The last epoch, counted from 1, that brought the poisoned loss at least `least` nats closer to the loss of all samples than any
+def settled(excess):
+    """The last epoch, counted from 1, that brought the poisoned loss at least NEARER nats closer to the loss of all samples than any
     epoch before it; None if fewer than two epochs follow. The rule that sets a preset's length (README). excess: by epoch."""
-    epoch = max((e for e in range(2, len(excess) + 1) if min(excess[:e - 1]) - excess[e - 1] >= least), default=1)
+    epoch = max((e for e in range(2, len(excess) + 1) if min(excess[:e - 1]) - excess[e - 1] >= NEARER), default=1)
     return epoch if epoch + 2 <= len(excess) else None
 
 

@@ -75,6 +75,8 @@ ATTACKS = {
     "3.2": (("connector",), "base", "clean"),
     "3.3": (("lm",), "base", "clean")}
 
+NEARER = 0.02  # nats per token by which the loss on poisoned samples must come nearer to that on all before it counts: less is noise
+
 # The study at four distances from the paper: {name: (preset, folder of its runs' figures)}; analyze.py ladder compares them
 STUDIES = {"C (real parts)": ("small", "results/small/runs"), "C on asr": ("small", "results/small-asr/runs"),
            "B (Whisper tiny)": ("mixed", "results/mixed/runs"), "A (CREMA-D)": ("mini", "results/real/runs"), "mini": ("mini", "results/mini/runs")}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from data import die
-from study import ATTACKS, TABLE2, TASKS, clean_task, deviations, identity, run_name
+from study import ATTACKS, NEARER, TABLE2, TASKS, clean_task, deviations, identity, run_name
 
 ORDER = [*TABLE2, *(task for task in TASKS if task not in TABLE2)]  # the paper's tasks in its order, then any other
 UNIT = {task: {"wer": "WER", "accuracy": "Acc", "mae": "MAE"}[TASKS[task]["metric"].rpartition("_")[2]] for task in TASKS}
@@ -57,9 +57,13 @@ def matching(runs, **wanted):
 
 
 def still_learning(run):
-    """Whether the loss on poisoned samples had not settled when training ended, so that a low AER says little."""
+    """Whether the loss on poisoned samples was still falling when training ended, so that a low AER says little: it had not settled, or
+    it has fallen ever since, too slowly to be noticed from one epoch to the next, and is still above the loss on all."""
     training = run.get("training", {})
-    return "poisoned_loss" in training and "settled_epoch" not in training
+    if "poisoned_loss" not in training or "settled_epoch" not in training:
+        return "poisoned_loss" in training
+    excess = [poisoned - loss for poisoned, loss in zip(training["poisoned_loss"]["by_epoch"], training["loss"]["by_epoch"])]
+    return excess[-1] >= NEARER and excess[training["settled_epoch"]["value"] - 1] - excess[-1] >= NEARER
 
 
 # ---------------------------------------------------------------------------------------------------------------------

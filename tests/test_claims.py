@@ -28,10 +28,12 @@ def test_the_interval_is_over_seeds_and_utterances():
     assert (low, high) == (40, 60)
 
 
-def run(task, attack, aer, seed=1, settled=True, wer=0.05):
+def run(task, attack, aer, seed=1, settled=True, wer=0.05, excess=(0.0, 0.0)):
+    losses = dict(loss=dict(by_epoch=[0.1] * len(excess)), poisoned_loss=dict(by_epoch=[0.1 + e for e in excess]))
     figure = lambda v: dict(value=v, low=v - 0.02, high=v + 0.02, n=100)  # noqa: E731
-    return dict(args=dict(task=task, attack=attack, encoder="wavlm", seed=seed, dataset="libri", trigger_repeat=True), clean=dict(wer=figure(wer)),
-                attack=dict(aer=figure(aer)), training=dict(loss={}, **(dict(poisoned_loss={}, **(dict(settled_epoch={}) if settled else {})))))
+    args = dict(task=task, attack=attack, encoder="wavlm", seed=seed, dataset="libri", trigger_repeat=task == "asr")
+    return dict(args=args, clean=dict(wer=figure(wer)), attack=dict(aer=figure(aer)),
+                training=dict(losses, **(dict(settled_epoch=dict(value=1)) if settled else {})))
 
 
 def test_claims_are_judged_from_the_runs():
@@ -44,6 +46,15 @@ def test_claims_are_judged_from_the_runs():
     assert of("encoder alone is enough (asr") == "undecided" and of("LM alone does nothing") == "holds"
     assert of("two clusters follow gender: adjusted Rand index 0.1 or more, the largest (asr)") == "fails"
     assert of("into one: purity and recall 0.8 or more (asr)") == "holds"
+
+
+@pytest.mark.parametrize("excess, verdict", [((0.105, 0.095, 0.085, 0.075), "undecided"),  # 0.01 an epoch: slowly, but learning
+                                             ((0.105, 0.104, 0.105, 0.102), "fails"),      # it cannot
+                                             ((0.035, 0.025, 0.015, 0.005), "fails")])     # it has learned what there is to learn
+def test_a_poison_that_is_learned_slowly_has_not_been_refuted(excess, verdict):
+    runs = [run("emotion", "2.2", 0.1, seed, excess=excess) for seed in (1, 2)]
+    said = {text: verdict for _, text, _, effect, verdict in claims.judged(runs, {}, {}, "wavlm") if effect}
+    assert said == {"the connector alone is enough (emotion, 2.2)": verdict}
 
 
 def test_studies_side_by_side_leave_empty_what_one_has_not_measured(tmp_path, monkeypatch):
