@@ -45,10 +45,15 @@ def of_defence(name, *keys):
     return pick
 
 
+def over(results, pick, scale=100):
+    """The spread over the seeds that have the figure, None if there is none."""
+    return spread({seed: figure["value"] * scale for seed, result in results.items() if (figure := pick(result))})
+
+
 def mean_of(results, pick, scale=100, form=".1f"):
     """Mean and range over the seeds that have the figure."""
-    values = {seed: figure["value"] * scale for seed, result in results.items() if (figure := pick(result))}
-    return show(spread(values), form=form) if values else ""
+    found = over(results, pick, scale)
+    return show(found, form=form) if found else ""
 
 
 def over_variants(roles, pick, scale=100, form=".1f"):
@@ -122,27 +127,26 @@ def repair_rows(roles, metric, scale):
 
 def advice(found, task):
     """Advice to a defender against this attack, from the figures of all seeds: their means and ranges."""
-    over = lambda command, name, *keys: spread({seed: 100 * figure["value"] for seed, r in found[command][task]["attack"].items()  # noqa: E731
-                                                if (figure := of_defence(name, *keys)(r))})
+    of = lambda command, name, *keys: over(found[command][task]["attack"], of_defence(name, *keys))  # noqa: E731
     mean = lambda figure: figure["mean"]  # noqa: E731
     gone = lambda figure: figure["high"] < 5  # noqa: E731, in every seed
     aer = {role: mean_of(seeds, lambda figures: figures.get("aer")) for role, seeds in found.get("attack", {}).get(task, {}).items()}
     known = [f"{role} {aer[role]}" for role in ("attack", *VARIANTS) if role in aer]
     out = [f"**AER without a defence:** {', '.join(known)}."] if known else []
     if task in found.get("filter", {}):
-        left = {name: figure for name in names_of(found["filter"][task]) if (figure := over("filter", name, "retrained", "attack", "aer"))}
+        left = {name: figure for name in names_of(found["filter"][task]) if (figure := of("filter", name, "retrained", "attack", "aer"))}
         best = min(left, key=lambda name: mean(left[name])) if left else None
         out.append("No filter removes three quarters of the poison." if not left else
                    f"**Before training:** {best} is the best filter; a model trained on what it leaves has an AER of {show(left[best])}%"
                    + (", so the backdoor is gone." if gone(left[best]) else ": a filter alone is not enough."))
     if task in found.get("detect", {}):
-        caught = {name: over("detect", name, "at", "0.05", "triggered") for name in names_of(found["detect"][task])}
+        caught = {name: of("detect", name, "at", "0.05", "triggered") for name in names_of(found["detect"][task])}
         best = max(caught, key=lambda name: mean(caught[name]))
         which = best if mean(caught[best]) >= 50 else f"no detector works; the best, {best},"
         out.append(f"**At run time:** {which} notices {show(caught[best])}% of triggered inputs at 5% false alarms, and mistakes "
-                   f"{show(over('detect', best, 'at', '0.05', 'tone'))}% of equally loud tones for triggers.")
+                   f"{show(of('detect', best, 'at', '0.05', 'tone'))}% of equally loud tones for triggers.")
     if task in found.get("repair", {}):
-        usable = {name: over("repair", name, "aer") for name in names_of(found["repair"][task]) if name != "none"
+        usable = {name: of("repair", name, "aer") for name in names_of(found["repair"][task]) if name != "none"
                   and all(r["defences"][name]["passed"] for r in found["repair"][task]["attack"].values())}
         if usable:
             best = min(usable, key=lambda name: mean(usable[name]))
