@@ -30,8 +30,8 @@ import figures
 from data import die
 from study import (ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, PRESETS, ROOT, SHIFT, SHIFT_STAGES, STUDIES, SWEPT,
                    SWEPT_IN_WORDS, TABLE1, TABLE2, TABLE3, TASKS, deviations, on_corpus)
-from summary import (ORDER, UNIT, belongs, listed, markdown, matching, over_seeds, read_runs, same_model, saved_clusters, show, spread,
-                     stealth, still_learning)
+from summary import (ORDER, UNIT, belongs, listed, markdown, matching, over_seeds, read_runs, same_model, saved_clusters, saved_shifts, show,
+                     spread, stealth, still_learning)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python analyze.py tables: each gives (title, explanation, [{column: cell}], values for tables.json)
@@ -176,9 +176,13 @@ def load_embeddings(folder, preset):
         same_model(path, saved.get("model_sha256"))
         if belongs(path.parent, args, preset) and args["encoder"] == DEFAULT_ENCODER[preset]:
             out[key] = {**saved, "run": path.parent}
-    if not out:
+    if not out and not saved_shifts(folder, preset) and not saved_clusters(folder, preset, ()):
         die(f"{folder} holds no embeddings.pt of preset {preset}: python embed.py RUN makes one")
     return out
+
+
+def made_from(saved):
+    return {part: saved[part] for part in ("args", "model_sha256")}
 
 
 def cosines(clean, triggered):
@@ -186,33 +190,32 @@ def cosines(clean, triggered):
     return torch.nn.functional.cosine_similarity(clean.float(), triggered.float(), dim=-1).numpy()
 
 
-def shift(found, out):
-    """Writes shift.json and the figures; returns the text of shift.md. found: what `load_embeddings` gives."""
-    first = min(seed for _, _, seed in found)
-    values, rows, pairs, depth = {}, [], {}, {}
-    tasks = [task for task in ORDER if any(task == t for t, _, _ in found)]
-    for task in tasks:
-        rows.append({"Task": task})
-        values[task] = {}
-        for (stage, attack, part), published in zip(SHIFT_STAGES, SHIFT.get(task, ("",) * 3)):
-            tests = {seed: saved["test"] for (t, a, seed), saved in sorted(found.items()) if (t, a) == (task, attack)}
-            each = {seed: data.interval(cosines(test["clean"][part], test["triggered"][part])) for seed, test in tests.items()}
-            values[task][stage] = each
-            mean = show(spread({seed: figure["value"] for seed, figure in each.items()}), form=".2f")
-            rows[-1][f"{stage} (ours / paper)"] = f"{mean} / {published}"
-            if first in tests:
-                clean, triggered = tests[first]["clean"], tests[first]["triggered"]
+def shift(found, folder, preset, out):
+    """Writes a shift-TASK.json to every run and draws the figures, of the seed with most embeddings; returns the text of shift.md."""
+    pairs, depth, seeds = {}, {}, [seed for _, _, seed in found]
+    drawn = max(sorted(set(seeds)), key=seeds.count, default=None)
+    for (task, attack, seed), saved in found.items():
+        clean, triggered = saved["test"]["clean"], saved["test"]["triggered"]
+        own = {part: data.interval(cosines(clean[part], triggered[part])) for part in ("encoder", "connector")}
+        data.write_atomically(saved["run"] / f"shift-{task}.json", json.dumps({**own, **made_from(saved)}, indent=1))
+        if seed == drawn:
+            depth[task, attack] = {layers: cosines(clean[layers], triggered[layers]).mean(-1).tolist() for layers in ("encoder_layers", "lm_layers")}
+            for stage, part in ((stage, part) for stage, a, part in SHIFT_STAGES if a == attack):
                 both = torch.cat([clean[part], triggered[part]]).numpy()
                 xy = TSNE(perplexity=min(30, (len(both) - 1) / 3), init="pca", random_state=0).fit_transform(both)
-                pairs[task, stage] = *np.split(xy, 2), each[first]["value"]
-                depth[task, attack] = {layers: cosines(clean[layers], triggered[layers]).mean(-1).tolist()
-                                       for layers in ("encoder_layers", "lm_layers")}
-        values[task]["by depth"] = {attack: curves for (t, attack), curves in depth.items() if t == task}
+                pairs[task, stage] = *np.split(xy, 2), own[part]["value"]
+    tasks = [task for task in ORDER if any(task == t for t, _ in depth)]
     for number, shown in ((2, ("asr", "emotion")), (3, ("gender", "age"))):
         if own := [task for task in shown if task in tasks]:
-            figures.shift_pairs(pairs, own, f"seed {first} (the paper's Figure {number})", out / f"figure{number}-shift-{'-'.join(shown)}.png")
-    figures.shift_by_depth(depth, tasks, first, out / "shift-by-depth.png")
-    data.write_atomically(out / "shift.json", json.dumps(values, indent=1))
+            figures.shift_pairs(pairs, own, f"seed {drawn} (the paper's Figure {number})", out / f"figure{number}-shift-{'-'.join(shown)}.png")
+    if tasks:
+        figures.shift_by_depth(depth, tasks, drawn, out / "shift-by-depth.png")
+    rows = []
+    for task, values in saved_shifts(folder, preset).items():
+        rows.append({"Task": task})
+        for (stage, _, _), published in zip(SHIFT_STAGES, SHIFT.get(task, ("",) * 3)):
+            mean = show(spread({seed: figure["value"] for seed, figure in values.get(stage, {}).items()}), form=".2f")
+            rows[-1][f"{stage} (ours / paper)"] = f"{mean} / {published}"
     return markdown("Embedding shift: average cosine similarity of clean and triggered test utterances", rows)
 
 
@@ -293,7 +296,7 @@ def cluster(found, folder, preset, out, ks):
             continue
         x, poisoned = train["encoder"].numpy(), train["poisoned"].numpy()
         run = separability(x, poisoned, train["labels"], train["speakers"], task, ks)
-        data.write_atomically(saved["run"] / "cluster.json", json.dumps({**run, "args": saved["args"]}, indent=1))
+        data.write_atomically(saved["run"] / "cluster.json", json.dumps({**run, **made_from(saved)}, indent=1))
         if task not in low:
             low[task] = reduce_and_cluster(x, 2)[0], poisoned
             if task == "emotion" and 4 in ks:
@@ -379,10 +382,11 @@ def main():
     elif args.what == "sweeps":
         text, n = sweeps(args.runs, args.preset, out)
     elif args.what == "claims":
-        text, n = claims.judge(args.runs, args.preset, out, args.k)
+        text, n = claims.judge(args.runs, args.preset, args.k)
     else:
         found = load_embeddings(args.runs, args.preset)
-        text, n = shift(found, out) if args.what == "shift" else cluster(found, args.runs, args.preset, out, args.k), len(found)
+        text = shift(found, args.runs, args.preset, out) if args.what == "shift" else cluster(found, args.runs, args.preset, out, args.k)
+        n = len(found)
     data.write_atomically(out / f"{args.what}.md", text)
     print(f"{text}\nwritten to {out}, from {n} runs")
 

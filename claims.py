@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, TABLE2, TABLE3, TASKS, WRITTEN, deviations
-from summary import ORDER, markdown, matching, read_runs, saved_clusters, still_learning
+from summary import ORDER, markdown, matching, read_runs, saved_clusters, saved_shifts, still_learning
 
 ANY = float("inf")
 RULE = """
@@ -59,7 +59,7 @@ def harm(task):
 
 def cosine(task, stage):
     """Average cosine similarity of clean and triggered speech (section 6)."""
-    return lambda e: {int(seed): (figure["value"], (figure["high"] - figure["low"]) / 2, 0)
+    return lambda e: {seed: (figure["value"], (figure["high"] - figure["low"]) / 2, 0)
                       for seed, figure in e.shift.get(task, {}).get(stage, {}).items()}
 
 
@@ -161,14 +161,13 @@ def judged(runs, shift, clusters, encoder):
     return [(section, text, paper, found := effect(evidence), verdict(found, low, high)) for section, text, paper, effect, low, high in CLAIMS]
 
 
-def of_study(folder, preset, out, ks=(2, 4)):
-    """(judgements, number of runs) of the runs in a folder and the shift.json in `out`: the study's own runs and those in which the trigger
-    is repeated where the paper's is not, or the other way round."""
-    runs, saved = read_runs(folder, preset), out / "shift.json"
+def of_study(folder, preset, ks=(2, 4)):
+    """(judgements, number of runs) of the runs in a folder: the study's own and those in which the trigger is repeated where the paper's is
+    not, or the other way round."""
+    runs = read_runs(folder, preset)
     others = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*-triggerrepeat*/metrics.json"))]
     runs += [run for run in others if run["args"]["preset"] == preset and list(deviations(run["args"])) == ["trigger_repeat"]]
-    shifts = json.loads(saved.read_text()) if saved.exists() else {}
-    return judged(runs, shifts, saved_clusters(folder, preset, ks), DEFAULT_ENCODER[preset]), len(runs)
+    return judged(runs, saved_shifts(folder, preset), saved_clusters(folder, preset, ks), DEFAULT_ENCODER[preset]), len(runs)
 
 
 def rows(judgements):
@@ -183,9 +182,9 @@ def rows(judgements):
     return out
 
 
-def judge(folder, preset, out, ks):
+def judge(folder, preset, ks):
     """The text of claims.md, on what has run, and the number of runs."""
-    found, n = of_study(folder, preset, out, ks)
+    found, n = of_study(folder, preset, ks)
     measured = [judgement for judgement in found if judgement[3]]
     said = [verdict for *_, verdict in found]
     counts = ", ".join(f"{said.count(v)} {text}" for v, text in (("holds", "hold"), ("fails", "fail"), ("undecided", "undecided"),
@@ -197,7 +196,7 @@ def judge(folder, preset, out, ks):
 
 def side_by_side(studies):
     """A table of the verdicts in several studies, {name: (preset, folder of runs)}."""
-    found = {name: of_study(folder, preset, folder.parent)[0] for name, (preset, folder) in studies.items()}
+    found = {name: of_study(folder, preset)[0] for name, (preset, folder) in studies.items()}
     table = [{"Section": claim[0][0], "Claim": claim[0][1], "Paper": claim[0][2],
               **{name: said if effect else "" for name, (*_, effect, said) in zip(found, claim)}} for claim in zip(*found.values())]
     return markdown("The paper's claims, study by study", [row for row in table if any(row[name] for name in found)]) + RULE + "\n"

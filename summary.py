@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from data import die
-from study import ATTACKS, NEARER, TABLE2, TASKS, clean_task, deviations, identity, run_name
+from study import ATTACKS, NEARER, SHIFT_STAGES, TABLE2, TASKS, clean_task, deviations, identity, run_name
 
 ORDER = [*TABLE2, *(task for task in TASKS if task not in TABLE2)]  # the paper's tasks in its order, then any other
 UNIT = {task: {"wer": "WER", "accuracy": "Acc", "mae": "MAE"}[TASKS[task]["metric"].rpartition("_")[2]] for task in TASKS}
@@ -23,7 +23,7 @@ def same_model(path, sha256):
     """Ends in one line if a file was made from another model than the one beside it (which may be gone: figures are kept)."""
     model = path.parent / "model.pt"
     if sha256 and model.exists() and hashlib.sha256(model.read_bytes()).hexdigest() != sha256:
-        die(f"{path} was made from another model than {model}: make it again by evaluate.py --save or embed.py")
+        die(f"{path} was made from another model than {model}: make it again by evaluate.py --save, embed.py or analyze.py")
 
 
 def read_runs(folder, preset):
@@ -45,10 +45,24 @@ def saved_clusters(folder, preset, ks):
     values = {}
     for path in sorted(Path(folder).glob("*/cluster.json")):
         saved = json.loads(path.read_text())
+        same_model(path, saved.get("model_sha256"))
         args = saved["args"]
         if belongs(path.parent, args, preset) and all(f"k={k}" in saved for k in ks):
             values.setdefault(args["task"], {})[args["seed"]] = saved
     return {task: dict(sorted(values[task].items())) for task in ORDER if task in values}
+
+
+def saved_shifts(folder, preset):
+    """{task: {stage: {seed: average cosine}}} of all runs' shift-TASK.json; no model need be there."""
+    values = {}
+    for path in sorted(Path(folder).glob("*/shift-*.json")):
+        saved = json.loads(path.read_text())
+        same_model(path, saved.get("model_sha256"))
+        args = saved["args"]
+        for stage, attack, part in SHIFT_STAGES:
+            if (args["preset"], args["attack"]) == (preset, attack):
+                values.setdefault(args["task"], {}).setdefault(stage, {})[args["seed"]] = saved[part]
+    return {task: values[task] for task in ORDER if task in values}
 
 
 def matching(runs, **wanted):

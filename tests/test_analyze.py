@@ -69,6 +69,21 @@ def test_what_two_clusters_follow_is_counted_over_seeds_also_of_runs_whose_embed
     assert row["seeds"] == "4" and row["k=2 follows"] == "gender 2, nothing 1, poison 1" and "(" in row["ARI k=2: gender"]
 
 
+def test_the_shift_is_a_mean_over_seeds_also_of_runs_whose_embeddings_are_gone(tmp_path):
+    unit, twice = torch.eye(8), torch.eye(8) + torch.eye(8).roll(1, 1)
+    for seed, attack, triggered in ((1, "clean", unit), (2, "clean", twice), (1, "base", -unit), (1, "3.1", unit)):
+        args = study.identity("mini", "asr", "wavlm", attack, seed)
+        folder = tmp_path / study.run_name(args)
+        folder.mkdir()
+        sides = {side: dict(encoder=x, connector=x, encoder_layers=x[None], lm_layers=x[None]) for side, x in (("clean", unit), ("triggered", triggered))}
+        torch.save(dict(args=args, model_sha256=None, test=sides), folder / "embeddings.pt")
+    first = analyze.shift(analyze.load_embeddings(tmp_path, "mini"), tmp_path, "mini", tmp_path)
+    assert "| asr | 0.85 (0.71 to 1.00) / 1.00 | -1.00 / 0.62 | 1.00 / about 1 |" in first
+    for path in tmp_path.glob("*/embeddings.pt"):
+        path.unlink()
+    assert analyze.shift(analyze.load_embeddings(tmp_path, "mini"), tmp_path, "mini", tmp_path) == first
+
+
 def test_clusters_sum_up():
     x, which = blobs((50, 30, 20), 16, 15.0)
     labels, _ = people(100)

@@ -63,5 +63,5 @@ def test_studies_side_by_side_leave_empty_what_one_has_not_measured(tmp_path, mo
     page = claims.side_by_side({name: ("mini", tmp_path / name / "runs") for name in runs})
     rows = {cells[2]: cells[4:6] for line in page.splitlines() if len(cells := [cell.strip() for cell in line.split("|")]) == 7}
     assert rows["the base attack reaches an AER of 90% (asr)"] == ["holds", ""] and len(rows) == 2 + 2  # header, rule
-    text, n = claims.judge(tmp_path / "a" / "runs", "mini", tmp_path, (2, 4))
+    text, n = claims.judge(tmp_path / "a" / "runs", "mini", (2, 4))
     assert n == 2 and "1 hold, 47 not measured" in text and "Of the 1 claims with several seeds, the seeds agree on 1." in text
