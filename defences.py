@@ -91,8 +91,7 @@ def detector_rows(roles, metric, scale):
              "FPR at 5%: clean, tone": both(name, ("clean", "tone")),
              "AUROC, variants": over_variants(roles, of_defence(name, "auroc", "clean"), 1, ".2f"),
              "clean model at 5%: clean, triggered": both(name, ("clean", "triggered"), "clean model"),
-             "passes": mean_of(roles["attack"], of_defence(name, "passes"), 1, ".0f"),
-             "ms": mean_of(roles["attack"], of_defence(name, "milliseconds"), 1, ".0f")} for name in names_of(roles)]
+             "passes": f"{first['passes']:.0f}", "ms (first seed)": f"{first['milliseconds']:.0f}"} for name, first in names_of(roles).items()]
 
 
 def rating(before, after, metric):
