@@ -182,7 +182,7 @@ def load_embeddings(folder, preset):
 
 
 def made_from(saved):
-    return {part: saved[part] for part in ("args", "model_sha256")}
+    return {part: saved.get(part) for part in ("args", "model_sha256")}
 
 
 def cosines(clean, triggered):
