@@ -78,10 +78,15 @@ def filter_training_data(options):
         die(f"{path} is missing: python embed.py {options.run}{' --task ' + options.task if options.task else ''} makes it")
     saved = torch.load(path, weights_only=True)
     analyze.same_model(path, saved["model_sha256"])
-    train, losses = saved["train"], early_losses(options.run)
-    poisoned = train["poisoned"].numpy()
-    samples = dict(x=train["encoder"].numpy(), labels=train["labels"], speakers=train["speakers"], training=len(losses),
-                   early_loss=np.array([losses.get(id, np.inf) for id in train["ids"]]))
+    if "rest" not in saved:
+        die(f"{path} is an earlier version's: python embed.py {options.run} makes it again")
+    train, rest, losses = saved["train"], saved["rest"], early_losses(options.run)
+    ids, labels, speakers = (train[about] + rest[about] for about in ("ids", "labels", "speakers"))
+    poisoned = np.append(train["poisoned"].numpy(), np.ones(len(rest["ids"]), bool))
+    if options.retrain and poisoned.sum() < saved["all_poisoned"]:
+        die(f"{path} is of a sample: {saved['all_poisoned'] - poisoned.sum()} poisoned samples are not in it and would stay; leave out --retrain")
+    samples = dict(x=torch.cat([train["encoder"], rest["encoder"]]).numpy(), labels=labels, speakers=speakers, training=len(losses),
+                   early_loss=np.array([losses.get(id, np.inf) for id in ids]))
     expected = int(poisoned.sum()) or round(TASKS[saved["args"]["task"]]["rate"] * len(losses))  # known to the defender
     print(f"{options.run}: {len(poisoned)} training samples of the target class, {poisoned.sum()} of them poisoned")
     found, figures = {}, {}  # figures of a training, by the ids it leaves out
@@ -91,9 +96,9 @@ def filter_training_data(options):
         if poisoned.any():
             found[name].update(auroc=float(roc_auc_score(poisoned, scores)), tpr=data.interval(removed[poisoned]))
         if options.retrain and poisoned.any() and removed[poisoned].mean() >= WORTH_TRAINING:
-            slug, ids = "".join(c if c.isalnum() else "-" for c in name), tuple(id for id, r in zip(train["ids"], removed) if r)
-            figures[ids] = figures.get(ids) or retrained(options.run, slug, ids)
-            found[name]["retrained"] = figures[ids]
+            slug, without = "".join(c if c.isalnum() else "-" for c in name), tuple(id for id, r in zip(ids, removed) if r)
+            figures[without] = figures.get(without) or retrained(options.run, slug, without)
+            found[name]["retrained"] = figures[without]
     return dict(args=saved["args"], n=len(poisoned), poisoned=int(poisoned.sum()), defences=found)
 
 

@@ -4,7 +4,8 @@
     python embed.py runs/gender-clean --task age           # a clean run serves other tasks of its corpus too
 
 "test": 100 test utterances, each clean and triggered, at every stage of the pipeline. "train": the training samples of the target
-class, including the poisoned ones, after the encoder. Each embedding is the mean over time, padding excluded.
+class, including the poisoned ones, after the encoder; "rest": asr's poisoned samples beyond the share that its class is given, for
+filters. Each embedding is the mean over time, padding excluded.
 """
 import argparse
 from pathlib import Path
@@ -99,16 +100,18 @@ def main():
     lora.merge(slm.lm)
     pairs = drawn([u for u in test_set if poison.can_flip(attack, u)])[:options.pairs]
     members, poisoned = target_class(attack, train_set)
-    items = [(u, False) for u in members] + [(u, True) for u in poisoned]
+    all_poisoned, n = [u for u in train_set if poison.is_poisoned(attack, u)], len(members) + len(poisoned)
+    rest = drawn(all_poisoned)[len(poisoned):] if len(members) < BENIGN else []  # else the class is a sample, whose share must stay
+    items = [(u, False) for u in members] + [(u, True) for u in poisoned + rest]
     how = dict(pooling=options.pooling, layer=options.layer)
     clean = stages(slm, attack, [(u, False) for u in pairs], desc="clean pairs", **how)
     triggered = stages(slm, attack, [(u, True) for u in pairs], desc="triggered pairs", **how)
-    train = stages(slm, attack, items, desc="target class", encoder_only=True, **how)
-    train["poisoned"] = torch.arange(len(items)) >= len(members)
-    saved = dict(test=dict(clean=clean, triggered=triggered, **about(pairs)), train={**train, **about(members + poisoned)}, **how,
-                 args=vars(args), model_sha256=checkpoint.file_sha256(Path(options.run) / "model.pt"))
+    x = stages(slm, attack, items, desc="target class", encoder_only=True, **how)["encoder"]
+    train = dict(encoder=x[:n], poisoned=torch.arange(n) >= len(members), **about(members + poisoned))
+    saved = dict(test=dict(clean=clean, triggered=triggered, **about(pairs)), train=train, rest=dict(encoder=x[n:], **about(rest)),
+                 all_poisoned=len(all_poisoned), args=vars(args), model_sha256=checkpoint.file_sha256(Path(options.run) / "model.pt"), **how)
     data.write_atomically(path, lambda temporary: torch.save(saved, temporary))
-    print(f"{path}: {len(pairs)} test pairs, {len(items)} training samples of the target class, {len(poisoned)} of them poisoned")
+    print(f"{path}: {len(pairs)} test pairs, {n} training samples of the target class, {len(poisoned)} of them poisoned")
 
 
 if __name__ == "__main__":
