@@ -182,6 +182,7 @@ def load_embeddings(folder, preset):
 
 
 def made_from(saved):
+    """What a file of figures says about the embeddings that it is made from."""
     return {part: saved.get(part) for part in ("args", "model_sha256")}
 
 
@@ -388,7 +389,7 @@ def main():
         text = shift(found, args.runs, args.preset, out) if args.what == "shift" else cluster(found, args.runs, args.preset, out, args.k)
         n = len(found)
     data.write_atomically(out / f"{args.what}.md", text)
-    print(f"{text}\nwritten to {out}, from {n} runs")
+    print(f"{text}\nwritten to {out}" + (f", from {n} runs" if n else ""))
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ def filter_training_data(options):
     train, rest, losses = saved["train"], saved["rest"], early_losses(options.run)
     ids, labels, speakers = (train[about] + rest[about] for about in ("ids", "labels", "speakers"))
     poisoned = np.append(train["poisoned"].numpy(), np.ones(len(rest["ids"]), bool))
-    if options.retrain and poisoned.sum() < saved["all_poisoned"]:
-        die(f"{path} is of a sample: {saved['all_poisoned'] - poisoned.sum()} poisoned samples are not in it and would stay; leave out --retrain")
+    outside = saved["all_poisoned"] - int(poisoned.sum())
+    if options.retrain and outside:
+        print(f"{path} is of a sample: nothing is trained again, as {outside} poisoned samples are not in it and would stay")
     samples = dict(x=torch.cat([train["encoder"], rest["encoder"]]).numpy(), labels=labels, speakers=speakers, training=len(losses),
                    early_loss=np.array([losses.get(id, np.inf) for id in ids]))
     expected = int(poisoned.sum()) or round(TASKS[saved["args"]["task"]]["rate"] * len(losses))  # known to the defender
@@ -95,7 +96,7 @@ def filter_training_data(options):
         found[name] = dict(removed=int(removed.sum()), fpr=data.interval(removed[~poisoned]))
         if poisoned.any():
             found[name].update(auroc=float(roc_auc_score(poisoned, scores)), tpr=data.interval(removed[poisoned]))
-        if options.retrain and poisoned.any() and removed[poisoned].mean() >= WORTH_TRAINING:
+        if options.retrain and not outside and poisoned.any() and removed[poisoned].mean() >= WORTH_TRAINING:
             slug, without = "".join(c if c.isalnum() else "-" for c in name), tuple(id for id, r in zip(ids, removed) if r)
             figures[without] = figures.get(without) or retrained(options.run, slug, without)
             found[name]["retrained"] = figures[without]

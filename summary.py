@@ -26,12 +26,18 @@ def same_model(path, sha256):
         die(f"{path} was made from another model than {model}: make it again by evaluate.py --save, embed.py or analyze.py")
 
 
+def saved_figures(folder, pattern):
+    """Yields (path, contents) of each of the runs' JSON files with this name, none of which may be of another model."""
+    for path in sorted(Path(folder).glob(f"*/{pattern}")):
+        figures = json.loads(path.read_text())
+        same_model(path, figures.get("model_sha256"))
+        yield path, figures
+
+
 def read_runs(folder, preset):
     """metrics.json of each of the study's finished runs. Ends in one line if two have different settings."""
     runs = []
-    for path in sorted(Path(folder).glob("*/metrics.json")):
-        metrics = json.loads(path.read_text())
-        same_model(path, metrics.get("model_sha256"))
+    for path, metrics in saved_figures(folder, "metrics.json"):
         if belongs(path.parent, metrics["args"], preset):
             runs.append((path.parent, metrics))
             (first, ours), (last, theirs) = ((run, deviations(m["args"]) or "the preset") for run, m in (runs[0], runs[-1]))
@@ -43,9 +49,7 @@ def read_runs(folder, preset):
 def saved_clusters(folder, preset, ks):
     """{task: {seed: figures}} of all runs' cluster.json; no model need be there."""
     values = {}
-    for path in sorted(Path(folder).glob("*/cluster.json")):
-        saved = json.loads(path.read_text())
-        same_model(path, saved.get("model_sha256"))
+    for path, saved in saved_figures(folder, "cluster.json"):
         args = saved["args"]
         if belongs(path.parent, args, preset) and all(f"k={k}" in saved for k in ks):
             values.setdefault(args["task"], {})[args["seed"]] = saved
@@ -55,9 +59,7 @@ def saved_clusters(folder, preset, ks):
 def saved_shifts(folder, preset):
     """{task: {stage: {seed: average cosine}}} of all runs' shift-TASK.json; no model need be there."""
     values = {}
-    for path in sorted(Path(folder).glob("*/shift-*.json")):
-        saved = json.loads(path.read_text())
-        same_model(path, saved.get("model_sha256"))
+    for _, saved in saved_figures(folder, "shift-*.json"):
         args = saved["args"]
         for stage, attack, part in SHIFT_STAGES:
             if (args["preset"], args["attack"]) == (preset, attack):

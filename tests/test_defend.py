@@ -79,9 +79,9 @@ def test_a_filter_is_an_entry_of_the_table(monkeypatch, tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps(dict(epoch=0, samples={str(i): 1.0 for i in range(340)})))
     found = defend.filter_training_data(SimpleNamespace(run=tmp_path, task=None, retrain=False))["defences"]["far from the middle"]
     assert found["removed"] == 40 and found["tpr"]["value"] == 1 and found["fpr"]["value"] == 0 and found["auroc"] == 1
-    torch.save({**saved, "all_poisoned": 90}, tmp_path / "embeddings.pt")
-    with pytest.raises(SystemExit):
-        defend.filter_training_data(SimpleNamespace(run=tmp_path, task=None, retrain=True))
+    torch.save({**saved, "all_poisoned": 90}, tmp_path / "embeddings.pt")  # the poison outside this sample would be trained on
+    again = defend.filter_training_data(SimpleNamespace(run=tmp_path, task=None, retrain=True))["defences"]["far from the middle"]
+    assert again["tpr"]["value"] == 1 and "retrained" not in again
 
 
 def test_what_a_filter_removes_is_left_out_of_the_next_training(corpora, tmp_path):
