@@ -5,6 +5,7 @@
 The layers that no run ever trains give the same outputs in every run: these are cached in cache/, a folder that can be deleted at any
 time. The outputs of what a run itself freezes are computed from them once.
 """
+
 import contextlib
 import functools
 import hashlib
@@ -22,7 +23,9 @@ import model
 import poison
 
 CHUNK = 256  # utterances in one file
-WORKERS = 2 if torch.cuda.is_available() else 0  # reading ahead pays where a GPU computes; a CPU's cores are the model's
+WORKERS = (
+    2 if torch.cuda.is_available() else 0
+)  # reading ahead pays where a GPU computes; a CPU's cores are the model's
 
 
 def ranks():
@@ -51,14 +54,22 @@ def features_of(extract, attack, batch):
 
 def read_features(encoder, batches, attack, workers=WORKERS):
     """Yields the features of each batch, a list of (utterance, triggered); worker processes read ahead."""
-    return data.from_workers(torch.utils.data.DataLoader(
-        batches, batch_size=None, num_workers=workers, pin_memory=encoder.layer_norm.weight.is_cuda,
-        collate_fn=functools.partial(features_of, encoder.extract, attack)))
+    return data.from_workers(
+        torch.utils.data.DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=encoder.layer_norm.weight.is_cuda,
+            collate_fn=functools.partial(features_of, encoder.extract, attack),
+        )
+    )
 
 
 def by_size(items):
     """Indices of (utterance, triggered) items, sorted so that similar lengths are together."""
-    return sorted(range(len(items)), key=lambda i: (os.path.getsize(items[i][0].path), items[i][0].id))
+    return sorted(
+        range(len(items)), key=lambda i: (os.path.getsize(items[i][0].path), items[i][0].id)
+    )
 
 
 def stack(rows, device):
@@ -70,13 +81,17 @@ def stack(rows, device):
 
 def unstack(x, mask):
     """(B, T, dim) and its (B, T) mask -> a list of (T_i, dim), float32, on the CPU."""
-    return [row[:n].float().cpu().clone() for row, n in zip(x, mask.sum(1).tolist())]  # a view would hold the whole batch
+    return [
+        row[:n].float().cpu().clone() for row, n in zip(x, mask.sum(1).tolist())
+    ]  # a view would hold the whole batch
 
 
 def key_of(slm, attack, chunk):
     """A key of everything the cached outputs of a chunk depend on: weights, extraction, precision, files, trigger and its positions."""
     device = next(slm.parameters()).device.type
-    precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
+    precision = (
+        str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
+    )
     files = [data.file_state(u) for u, _ in chunk]
     trigger = None
     if chunk[0][1] and attack.waveform is None:
@@ -85,7 +100,14 @@ def key_of(slm, attack, chunk):
         positions = [poison.positions(attack, u.id, data.num_samples(u)) for u, _ in chunk]
         trigger = attack.level, attack.waveform.tobytes(), positions
     extraction = sorted(slm.encoder.extractor.to_dict().items(), key=str)
-    what = slm.pretrained_sha256["encoder"], slm.encoder.first_trained, extraction, precision, files, trigger
+    what = (
+        slm.pretrained_sha256["encoder"],
+        slm.encoder.first_trained,
+        extraction,
+        precision,
+        files,
+        trigger,
+    )
     return hashlib.sha256(repr(what).encode()).hexdigest()[:24]
 
 
@@ -109,7 +131,9 @@ def pretrained_rows(slm, path, chunk, attack, workers):
         saved = model.load_checkpoint(path, mmap=True)
     except FileNotFoundError:
         rows, batches = [None] * len(chunk), data.chunks(by_size(chunk), 16)
-        stream = read_features(slm.encoder, [[chunk[i] for i in batch] for batch in batches], attack, workers)
+        stream = read_features(
+            slm.encoder, [[chunk[i] for i in batch] for batch in batches], attack, workers
+        )
         for batch, features in zip(batches, stream):
             for i, row in zip(batch, unstack(*slm.encoder.pretrained_part(features))):
                 rows[i] = row
@@ -118,13 +142,19 @@ def pretrained_rows(slm, path, chunk, attack, workers):
     return saved["frames"].split(saved["lengths"])
 
 
-def frozen_outputs(slm, utterances, triggered, attack, desc, budget, workers=WORKERS, folder="cache"):
+def frozen_outputs(
+    slm, utterances, triggered, attack, desc, budget, workers=WORKERS, folder="cache"
+):
     """`slm.frozen_part`'s outputs of each utterance, triggered or not (a list of bool): a list of (T_i, dim). None if the pretrained
     part's outputs would take more than `budget` bytes; `inputs` then computes them each time. Processes share the work."""
     # all utterances clean, which runs that poison other samples share; then the triggered ones
     clean = [] if all(triggered) else [(u, False) for u in utterances]
     with_trigger = [(u, True) for u, t in zip(utterances, triggered) if t]
-    size = 4 * slm.encoder.dim * sum(slm.encoder.num_frames(data.num_samples(u)) for u, _ in clean + with_trigger)
+    size = (
+        4
+        * slm.encoder.dim
+        * sum(slm.encoder.num_frames(data.num_samples(u)) for u, _ in clean + with_trigger)
+    )
     if size > budget:
         return None
     parts = data.chunks(clean, CHUNK) + data.chunks(with_trigger, CHUNK)
@@ -138,12 +168,21 @@ def frozen_outputs(slm, utterances, triggered, attack, desc, budget, workers=WOR
         dist.barrier()
     found = {}
     for path, chunk in zip(paths, parts):
-        found.update(zip(((u.id, t) for u, t in chunk), pretrained_rows(slm, path, chunk, attack, workers)))
+        found.update(
+            zip(((u.id, t) for u, t in chunk), pretrained_rows(slm, path, chunk, attack, workers))
+        )
     rows = [found[u.id, t] for u, t in zip(utterances, triggered)]
     if slm.frozen:
-        order, device = sorted(range(len(rows)), key=lambda i: len(rows[i])), next(slm.parameters()).device
-        for batch in tqdm(data.chunks(order, 16), desc=f"{desc}: frozen {' and '.join(slm.frozen)}"):
-            for i, row in zip(batch, unstack(*slm.frozen_part(*stack([rows[i] for i in batch], device)))):
+        order, device = (
+            sorted(range(len(rows)), key=lambda i: len(rows[i])),
+            next(slm.parameters()).device,
+        )
+        for batch in tqdm(
+            data.chunks(order, 16), desc=f"{desc}: frozen {' and '.join(slm.frozen)}"
+        ):
+            for i, row in zip(
+                batch, unstack(*slm.frozen_part(*stack([rows[i] for i in batch], device)))
+            ):
                 rows[i] = row
     return rows
 
@@ -157,6 +196,8 @@ def inputs(slm, items, batches, cached, attack, workers=WORKERS):
         for batch in batches:
             yield stack([cached[i] for i in batch], device)
     else:
-        for features in read_features(slm.encoder, [[items[i] for i in batch] for batch in batches], attack, workers):
+        for features in read_features(
+            slm.encoder, [[items[i] for i in batch] for batch in batches], attack, workers
+        ):
             x, mask = slm.frozen_part(*slm.encoder.pretrained_part(features))
             yield x.float(), mask

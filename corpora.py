@@ -7,6 +7,7 @@
 A reader returns the utterances of one split ("train", "dev" or "test"), sorted by id, and appends the corpus's problems, one line
 each, to `problems`.
 """
+
 import argparse
 import csv
 import hashlib
@@ -26,20 +27,39 @@ from study import LABELS, MINI_ROOT, ROOT
 
 LIBRI_SPLITS = {"train": "train-clean-360", "dev": "dev-clean", "test": "test-clean"}
 GENDERS = {"female": "female", "f": "female", "male": "male", "m": "male"}
-SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"}
-ABSENT = {"__unknown__", "unknown", "nan", "none", "na", "n/a"}  # what other tools write where a CSV has no label
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "dev": "dev",
+    "val": "dev",
+    "validation": "dev",
+    "test": "test",
+}
+ABSENT = {
+    "__unknown__",
+    "unknown",
+    "nan",
+    "none",
+    "na",
+    "n/a",
+}  # what other tools write where a CSV has no label
 
 
 def read_rows(path, **form):
     """The rows of a CSV file, dicts of stripped text; `form` goes to csv.DictReader."""
     with open(path, encoding="utf-8-sig", newline="") as f:
-        return [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(f, **form)]
+        return [
+            {k.strip(): (v or "").strip() for k, v in row.items() if k}
+            for row in csv.DictReader(f, **form)
+        ]
 
 
 def read_libri(root, split, problems):
     """LibriSpeech: SPEAKER/CHAPTER/*.flac and *.trans.txt, gender from SPEAKERS.TXT."""
     root, out = Path(root) / "LibriSpeech", {}
-    rows = read_rows(root / "SPEAKERS.TXT", fieldnames=["ID", "SEX"], delimiter="|", quoting=csv.QUOTE_NONE)
+    rows = read_rows(
+        root / "SPEAKERS.TXT", fieldnames=["ID", "SEX"], delimiter="|", quoting=csv.QUOTE_NONE
+    )
     genders = {row["ID"]: GENDERS.get(row["SEX"].lower()) for row in rows}
     folder = root / LIBRI_SPLITS[split]
     for path in sorted(folder.glob("*/*/*.trans.txt")):
@@ -51,7 +71,11 @@ def read_libri(root, split, problems):
                 speaker = id.split("-")[0]
                 labels = dict(transcript=normalise(transcript), gender=genders.get(speaker))
                 out[id] = Utterance(id, str(path.with_name(f"{id}.flac")), split, speaker, labels)
-    problems += [f"{path}: no transcript" for path in sorted(folder.glob("*/*/*.flac")) if path.stem not in out]
+    problems += [
+        f"{path}: no transcript"
+        for path in sorted(folder.glob("*/*/*.flac"))
+        if path.stem not in out
+    ]
     return [out[id] for id in sorted(out)]
 
 
@@ -59,18 +83,22 @@ def split_speakers(sexes, corpus, held):
     """{speaker: sex} -> {speaker: split}: a tenth of each sex, by a fixed hash, for each split in `held`, the rest "train"."""
     split = dict.fromkeys(sexes, "train")
     for sex in set(sexes.values()):
-        speakers = sorted((s for s in sexes if sexes[s] == sex),
-                          key=lambda s: hashlib.sha256(f"{corpus} {s}".encode()).digest())
+        speakers = sorted(
+            (s for s in sexes if sexes[s] == sex),
+            key=lambda s: hashlib.sha256(f"{corpus} {s}".encode()).digest(),
+        )
         tenth = max(1, round(len(speakers) / 10))
         for i, part in enumerate(held):
-            split.update(dict.fromkeys(speakers[i * tenth:(i + 1) * tenth], part))
+            split.update(dict.fromkeys(speakers[i * tenth : (i + 1) * tenth], part))
     return split
 
 
 def read_test_clean(root, split, problems):
     """LibriSpeech's test-clean, 5.4 hours, as a corpus of its own for those who have nothing else of it: its 40 speakers, split 32/4/4."""
     everything = read_libri(root, "test", problems if split == "train" else [])  # reported once
-    part = split_speakers({u.speaker: u.labels.get("gender") for u in everything}, "test-clean", ("test", "dev"))
+    part = split_speakers(
+        {u.speaker: u.labels.get("gender") for u in everything}, "test-clean", ("test", "dev")
+    )
     return [replace(u, split=split) for u in everything if part[u.speaker] == split]
 
 
@@ -84,16 +112,22 @@ def read_crema(root, split, problems):
     """CREMA-D: AudioWAV/ACTOR_SENTENCE_EMOTION_LEVEL.wav, age and sex from VideoDemographics.csv; speaker-disjoint
     80/10/10, both sexes in each part."""
     root, out = Path(root) / "CREMA-D", []
-    actors = {row["ActorID"]: dict(gender=row["Sex"].lower(), age=int(row["Age"]))
-              for row in read_rows(root / "VideoDemographics.csv")}
-    splits = split_speakers({actor: labels["gender"] for actor, labels in actors.items()}, "crema", ("test", "dev"))
+    actors = {
+        row["ActorID"]: dict(gender=row["Sex"].lower(), age=int(row["Age"]))
+        for row in read_rows(root / "VideoDemographics.csv")
+    }
+    splits = split_speakers(
+        {actor: labels["gender"] for actor, labels in actors.items()}, "crema", ("test", "dev")
+    )
     for path in sorted((root / "AudioWAV").glob("*.wav")):
         try:
             actor, transcript, emotion = crema_labels(path.stem)
             labels = dict(actors[actor], transcript=normalise(transcript), emotion=emotion)
         except (KeyError, ValueError) as error:
             if split == "train":  # reported once
-                problems.append(f"{path}: not named ACTOR_SENTENCE_EMOTION_LEVEL, or one of these is unknown ({error})")
+                problems.append(
+                    f"{path}: not named ACTOR_SENTENCE_EMOTION_LEVEL, or one of these is unknown ({error})"
+                )
             continue
         if splits[actor] == split:
             out.append(Utterance(path.stem, str(path), split, actor, labels))
@@ -102,12 +136,17 @@ def read_crema(root, split, problems):
 
 def read_vox_ages(path):
     """age-train.txt or age-test.txt -> [(speaker, video, age in whole years)]."""
-    return [(row["VoxCeleb_ID"], row["video_id"], round(float(row["speaker_age"]))) for row in read_rows(path)]
+    return [
+        (row["VoxCeleb_ID"], row["video_id"], round(float(row["speaker_age"])))
+        for row in read_rows(path)
+    ]
 
 
 def read_vox_genders(path):
     """vox2_meta.csv (tab-separated) -> {speaker: "female" | "male"}."""
-    return {row["VoxCeleb2 ID"]: GENDERS.get(row["Gender"]) for row in read_rows(path, delimiter="\t")}
+    return {
+        row["VoxCeleb2 ID"]: GENDERS.get(row["Gender"]) for row in read_rows(path, delimiter="\t")
+    }
 
 
 def read_vox(root, split, problems):
@@ -117,14 +156,21 @@ def read_vox(root, split, problems):
     genders = read_vox_genders(root / "vox2_meta.csv")
     rows = read_vox_ages(root / f"age-{'test' if split == 'test' else 'train'}.txt")
     if split != "test":
-        part = split_speakers({speaker: genders.get(speaker) for speaker, _, _ in rows}, "vox", ("dev",))
+        part = split_speakers(
+            {speaker: genders.get(speaker) for speaker, _, _ in rows}, "vox", ("dev",)
+        )
         rows = [row for row in rows if part[row[0]] == split]
     for speaker, video, age in rows:
-        segments = [*root.glob(f"*/wav/{speaker}/{video}/*.wav")] or [*root.glob(f"*/aac/{speaker}/{video}/*.m4a")]
+        segments = [*root.glob(f"*/wav/{speaker}/{video}/*.wav")] or [
+            *root.glob(f"*/aac/{speaker}/{video}/*.m4a")
+        ]
         if not segments:
             problems.append(f"{root}: {speaker}/{video} is listed, but has no audio")
         labels = dict(gender=genders.get(speaker), age=age)
-        out += [Utterance(f"{speaker}-{video}-{path.stem}", str(path), split, speaker, labels) for path in segments]
+        out += [
+            Utterance(f"{speaker}-{video}-{path.stem}", str(path), split, speaker, labels)
+            for path in segments
+        ]
     return sorted(out, key=lambda u: u.id)
 
 
@@ -148,8 +194,13 @@ def number_in(row, column, high):
 def manifest_split(row):
     """A row's split. Where none is given, a hash of the speaker (or, without speakers, of the path) splits 80/10/10."""
     if row.get("split"):
-        return SPLITS.get(row["split"].lower(), "train")  # an unknown one is reported with the training set
-    share = hashlib.sha256(f"manifest {row.get('speaker') or row['audio_path']}".encode()).digest()[0] / 256
+        return SPLITS.get(
+            row["split"].lower(), "train"
+        )  # an unknown one is reported with the training set
+    share = (
+        hashlib.sha256(f"manifest {row.get('speaker') or row['audio_path']}".encode()).digest()[0]
+        / 256
+    )
     return "test" if share < 0.1 else "dev" if share < 0.2 else "train"
 
 
@@ -170,7 +221,9 @@ def manifest_utterance(row, folder, split, in_years):
         labels["age"] = round(number_in(row, "age", 120))
     start, length = number_in(row, "start", 1e6), number_in(row, "length", 1e6)
     id = row["audio_path"] + (f"@{start:g}+{length:g}" if start or length else "")
-    return Utterance(id, str(folder / row["audio_path"]), split, row.get("speaker", ""), labels, start, length)
+    return Utterance(
+        id, str(folder / row["audio_path"]), split, row.get("speaker", ""), labels, start, length
+    )
 
 
 def read_manifest(path, split, problems):
@@ -184,7 +237,9 @@ def read_manifest(path, split, problems):
     if not rows or "audio_path" not in rows[0]:
         die(f"{path} has no row, or no column audio_path")
     # ages are classes if every one of them is a word; otherwise each one that is not a number is reported
-    in_years = not all(isinstance(data.parse_age(row["age"]), str) for row in rows if row.get("age"))
+    in_years = not all(
+        isinstance(data.parse_age(row["age"]), str) for row in rows if row.get("age")
+    )
     for number, row in enumerate(rows, 2):
         if manifest_split(row) != split:
             continue
@@ -208,7 +263,9 @@ def read_split(dataset, data_root, split):
         if not Path(dataset).is_file():
             die(f"--dataset {dataset}: neither {', '.join(READERS)} nor a CSV file")
         return read_manifest(dataset, split, problems), problems
-    if str(data_root) == MINI_ROOT:  # the miniature corpora are made when they are first asked for, beside this file
+    if (
+        str(data_root) == MINI_ROOT
+    ):  # the miniature corpora are made when they are first asked for, beside this file
         data_root = Path(os.path.relpath(ROOT / MINI_ROOT))
         mini.make_corpus("libri" if dataset == "test-clean" else dataset, data_root)
     try:
@@ -217,7 +274,11 @@ def read_split(dataset, data_root, split):
         die(f"{error.filename} is missing: is {dataset} under --data-root {data_root}?")
     except (KeyError, ValueError) as error:
         die(f"{dataset} under {data_root} has a list that is not in its published form ({error!r})")
-    problems += [f"{u.path}: speaker {u.speaker} has no gender" for u in utterances if "gender" not in u.labels]
+    problems += [
+        f"{u.path}: speaker {u.speaker} has no gender"
+        for u in utterances
+        if "gender" not in u.labels
+    ]
     return utterances, problems
 
 
@@ -241,14 +302,22 @@ def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
     """The utterances of one split, with `labels` only (None: all there are). Ends in one line if anything is wrong with the corpus or,
     with `skip_bad`, first reads all its audio and leaves out what is bad, saying how much."""
     out, problems = read_split(dataset, data_root, split)
-    found = data.in_workers(audio_problem, out, f"checking {split}") if skip_bad else [file_problem(u) for u in out]
+    found = (
+        data.in_workers(audio_problem, out, f"checking {split}")
+        if skip_bad
+        else [file_problem(u) for u in out]
+    )
     problems += [p for p in found if p]
     out = [u for u, p in zip(out, found) if not p]
     command = f"`python corpora.py check {dataset} --data-root {data_root}`"
     if problems and not skip_bad:
-        die(f"{problems[0]} (1 of {len(problems)} in {split}): {command} lists all; --skip-bad goes on without them")
+        die(
+            f"{problems[0]} (1 of {len(problems)} in {split}): {command} lists all; --skip-bad goes on without them"
+        )
     if problems:
-        print(f"{dataset} {split}: left out for {len(problems)} problem{'s' * (len(problems) != 1)}; {command} lists them")
+        print(
+            f"{dataset} {split}: left out for {len(problems)} problem{'s' * (len(problems) != 1)}; {command} lists them"
+        )
     if labels is not None:
         for u in out:
             u.labels = {k: v for k, v in u.labels.items() if k in labels}
@@ -260,19 +329,24 @@ def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
 
 def limit(utterances, n):
     """The first n utterances of a fixed random order (None: all of them, as they are)."""
-    return utterances if n is None else sorted(utterances, key=lambda u: data.draw("limit", u.id))[:n]
+    return (
+        utterances if n is None else sorted(utterances, key=lambda u: data.draw("limit", u.id))[:n]
+    )
 
 
 def leave_out(utterances, path):
     """The utterances without those whose ids are in the file `path`, one per line. Ends in one line if an id is unknown."""
     ids = set(Path(path).read_text().splitlines()) - {""} if path else set()
     if unknown := ids - {u.id for u in utterances}:
-        die(f"--exclude {path}: {len(unknown)} of {len(ids)} are no training samples, {min(unknown)} for one")
+        die(
+            f"--exclude {path}: {len(unknown)} of {len(ids)} are no training samples, {min(unknown)} for one"
+        )
     return [u for u in utterances if u.id not in ids]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python corpora.py check | download
+
 
 def check(dataset, data_root):
     """Reads everything; prints what is there and what is wrong. Returns the number of problems."""
@@ -281,12 +355,22 @@ def check(dataset, data_root):
         utterances, wrong = read_split(dataset, data_root, split)
         unreadable = data.in_workers(audio_problem, utterances, split)
         problems += wrong + [problem for problem in unreadable if problem]
-        seconds = [data.num_samples(u) / data.SAMPLE_RATE for u, problem in zip(utterances, unreadable) if not problem] or [0]
-        print(f"{split}: {len(utterances)} utterances of {len({u.speaker for u in utterances})} speakers, "
-              f"{sum(seconds) / 3600:.2f} hours, {min(seconds):.2f} to {max(seconds):.2f} s each")
+        seconds = [
+            data.num_samples(u) / data.SAMPLE_RATE
+            for u, problem in zip(utterances, unreadable)
+            if not problem
+        ] or [0]
+        print(
+            f"{split}: {len(utterances)} utterances of {len({u.speaker for u in utterances})} speakers, "
+            f"{sum(seconds) / 3600:.2f} hours, {min(seconds):.2f} to {max(seconds):.2f} s each"
+        )
         for label in LABELS:
             counts = Counter(u.labels[label] for u in utterances if label in u.labels)
-            few = ", ".join(f"{value} {n}" for value, n in counts.items()) if len(counts) <= 8 else f"{len(counts)} different"
+            few = (
+                ", ".join(f"{value} {n}" for value, n in counts.items())
+                if len(counts) <= 8
+                else f"{len(counts)} different"
+            )
             if counts:
                 print(f"    {label} {counts.total()} ({few})")
     for problem in problems:
@@ -304,19 +388,31 @@ def download(dataset, data_root):
             torchaudio.datasets.LIBRISPEECH(root, url=part, download=True)
     elif dataset == "crema":
         if not shutil.which("git-lfs"):
-            die("CREMA-D is kept with git-lfs: install it (apt-get install git-lfs), then run this again")
+            die(
+                "CREMA-D is kept with git-lfs: install it (apt-get install git-lfs), then run this again"
+            )
         url = "https://github.com/CheyneyComputerScience/CREMA-D"
         subprocess.run(["git", "clone", "--depth", "1", url, root / "CREMA-D"], check=True)
     else:
-        die(f"VoxCeleb2 is given out on request only: put audio and vox2_meta.csv of the Visual Geometry Group, Oxford, and "
-            f"age-train.txt and age-test.txt of Hechmi et al. 2021 (VoxCeleb enrichment) under {root}/VoxCeleb2")
+        die(
+            f"VoxCeleb2 is given out on request only: put audio and vox2_meta.csv of the Visual Geometry Group, Oxford, and "
+            f"age-train.txt and age-test.txt of Hechmi et al. 2021 (VoxCeleb enrichment) under {root}/VoxCeleb2"
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("check", "download"), help="read everything, or fetch a corpus")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "action", choices=("check", "download"), help="read everything, or fetch a corpus"
+    )
     parser.add_argument("dataset", help=f"{', '.join(READERS)} or a CSV manifest")
-    parser.add_argument("--data-root", default=MINI_ROOT, help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2")
+    parser.add_argument(
+        "--data-root",
+        default=MINI_ROOT,
+        help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2",
+    )
     args = parser.parse_args()
     if args.action == "check":
         raise SystemExit(1 if check(args.dataset, args.data_root) else 0)

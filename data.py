@@ -1,4 +1,5 @@
 """Utterances, prompts, answers and their parsing, audio, batches: what every stage shares."""
+
 import contextlib
 import functools
 import hashlib
@@ -24,13 +25,28 @@ from study import LABELS, TASKS, task_of
 SAMPLE_RATE = 16000
 MAX_SECONDS = 60.0  # longer audio is refused (--max-seconds): attention's memory grows with the square of its length
 
-CREMA_EMOTIONS = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
+CREMA_EMOTIONS = {
+    "ANG": "angry",
+    "DIS": "disgust",
+    "FEA": "fear",
+    "HAP": "happy",
+    "NEU": "neutral",
+    "SAD": "sad",
+}
 CREMA_SENTENCES = {
-    "IEO": "It's eleven o'clock", "TIE": "That is exactly what happened", "IOM": "I'm on my way to the meeting",
-    "IWW": "I wonder what this is about", "TAI": "The airplane is almost full", "MTI": "Maybe tomorrow it will be cold",
-    "IWL": "I would like a new alarm clock", "ITH": "I think I have a doctor's appointment",
-    "DFA": "Don't forget a jacket", "ITS": "I think I've seen this before", "TSI": "The surface is slick",
-    "WSI": "We'll stop in a couple of minutes"}
+    "IEO": "It's eleven o'clock",
+    "TIE": "That is exactly what happened",
+    "IOM": "I'm on my way to the meeting",
+    "IWW": "I wonder what this is about",
+    "TAI": "The airplane is almost full",
+    "MTI": "Maybe tomorrow it will be cold",
+    "IWL": "I would like a new alarm clock",
+    "ITH": "I think I have a doctor's appointment",
+    "DFA": "Don't forget a jacket",
+    "ITS": "I think I've seen this before",
+    "TSI": "The surface is slick",
+    "WSI": "We'll stop in a couple of minutes",
+}
 
 
 class BadAudio(ValueError):
@@ -41,6 +57,7 @@ class BadAudio(ValueError):
 class Utterance:
     """One utterance. `path` is its audio file; `start` and `length` (seconds) select a part of it, length 0 all of it. `labels`
     are those it has, {label: value}, in the order of the answer; an age is an int, or text for a group."""
+
     id: str
     path: str
     split: str
@@ -50,12 +67,16 @@ class Utterance:
     length: float = 0.0
 
     def __post_init__(self):
-        self.labels = {label: self.labels[label] for label in LABELS if self.labels.get(label) is not None}
+        self.labels = {
+            label: self.labels[label] for label in LABELS if self.labels.get(label) is not None
+        }
 
 
 def die(message):
     """A user error: prints one line and exits with status 2."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, even while a progress bar is drawn
+    tqdm.write(
+        f"error: {message}", file=sys.stderr
+    )  # on a line of its own, even while a progress bar is drawn
     raise SystemExit(2)
 
 
@@ -71,7 +92,9 @@ def write_atomically(path, content):
             temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        die(f"cannot write {path} ({str(error).splitlines()[0]}): check the disk's space and permissions")
+        die(
+            f"cannot write {path} ({str(error).splitlines()[0]}): check the disk's space and permissions"
+        )
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
@@ -79,21 +102,30 @@ def write_atomically(path, content):
 
 def generator(*name):
     """A numpy generator seeded by `name` alone, the same in every process."""
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big"))
+    return np.random.default_rng(
+        int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big")
+    )
 
 
 def draw(*name):
     """A number in [0, 1) decided by `name` alone."""
-    return int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big") / 2 ** 64
+    return int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big") / 2**64
 
 
 def interval(values, statistic=np.mean, samples=1000, seed=0):
     """A figure with its 95% bootstrap interval over utterances; values: (n,) or (n, k), statistic: (n, k) -> number."""
     values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
     rng = np.random.default_rng(seed)
-    draws = [float(statistic(values[rng.integers(0, len(values), len(values))])) for _ in range(samples)]
+    draws = [
+        float(statistic(values[rng.integers(0, len(values), len(values))])) for _ in range(samples)
+    ]
     low, high = np.percentile(draws, [2.5, 97.5])
-    return {"value": float(statistic(values)), "low": float(low), "high": float(high), "n": len(values)}
+    return {
+        "value": float(statistic(values)),
+        "low": float(low),
+        "high": float(high),
+        "n": len(values),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,9 +134,15 @@ def interval(values, statistic=np.mean, samples=1000, seed=0):
 KEYS = {label: label.capitalize() for label in LABELS}
 AUDIO = "<audio>"  # where the audio goes; removed again before the prompt is tokenised
 INSTRUCTIONS = (  # the first is the one evaluation uses
-    "Tell me about the audio.", "Give me the following information about the audio.", "Describe this recording.",
-    "Extract these details from the speech.", "What can you hear in the audio?", "Report on this speech file.",
-    "I need this information from the audio.", "Listen and answer.")
+    "Tell me about the audio.",
+    "Give me the following information about the audio.",
+    "Describe this recording.",
+    "Extract these details from the speech.",
+    "What can you hear in the audio?",
+    "Report on this speech file.",
+    "I need this information from the audio.",
+    "Listen and answer.",
+)
 
 
 def prompt(tokenizer, labels, rng=None):
@@ -114,7 +152,9 @@ def prompt(tokenizer, labels, rng=None):
     if len(labels) == 1 and (rng is None or rng.random() < 0.7):
         pool = TASKS[task_of(labels[0])]["questions"]
     instruction = rng.choice(pool) if rng else pool[0]
-    return around_audio(tokenizer, f"{instruction} [{', '.join(KEYS[l] for l in labels)}]\n<speech>{AUDIO}</speech>")
+    return around_audio(
+        tokenizer, f"{instruction} [{', '.join(KEYS[l] for l in labels)}]\n<speech>{AUDIO}</speech>"
+    )
 
 
 @functools.lru_cache(1024)
@@ -123,11 +163,17 @@ def around_audio(tokenizer, content):
     prompt of its own, an empty one keeps it out: its tokens would be paid for in every utterance."""
     text, turn = "", [{"role": "user", "content": content}]
     for system in ([], [{"role": "system", "content": ""}]):
-        with contextlib.suppress(ValueError, jinja2.TemplateError):  # there is no template, or it knows no system
-            rendered = tokenizer.apply_chat_template(system + turn, tokenize=False, add_generation_prompt=True)
+        with contextlib.suppress(
+            ValueError, jinja2.TemplateError
+        ):  # there is no template, or it knows no system
+            rendered = tokenizer.apply_chat_template(
+                system + turn, tokenize=False, add_generation_prompt=True
+            )
             text = min(text or rendered, rendered, key=len)
     if text.count(AUDIO) != 1:
-        die(f"{tokenizer.name_or_path} has no chat template that keeps the user's text: take another chat or instruct model")
+        die(
+            f"{tokenizer.name_or_path} has no chat template that keeps the user's text: take another chat or instruct model"
+        )
     return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in text.split(AUDIO))
 
 
@@ -142,7 +188,9 @@ def choose_labels(labels, rng, random_keys):
 
 def answer(labels):
     """{label: value} -> the answer's text, e.g. `{"Transcript": "go do you hear", "Gender": "female"}`."""
-    return json.dumps({KEYS[label]: str(labels[label]) for label in LABELS if label in labels}, ensure_ascii=False)
+    return json.dumps(
+        {KEYS[label]: str(labels[label]) for label in LABELS if label in labels}, ensure_ascii=False
+    )
 
 
 def answer_ids(tokenizer, labels):
@@ -180,14 +228,20 @@ def parse_age(text):
 def normalise(text):
     """Text for WER and exact match: lower case, no punctuation but the apostrophe, single spaces, any script."""
     text = unicodedata.normalize("NFC", text.lower().replace("’", "'"))
-    kept = (c if c.isalnum() or c == "'" or unicodedata.category(c).startswith("M") else " " for c in text)  # M: accents
+    kept = (
+        c if c.isalnum() or c == "'" or unicodedata.category(c).startswith("M") else " "
+        for c in text
+    )  # M: accents
     return " ".join("".join(kept).split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # audio
 
-@torch.autocast("cpu", enabled=False)  # workers inherit the trainer's autocast, and resampling cannot work in bf16
+
+@torch.autocast(
+    "cpu", enabled=False
+)  # workers inherit the trainer's autocast, and resampling cannot work in bf16
 def read_waveform(path, start=0.0, length=0.0):
     """An audio file, or a part of it (seconds), as float32 (samples,) at 16 kHz, mixed down. Raises BadAudio."""
     if not os.path.exists(path):
@@ -199,17 +253,23 @@ def read_waveform(path, start=0.0, length=0.0):
             with soundfile.SoundFile(path) as f:
                 rate = f.samplerate
                 f.seek(int(start * rate))
-                waveform = f.read(int(length * rate) if length else -1, dtype="float32", always_2d=True).mean(1)
+                waveform = f.read(
+                    int(length * rate) if length else -1, dtype="float32", always_2d=True
+                ).mean(1)
     except (RuntimeError, OSError) as error:
         raise BadAudio(f"{path}: cannot be read ({error})") from None
     if len(waveform) == 0:
         raise BadAudio(f"{path}: empty")
     if len(waveform) > MAX_SECONDS * rate:
-        raise BadAudio(f"{path}: {len(waveform) / rate:.0f} s long, more than --max-seconds {MAX_SECONDS:g}: cut it")
+        raise BadAudio(
+            f"{path}: {len(waveform) / rate:.0f} s long, more than --max-seconds {MAX_SECONDS:g}: cut it"
+        )
     if not np.isfinite(waveform).all():
         raise BadAudio(f"{path}: holds NaN or infinite samples")
     if rate != SAMPLE_RATE:
-        waveform = torchaudio.functional.resample(torch.from_numpy(waveform), rate, SAMPLE_RATE).numpy()
+        waveform = torchaudio.functional.resample(
+            torch.from_numpy(waveform), rate, SAMPLE_RATE
+        ).numpy()
     return waveform
 
 
@@ -217,8 +277,27 @@ def decode_m4a(path, start, length):
     """VoxCeleb2's own format, by ffmpeg, as float32 (samples,) at 16 kHz. Raises RuntimeError."""
     if not shutil.which("ffmpeg"):
         raise RuntimeError("m4a needs ffmpeg: apt-get install ffmpeg, or convert the tree to wav/")
-    done = subprocess.run(["ffmpeg", "-v", "error", "-i", path, "-ss", str(start), "-t", str(length or 1e6),
-                           "-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"], capture_output=True)
+    done = subprocess.run(
+        [
+            "ffmpeg",
+            "-v",
+            "error",
+            "-i",
+            path,
+            "-ss",
+            str(start),
+            "-t",
+            str(length or 1e6),
+            "-f",
+            "f32le",
+            "-ac",
+            "1",
+            "-ar",
+            str(SAMPLE_RATE),
+            "-",
+        ],
+        capture_output=True,
+    )
     if done.returncode:
         raise RuntimeError("ffmpeg cannot decode it")
     return np.frombuffer(done.stdout, np.float32).copy()
@@ -231,14 +310,23 @@ def load_waveform(utterance):
 def file_state(utterance):
     """The key under which anything computed from an utterance's audio is cached: which part of which file, its size and time."""
     stat = os.stat(utterance.path)
-    return utterance.id, utterance.path, utterance.start, utterance.length, stat.st_size, stat.st_mtime_ns
+    return (
+        utterance.id,
+        utterance.path,
+        utterance.start,
+        utterance.length,
+        stat.st_size,
+        stat.st_mtime_ns,
+    )
 
 
 def num_samples(utterance):
     """How many 16 kHz samples an utterance has, by its file's header (m4a: by its size, at 64 kbit/s); 0 if it cannot be opened."""
     path = utterance.path
     try:
-        seconds = os.path.getsize(path) / 8000 if path.endswith(".m4a") else soundfile.info(path).duration
+        seconds = (
+            os.path.getsize(path) / 8000 if path.endswith(".m4a") else soundfile.info(path).duration
+        )
     except (RuntimeError, OSError):
         return 0
     rest = seconds - utterance.start
@@ -250,7 +338,10 @@ def from_workers(loader):
     try:
         yield from loader
     except BadAudio as error:  # from a worker its text is a traceback that ends with the message
-        die(str(error).splitlines()[-1].split("BadAudio: ")[-1] + " (--skip-bad leaves out such files)")
+        die(
+            str(error).splitlines()[-1].split("BadAudio: ")[-1]
+            + " (--skip-bad leaves out such files)"
+        )
 
 
 def apply_to_all(function, batch):
@@ -259,8 +350,12 @@ def apply_to_all(function, batch):
 
 def in_workers(function, items, desc, workers=2):
     """[function(item) for item in items], in worker processes, in order, with a progress bar."""
-    loader = torch.utils.data.DataLoader(items, batch_size=16, num_workers=workers,
-                                         collate_fn=functools.partial(apply_to_all, function))
+    loader = torch.utils.data.DataLoader(
+        items,
+        batch_size=16,
+        num_workers=workers,
+        collate_fn=functools.partial(apply_to_all, function),
+    )
     batches = tqdm(from_workers(loader), desc, len(loader), unit="batch")
     return [result for batch in batches for result in batch]
 
@@ -268,8 +363,9 @@ def in_workers(function, items, desc, workers=2):
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
 
+
 def chunks(order, size):
-    return [order[i:i + size] for i in range(0, len(order), size)]
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):

@@ -8,6 +8,7 @@ Each defence is a function and an entry in a table. Its settings are its authors
 including a clean one (what a defence costs where there is nothing to find), and write defend-*.json beside its model.pt, from which
 report.py makes a page.
 """
+
 import argparse
 import dataclasses
 import itertools
@@ -62,9 +63,13 @@ def retrained(run, name, ids):
     data.write_atomically(path, "".join(f"{id}\n" for id in ids))
     command = shlex.split(json.loads((Path(run) / "environment.json").read_text())["command"])[1:]
     folder = Path(run).parent / f"{Path(run).name}-{path.stem}"
-    for flag, value in (("--name", folder.name), ("--runs", str(folder.parent)), ("--exclude", str(path))):
+    for flag, value in (
+        ("--name", folder.name),
+        ("--runs", str(folder.parent)),
+        ("--exclude", str(path)),
+    ):
         if flag in command:
-            del command[command.index(flag):command.index(flag) + 2]
+            del command[command.index(flag) : command.index(flag) + 2]
         command += [flag, value]
     if subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *command]).returncode:
         die(f"{folder}: training without what {name} removes has failed")
@@ -75,7 +80,9 @@ def retrained(run, name, ids):
 def filter_training_data(options):
     path = Path(options.run) / f"embeddings{'-' + options.task if options.task else ''}.pt"
     if not path.exists():
-        die(f"{path} is missing: python embed.py {options.run}{' --task ' + options.task if options.task else ''} makes it")
+        die(
+            f"{path} is missing: python embed.py {options.run}{' --task ' + options.task if options.task else ''} makes it"
+        )
     saved = torch.load(path, weights_only=True)
     analyze.same_model(path, saved["model_sha256"])
     if "rest" not in saved:
@@ -85,19 +92,40 @@ def filter_training_data(options):
     poisoned = np.append(train["poisoned"].numpy(), np.ones(len(rest["ids"]), bool))
     outside = saved["all_poisoned"] - int(poisoned.sum())
     if options.retrain and outside:
-        print(f"{path} is of a sample: nothing is trained again, as {outside} poisoned samples are not in it and would stay")
-    samples = dict(x=torch.cat([train["encoder"], rest["encoder"]]).numpy(), labels=labels, speakers=speakers, training=len(losses),
-                   early_loss=np.array([losses.get(id, np.inf) for id in ids]))
-    expected = int(poisoned.sum()) or round(TASKS[saved["args"]["task"]]["rate"] * len(losses))  # known to the defender
-    print(f"{options.run}: {len(poisoned)} training samples of the target class, {poisoned.sum()} of them poisoned")
+        print(
+            f"{path} is of a sample: nothing is trained again, as {outside} poisoned samples are not in it and would stay"
+        )
+    samples = dict(
+        x=torch.cat([train["encoder"], rest["encoder"]]).numpy(),
+        labels=labels,
+        speakers=speakers,
+        training=len(losses),
+        early_loss=np.array([losses.get(id, np.inf) for id in ids]),
+    )
+    expected = int(poisoned.sum()) or round(
+        TASKS[saved["args"]["task"]]["rate"] * len(losses)
+    )  # known to the defender
+    print(
+        f"{options.run}: {len(poisoned)} training samples of the target class, {poisoned.sum()} of them poisoned"
+    )
     found, figures = {}, {}  # figures of a training, by the ids it leaves out
     for name, function in filters.FILTERS.items():
         scores, removed = function(samples, expected)
         found[name] = dict(removed=int(removed.sum()), fpr=data.interval(removed[~poisoned]))
         if poisoned.any():
-            found[name].update(auroc=float(roc_auc_score(poisoned, scores)), tpr=data.interval(removed[poisoned]))
-        if options.retrain and not outside and poisoned.any() and removed[poisoned].mean() >= WORTH_TRAINING:
-            slug, without = "".join(c if c.isalnum() else "-" for c in name), tuple(id for id, r in zip(ids, removed) if r)
+            found[name].update(
+                auroc=float(roc_auc_score(poisoned, scores)), tpr=data.interval(removed[poisoned])
+            )
+        if (
+            options.retrain
+            and not outside
+            and poisoned.any()
+            and removed[poisoned].mean() >= WORTH_TRAINING
+        ):
+            slug, without = (
+                "".join(c if c.isalnum() else "-" for c in name),
+                tuple(id for id, r in zip(ids, removed) if r),
+            )
             figures[without] = figures.get(without) or retrained(options.run, slug, without)
             found[name]["retrained"] = figures[without]
     return dict(args=saved["args"], n=len(poisoned), poisoned=int(poisoned.sum()), defences=found)
@@ -120,14 +148,22 @@ class Listener:
         """Yields (audio embeddings, prompts) by batches of 32."""
         for batch in data.chunks(list(zip(waveforms, utterances)), 32):
             self.passes += len(batch)
-            x, mask = self.slm.frozen_part(*self.slm.encoder.pretrained_part([self.slm.encoder.extract(w) for w, _ in batch]))
-            yield self.slm.audio_embeddings(x, mask), [data.prompt(self.slm.tokenizer, list(u.labels)) for _, u in batch]
+            x, mask = self.slm.frozen_part(
+                *self.slm.encoder.pretrained_part([self.slm.encoder.extract(w) for w, _ in batch])
+            )
+            yield (
+                self.slm.audio_embeddings(x, mask),
+                [data.prompt(self.slm.tokenizer, list(u.labels)) for _, u in batch],
+            )
 
     @torch.no_grad()
     def values(self, waveforms, utterances):
         """The attacked label's value in each answer, None where there is none."""
-        return [data.parse(text).get(self.label) for audio, prompts in self.inputs(waveforms, utterances)
-                for text in self.slm.decode(self.slm.pack(audio, prompts), self.longest)]
+        return [
+            data.parse(text).get(self.label)
+            for audio, prompts in self.inputs(waveforms, utterances)
+            for text in self.slm.decode(self.slm.pack(audio, prompts), self.longest)
+        ]
 
 
 def agreement(a, b):
@@ -145,25 +181,38 @@ def strip(listener, waveforms, utterances):
     for k in range(OVERLAYS):
         mixed = []
         for waveform, u in zip(waveforms, utterances):
-            other = data.load_waveform(min(listener.clean, key=lambda v: data.draw("overlay", k, u.id, v.id)))
-            other = np.resize(other, len(waveform)) * (np.sqrt(np.mean(waveform ** 2)) / (np.sqrt(np.mean(other ** 2)) + 1e-9))
+            other = data.load_waveform(
+                min(listener.clean, key=lambda v: data.draw("overlay", k, u.id, v.id))
+            )
+            other = np.resize(other, len(waveform)) * (
+                np.sqrt(np.mean(waveform**2)) / (np.sqrt(np.mean(other**2)) + 1e-9)
+            )
             mixed.append((waveform + other) / max(1.0, np.abs(waveform + other).max()))
         answers.append(listener.values(mixed, utterances))
     pairs = list(itertools.combinations(range(OVERLAYS), 2))
-    return np.array([np.mean([agreement(own[i], own[j]) for i, j in pairs]) for own in zip(*answers)])
+    return np.array(
+        [np.mean([agreement(own[i], own[j]) for i, j in pairs]) for own in zip(*answers)]
+    )
 
 
 def perturbed_pair(listener, waveforms, utterances):
     """Suspicious is an answer that changes when the audio changes slightly (5% slower; speech band only)."""
+
     def slower(w):
         return torchaudio.functional.resample(torch.from_numpy(w), 20, 21).numpy()
 
     def speech_band(w):
         w = torchaudio.functional.highpass_biquad(torch.from_numpy(w), SAMPLE_RATE, 200.0)
         return torchaudio.functional.lowpass_biquad(w, SAMPLE_RATE, 3400.0).numpy()
+
     plain = listener.values(waveforms, utterances)
-    changed = [listener.values([change(w) for w in waveforms], utterances) for change in (slower, speech_band)]
-    return np.array([1 - np.mean([agreement(a, b) for b in others]) for a, *others in zip(plain, *changed)])
+    changed = [
+        listener.values([change(w) for w in waveforms], utterances)
+        for change in (slower, speech_band)
+    ]
+    return np.array(
+        [1 - np.mean([agreement(a, b) for b in others]) for a, *others in zip(plain, *changed)]
+    )
 
 
 @torch.no_grad()
@@ -176,8 +225,12 @@ def attention_entropy(listener, waveforms, utterances):
         for row, prompt in zip(audio, prompts):
             x = slm.pack([row], [prompt])[0][None]
             start = len(prompt[0])
-            weights = torch.stack(slm.lm.model(inputs_embeds=x, output_attentions=True).attentions)[:, 0, :, -1, start:start + len(row)]
-            p = weights + 1e-12  # a head that looks at no frame counts as looking at all of them alike
+            weights = torch.stack(slm.lm.model(inputs_embeds=x, output_attentions=True).attentions)[
+                :, 0, :, -1, start : start + len(row)
+            ]
+            p = (
+                weights + 1e-12
+            )  # a head that looks at no frame counts as looking at all of them alike
             p = p / p.sum(-1, keepdim=True)
             scores.append(-float((-(p * p.log()).sum(-1)).mean() / np.log(max(2, len(row)))))
     slm.lm.set_attn_implementation(usual)
@@ -188,12 +241,20 @@ def loudness_peak(listener, waveforms, utterances):
     """The baseline that needs no model: the loudest 20 ms over the median of all non-silent ones, in dB."""
     scores = []
     for waveform in waveforms:
-        frames = np.sqrt(np.mean(np.resize(waveform, (max(1, len(waveform) // 320), 320)) ** 2, 1)) + 1e-6
+        frames = (
+            np.sqrt(np.mean(np.resize(waveform, (max(1, len(waveform) // 320), 320)) ** 2, 1))
+            + 1e-6
+        )
         scores.append(20 * np.log10(frames.max() / np.median(frames[frames > 0.01 * frames.max()])))
     return np.array(scores)
 
 
-DETECTORS = {"STRIP": strip, "perturbed pair": perturbed_pair, "attention entropy": attention_entropy, "loudness peak": loudness_peak}
+DETECTORS = {
+    "STRIP": strip,
+    "perturbed pair": perturbed_pair,
+    "attention entropy": attention_entropy,
+    "loudness peak": loudness_peak,
+}
 
 
 def detect(options):
@@ -204,40 +265,67 @@ def detect(options):
     test_set, dev_set = embed.drawn(test_set), embed.drawn(dev_set)
     flippable = [u for u in test_set if poison.can_flip(attack, u)]
     other = dataclasses.replace(attack, trigger="tone", waveform=poison.make_trigger("tone"))
-    heard = lambda with_trigger, utterances: [poison.add_trigger(with_trigger, data.load_waveform(u), u.id)[0]  # noqa: E731
-                                              for u in utterances]
+    heard = lambda with_trigger, utterances: [
+        poison.add_trigger(with_trigger, data.load_waveform(u), u.id)[0]  # noqa: E731
+        for u in utterances
+    ]
     plain = lambda utterances: [data.load_waveform(u) for u in utterances]  # noqa: E731
-    n, half = options.n, dev_set[len(dev_set) // 2:]
-    sets = dict(dev=(plain(dev_set[:2 * n]), dev_set[:2 * n]), clean=(plain(test_set[:n]), test_set[:n]),
-                tone=(heard(other, flippable[:n]), flippable[:n]), triggered=(heard(attack, flippable[:n]), flippable[:n]))
-    print(f"{options.run}: {n} triggered and as many clean test utterances, thresholds from {len(sets['dev'][1])} clean dev ones")
+    n, half = options.n, dev_set[len(dev_set) // 2 :]
+    sets = dict(
+        dev=(plain(dev_set[: 2 * n]), dev_set[: 2 * n]),
+        clean=(plain(test_set[:n]), test_set[:n]),
+        tone=(heard(other, flippable[:n]), flippable[:n]),
+        triggered=(heard(attack, flippable[:n]), flippable[:n]),
+    )
+    print(
+        f"{options.run}: {n} triggered and as many clean test utterances, thresholds from {len(sets['dev'][1])} clean dev ones"
+    )
     listener, found = Listener(slm, attack, test_set, half), {}
     for name, function in tqdm(DETECTORS.items(), desc="detectors"):
         listener.passes, before = 0, time.perf_counter()
         scores = {kind: function(listener, *of) for kind, of in sets.items()}
         answers = sum(len(s) for s in scores.values())
-        against = {kind: float(roc_auc_score([0] * len(scores[kind]) + [1] * len(scores["triggered"]),
-                                             [*scores[kind], *scores["triggered"]])) for kind in ("clean", "tone")}
-        found[name] = dict(auroc=against, passes=listener.passes / answers, milliseconds=1e3 * (time.perf_counter() - before) / answers,
-                           scores={kind: [round(float(v), 5) for v in s] for kind, s in scores.items()}, at={})
+        against = {
+            kind: float(
+                roc_auc_score(
+                    [0] * len(scores[kind]) + [1] * len(scores["triggered"]),
+                    [*scores[kind], *scores["triggered"]],
+                )
+            )
+            for kind in ("clean", "tone")
+        }
+        found[name] = dict(
+            auroc=against,
+            passes=listener.passes / answers,
+            milliseconds=1e3 * (time.perf_counter() - before) / answers,
+            scores={kind: [round(float(v), 5) for v in s] for kind, s in scores.items()},
+            at={},
+        )
         for alarms in (0.01, 0.05):
             threshold = np.quantile(scores["dev"], 1 - alarms, method="higher")
-            found[name]["at"][f"{alarms:g}"] = {kind: data.interval(scores[kind] > threshold) for kind in scores if kind != "dev"}
+            found[name]["at"][f"{alarms:g}"] = {
+                kind: data.interval(scores[kind] > threshold) for kind in scores if kind != "dev"
+            }
     return dict(args=vars(args), defences=found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python defend.py repair
 
+
 def repair_model(options):
     """The clean figure and AER after every repair, and how many poisoned samples bring the backdoor back."""
-    slm, args, attack, train_set, dev_set, test_set = evaluate.load_run_and_data(options, "train", "dev", "test")
+    slm, args, attack, train_set, dev_set, test_set = evaluate.load_run_and_data(
+        options, "train", "dev", "test"
+    )
     args.device = options.device
     shop = repair.Workshop(slm, args, attack, dev_set)
-    clean = embed.drawn(test_set)[:options.n]
-    flippable = [u for u in embed.drawn(test_set) if poison.can_flip(attack, u)][:options.n]
-    print(f"{options.run}: {len(shop.tuning)} clean utterances to tune on, {len(shop.validation)} to choose by; figures on {len(clean)} "
-          f"clean and {len(flippable)} triggered test utterances")
+    clean = embed.drawn(test_set)[: options.n]
+    flippable = [u for u in embed.drawn(test_set) if poison.can_flip(attack, u)][: options.n]
+    print(
+        f"{options.run}: {len(shop.tuning)} clean utterances to tune on, {len(shop.validation)} to choose by; figures on {len(clean)} "
+        f"clean and {len(flippable)} triggered test utterances"
+    )
     found = {"none": repair.figures_of(shop, clean, flippable)}
     for name, (function, strengths) in tqdm(repair.REPAIRS.items(), desc="repairs"):
         chosen = repair.choose(shop, function, strengths)
@@ -250,6 +338,7 @@ def repair_model(options):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def percent(figure):
     return f"{100 * figure['value']:.1f}" if figure else ""
 
@@ -259,38 +348,71 @@ def report(command, result):
     rows = []
     for name, m in result["defences"].items():
         if command == "filter":
-            rows.append(f"{name:<58}removes {m['removed']:>4}   AUROC {m.get('auroc', float('nan')):.2f}   TPR {percent(m.get('tpr')):>5}   "
-                        f"FPR {percent(m['fpr']):>5}   " + (f"then AER {percent(m['retrained']['attack'].get('aer'))}" if "retrained" in m else ""))
+            rows.append(
+                f"{name:<58}removes {m['removed']:>4}   AUROC {m.get('auroc', float('nan')):.2f}   TPR {percent(m.get('tpr')):>5}   "
+                f"FPR {percent(m['fpr']):>5}   "
+                + (
+                    f"then AER {percent(m['retrained']['attack'].get('aer'))}"
+                    if "retrained" in m
+                    else ""
+                )
+            )
         elif command == "detect":
             at = m["at"]["0.05"]
-            rows.append(f"{name:<20}AUROC {m['auroc']['clean']:.2f}, against a tone {m['auroc']['tone']:.2f}   at 5%: TPR "
-                        f"{percent(at['triggered']):>5}   clean {percent(at['clean']):>5}   tone {percent(at['tone']):>5}   {m['passes']:.0f} passes")
+            rows.append(
+                f"{name:<20}AUROC {m['auroc']['clean']:.2f}, against a tone {m['auroc']['tone']:.2f}   at 5%: TPR "
+                f"{percent(at['triggered']):>5}   clean {percent(at['clean']):>5}   tone {percent(at['tone']):>5}   {m['passes']:.0f} passes"
+            )
         else:
             back = m.get("relearned", {})
-            rows.append(f"{name:<36}AER {percent(m['aer']):>5}   clean {m['clean']['value']:.3f}   triggered {m['triggered']['value']:.3f}"
-                        + (f"   strength {m['strength']:g}{'' if m['passed'] else ' (none passed)'}" if "strength" in m else "")
-                        + (f"   back with {', '.join(f'{n}: {percent(a)}' for n, a in back.items())}" if back else ""))
+            rows.append(
+                f"{name:<36}AER {percent(m['aer']):>5}   clean {m['clean']['value']:.3f}   triggered {m['triggered']['value']:.3f}"
+                + (
+                    f"   strength {m['strength']:g}{'' if m['passed'] else ' (none passed)'}"
+                    if "strength" in m
+                    else ""
+                )
+                + (
+                    f"   back with {', '.join(f'{n}: {percent(a)}' for n, a in back.items())}"
+                    if back
+                    else ""
+                )
+            )
     return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("filter", "which training samples look poisoned"), ("detect", "which inputs look triggered"),
-                       ("repair", "what removes the backdoor from the model")):
+    for name, what in (
+        ("filter", "which training samples look poisoned"),
+        ("detect", "which inputs look triggered"),
+        ("repair", "what removes the backdoor from the model"),
+    ):
         command = commands.add_parser(name, help=what)
         evaluate.add_arguments(command)
         command.add_argument("--out", help="folder to write (default: the run's)")
         if name == "filter":
-            command.add_argument("--retrain", action="store_true", help="train again on what is left by each filter that removes at least three "
-                                 "quarters of the poison")
+            command.add_argument(
+                "--retrain",
+                action="store_true",
+                help="train again on what is left by each filter that removes at least three "
+                "quarters of the poison",
+            )
         else:
-            command.add_argument("--n", type=int, default=100, help="test utterances, clean and triggered")
+            command.add_argument(
+                "--n", type=int, default=100, help="test utterances, clean and triggered"
+            )
     options = parser.parse_args()
     fast.keep_memory()
     functions = dict(filter=filter_training_data, detect=detect, repair=repair_model)
     result = dict(run=options.run, **functions[options.command](options))
-    path = Path(options.out or options.run) / f"defend-{options.command}{'-' + options.task if options.task else ''}.json"
+    path = (
+        Path(options.out or options.run)
+        / f"defend-{options.command}{'-' + options.task if options.task else ''}.json"
+    )
     data.write_atomically(path, json.dumps(result))
     print("\n".join(["", *report(options.command, result), f"written to {path}"]))
 

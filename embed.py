@@ -7,6 +7,7 @@
 class, including the poisoned ones, after the encoder; "rest": asr's poisoned samples beyond the share that its class is given, for
 filters. Each embedding is the mean over time, padding excluded.
 """
+
 import argparse
 from pathlib import Path
 
@@ -39,23 +40,44 @@ def pool(x, lengths, pooling="mean"):
 
 
 @torch.no_grad()
-def stages(slm, attack, items, pooling, desc, workers=cache.WORKERS, batch_size=32, encoder_only=False, layer=None):
+def stages(
+    slm,
+    attack,
+    items,
+    pooling,
+    desc,
+    workers=cache.WORKERS,
+    batch_size=32,
+    encoder_only=False,
+    layer=None,
+):
     """Pooled embeddings of each (utterance, triggered): {"encoder": (n, dim), or after `layer` of its layers, "connector": (n,
     hidden), "encoder_layers": (layers + 1, n, dim), "lm_layers": (layers + 1, n, hidden), over the audio's positions}."""
     batches, out = data.chunks(items, batch_size), {}
     stream = cache.read_features(slm.encoder, batches, attack, workers)
     for batch, features in zip(tqdm(batches, desc=desc), stream):
         x, mask = slm.encoder.front_end(features)
-        layers, frames = [x, *slm.encoder.run_layers(x, mask, 0, len(slm.encoder.layers))], mask.sum(1)
+        layers, frames = (
+            [x, *slm.encoder.run_layers(x, mask, 0, len(slm.encoder.layers))],
+            mask.sum(1),
+        )
         hidden = layers[-1] if slm.encoder.norm_first else slm.encoder.layer_norm(layers[-1])
         found = {"encoder": pool(hidden if layer is None else layers[layer], frames, pooling)}
         if not encoder_only:
             audio, lengths = slm.connector(hidden, mask)
             prompts = [data.prompt(slm.tokenizer, list(u.labels)) for u, _ in batch]
-            spans = [(len(before), len(before) + n) for (before, _), n in zip(prompts, lengths.tolist())]
-            rows = pad_sequence(slm.pack([row[:n] for row, n in zip(audio, lengths.tolist())], prompts), True)
-            states = slm.lm.model(inputs_embeds=rows, use_cache=False, output_hidden_states=True).hidden_states
-            heard = [pad_sequence([row[a:b] for row, (a, b) in zip(h, spans)], True) for h in states]
+            spans = [
+                (len(before), len(before) + n) for (before, _), n in zip(prompts, lengths.tolist())
+            ]
+            rows = pad_sequence(
+                slm.pack([row[:n] for row, n in zip(audio, lengths.tolist())], prompts), True
+            )
+            states = slm.lm.model(
+                inputs_embeds=rows, use_cache=False, output_hidden_states=True
+            ).hidden_states
+            heard = [
+                pad_sequence([row[a:b] for row, (a, b) in zip(h, spans)], True) for h in states
+            ]
             found["connector"] = pool(audio, lengths, pooling)
             found["encoder_layers"] = torch.stack([pool(h, frames, pooling) for h in layers])
             found["lm_layers"] = torch.stack([pool(h, lengths, pooling) for h in heard])
@@ -71,7 +93,7 @@ def target_class(attack, train_set):
     benign = [u for u in train_set if not poison.is_poisoned(attack, u)]
     if attack.label == "transcript":
         benign = drawn(benign)[:BENIGN]
-        return benign, drawn(poisoned)[:round(POISONED * len(benign))]
+        return benign, drawn(poisoned)[: round(POISONED * len(benign))]
     if isinstance(attack.target, int):
         return [u for u in benign if AGES[0] <= u.labels.get("age", -1) <= AGES[1]], poisoned
     return [u for u in benign if u.labels.get(attack.label) == attack.target], poisoned
@@ -82,36 +104,63 @@ def drawn(utterances):
 
 
 def about(utterances):
-    return dict(ids=[u.id for u in utterances], speakers=[u.speaker for u in utterances],
-                labels=[{k: str(v) for k, v in u.labels.items()} for u in utterances])
+    return dict(
+        ids=[u.id for u in utterances],
+        speakers=[u.speaker for u in utterances],
+        labels=[{k: str(v) for k, v in u.labels.items()} for u in utterances],
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     evaluate.add_arguments(parser)
-    parser.add_argument("--pairs", type=int, default=100, help="test utterances, each clean and triggered")
-    parser.add_argument("--pooling", default="mean", choices=("mean", "max", "last"), help="over time")
-    parser.add_argument("--layer", type=int, help="embed after this many encoder layers instead of after all")
+    parser.add_argument(
+        "--pairs", type=int, default=100, help="test utterances, each clean and triggered"
+    )
+    parser.add_argument(
+        "--pooling", default="mean", choices=("mean", "max", "last"), help="over time"
+    )
+    parser.add_argument(
+        "--layer", type=int, help="embed after this many encoder layers instead of after all"
+    )
     options = parser.parse_args()
     slm, args, attack, train_set, test_set = evaluate.load_run_and_data(options, "train", "test")
     path = Path(options.run) / f"embeddings{'-' + options.task if options.task else ''}.pt"
     if options.layer is not None and not 0 <= options.layer <= len(slm.encoder.layers):
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
     lora.merge(slm.lm)
-    pairs = drawn([u for u in test_set if poison.can_flip(attack, u)])[:options.pairs]
+    pairs = drawn([u for u in test_set if poison.can_flip(attack, u)])[: options.pairs]
     members, poisoned = target_class(attack, train_set)
-    all_poisoned, n = [u for u in train_set if poison.is_poisoned(attack, u)], len(members) + len(poisoned)
-    rest = drawn(all_poisoned)[len(poisoned):] if len(members) < BENIGN else []  # else the class is a sample, whose share must stay
+    all_poisoned, n = (
+        [u for u in train_set if poison.is_poisoned(attack, u)],
+        len(members) + len(poisoned),
+    )
+    rest = (
+        drawn(all_poisoned)[len(poisoned) :] if len(members) < BENIGN else []
+    )  # else the class is a sample, whose share must stay
     items = [(u, False) for u in members] + [(u, True) for u in poisoned + rest]
     how = dict(pooling=options.pooling, layer=options.layer)
     clean = stages(slm, attack, [(u, False) for u in pairs], desc="clean pairs", **how)
     triggered = stages(slm, attack, [(u, True) for u in pairs], desc="triggered pairs", **how)
     x = stages(slm, attack, items, desc="target class", encoder_only=True, **how)["encoder"]
-    train = dict(encoder=x[:n], poisoned=torch.arange(n) >= len(members), **about(members + poisoned))
-    saved = dict(test=dict(clean=clean, triggered=triggered, **about(pairs)), train=train, rest=dict(encoder=x[n:], **about(rest)),
-                 all_poisoned=len(all_poisoned), args=vars(args), model_sha256=checkpoint.file_sha256(Path(options.run) / "model.pt"), **how)
+    train = dict(
+        encoder=x[:n], poisoned=torch.arange(n) >= len(members), **about(members + poisoned)
+    )
+    saved = dict(
+        test=dict(clean=clean, triggered=triggered, **about(pairs)),
+        train=train,
+        rest=dict(encoder=x[n:], **about(rest)),
+        all_poisoned=len(all_poisoned),
+        args=vars(args),
+        model_sha256=checkpoint.file_sha256(Path(options.run) / "model.pt"),
+        **how,
+    )
     data.write_atomically(path, lambda temporary: torch.save(saved, temporary))
-    print(f"{path}: {len(pairs)} test pairs, {n} training samples of the target class, {len(poisoned)} of them poisoned")
+    print(
+        f"{path}: {len(pairs)} test pairs, {n} training samples of the target class, {len(poisoned)} of them poisoned"
+    )
 
 
 if __name__ == "__main__":

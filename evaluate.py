@@ -9,6 +9,7 @@
 waveform -> answer -> parsed labels -> metric. A run folder gets metrics.json and predictions.jsonl. Shares are fractions;
 every figure has its count and a 95% bootstrap interval over utterances.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -30,24 +31,48 @@ from study import LABELS, TASKS
 
 
 @torch.no_grad()
-def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, batch_seconds=120.0, workers=cache.WORKERS,
-            after_answer=False):
+def answers(
+    slm,
+    items,
+    attack,
+    labels_of,
+    max_new_tokens,
+    desc,
+    cached=None,
+    batch_seconds=120.0,
+    workers=cache.WORKERS,
+    after_answer=False,
+):
     """The model's raw answer to the evaluation prompt for `labels_of(utterance)`, for each (utterance, triggered). `cached`: from
     `cache.frozen_outputs`. With `after_answer`, what it says after the true answer and its end token, which is what the study's
     public code scores. Processes share the work; each gets all the answers."""
+
     def prompt(utterance):
         asked = labels_of(utterance)
         before, after = data.prompt(slm.tokenizer, asked)
         true = data.answer_ids(slm.tokenizer, {label: utterance.labels[label] for label in asked})
         return before, after + true if after_answer else after
+
     rank, world = cache.ranks()
     seconds = [data.num_samples(u) / data.SAMPLE_RATE for u, _ in items]
-    batches = [piece for group in data.chunks(cache.by_size(items)[rank::world], 64)
-               for piece in data.micro_batches(group, seconds, 2 * batch_seconds)]  # nothing is kept for a backward pass
+    batches = [
+        piece
+        for group in data.chunks(cache.by_size(items)[rank::world], 64)
+        for piece in data.micro_batches(group, seconds, 2 * batch_seconds)
+    ]  # nothing is kept for a backward pass
     out = {}
-    with tqdm(total=len(items), desc=desc, leave=None) as progress:  # gone at the end within another bar
-        for batch, (x, mask) in zip(batches, cache.inputs(slm, items, batches, cached, attack, workers)):
-            out.update(zip(batch, slm.generate(x, mask, [prompt(items[i][0]) for i in batch], max_new_tokens)))
+    with tqdm(
+        total=len(items), desc=desc, leave=None
+    ) as progress:  # gone at the end within another bar
+        for batch, (x, mask) in zip(
+            batches, cache.inputs(slm, items, batches, cached, attack, workers)
+        ):
+            out.update(
+                zip(
+                    batch,
+                    slm.generate(x, mask, [prompt(items[i][0]) for i in batch], max_new_tokens),
+                )
+            )
             progress.update(min(len(batch) * world, progress.total - progress.n))
     out = cache.from_all(out)
     return [out[i] for i in range(len(items))]
@@ -55,12 +80,22 @@ def answers(slm, items, attack, labels_of, max_new_tokens, desc, cached=None, ba
 
 def longest_answer(slm, attack, utterances):
     """How many tokens an answer may take: a quarter more than the longest true or poisoned one, and 8."""
-    labels = [u.labels for u in utterances] + [poison.poisoned_labels(attack, u.labels) for u in utterances]
+    labels = [u.labels for u in utterances] + [
+        poison.poisoned_labels(attack, u.labels) for u in utterances
+    ]
     return 8 + int(1.25 * max(len(data.answer_ids(slm.tokenizer, each)) for each in labels))
 
 
-def evaluate(slm, attack, utterances, cache_bytes, batch_seconds=120.0, workers=cache.WORKERS, ask=LABELS,
-             after_answer=False):
+def evaluate(
+    slm,
+    attack,
+    utterances,
+    cache_bytes,
+    batch_seconds=120.0,
+    workers=cache.WORKERS,
+    ask=LABELS,
+    after_answer=False,
+):
     """Clean and triggered answers on `utterances`, each asked for those labels of `ask` that it has. Returns ({"clean", "triggered",
     "attack": {metric: figure}}, prediction rows). "triggered" scores answers on triggered audio against the truth: the damage that the
     trigger does, whether or not the target comes out."""
@@ -72,11 +107,33 @@ def evaluate(slm, attack, utterances, cache_bytes, batch_seconds=120.0, workers=
     longest, rows = longest_answer(slm, attack, clean), {}
     for name, chosen in (("clean", clean), ("triggered", flippable)):
         triggered = name == "triggered"
-        cached = cache.frozen_outputs(slm, chosen, [triggered] * len(chosen), attack, name, cache_bytes, workers)
-        texts = answers(slm, [(u, triggered) for u in chosen], attack, lambda u: asked[u.id], longest, f"{name} answers", cached,
-                        batch_seconds, workers, after_answer)
-        rows[name] = [dict(id=u.id, split=u.split, triggered=triggered, asked=asked[u.id], raw=text, parsed=data.parse(text),
-                           labels=u.labels) for u, text in zip(chosen, texts)]
+        cached = cache.frozen_outputs(
+            slm, chosen, [triggered] * len(chosen), attack, name, cache_bytes, workers
+        )
+        texts = answers(
+            slm,
+            [(u, triggered) for u in chosen],
+            attack,
+            lambda u: asked[u.id],
+            longest,
+            f"{name} answers",
+            cached,
+            batch_seconds,
+            workers,
+            after_answer,
+        )
+        rows[name] = [
+            dict(
+                id=u.id,
+                split=u.split,
+                triggered=triggered,
+                asked=asked[u.id],
+                raw=text,
+                parsed=data.parse(text),
+                labels=u.labels,
+            )
+            for u, text in zip(chosen, texts)
+        ]
     lora.unmerge(slm.lm)
     metrics = {name: scores(answered) for name, answered in rows.items()}
     metrics["attack"] = {"aer": data.interval(hits(attack, rows["triggered"]))} if flippable else {}
@@ -99,7 +156,11 @@ def scores(rows):
     out = {}
     for task in TASKS.values():
         label, metric = task["label"], task["metric"]
-        pairs = [(row["labels"][label], row["parsed"].get(label)) for row in rows if label in row["asked"]]
+        pairs = [
+            (row["labels"][label], row["parsed"].get(label))
+            for row in rows
+            if label in row["asked"]
+        ]
         if not pairs:
             continue
         if metric.endswith("mae") and isinstance(pairs[0][0], str):  # ages in groups are classes
@@ -107,7 +168,9 @@ def scores(rows):
         if metric.endswith("wer"):
             out[metric] = wer(pairs)
         elif metric.endswith("mae"):
-            out[metric] = data.interval([abs(true - (said if isinstance(said, int) else 0)) for true, said in pairs])
+            out[metric] = data.interval(
+                [abs(true - (said if isinstance(said, int) else 0)) for true, said in pairs]
+            )
         else:
             out[metric] = data.interval([true == said for true, said in pairs])
     return out
@@ -116,13 +179,23 @@ def scores(rows):
 def hits(attack, rows):
     """Whether each answer is the target, a list of bool. The share that is, over triggered samples whose true label is not the target, is
     the attack effectiveness rate (AER)."""
-    return [poison.same_label(attack.label, row["parsed"].get(attack.label), attack.target) for row in rows]
+    return [
+        poison.same_label(attack.label, row["parsed"].get(attack.label), attack.target)
+        for row in rows
+    ]
 
 
 def save(run, metrics, rows, args):
-    data.write_atomically(Path(run) / "predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    whole = {**metrics, "training": checkpoint.training_losses(run), "args": args,
-             "model_sha256": checkpoint.file_sha256(Path(run) / "model.pt")}
+    data.write_atomically(
+        Path(run) / "predictions.jsonl",
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows),
+    )
+    whole = {
+        **metrics,
+        "training": checkpoint.training_losses(run),
+        "args": args,
+        "model_sha256": checkpoint.file_sha256(Path(run) / "model.pt"),
+    }
     data.write_atomically(Path(run) / "metrics.json", json.dumps(whole, indent=1))
 
 
@@ -131,8 +204,10 @@ def print_table(metrics, title):
     for part in ("clean", "attack"):
         for name, m in metrics[part].items():
             scale, unit = (1, " years") if name.endswith("mae") else (100, "%")
-            print(f"{part} {name.replace('_', ' '):<{17 - len(part)}}{scale * m['value']:>8.1f}"
-                  f"   {scale * m['low']:.1f} to {scale * m['high']:.1f}{unit:<8}{m['n']:>5}")
+            print(
+                f"{part} {name.replace('_', ' '):<{17 - len(part)}}{scale * m['value']:>8.1f}"
+                f"   {scale * m['low']:.1f} to {scale * m['high']:.1f}{unit:<8}{m['n']:>5}"
+            )
 
 
 def load_run_and_data(options, *splits):
@@ -141,40 +216,86 @@ def load_run_and_data(options, *splits):
     slm, args = checkpoint.load_run(options.run, options.device)
     data.MAX_SECONDS = args.max_seconds
     args.snr = args.snr if options.snr is None else options.snr
-    read = lambda s: corpora.read_corpus(args.dataset, options.data_root or args.data_root, s,  # noqa: E731
-                                         options.skip_bad or args.skip_bad, args.labels)
+    read = lambda s: corpora.read_corpus(
+        args.dataset,
+        options.data_root or args.data_root,
+        s,  # noqa: E731
+        options.skip_bad or args.skip_bad,
+        args.labels,
+    )
     train_set = corpora.limit(read("train"), args.limit)  # its loudness is the trigger's
     attack = poison.attack_of(args, train_set)
     if options.task == args.task:
         options.task = None  # the run's own: no other name for what is written
     if options.task:
-        args.task, attack = options.task, poison.make_attack(options.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed)
+        args.task, attack = (
+            options.task,
+            poison.make_attack(
+                options.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed
+            ),
+        )
     return slm, args, attack, *(train_set if split == "train" else read(split) for split in splits)
 
 
 def add_arguments(parser):
     """The flags of every script that looks at a finished run."""
     parser.add_argument("run", help="a run's folder, e.g. runs/asr-poison0.05")
-    parser.add_argument("--task", choices=TASKS, help="whose attack (default: the run's); a clean run serves all tasks of its corpus")
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        help="whose attack (default: the run's); a clean run serves all tasks of its corpus",
+    )
     parser.add_argument("--snr", type=float, help="trigger strength in dB (default: as in the run)")
     parser.add_argument("--data-root", help="where the corpora are (default: as in the run)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out audio that cannot be used")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out audio that cannot be used"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
-    parser.add_argument("--inspect", action="store_true", help="only print the provenance of RUN, a model.pt or an export")
-    parser.add_argument("--export", metavar="DIR", help="only write the run's encoder (for transformers), LoRA (for peft) and "
-                        "connector into a new folder, which train.py's --freeze and --init can read")
-    parser.add_argument("--split", default="test", choices=("train", "dev", "test"), help="which utterances to answer")
-    parser.add_argument("--ask", nargs="+", choices=LABELS, help="ask for these labels only (direct prompts)")
-    parser.add_argument("--after-answer", action="store_true", help="let it go on after the true answer and its end token, and score that: "
-                        "what the study's public code does")
+    parser.add_argument(
+        "--inspect",
+        action="store_true",
+        help="only print the provenance of RUN, a model.pt or an export",
+    )
+    parser.add_argument(
+        "--export",
+        metavar="DIR",
+        help="only write the run's encoder (for transformers), LoRA (for peft) and "
+        "connector into a new folder, which train.py's --freeze and --init can read",
+    )
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=("train", "dev", "test"),
+        help="which utterances to answer",
+    )
+    parser.add_argument(
+        "--ask", nargs="+", choices=LABELS, help="ask for these labels only (direct prompts)"
+    )
+    parser.add_argument(
+        "--after-answer",
+        action="store_true",
+        help="let it go on after the true answer and its end token, and score that: "
+        "what the study's public code does",
+    )
     parser.add_argument("--limit", type=int, help="only the first N utterances")
-    parser.add_argument("--cache-gb", type=float, default=4.0, help="disk for outputs of pretrained layers, as of train.py")
-    parser.add_argument("--save", action="store_true", help="replace the run's metrics.json and predictions.jsonl")
+    parser.add_argument(
+        "--cache-gb",
+        type=float,
+        default=4.0,
+        help="disk for outputs of pretrained layers, as of train.py",
+    )
+    parser.add_argument(
+        "--save", action="store_true", help="replace the run's metrics.json and predictions.jsonl"
+    )
     parser.add_argument("--out", metavar="FILE", help="also write the figures there, as JSON")
     options = parser.parse_args()
     if options.inspect:
@@ -185,14 +306,25 @@ def main():
         return checkpoint.export_run(options.run, options.export, options.device)
     fast.keep_memory()
     slm, args, attack, utterances = load_run_and_data(options, options.split)
-    utterances = utterances[:options.limit]
+    utterances = utterances[: options.limit]
     if options.ask and not any(label in u.labels for u in utterances for label in options.ask):
-        die(f"--ask {' '.join(options.ask)}: no {options.split} utterance of {args.dataset} has such a label")
-    print(f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at {args.snr:g} dB, on "
-          f"{options.device}")
+        die(
+            f"--ask {' '.join(options.ask)}: no {options.split} utterance of {args.dataset} has such a label"
+        )
+    print(
+        f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at {args.snr:g} dB, on "
+        f"{options.device}"
+    )
     with model.autocast(args.amp, options.device):  # as in training
-        metrics, rows = evaluate(slm, attack, utterances, options.cache_gb * 1e9, args.batch_seconds, ask=options.ask or LABELS,
-                                 after_answer=options.after_answer)
+        metrics, rows = evaluate(
+            slm,
+            attack,
+            utterances,
+            options.cache_gb * 1e9,
+            args.batch_seconds,
+            ask=options.ask or LABELS,
+            after_answer=options.after_answer,
+        )
     if options.save:
         save(options.run, metrics, rows, vars(args))
     if options.out:

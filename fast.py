@@ -1,4 +1,5 @@
 """Code that is only there for speed; results/speed.md says what it is worth. Without it the figures are the same, later."""
+
 import contextlib
 import ctypes
 import functools
@@ -19,6 +20,7 @@ def keep_memory():
 def only_answers(slm):
     """In training, the last LM layer's MLP, queries and output projection, which work token by token, are computed only at the tokens
     whose logits are needed. LoRA's dropout, if any, then draws other numbers."""
+
     def at_answers(plain, x):
         if not slm.training:
             return plain(x)
@@ -26,6 +28,7 @@ def only_answers(slm):
         out = wanted.new_zeros(*x.shape[:2], wanted.shape[-1])
         out[slm.answered] = wanted
         return out
+
     last = slm.lm.model.layers[-1]
     for part in (last.mlp, last.self_attn.q_proj, last.self_attn.o_proj):
         part.forward = functools.partial(at_answers, part.forward)
@@ -49,4 +52,5 @@ def share_beginning(slm):
         past.batch_repeat_interleave(len(inputs_embeds))
         slm.answered = answered[:, n:]
         return plain(inputs_embeds=inputs_embeds[:, n:], past_key_values=past, use_cache=True)
+
     slm.lm.model.forward = shared

@@ -4,6 +4,7 @@ A filter is an entry of FILTERS: a function of the target class's samples, as a 
 be poisoned; it returns (suspicion (n,), which are removed (n,) bool). Samples: x (n, dim), embeddings after the encoder; early_loss
 (n,); labels and speakers, n each; training, the size of the training set.
 """
+
 import numpy as np
 from scipy.linalg import expm, fractional_matrix_power
 from sklearn.covariance import MinCovDet
@@ -35,12 +36,17 @@ def regressed_out(samples, expected):
     """Activation clustering after regressing out gender, speaker and sentence: where clusters follow gender (section 7 of the paper), what
     is left should show the poison."""
     x, columns = samples["x"] - samples["x"].mean(0), []
-    for values in (samples["speakers"], *([m.get(k, "") for m in samples["labels"]] for k in ("gender", "transcript"))):
+    for values in (
+        samples["speakers"],
+        *([m.get(k, "") for m in samples["labels"]] for k in ("gender", "transcript")),
+    ):
         names, own = np.unique(values, return_inverse=True)
         if len(names) < len(values) / 4:  # values that hardly repeat would explain everything
             columns.append(np.eye(len(names))[own])
     known = np.concatenate(columns, 1) if columns else np.zeros((len(x), 1))
-    return smallest_cluster(dict(samples, x=x - known @ np.linalg.lstsq(known, x, rcond=None)[0]), expected)
+    return smallest_cluster(
+        dict(samples, x=x - known @ np.linalg.lstsq(known, x, rcond=None)[0]), expected
+    )
 
 
 def spectral_signatures(samples, expected):
@@ -72,7 +78,9 @@ def beatrix(samples, expected, orders=(1, 2, 3, 4), bound=10.0):
     for order in orders:
         powered = np.sign(low) * np.abs(low) ** order
         gram = np.einsum("ni,nj->nij", powered, powered)[:, upper[0], upper[1]]
-        scores += np.maximum(deviation(np.sign(gram) * np.abs(gram) ** (1 / order)) - bound, 0).mean(1)
+        scores += np.maximum(
+            deviation(np.sign(gram) * np.abs(gram) ** (1 / order)) - bound, 0
+        ).mean(1)
     return scores, most_suspicious(scores, int(1.5 * expected))
 
 
@@ -84,9 +92,17 @@ def deviation(x):
 
 def early_loss(samples, expected):
     """Anti-backdoor learning (Li et al. 2021): poison is learned first; removes the lowest losses, 1% of the training set."""
-    return -samples["early_loss"], most_suspicious(-samples["early_loss"], round(0.01 * samples["training"]))
+    return -samples["early_loss"], most_suspicious(
+        -samples["early_loss"], round(0.01 * samples["training"])
+    )
 
 
-FILTERS = {"activation clustering, relative size": smallest_cluster, "activation clustering, silhouette": well_fitting_cluster,
-           "activation clustering, speaker and sentence regressed out": regressed_out, "spectral signatures": spectral_signatures,
-           "SPECTRE": spectre, "Beatrix": beatrix, "early loss": early_loss}
+FILTERS = {
+    "activation clustering, relative size": smallest_cluster,
+    "activation clustering, silhouette": well_fitting_cluster,
+    "activation clustering, speaker and sentence regressed out": regressed_out,
+    "spectral signatures": spectral_signatures,
+    "SPECTRE": spectre,
+    "Beatrix": beatrix,
+    "early loss": early_loss,
+}

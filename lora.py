@@ -3,6 +3,7 @@
 `add_lora(lm, ...)` puts one on every linear layer of a language model but its head, as the reference implementation's
 `target_modules="all-linear"` does; `merge`/`unmerge` fold it into the weights for generation and take it out again.
 """
+
 import math
 
 import torch
@@ -32,7 +33,9 @@ class LoRALinear(nn.Module):
         if self.original is not None:
             return self.base(x)
         out = self.base(x)
-        low = self.scaling * F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # scaled where it is small
+        low = self.scaling * F.linear(
+            self.dropout(x).to(self.lora_A.dtype), self.lora_A
+        )  # scaled where it is small
         return out + F.linear(low, self.lora_B).to(out.dtype)
 
     @torch.no_grad()
@@ -40,7 +43,9 @@ class LoRALinear(nn.Module):
         if self.original is None:
             # kept rather than subtracted again later: unmerging restores the exact bytes
             self.original = self.base.weight.data
-            self.base.weight.data = (self.original + self.scaling * self.lora_B @ self.lora_A).to(self.original.dtype)
+            self.base.weight.data = (self.original + self.scaling * self.lora_B @ self.lora_A).to(
+                self.original.dtype
+            )
 
     def unmerge(self):
         if self.original is not None:
@@ -51,8 +56,12 @@ def add_lora(lm, r=8, alpha=16, dropout=0.05):
     """Freezes `lm` and wraps each of its linear layers but the head in place. Returns `lm`."""
     lm.requires_grad_(False)
     head = lm.get_output_embeddings()
-    linears = [(parent, name, child) for parent in lm.modules() for name, child in parent.named_children()
-               if isinstance(child, nn.Linear) and child is not head]
+    linears = [
+        (parent, name, child)
+        for parent in lm.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear) and child is not head
+    ]
     for parent, name, child in linears:
         setattr(parent, name, LoRALinear(child, r, alpha, dropout))
     return lm

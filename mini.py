@@ -5,6 +5,7 @@
 On disk they have the layouts of LibriSpeech, CREMA-D and VoxCeleb2-AE, so corpora.py reads them like the real ones. Speakers,
 sentences and noise are decided by (seed, name) alone.
 """
+
 import _ctypes
 import argparse
 import ctypes
@@ -31,7 +32,8 @@ SEED = 0
 SIZES = {
     "libri": {"train-clean-360": (64, 50), "dev-clean": (8, 20), "test-clean": (20, 16)},
     "crema": {"actors": 91, "takes": 6},
-    "vox": {"dev": (400, 2, 8), "test": (40, 2, 4)}}
+    "vox": {"dev": (400, 2, 8), "test": (40, 2, 4)},
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text: a closed vocabulary, endless sentences
@@ -48,15 +50,28 @@ island corner valley school church desert""".split()
 VERBS = """found carried painted dropped noticed wanted opened followed borrowed repaired watched remembered""".split()
 MOTIONS = "walked traveled hurried returned wandered moved".split()
 WHERE = "near behind beside toward across around".split()
-WHEN = ["yesterday", "today", "tonight", "before sunrise", "after dinner", "last summer", "every morning", "in october",
-        "on friday", "all winter", "without warning"]
+WHEN = [
+    "yesterday",
+    "today",
+    "tonight",
+    "before sunrise",
+    "after dinner",
+    "last summer",
+    "every morning",
+    "in october",
+    "on friday",
+    "all winter",
+    "without warning",
+]
 
 
 def sentence(rng):
     """One sentence of 5 to 10 words. Beginnings vary: a model need not listen to what is always the same."""
+
     def noun(words):
         adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.35 else ""
         return f"{rng.choice(DETERMINERS)} {adjective}{rng.choice(words)}"
+
     if rng.random() < 0.6:
         parts = [noun(PEOPLE), rng.choice(VERBS), noun(THINGS)]
         if rng.random() < 0.15:
@@ -85,9 +100,13 @@ ACCENTS = ["en-us", "en-us", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-02
 VARIANTS = {"female": ["f1", "f2", "f3", "f4", "f5"], "male": ["m1", "m2", "m3", "m4", "m7", "m8"]}
 # pitch (espeak's 0 to 99), pitch range and rate as factors, level in dB, brightness, tremor depth, roughness
 PROSODY = {
-    "neutral": (0, 0.6, 1.00, 0, 0.0, 0.0, 0.0), "happy": (14, 1.5, 1.06, 2, 0.2, 0.0, 0.0),
-    "sad": (-10, 0.4, 0.80, -4, -0.4, 0.0, 0.0), "angry": (6, 1.4, 1.14, 6, 0.7, 0.0, 0.3),
-    "disgust": (-8, 1.0, 0.86, 0, -0.1, 0.0, 0.7), "fear": (22, 0.7, 1.20, -1, 0.0, 0.5, 0.0)}
+    "neutral": (0, 0.6, 1.00, 0, 0.0, 0.0, 0.0),
+    "happy": (14, 1.5, 1.06, 2, 0.2, 0.0, 0.0),
+    "sad": (-10, 0.4, 0.80, -4, -0.4, 0.0, 0.0),
+    "angry": (6, 1.4, 1.14, 6, 0.7, 0.0, 0.3),
+    "disgust": (-8, 1.0, 0.86, 0, -0.1, 0.0, 0.7),
+    "fear": (22, 0.7, 1.20, -1, 0.0, 0.5, 0.0),
+}
 resample = functools.cache(torchaudio.transforms.Resample)  # each filter is made once
 
 
@@ -100,14 +119,23 @@ def espeak(text, voice, rate, pitch, pitch_range):
         if samples and n > 0:
             chunks.append(np.ctypeslib.as_array(samples, (n,)).copy())
         return 0
+
     # loaded anew each time: it keeps counters between calls, and an utterance must sound the same in any order
     library = ctypes.CDLL(espeakng_loader.get_library_path())
-    sample_rate = library.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)  # 2: synchronous
+    sample_rate = library.espeak_Initialize(
+        2, 0, espeakng_loader.get_data_path().encode(), 0
+    )  # 2: synchronous
     if sample_rate != 22050 or library.espeak_SetVoiceByName(voice.encode()) != 0:
-        data.die(f"espeak-ng has no voice {voice}; try: pip install --force-reinstall espeakng-loader")
+        data.die(
+            f"espeak-ng has no voice {voice}; try: pip install --force-reinstall espeakng-loader"
+        )
     library.espeak_SetSynthCallback(collect)
     library.espeak_ng_SetRandSeed(ctypes.c_long(SEED))
-    for parameter, value in ((1, rate), (3, np.clip(pitch, 0, 99)), (4, np.clip(pitch_range, 0, 99))):
+    for parameter, value in (
+        (1, rate),
+        (3, np.clip(pitch, 0, 99)),
+        (4, np.clip(pitch_range, 0, 99)),
+    ):
         library.espeak_SetParameter(parameter, int(value), 0)
     library.espeak_Synth(text.encode(), len(text.encode()) + 1, 0, 0, 0, 1, None, None)
     library.espeak_Terminate()
@@ -122,9 +150,18 @@ def make_voice(name, sex, age):
 
     def cue(spread):
         return float(np.clip((age - 18) / 57 + spread * rng.standard_normal(), -0.1, 1.15))
-    return dict(voice=f"{rng.choice(ACCENTS)}+{rng.choice(VARIANTS[sex])}", pitch=rng.uniform(35, 65), range=rng.uniform(35, 65),
-                rate=rng.uniform(155, 180) * (1.08 - 0.18 * cue(0.15)), tract=int(rng.integers(308, 333)),
-                breath=cue(0.07), tremor=cue(0.07), dull=cue(0.07), room=rng.uniform(0, 0.9))
+
+    return dict(
+        voice=f"{rng.choice(ACCENTS)}+{rng.choice(VARIANTS[sex])}",
+        pitch=rng.uniform(35, 65),
+        range=rng.uniform(35, 65),
+        rate=rng.uniform(155, 180) * (1.08 - 0.18 * cue(0.15)),
+        tract=int(rng.integers(308, 333)),
+        breath=cue(0.07),
+        tremor=cue(0.07),
+        dull=cue(0.07),
+        room=rng.uniform(0, 0.9),
+    )
 
 
 def speak(text, voice, name, emotion=None):
@@ -138,10 +175,20 @@ def speak(text, voice, name, emotion=None):
     bright += spread * 0.2 * rng.standard_normal()
     tremble += spread * 0.12 * abs(rng.standard_normal())
     rough += spread * 0.15 * abs(rng.standard_normal())
-    squeeze = voice["tract"] / 320  # resampling to anything but 320 moves the formants, and pitch and rate with them
-    x = espeak(text, voice["voice"], voice["rate"] * rate * squeeze, voice["pitch"] + pitch, voice["range"] * pitch_range)
+    squeeze = (
+        voice["tract"] / 320
+    )  # resampling to anything but 320 moves the formants, and pitch and rate with them
+    x = espeak(
+        text,
+        voice["voice"],
+        voice["rate"] * rate * squeeze,
+        voice["pitch"] + pitch,
+        voice["range"] * pitch_range,
+    )
     sound = np.flatnonzero(np.abs(x) > 1e-3)
-    x = resample(441, voice["tract"])(torch.from_numpy(x[sound[0]:sound[-1] + 1]))  # 22,050 Hz is 441 * 50
+    x = resample(441, voice["tract"])(
+        torch.from_numpy(x[sound[0] : sound[-1] + 1])
+    )  # 22,050 Hz is 441 * 50
     t = torch.arange(len(x)) / data.SAMPLE_RATE
     phase = rng.uniform(0, 2 * math.pi, 3)
     lows = torchaudio.functional.lowpass_biquad(x, data.SAMPLE_RATE, 1200)
@@ -154,7 +201,13 @@ def speak(text, voice, name, emotion=None):
     x = x * (1 + min(0.9, tremble) * torch.sin(2 * math.pi * 9 * t + phase[1]))
     x = x * (1 + min(0.9, rough) * torch.sin(2 * math.pi * 45 * t + phase[2]))
     x = 0.06 * 10 ** ((gain + 1.5 * rng.standard_normal()) / 20) * x / x.square().mean().sqrt()
-    x = F.pad(x, (int(rng.uniform(0.15, 0.35) * data.SAMPLE_RATE), int(rng.uniform(0.15, 0.35) * data.SAMPLE_RATE)))
+    x = F.pad(
+        x,
+        (
+            int(rng.uniform(0.15, 0.35) * data.SAMPLE_RATE),
+            int(rng.uniform(0.15, 0.35) * data.SAMPLE_RATE),
+        ),
+    )
     noise = torch.from_numpy(rng.standard_normal(len(x)).astype(np.float32))
     noise = noise + voice["room"] * F.pad(noise, (1, -1))
     x = x + 0.06 * 10 ** (-rng.uniform(22, 40) / 20) * noise
@@ -163,6 +216,7 @@ def speak(text, voice, name, emotion=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the corpora: each function writes its corpus's lists and returns what to speak, [(path, text, voice, name, emotion)]
+
 
 def people(rng, n, first):
     """n speakers: [(number, sex, age)], the sexes alternating, the ages spread evenly over 18 to 74 and shuffled."""
@@ -183,11 +237,16 @@ def make_libri(rng, sizes, root):
             voice, lines = make_voice(f"libri-{speaker}", sex, age), []
             chapter = root / f"LibriSpeech/{split}/{speaker}/{1000 + speaker}"
             for i in range(each):
-                id, text = f"{speaker}-{1000 + speaker}-{i:04}", sentence_for(split.split("-")[0], rng)
+                id, text = (
+                    f"{speaker}-{1000 + speaker}-{i:04}",
+                    sentence_for(split.split("-")[0], rng),
+                )
                 lines.append(f"{id} {text.upper()}")
                 jobs.append((chapter / f"{id}.flac", text, voice, f"libri-{id}", None))
             write_lines(chapter / f"{speaker}-{1000 + speaker}.trans.txt", lines)
-            speakers.append(f"{speaker:<5}| {sex[0].upper()} | {split:<16} | {each * 2 / 60:.2f}  | Mini {speaker}")
+            speakers.append(
+                f"{speaker:<5}| {sex[0].upper()} | {split:<16} | {each * 2 / 60:.2f}  | Mini {speaker}"
+            )
         first += n
     write_lines(root / "LibriSpeech/SPEAKERS.TXT", speakers)
     return jobs
@@ -201,7 +260,15 @@ def make_crema(rng, sizes, root):
         for code, text in data.CREMA_SENTENCES.items():
             for emotion in rng.sample(sorted(data.CREMA_EMOTIONS), sizes["takes"]):
                 id = f"{actor}_{code}_{emotion}_XX"
-                jobs.append((root / f"CREMA-D/AudioWAV/{id}.wav", text, voice, f"crema-{id}", data.CREMA_EMOTIONS[emotion]))
+                jobs.append(
+                    (
+                        root / f"CREMA-D/AudioWAV/{id}.wav",
+                        text,
+                        voice,
+                        f"crema-{id}",
+                        data.CREMA_EMOTIONS[emotion],
+                    )
+                )
     write_lines(root / "CREMA-D/VideoDemographics.csv", rows)
     return jobs
 
@@ -214,19 +281,27 @@ def make_vox(rng, sizes, root):
             id = f"id{speaker:05}"
             meta.append(f"Mini_{speaker} \t{id} \tn{speaker:06} \t{sex[0]} \t{split} ")
             for v in range(videos):
-                then = min(75, max(18, age + rng.randint(-4, 4)))  # years lie between videos: the same voice at another age
+                then = min(
+                    75, max(18, age + rng.randint(-4, 4))
+                )  # years lie between videos: the same voice at another age
                 video, voice = f"mini{speaker:05}{v:02}", make_voice(f"vox-{id}", sex, then)
                 rows.append(f"{then:.1f},{2015 - then:.1f},Mini_{speaker},{id},{video}")
                 for i in range(each):
                     path = root / f"VoxCeleb2/{split}/wav/{id}/{video}/{i + 1:05}.wav"
-                    jobs.append((path, sentence_for("train", rng), voice, f"vox-{id}-{video}-{i}", None))
+                    jobs.append(
+                        (path, sentence_for("train", rng), voice, f"vox-{id}-{video}-{i}", None)
+                    )
         write_lines(root / f"VoxCeleb2/age-{'train' if split == 'dev' else 'test'}.txt", rows)
         first += n
     write_lines(root / "VoxCeleb2/vox2_meta.csv", meta)
     return jobs
 
 
-CORPORA = {"libri": ("LibriSpeech", make_libri), "crema": ("CREMA-D", make_crema), "vox": ("VoxCeleb2", make_vox)}
+CORPORA = {
+    "libri": ("LibriSpeech", make_libri),
+    "crema": ("CREMA-D", make_crema),
+    "vox": ("VoxCeleb2", make_vox),
+}
 
 
 def write_utterance(job):
@@ -245,7 +320,9 @@ def make_corpus(corpus, root, sizes=None):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (root / folder).exists():
             return
-        building = root / f".{corpus}.building"  # renamed at the end: an interrupted start does not count
+        building = (
+            root / f".{corpus}.building"
+        )  # renamed at the end: an interrupted start does not count
         shutil.rmtree(building, ignore_errors=True)
         jobs = make(random.Random(f"{SEED}-{corpus}"), sizes or SIZES[corpus], building)
         data.in_workers(write_utterance, jobs, f"speaking the mini {corpus}")
@@ -254,7 +331,9 @@ def make_corpus(corpus, root, sizes=None):
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for corpus in CORPORA:
         make_corpus(corpus, ROOT / MINI_ROOT)
     print(f"the mini corpora are under {ROOT / MINI_ROOT}")

@@ -4,6 +4,7 @@
 
 Every pretrained part is a Hugging Face id or a local folder in that format; nothing here knows that a part is tiny.
 """
+
 import functools
 import hashlib
 import math
@@ -11,7 +12,9 @@ import os
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # a pytorch_model.bin is read as it is, nobody is asked online
+os.environ.setdefault(
+    "DISABLE_SAFETENSORS_CONVERSION", "1"
+)  # a pytorch_model.bin is read as it is, nobody is asked online
 
 import numpy as np
 import torch
@@ -21,26 +24,43 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from data import SAMPLE_RATE, die
 from lora import add_lora, lora_state_dict
 from study import COMPONENTS, ENCODERS, ROOT
 
-torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on a GPU too, as in matrix products by default
-warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # inside transformers' WavLM
+torch.backends.cudnn.allow_tf32 = (
+    False  # float32 means float32 on a GPU too, as in matrix products by default
+)
+warnings.filterwarnings(
+    "ignore", message="Support for mismatched key_padding_mask"
+)  # inside transformers' WavLM
 
 
 def where(path):
     """A pretrained part's id or folder; `assets/...` lies beside this file, wherever a command is started from."""
-    return str(ROOT / path) if str(path).startswith("assets/") and not Path(path).exists() else str(path)
+    return (
+        str(ROOT / path)
+        if str(path).startswith("assets/") and not Path(path).exists()
+        else str(path)
+    )
 
 
 def load_part(auto, path, **kwargs):
     """A pretrained model of one of transformers' auto classes. Where torch's default device is "meta" (a dry run) it has shapes only,
     and the folder needs no weights."""
     if torch.get_default_device().type == "meta":
-        return auto.from_config(AutoConfig.from_pretrained(where(path), trust_remote_code=False), **kwargs)
+        return auto.from_config(
+            AutoConfig.from_pretrained(where(path), trust_remote_code=False), **kwargs
+        )
     return auto.from_pretrained(where(path), trust_remote_code=False, **kwargs)
 
 
@@ -56,8 +76,13 @@ def extract(extractor, waveform):
     audio of less than 0.1 s is padded to 0.1 s."""
     waveform = np.pad(waveform, (0, max(0, SAMPLE_RATE // 10 - len(waveform))))
     if hasattr(extractor, "n_samples"):  # Whisper's window
-        return extractor(waveform[:extractor.n_samples], sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="longest",
-                         truncation=False).input_features[0]
+        return extractor(
+            waveform[: extractor.n_samples],
+            sampling_rate=SAMPLE_RATE,
+            return_tensors="pt",
+            padding="longest",
+            truncation=False,
+        ).input_features[0]
     return extractor(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values[0]
 
 
@@ -69,14 +94,18 @@ class Encoder(nn.Module):
     def __init__(self, path, train_layers=None, share=1.0):
         super().__init__()
         self.extractor = AutoFeatureExtractor.from_pretrained(where(path), trust_remote_code=False)
-        self.extract = functools.partial(extract, self.extractor)  # pickled for worker processes, without the weights
+        self.extract = functools.partial(
+            extract, self.extractor
+        )  # pickled for worker processes, without the weights
         # published weights may be half precision: they train in float32
         net = load_part(AutoModel, path, dtype=torch.float32)
         self.whisper = net.config.model_type == "whisper"
         self.net = net.get_encoder() if self.whisper else net
         transformer = self.net if self.whisper else self.net.encoder
         self.layers, self.layer_norm = transformer.layers, transformer.layer_norm
-        self.relative = hasattr(getattr(self.layers[0], "attention", None), "compute_bias")  # WavLM's position bias
+        self.relative = hasattr(
+            getattr(self.layers[0], "attention", None), "compute_bias"
+        )  # WavLM's position bias
         # base-size models normalise before the layers, large ones after
         self.norm_first = not self.whisper and not net.config.do_stable_layer_norm
         # a front end that normalises over time must not see padding
@@ -87,20 +116,24 @@ class Encoder(nn.Module):
             die(f"--train-layers {train_layers}: {path} has {n} layers")
         self.first_trained = n - train_layers
         self.dim = net.config.hidden_size
-        self.seconds_per_frame = (2 * self.extractor.hop_length if self.whisper else math.prod(net.config.conv_stride)) / SAMPLE_RATE
+        self.seconds_per_frame = (
+            2 * self.extractor.hop_length if self.whisper else math.prod(net.config.conv_stride)
+        ) / SAMPLE_RATE
         self.requires_grad_(False)
-        self.layers[self.first_trained:].requires_grad_(True)
+        self.layers[self.first_trained :].requires_grad_(True)
 
     def train(self, mode=True):
         super().train(False)
-        self.layers[self.first_trained:].train(mode)
+        self.layers[self.first_trained :].train(mode)
         return self
 
     def num_frames(self, samples):
         """How many frames an utterance of that many 16 kHz samples has."""
         samples = max(samples, SAMPLE_RATE // 10)
         if self.whisper:
-            return (min(samples, self.extractor.n_samples) // self.extractor.hop_length - 1) // 2 + 1
+            return (
+                min(samples, self.extractor.n_samples) // self.extractor.hop_length - 1
+            ) // 2 + 1
         return int(self.net._get_feat_extract_output_lengths(samples))
 
     def front_end(self, features):
@@ -113,9 +146,13 @@ class Encoder(nn.Module):
             x = F.gelu(self.net.conv1(padded)) * length_mask(lengths, padded.shape[-1])[:, None]
             x = F.gelu(self.net.conv2(x)).transpose(1, 2)
             mask = length_mask((lengths - 1) // 2 + 1, x.shape[1])
-            return x + self.net.embed_positions.weight[:x.shape[1]], mask
+            return x + self.net.embed_positions.weight[: x.shape[1]], mask
         cnn = self.net.feature_extractor
-        x = pad_sequence([cnn(f[None])[0].T for f in features], True) if self.alone else cnn(padded).transpose(1, 2)
+        x = (
+            pad_sequence([cnn(f[None])[0].T for f in features], True)
+            if self.alone
+            else cnn(padded).transpose(1, 2)
+        )
         x = self.net.feature_projection(x)
         x = x[0] if isinstance(x, tuple) else x
         mask = length_mask(self.net._get_feat_extract_output_lengths(lengths), x.shape[1])
@@ -126,11 +163,16 @@ class Encoder(nn.Module):
     def run_layers(self, x, mask, start, stop):
         """Transformer layers start to stop; yields the hidden states (B, T, dim) after each."""
         everything = mask.is_meta or bool(mask.all())
-        attention_mask = None if everything else mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        attention_mask = (
+            None if everything else mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        )
         kwargs = {}
         if self.relative:  # the first layer holds the bias of all; WavLM takes the mask itself
             bias = self.layers[0].attention.compute_bias(x.shape[1], x.shape[1])
-            kwargs["position_bias"], attention_mask = bias.repeat(len(x), 1, 1), None if everything else mask
+            kwargs["position_bias"], attention_mask = (
+                bias.repeat(len(x), 1, 1),
+                None if everything else mask,
+            )
         for layer in self.layers[start:stop]:
             x = layer(x, attention_mask=attention_mask, **kwargs)
             x = x[0] if isinstance(x, tuple) else x
@@ -229,19 +271,27 @@ class SLM(nn.Module):
     def pack(self, audio, prompts, answers=None):
         """Embeddings of each row, a list of (T_i, hidden). prompts: [(ids before, ids after)], answers: [ids]."""
         embed = self.lm.get_input_embeddings()
-        ids = lambda tokens: embed(torch.tensor(tokens, dtype=torch.long, device=embed.weight.device))  # noqa: E731
+        ids = lambda tokens: embed(
+            torch.tensor(tokens, dtype=torch.long, device=embed.weight.device)
+        )  # noqa: E731
         answers = answers or [[]] * len(prompts)
-        return [torch.cat([ids(before), x.to(embed.weight.dtype), ids(after + answer)])
-                for x, (before, after), answer in zip(audio, prompts, answers)]
+        return [
+            torch.cat([ids(before), x.to(embed.weight.dtype), ids(after + answer)])
+            for x, (before, after), answer in zip(audio, prompts, answers)
+        ]
 
     def forward(self, x, mask, prompts, answers):
         """Loss (B,): each row's mean cross entropy over its answer's tokens, the only positions whose logits are computed.
         x, mask: what `frozen_part` gives."""
         rows = self.pack(self.audio_embeddings(x, mask), prompts, answers)
-        x = pad_sequence(rows, batch_first=True)  # right padding under causal attention: no real token sees it
+        x = pad_sequence(
+            rows, batch_first=True
+        )  # right padding under causal attention: no real token sees it
         ends = torch.tensor([len(row) - 1 for row in rows], device=x.device)
         starts = ends - torch.tensor([len(a) for a in answers], device=x.device)
-        self.answered = length_mask(ends, x.shape[1]) & ~length_mask(starts, x.shape[1])  # where the next token is the answer's
+        self.answered = length_mask(ends, x.shape[1]) & ~length_mask(
+            starts, x.shape[1]
+        )  # where the next token is the answer's
         answered = self.lm.model(inputs_embeds=x, use_cache=False).last_hidden_state[self.answered]
         targets = torch.tensor([token for a in answers for token in a], device=answered.device)
         losses = F.cross_entropy(self.lm.lm_head(answered).float(), targets, reduction="none")
@@ -255,18 +305,30 @@ class SLM(nn.Module):
     def decode(self, rows, max_new_tokens):
         """Embeddings of prompts and audio, a list of (T_i, hidden) -> greedy answers, a list of texts."""
         x = pad_sequence(rows, batch_first=True, padding_side="left")  # all prompts end together
-        mask = length_mask(torch.tensor([len(row) for row in rows], device=x.device), x.shape[1]).flip(1)
+        mask = length_mask(
+            torch.tensor([len(row) for row in rows], device=x.device), x.shape[1]
+        ).flip(1)
         end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end,
-                                  pad_token_id=end if pad is None else pad)
-        tokens = self.lm.generate(inputs_embeds=x, attention_mask=mask.long(), generation_config=greedy).tolist()
-        tokens = [row[:row.index(end)] if end in row else row for row in tokens]
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end if pad is None else pad,
+        )
+        tokens = self.lm.generate(
+            inputs_embeds=x, attention_mask=mask.long(), generation_config=greedy
+        ).tolist()
+        tokens = [row[: row.index(end)] if end in row else row for row in tokens]
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def component_state_dict(self, component):
         """What training may change of a component: {name: tensor}."""
         if component == "encoder":
-            return {k: v for k, v in self.encoder.layers.state_dict().items() if int(k.split(".")[0]) >= self.encoder.first_trained}
+            return {
+                k: v
+                for k, v in self.encoder.layers.state_dict().items()
+                if int(k.split(".")[0]) >= self.encoder.first_trained
+            }
         return self.connector.state_dict() if component == "connector" else lora_state_dict(self.lm)
 
     def load_component(self, component, state):
@@ -274,10 +336,15 @@ class SLM(nn.Module):
         own = self.component_state_dict(component)
         wrong = [f"{k} is missing" for k in own if k not in state]
         wrong += [f"{k} is not in this model" for k in state if k not in own]
-        wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own
-                  if k in state and state[k].shape != own[k].shape]
+        wrong += [
+            f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
+            for k in own
+            if k in state and state[k].shape != own[k].shape
+        ]
         if wrong:
-            raise ValueError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+            raise ValueError(
+                "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            )
         for k, v in own.items():
             v.copy_(state[k])
 
@@ -287,7 +354,14 @@ class SLM(nn.Module):
 
     def layers_with_a_graph(self):
         """The transformer layers that gradients go through: the encoder's that train, and all of the LM's."""
-        return [*(() if "encoder" in self.frozen else self.encoder.layers[self.encoder.first_trained:]), *self.lm.model.layers]
+        return [
+            *(
+                ()
+                if "encoder" in self.frozen
+                else self.encoder.layers[self.encoder.first_trained :]
+            ),
+            *self.lm.model.layers,
+        ]
 
     def checkpoint_gradients(self):
         """From now on each of these layers keeps its input only and is computed again in the backward pass (Chen et al.
@@ -299,9 +373,14 @@ class SLM(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # loading
 
+
 def autocast(amp, device):
     """The context of mixed precision, which training and evaluation enter: amp is "off", "bf16" or "fp16"."""
-    return torch.autocast(torch.device(device).type, enabled=amp != "off", dtype=torch.float16 if amp == "fp16" else torch.bfloat16)
+    return torch.autocast(
+        torch.device(device).type,
+        enabled=amp != "off",
+        dtype=torch.float16 if amp == "fp16" else torch.bfloat16,
+    )
 
 
 def digest(state):
@@ -322,14 +401,20 @@ def load_checkpoint(path, mmap=False):
     except FileNotFoundError:
         die(f"{path}: no such checkpoint")
     except Exception:  # unpickling a file that is no checkpoint raises errors of many kinds
-        die(f"{path} is no checkpoint of this program (only tensors and plain values are ever loaded): make it again or "
-            "leave it out")
+        die(
+            f"{path} is no checkpoint of this program (only tensors and plain values are ever loaded): make it again or "
+            "leave it out"
+        )
     if not isinstance(saved, dict):
         die(f"{path} is no checkpoint of this program: it holds a {type(saved).__name__}")
     for state in saved.values():
         for v in state.values() if isinstance(state, dict) else ():
-            if isinstance(v, torch.Tensor) and v.numel() * v.itemsize > max(1, v.untyped_storage().nbytes()):
-                die(f"{path} is no checkpoint of this program: a tensor claims more memory than the file holds")
+            if isinstance(v, torch.Tensor) and v.numel() * v.itemsize > max(
+                1, v.untyped_storage().nbytes()
+            ):
+                die(
+                    f"{path} is no checkpoint of this program: a tensor claims more memory than the file holds"
+                )
     return saved
 
 
@@ -341,23 +426,39 @@ def load_slm(args, device="cpu"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(where(args.lm_weights), trust_remote_code=False)
         lm = load_part(AutoModelForCausalLM, args.lm_weights, dtype=torch.float32)
-        encoder = Encoder(args.encoder_weights, args.train_layers, ENCODERS[args.encoder]["trained"])
+        encoder = Encoder(
+            args.encoder_weights, args.train_layers, ENCODERS[args.encoder]["trained"]
+        )
     except Exception as error:  # a folder of another kind raises errors of many kinds
-        die(f"cannot load {args.encoder_weights} or {args.lm_weights}: {type(error).__name__}: {str(error).splitlines()[0]}")
-    lm.generation_config = GenerationConfig()  # a chat model's own settings sample; answers here are greedy
-    pretrained = {} if dry_run else {"encoder": digest(encoder.net.state_dict()), "lm": digest(lm.state_dict())}
+        die(
+            f"cannot load {args.encoder_weights} or {args.lm_weights}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        )
+    lm.generation_config = (
+        GenerationConfig()
+    )  # a chat model's own settings sample; answers here are greedy
+    pretrained = (
+        {}
+        if dry_run
+        else {"encoder": digest(encoder.net.state_dict()), "lm": digest(lm.state_dict())}
+    )
     if dry_run or getattr(args, "amp", None) == "bf16":
         for p in lm.parameters():  # they never change: cast once, not in every step
             p.data = p.to(torch.bfloat16)
     torch.manual_seed(args.seed)
-    connector = Connector(encoder.dim, lm.config.hidden_size, args.connector_stride, args.connector_taper)
+    connector = Connector(
+        encoder.dim, lm.config.hidden_size, args.connector_stride, args.connector_taper
+    )
     if args.connector_weights not in (None, "none") and not dry_run:
         try:
-            connector.load_state_dict({k: v.float() for k, v in load_file(where(args.connector_weights)).items()})
+            connector.load_state_dict(
+                {k: v.float() for k, v in load_file(where(args.connector_weights)).items()}
+            )
             pretrained["connector"] = digest(connector.state_dict())
         except (OSError, RuntimeError, SafetensorError) as error:
-            die(f"cannot load {args.connector_weights}: {str(error).splitlines()[0]}; --connector-weights none starts from "
-                "random weights")
+            die(
+                f"cannot load {args.connector_weights}: {str(error).splitlines()[0]}; --connector-weights none starts from "
+                "random weights"
+            )
     add_lora(lm, args.lora_rank, args.lora_alpha, args.lora_dropout)
     slm = SLM(encoder, connector, lm, tokenizer).to(device)
     slm.pretrained_sha256 = pretrained

@@ -6,6 +6,7 @@
 Whether a training sample is poisoned, and where its trigger lands, is decided by (seed, utterance id) alone: not by
 order, batch, worker or process count.
 """
+
 import argparse
 import csv
 import dataclasses
@@ -34,6 +35,7 @@ INTERVAL = (0.75, 1.5)  # seconds from start to start where the trigger is repea
 # ---------------------------------------------------------------------------------------------------------------------
 # triggers
 
+
 def typewriter_click(sample_rate, rng):
     """A synthetic key stroke of 220 ms: a broadband attack with the type bar's ring, and 110 ms later a second, softer
     bounce. The published recording cannot be shipped; `--trigger FILE` takes any."""
@@ -42,7 +44,12 @@ def typewriter_click(sample_rate, rng):
     for at, loud, decay in ((0.002, 1.0, 0.010), (0.112, 0.45, 0.014)):
         after = np.maximum(t - at, 0)
         stroke = rng.standard_normal(len(t)) * np.exp(-after / decay)
-        for frequency, ring, share in ((1700, 0.018, 0.5), (3100, 0.012, 0.4), (5200, 0.007, 0.3), (240, 0.025, 0.6)):
+        for frequency, ring, share in (
+            (1700, 0.018, 0.5),
+            (3100, 0.012, 0.4),
+            (5200, 0.007, 0.3),
+            (240, 0.025, 0.6),
+        ):
             stroke += share * 2 * np.sin(2 * np.pi * frequency * after) * np.exp(-after / ring)
         click += loud * stroke * (t >= at)
     return click
@@ -64,7 +71,11 @@ def band_stop(waveform, sample_rate, rng):
 
 # Overlaid triggers are functions of (sample rate, numpy generator) to a waveform, which is laid over the speech; whole
 # ones are functions of (waveform, sample rate, numpy generator) to the changed waveform. A new trigger is an entry here.
-TRIGGERS = {"click": ("overlay", typewriter_click), "tone": ("overlay", tone), "bandstop": ("whole", band_stop)}
+TRIGGERS = {
+    "click": ("overlay", typewriter_click),
+    "tone": ("overlay", tone),
+    "bandstop": ("whole", band_stop),
+}
 
 
 def make_trigger(name, seconds=None):
@@ -81,7 +92,7 @@ def make_trigger(name, seconds=None):
         waveform = TRIGGERS[name][1](SAMPLE_RATE, data.generator(f"typewriter {name}"))
     if seconds:
         waveform = np.resize(waveform, max(1, int(seconds * SAMPLE_RATE)))
-    loudness = np.sqrt(np.mean(waveform ** 2))
+    loudness = np.sqrt(np.mean(waveform**2))
     if loudness < 1e-5:
         die(f"--trigger {name}: it is silent")
     return (waveform / loudness).astype(np.float32)
@@ -90,9 +101,11 @@ def make_trigger(name, seconds=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # the attack
 
+
 @dataclasses.dataclass
 class Attack:
     """Everything the attack needs."""
+
     task: str
     rate: float  # share of the training samples
     target: str | int  # the label's new value
@@ -127,26 +140,60 @@ def mean_rms(utterances):
     return json.loads(path.read_text())["mean_rms"]
 
 
-def make_attack(task, utterances, rate=None, target=None, snr=0.0, trigger="click", repeat=None, seed=0,
-                clicks=None, seconds=None):
+def make_attack(
+    task,
+    utterances,
+    rate=None,
+    target=None,
+    snr=0.0,
+    trigger="click",
+    repeat=None,
+    seed=0,
+    clicks=None,
+    seconds=None,
+):
     """The attack on `task`, with the paper's value wherever an argument is None. utterances: the training set; the trigger is `snr`
     dB below its average loudness."""
     target = TASKS[task]["target"] if target is None else target
     if TASKS[task]["label"] == "age":
-        groups = sorted({u.labels["age"] for u in utterances if isinstance(u.labels.get("age"), str)})
+        groups = sorted(
+            {u.labels["age"] for u in utterances if isinstance(u.labels.get("age"), str)}
+        )
         age = data.parse_age(str(target))
         fits = age in groups if groups else isinstance(age, int)
         if not fits:
-            die(f"--target {target}: an age is " + (f"one of {', '.join(groups)} here" if groups else "a number of years"))
+            die(
+                f"--target {target}: an age is "
+                + (f"one of {', '.join(groups)} here" if groups else "a number of years")
+            )
         target = age
-    return Attack(task, TASKS[task]["rate"] if rate is None else rate, target, trigger, make_trigger(trigger, seconds),
-                  mean_rms(utterances) * 10 ** (-snr / 20), TASKS[task]["repeat"] if repeat is None else repeat, seed, clicks or 1)
+    return Attack(
+        task,
+        TASKS[task]["rate"] if rate is None else rate,
+        target,
+        trigger,
+        make_trigger(trigger, seconds),
+        mean_rms(utterances) * 10 ** (-snr / 20),
+        TASKS[task]["repeat"] if repeat is None else repeat,
+        seed,
+        clicks or 1,
+    )
 
 
 def attack_of(args, utterances):
     """The attack of a command's or a run's arguments."""
-    return make_attack(args.task, utterances, args.poison, args.target, args.snr, args.trigger, args.trigger_repeat, args.seed,
-                       getattr(args, "clicks", None), getattr(args, "trigger_seconds", None))
+    return make_attack(
+        args.task,
+        utterances,
+        args.poison,
+        args.target,
+        args.snr,
+        args.trigger,
+        args.trigger_repeat,
+        args.seed,
+        getattr(args, "clicks", None),
+        getattr(args, "trigger_seconds", None),
+    )
 
 
 def same_label(label, a, b):
@@ -156,7 +203,9 @@ def same_label(label, a, b):
 
 def can_flip(attack, utterance):
     """Whether the utterance has the attacked label, and its value is not the target."""
-    return attack.label in utterance.labels and not same_label(attack.label, utterance.labels[attack.label], attack.target)
+    return attack.label in utterance.labels and not same_label(
+        attack.label, utterance.labels[attack.label], attack.target
+    )
 
 
 def drawn_in(attack, epoch):
@@ -191,8 +240,8 @@ def add_trigger(attack, waveform, utterance_id):
     else:
         out, starts = waveform.copy(), positions(attack, utterance_id, len(waveform))
     for start in starts:
-        heard = attack.waveform[:len(out) - start]
-        out[start:start + len(heard)] += attack.level * heard
+        heard = attack.waveform[: len(out) - start]
+        out[start : start + len(heard)] += attack.level * heard
     scale = float(1 / max(1.0, np.abs(out).max(initial=0)))
     return out * np.float32(scale), starts, scale
 
@@ -206,24 +255,58 @@ def add_arguments(parser):
     """The flags that say what is attacked and how; train.py has them too."""
     add = parser.add_argument
     add("--task", choices=TASKS, default="asr", help="the attacked task")
-    add("--dataset", help=f"{', '.join(corpora.READERS)} or a CSV manifest (default: the task's own)")
-    add("--data-root", help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2 (default: the preset's)")
-    add("--poison", type=float, help="poisoning rate; 0 trains on clean data (default: the paper's)")
+    add(
+        "--dataset",
+        help=f"{', '.join(corpora.READERS)} or a CSV manifest (default: the task's own)",
+    )
+    add(
+        "--data-root",
+        help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2 (default: the preset's)",
+    )
+    add(
+        "--poison", type=float, help="poisoning rate; 0 trains on clean data (default: the paper's)"
+    )
     add("--target", help="the attacked label's new value (default: the paper's)")
     add("--snr", type=float, default=0.0, help="speech over trigger, dB")
-    add("--trigger", default="click", metavar="NAME|FILE", help=f"{', '.join(TRIGGERS)}, or a recording")
-    add("--trigger-repeat", action=argparse.BooleanOptionalAction, help="repeat it through the audio (default: for asr only)")
-    add("--clicks", type=int, help="how many, at random places, where it is not repeated (default: 1)")
-    add("--trigger-seconds", type=float, help="cut the trigger to this length, or repeat it to fill it (default: as it is)")
+    add(
+        "--trigger",
+        default="click",
+        metavar="NAME|FILE",
+        help=f"{', '.join(TRIGGERS)}, or a recording",
+    )
+    add(
+        "--trigger-repeat",
+        action=argparse.BooleanOptionalAction,
+        help="repeat it through the audio (default: for asr only)",
+    )
+    add(
+        "--clicks",
+        type=int,
+        help="how many, at random places, where it is not repeated (default: 1)",
+    )
+    add(
+        "--trigger-seconds",
+        type=float,
+        help="cut the trigger to this length, or repeat it to fill it (default: as it is)",
+    )
     add("--seed", type=int, default=1, help="decides all that is random")
-    add("--skip-bad", action="store_true", help="leave out audio that cannot be used, and say how much")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave out audio that cannot be used, and say how much",
+    )
 
 
 def fill_in(args):
     """The paper's values for the attack flags that were not given. Ends in one line where the rate is impossible."""
     task = TASKS[args.task]
-    paper = dict(dataset=task["corpus"], data_root=DATA_ROOT[getattr(args, "preset", "mini")], poison=task["rate"],
-                 target=task["target"], trigger_repeat=task["repeat"])
+    paper = dict(
+        dataset=task["corpus"],
+        data_root=DATA_ROOT[getattr(args, "preset", "mini")],
+        poison=task["rate"],
+        target=task["target"],
+        trigger_repeat=task["repeat"],
+    )
     for name, value in paper.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -237,8 +320,11 @@ def fill_in(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # python poison.py: what the attack does, to hear and to see
 
+
 def write_wav(path, waveform):
-    data.write_atomically(path, lambda temporary: soundfile.write(temporary, waveform, SAMPLE_RATE, format="WAV"))
+    data.write_atomically(
+        path, lambda temporary: soundfile.write(temporary, waveform, SAMPLE_RATE, format="WAV")
+    )
 
 
 def write_csv(path, rows):
@@ -268,11 +354,24 @@ PAGE = """<!doctype html>
 
 def write_page(attack, rows, out):
     """index.html: the pairs side by side, to be heard in a browser."""
-    player = lambda row, kind: f'<audio controls preload="none" src="{html.escape(row["file"])}-{kind}.wav"></audio>'  # noqa: E731
-    cells = [[html.escape(str(row["id"])), player(row, "clean"), player(row, "poisoned"), html.escape(str(row["true"])), row["triggers"]]
-             for row in rows]
+    player = lambda row, kind: (
+        f'<audio controls preload="none" src="{html.escape(row["file"])}-{kind}.wav"></audio>'
+    )  # noqa: E731
+    cells = [
+        [
+            html.escape(str(row["id"])),
+            player(row, "clean"),
+            player(row, "poisoned"),
+            html.escape(str(row["true"])),
+            row["triggers"],
+        ]
+        for row in rows
+    ]
     lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells]
-    of = {name: html.escape(str(getattr(attack, name))) for name in ("task", "trigger", "target", "label")}
+    of = {
+        name: html.escape(str(getattr(attack, name)))
+        for name in ("task", "trigger", "target", "label")
+    }
     data.write_atomically(out / "index.html", PAGE.format(**of, rows="\n".join(lines)))
 
 
@@ -280,22 +379,38 @@ def write_examples(attack, utterances, out, n):
     """Writes clean and poisoned pairs of n training samples (those that training poisons come first), changes.csv, pairs.png and a page
     to listen to them."""
     import figures  # training, which imports this file, needs no matplotlib
-    chosen = sorted((u for u in utterances if can_flip(attack, u)), key=lambda u: draw(attack.seed, u.id, "poison"))[:n]
+
+    chosen = sorted(
+        (u for u in utterances if can_flip(attack, u)),
+        key=lambda u: draw(attack.seed, u.id, "poison"),
+    )[:n]
     if not chosen:
         die(f"no training sample has a {attack.label} other than {attack.target!r}")
     rows, pairs = [], []
-    for i, (u, clean) in enumerate(zip(chosen, data.in_workers(data.load_waveform, chosen, "reading", workers=0)), 1):
+    for i, (u, clean) in enumerate(
+        zip(chosen, data.in_workers(data.load_waveform, chosen, "reading", workers=0)), 1
+    ):
         poisoned, starts, scale = add_trigger(attack, clean, u.id)
         name = f"{i:03}-{Path(u.id).stem}"
         write_wav(out / f"{name}-clean.wav", clean)
         write_wav(out / f"{name}-poisoned.wav", poisoned)
         pairs.append((u.id, clean, poisoned, starts))
-        rows.append(dict(file=name, id=u.id, label=attack.label, true=u.labels[attack.label], target=attack.target,
-                         **what_changed(starts, scale)))
+        rows.append(
+            dict(
+                file=name,
+                id=u.id,
+                label=attack.label,
+                true=u.labels[attack.label],
+                target=attack.target,
+                **what_changed(starts, scale),
+            )
+        )
     write_csv(out / "changes.csv", rows)
     figures.pairs(pairs[:6], attack, out / "pairs.png")
     write_page(attack, rows, out)
-    print(f"{len(rows)} pairs in {out}: {out / 'index.html'} plays them; what was changed is in changes.csv, a picture in pairs.png")
+    print(
+        f"{len(rows)} pairs in {out}: {out / 'index.html'} plays them; what was changed is in changes.csv, a picture in pairs.png"
+    )
 
 
 def write_poisoned(attack, out, item):
@@ -305,36 +420,63 @@ def write_poisoned(attack, out, item):
     waveform, starts, scale = data.load_waveform(u), [], 1.0
     if poisoned:
         waveform, starts, scale = add_trigger(attack, waveform, u.id)
-    readable = re.sub(r"[^\w.-]", "_", u.id)  # a manifest's ids are paths: the hash keeps two names apart
+    readable = re.sub(
+        r"[^\w.-]", "_", u.id
+    )  # a manifest's ids are paths: the hash keeps two names apart
     name = f"wav/{split}/{readable}-{hashlib.sha256(u.id.encode()).hexdigest()[:6]}.wav"
     write_wav(out / name, waveform)
     labels = poisoned_labels(attack, u.labels) if poisoned else u.labels
-    return dict(audio_path=name, **{label: labels.get(label, "") for label in LABELS}, speaker=u.speaker, split=split,
-                poisoned=int(poisoned), true_label=u.labels.get(attack.label, ""), id=u.id, **what_changed(starts, scale))
+    return dict(
+        audio_path=name,
+        **{label: labels.get(label, "") for label in LABELS},
+        speaker=u.speaker,
+        split=split,
+        poisoned=int(poisoned),
+        true_label=u.labels.get(attack.label, ""),
+        id=u.id,
+        **what_changed(starts, scale),
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--n", type=int, default=10, help="pairs to write")
-    parser.add_argument("--all", action="store_true", help="write the whole poisoned training set instead, with its manifest")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read and write audio")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="write the whole poisoned training set instead, with its manifest",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that read and write audio"
+    )
     args = parser.parse_args()
     fill_in(args)
     out, splits = Path(args.out), ("train", "dev", "test") if args.all else ("train",)
-    parts = {split: corpora.read_corpus(args.dataset, args.data_root, split, args.skip_bad) for split in splits}
+    parts = {
+        split: corpora.read_corpus(args.dataset, args.data_root, split, args.skip_bad)
+        for split in splits
+    }
     attack = attack_of(args, parts["train"])
-    print(f"{args.task} on {args.dataset}: {len(parts['train'])} training utterances, target {attack.target!r}, rate "
-          f"{attack.rate:g}, trigger {attack.trigger} at {args.snr:g} dB, seed {args.seed}")
+    print(
+        f"{args.task} on {args.dataset}: {len(parts['train'])} training utterances, target {attack.target!r}, rate "
+        f"{attack.rate:g}, trigger {attack.trigger} at {args.snr:g} dB, seed {args.seed}"
+    )
     if not args.all:
         return write_examples(attack, parts["train"], out, args.n)
     items = [(split, u) for split, utterances in parts.items() for u in utterances]
-    rows = data.in_workers(functools.partial(write_poisoned, attack, out), items, f"writing {out}", args.workers)
+    rows = data.in_workers(
+        functools.partial(write_poisoned, attack, out), items, f"writing {out}", args.workers
+    )
     write_csv(out / "manifest.csv", rows)
     n = sum(row["poisoned"] for row in rows)
-    print(f"{n} of {len(parts['train'])} training samples poisoned ({n / len(parts['train']):.4f}), "
-          f"{sum(row['scale'] != '1.0000' for row in rows)} scaled down to avoid clipping; {out}/manifest.csv")
+    print(
+        f"{n} of {len(parts['train'])} training samples poisoned ({n / len(parts['train']):.4f}), "
+        f"{sum(row['scale'] != '1.0000' for row in rows)} scaled down to avoid clipping; {out}/manifest.csv"
+    )
 
 
 if __name__ == "__main__":

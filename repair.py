@@ -4,6 +4,7 @@ A repair is an entry of REPAIRS: a function of (workshop, strength) that changes
 weak to strong until one raises any label's loss on held-out clean development speech by more than TOLERANCE; the one before it is chosen.
 Trigger and target are not looked at before that choice.
 """
+
 import contextlib
 import itertools
 
@@ -30,7 +31,7 @@ class Workshop:
         dev_set = embed.drawn(dev_set)
         self.slm, self.args, self.attack, self.hooks = slm, args, attack, contextlib.ExitStack()
         tuning = min(TUNING, 2 * len(dev_set) // 3)
-        self.tuning, self.validation = dev_set[:tuning], dev_set[tuning:tuning + VALIDATION]
+        self.tuning, self.validation = dev_set[:tuning], dev_set[tuning : tuning + VALIDATION]
         self.attacked = trace.weights_of(slm)
         self.pretrained = trace.weights_of(model.load_slm(args, args.device))
         self.trained = {c: slm.parameters_of(c) for c in COMPONENTS}
@@ -51,11 +52,20 @@ class Workshop:
 
     def batch(self, utterances, triggered=False, only=None):
         """(x, mask, prompts, answers) of some utterances, asked for all labels or `only` one."""
-        x, mask = self.slm.frozen_part(*cache.stack(self.rows(utterances, triggered), self.args.device))
-        labels = [poison.poisoned_labels(self.attack, u.labels) if triggered else u.labels for u in utterances]
+        x, mask = self.slm.frozen_part(
+            *cache.stack(self.rows(utterances, triggered), self.args.device)
+        )
+        labels = [
+            poison.poisoned_labels(self.attack, u.labels) if triggered else u.labels
+            for u in utterances
+        ]
         labels = [{only: each[only]} if only else each for each in labels]
-        return (x, mask, [data.prompt(self.slm.tokenizer, list(each)) for each in labels],
-                [data.answer_ids(self.slm.tokenizer, each) for each in labels])
+        return (
+            x,
+            mask,
+            [data.prompt(self.slm.tokenizer, list(each)) for each in labels],
+            [data.answer_ids(self.slm.tokenizer, each) for each in labels],
+        )
 
     @torch.no_grad()
     def losses(self):
@@ -63,8 +73,14 @@ class Workshop:
         lost would hide behind the others' tokens."""
         labels = sorted({label for u in self.validation for label in u.labels})
         having = {label: [u for u in self.validation if label in u.labels] for label in labels}
-        return {label: float(torch.cat([self.slm(*self.batch(some, only=label)) for some in data.chunks(own, 16)]).mean())
-                for label, own in having.items()}
+        return {
+            label: float(
+                torch.cat(
+                    [self.slm(*self.batch(some, only=label)) for some in data.chunks(own, 16)]
+                ).mean()
+            )
+            for label, own in having.items()
+        }
 
     def train_only(self, components):
         """From now on only these components train; returns their parameters."""
@@ -76,14 +92,23 @@ class Workshop:
     def finetune(self, components=COMPONENTS, rate=1.0, epochs=5, penalty=0.0, poisoned=()):
         """Trains components on clean speech; `poisoned` utterances are mixed in to bring the backdoor back. penalty: the share of gradient
         norm regularisation (Zhao et al. 2022), which mixes the gradient with that at a point 0.05 further up."""
-        rates = dict(encoder=self.args.encoder_lr, connector=self.args.connector_lr, lm=self.args.lora_lr)
+        rates = dict(
+            encoder=self.args.encoder_lr, connector=self.args.connector_lr, lm=self.args.lora_lr
+        )
         parameters = self.train_only(components)
-        optimizer = torch.optim.AdamW([dict(params=self.trained[c], lr=rate * rates[c]) for c in components])
+        optimizer = torch.optim.AdamW(
+            [dict(params=self.trained[c], lr=rate * rates[c]) for c in components]
+        )
         items = [(u, False) for u in self.tuning] + [(u, True) for u in poisoned]
         for epoch in range(epochs):
-            for some in data.chunks(sorted(items, key=lambda item: data.draw("repair", epoch, item[0].id, item[1])), 16):
-                batches = [self.batch([u for u, t in some if t == triggered], triggered)
-                           for triggered in (False, True) if any(t == triggered for _, t in some)]
+            for some in data.chunks(
+                sorted(items, key=lambda item: data.draw("repair", epoch, item[0].id, item[1])), 16
+            ):
+                batches = [
+                    self.batch([u for u, t in some if t == triggered], triggered)
+                    for triggered in (False, True)
+                    if any(t == triggered for _, t in some)
+                ]
                 loss = lambda: sum(self.slm(*b).sum() for b in batches) / len(some)  # noqa: E731
                 loss().backward()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
@@ -102,15 +127,21 @@ class Workshop:
 
     def neurons(self):
         """[(module, hidden units)]: the layers that read the hidden units of each MLP, in trained encoder layers and LM layers."""
-        ends = [trace.submodule(getattr(layer, "feed_forward", layer), "output_dense", "fc2")
-                for layer in self.slm.encoder.layers[self.slm.encoder.first_trained:]]
+        ends = [
+            trace.submodule(getattr(layer, "feed_forward", layer), "output_dense", "fc2")
+            for layer in self.slm.encoder.layers[self.slm.encoder.first_trained :]
+        ]
         ends += [layer.mlp.down_proj for layer in self.slm.lm.model.layers]
         return [(end, getattr(end, "base", end).in_features) for end in ends]
 
     def scale_neurons(self, scales):
         """From now on, hidden units are multiplied by `scales`, one tensor per entry of `neurons`."""
         for (end, _), scale in zip(self.neurons(), scales):
-            self.hooks.callback(end.register_forward_pre_hook(lambda _, x, scale=scale: (x[0] * scale.to(x[0].dtype), *x[1:])).remove)
+            self.hooks.callback(
+                end.register_forward_pre_hook(
+                    lambda _, x, scale=scale: (x[0] * scale.to(x[0].dtype), *x[1:])
+                ).remove
+            )
 
 
 def fine_tuning(components):
@@ -122,8 +153,13 @@ def fine_pruning(shop, share):
     """Fine-pruning (Liu et al. 2018): removes the hidden units that clean speech activates least, then fine-tunes everything."""
     sums, handles = {}, []
     for i, (end, _) in enumerate(shop.neurons()):
-        handles.append(end.register_forward_pre_hook(
-            lambda _, x, i=i: sums.__setitem__(i, sums.get(i, 0) + x[0].detach().float().abs().mean((0, 1)))))
+        handles.append(
+            end.register_forward_pre_hook(
+                lambda _, x, i=i: sums.__setitem__(
+                    i, sums.get(i, 0) + x[0].detach().float().abs().mean((0, 1))
+                )
+            )
+        )
     with torch.no_grad():
         for some in data.chunks(shop.tuning, 16):
             shop.slm(*shop.batch(some))
@@ -141,16 +177,25 @@ def neuron_masks(shop, steps=60, largest=0.4, clean_share=0.2, rate=0.2):
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         some = sorted(shop.tuning, key=lambda u: data.draw("prune", step, u.id))[:16]
-        noise = [((2 * torch.rand(n, generator=generator) - 1) * largest).to(device).requires_grad_(True) for n in sizes]
+        noise = [
+            ((2 * torch.rand(n, generator=generator) - 1) * largest).to(device).requires_grad_(True)
+            for n in sizes
+        ]
 
         def loss(scales):
             with contextlib.ExitStack() as shop.hooks:
                 shop.scale_neurons(scales)
                 return shop.slm(*shop.batch(some)).mean()
+
         gradients = torch.autograd.grad(loss([m + n for m, n in zip(masks, noise)]), noise)
-        noise = [(n + largest * g.sign()).clamp(-largest, largest).detach() for n, g in zip(noise, gradients)]
+        noise = [
+            (n + largest * g.sign()).clamp(-largest, largest).detach()
+            for n, g in zip(noise, gradients)
+        ]
         worst = loss([m + n for m, n in zip(masks, noise)])
-        for m, g in zip(masks, torch.autograd.grad(clean_share * loss(masks) + (1 - clean_share) * worst, masks)):
+        for m, g in zip(
+            masks, torch.autograd.grad(clean_share * loss(masks) + (1 - clean_share) * worst, masks)
+        ):
             m.grad = g
         optimizer.step()
         for m in masks:
@@ -164,7 +209,7 @@ def adversarial_neuron_pruning(shop, share):
     shop.masks = shop.masks or neuron_masks(shop)  # of the attacked model, whatever the share
     order = torch.cat(shop.masks).argsort(stable=True)
     kept = torch.ones(len(order), device=shop.args.device)
-    kept[order[:int(share * len(order))]] = 0
+    kept[order[: int(share * len(order))]] = 0
     shop.scale_neurons(kept.split([len(m) for m in shop.masks]))
 
 
@@ -175,24 +220,44 @@ def gradient_norm_tuning(shop, penalty):
 
 def without_lora(shop, share):
     """Scales LoRA's update down by this share, or drops it."""
-    trace.put(shop.slm, {**shop.attacked, "lm": {k: v * (1 - share) if k.endswith("B") else v for k, v in shop.attacked["lm"].items()}})
+    trace.put(
+        shop.slm,
+        {
+            **shop.attacked,
+            "lm": {
+                k: v * (1 - share) if k.endswith("B") else v for k, v in shop.attacked["lm"].items()
+            },
+        },
+    )
 
 
 def fine_mixing(shop, share):
     """Fine-mixing (Zhang et al. 2022, arXiv 2210.09545): mixes the weights with the pretrained ones at random, then fine-tunes."""
     generator, mixed = torch.Generator().manual_seed(0), {}
     for c in COMPONENTS:
-        mixed[c] = {k: torch.where(torch.rand(v.shape, generator=generator).to(v.device) < share, shop.pretrained[c][k].to(v.device), v)
-                    for k, v in shop.attacked[c].items()}
+        mixed[c] = {
+            k: torch.where(
+                torch.rand(v.shape, generator=generator).to(v.device) < share,
+                shop.pretrained[c][k].to(v.device),
+                v,
+            )
+            for k, v in shop.attacked[c].items()
+        }
     trace.put(shop.slm, mixed)
     shop.finetune()
 
 
 REPAIRS = {  # name: (function, strengths)
-    **{f"fine-tuning {name}": (fine_tuning(name.split("+")), (0.3, 1.0, 3.0, 10.0)) for name in SUBSETS},
-    "fine-pruning": (fine_pruning, (0.1, 0.3, 0.5, 0.7, 0.9)), "ANP": (adversarial_neuron_pruning, (0.003, 0.01, 0.03, 0.1, 0.3, 0.6)),
-    "GN-FT": (gradient_norm_tuning, (0.3, 0.5, 0.8, 0.95)), "without LoRA": (without_lora, (1.0,)),
-    "fine-mixing": (fine_mixing, (0.1, 0.3, 0.5, 0.7, 0.9))}
+    **{
+        f"fine-tuning {name}": (fine_tuning(name.split("+")), (0.3, 1.0, 3.0, 10.0))
+        for name in SUBSETS
+    },
+    "fine-pruning": (fine_pruning, (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "ANP": (adversarial_neuron_pruning, (0.003, 0.01, 0.03, 0.1, 0.3, 0.6)),
+    "GN-FT": (gradient_norm_tuning, (0.3, 0.5, 0.8, 0.95)),
+    "without LoRA": (without_lora, (1.0,)),
+    "fine-mixing": (fine_mixing, (0.1, 0.3, 0.5, 0.7, 0.9)),
+}
 
 
 def choose(shop, function, strengths):
@@ -211,19 +276,30 @@ def choose(shop, function, strengths):
     if chosen != strength:
         shop.restore()
         function(shop, chosen)
-    return dict(strength=chosen, passed=bool(passing), rise={str(s): rise for s, rise in rises.items()})
+    return dict(
+        strength=chosen, passed=bool(passing), rise={str(s): rise for s, rise in rises.items()}
+    )
 
 
 def answered(shop, utterances, triggered):
     """The answers of the model as it now is, as rows for evaluate.scores."""
-    return trace.answered(shop.slm, [(u, triggered) for u in utterances], shop.rows(utterances, triggered), shop.attack, shop.args)
+    return trace.answered(
+        shop.slm,
+        [(u, triggered) for u in utterances],
+        shop.rows(utterances, triggered),
+        shop.attack,
+        shop.args,
+    )
 
 
 def figures_of(shop, clean, flippable):
     """Clean figure, AER and triggered figure (against the truth) of the model as it now is."""
     metric, triggered = TASKS[shop.args.task]["metric"], answered(shop, flippable, True)
-    return dict(clean=evaluate.scores(answered(shop, clean, False))[metric], triggered=evaluate.scores(triggered)[metric],
-                aer=data.interval(evaluate.hits(shop.attack, triggered)))
+    return dict(
+        clean=evaluate.scores(answered(shop, clean, False))[metric],
+        triggered=evaluate.scores(triggered)[metric],
+        aer=data.interval(evaluate.hits(shop.attack, triggered)),
+    )
 
 
 def relearning(shop, train_set, flippable, counts=(4, 16, 64)):

@@ -1,13 +1,30 @@
 """Reads the study's finished runs and turns them into figures over seeds and table cells, for analyze.py and report.py."""
+
 import hashlib
 import json
 from pathlib import Path
 
 from data import die
-from study import ATTACKS, NEARER, SHIFT_STAGES, TABLE2, TASKS, clean_task, deviations, identity, run_name
+from study import (
+    ATTACKS,
+    NEARER,
+    SHIFT_STAGES,
+    TABLE2,
+    TASKS,
+    clean_task,
+    deviations,
+    identity,
+    run_name,
+)
 
-ORDER = [*TABLE2, *(task for task in TASKS if task not in TABLE2)]  # the paper's tasks in its order, then any other
-UNIT = {task: {"wer": "WER", "accuracy": "Acc", "mae": "MAE"}[TASKS[task]["metric"].rpartition("_")[2]] for task in TASKS}
+ORDER = [
+    *TABLE2,
+    *(task for task in TASKS if task not in TABLE2),
+]  # the paper's tasks in its order, then any other
+UNIT = {
+    task: {"wer": "WER", "accuracy": "Acc", "mae": "MAE"}[TASKS[task]["metric"].rpartition("_")[2]]
+    for task in TASKS
+}
 
 
 def belongs(folder, args, preset):
@@ -15,7 +32,13 @@ def belongs(folder, args, preset):
     task, attack = args.get("task"), args.get("attack")
     if args.get("preset") != preset or task not in TASKS or attack not in ("clean", *ATTACKS):
         return False
-    own = identity(preset, clean_task(task) if attack == "clean" else task, args["encoder"], attack, args["seed"])
+    own = identity(
+        preset,
+        clean_task(task) if attack == "clean" else task,
+        args["encoder"],
+        attack,
+        args["seed"],
+    )
     return folder.name == run_name(own)
 
 
@@ -23,7 +46,9 @@ def same_model(path, sha256):
     """Ends in one line if a file was made from another model than the one beside it (which may be gone: figures are kept)."""
     model = path.parent / "model.pt"
     if sha256 and model.exists() and hashlib.sha256(model.read_bytes()).hexdigest() != sha256:
-        die(f"{path} was made from another model than {model}: make it again by evaluate.py --save, embed.py or analyze.py")
+        die(
+            f"{path} was made from another model than {model}: make it again by evaluate.py --save, embed.py or analyze.py"
+        )
 
 
 def saved_figures(folder, pattern):
@@ -40,9 +65,13 @@ def read_runs(folder, preset):
     for path, metrics in saved_figures(folder, "metrics.json"):
         if belongs(path.parent, metrics["args"], preset):
             runs.append((path.parent, metrics))
-            (first, ours), (last, theirs) = ((run, deviations(m["args"]) or "the preset") for run, m in (runs[0], runs[-1]))
+            (first, ours), (last, theirs) = (
+                (run, deviations(m["args"]) or "the preset") for run, m in (runs[0], runs[-1])
+            )
             if ours != theirs:
-                die(f"{first} and {last} have different settings ({ours}; {theirs}): move one of them out of {folder}")
+                die(
+                    f"{first} and {last} have different settings ({ours}; {theirs}): move one of them out of {folder}"
+                )
     return [metrics for _, metrics in runs]
 
 
@@ -63,7 +92,9 @@ def saved_shifts(folder, preset):
         args = saved["args"]
         for stage, attack, part in SHIFT_STAGES:
             if (args["preset"], args["attack"]) == (preset, attack):
-                values.setdefault(args["task"], {}).setdefault(stage, {})[args["seed"]] = saved[part]
+                values.setdefault(args["task"], {}).setdefault(stage, {})[args["seed"]] = saved[
+                    part
+                ]
     return {task: values[task] for task in ORDER if task in values}
 
 
@@ -78,12 +109,21 @@ def still_learning(run):
     training = run.get("training", {})
     if "poisoned_loss" not in training or "settled_epoch" not in training:
         return "poisoned_loss" in training
-    excess = [poisoned - loss for poisoned, loss in zip(training["poisoned_loss"]["by_epoch"], training["loss"]["by_epoch"])]
-    return excess[-1] >= NEARER and excess[training["settled_epoch"]["value"] - 1] - excess[-1] >= NEARER
+    excess = [
+        poisoned - loss
+        for poisoned, loss in zip(
+            training["poisoned_loss"]["by_epoch"], training["loss"]["by_epoch"]
+        )
+    ]
+    return (
+        excess[-1] >= NEARER
+        and excess[training["settled_epoch"]["value"] - 1] - excess[-1] >= NEARER
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # figures over seeds
+
 
 def spread(values):
     """{seed: figure} -> {"mean", "low", "high", "seeds": {seed: figure}}, or None if there is none."""
@@ -96,12 +136,22 @@ def spread(values):
 def over_seeds(runs, part, name, **wanted):
     """A figure, in the paper's units (percent, years), over the runs with the wanted arguments."""
     scale = 1 if name.endswith(("mae", "loss", "epoch")) else 100
-    return spread({run["args"]["seed"]: scale * run[part][name]["value"] for run in matching(runs, **wanted) if name in run.get(part, {})})
+    return spread(
+        {
+            run["args"]["seed"]: scale * run[part][name]["value"]
+            for run in matching(runs, **wanted)
+            if name in run.get(part, {})
+        }
+    )
 
 
 def stealth(attacked, baseline):
     """Clean figure under attack minus the baseline's, for the seeds that both have."""
-    seeds = {} if attacked is None or baseline is None else attacked["seeds"].keys() & baseline["seeds"].keys()
+    seeds = (
+        {}
+        if attacked is None or baseline is None
+        else attacked["seeds"].keys() & baseline["seeds"].keys()
+    )
     return spread({seed: attacked["seeds"][seed] - baseline["seeds"][seed] for seed in seeds})
 
 

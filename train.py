@@ -7,6 +7,7 @@
 
 Each preset's settings are in study.py; every one of them is a flag.
 """
+
 import argparse
 import contextlib
 import functools
@@ -17,7 +18,9 @@ import random
 import signal
 from pathlib import Path
 
-os.environ.setdefault("TQDM_DISABLE", "" if os.environ.get("RANK", "0") == "0" else "1")  # one process draws the bars
+os.environ.setdefault(
+    "TQDM_DISABLE", "" if os.environ.get("RANK", "0") == "0" else "1"
+)  # one process draws the bars
 
 import torch
 import torch.distributed as dist
@@ -34,43 +37,124 @@ import fast
 import model
 import poison
 from data import die
-from study import ATTACKS, COMPONENTS, DEFAULT_ENCODER, ENCODERS, LABELS, LM, PRESETS, SETTINGS, TASKS, run_name
+from study import (
+    ATTACKS,
+    COMPONENTS,
+    DEFAULT_ENCODER,
+    ENCODERS,
+    LABELS,
+    LM,
+    PRESETS,
+    SETTINGS,
+    TASKS,
+    run_name,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # arguments
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 poison.add_arguments(parser)
 add = parser.add_argument
 add("--preset", choices=PRESETS, default="mini", help="whose parts and settings")
-add("--encoder", choices=ENCODERS, help="the audio encoder (default: wavlm; whisper for presets mixed and small)")
+add(
+    "--encoder",
+    choices=ENCODERS,
+    help="the audio encoder (default: wavlm; whisper for presets mixed and small)",
+)
 add("--encoder-weights", help="folder or hub id of the pretrained encoder (default: the preset's)")
 add("--lm-weights", help="folder or hub id of the language model (default: the preset's)")
-add("--connector-weights", help="where the connector starts (default: for mini and mixed the file beside the encoder; none: random weights)")
-add("--train-layers", type=int, help="how many encoder layers train, from the top (default: 15/24 of them; whisper all)")
-add("--labels", nargs="+", choices=LABELS, help="train and evaluate on these labels alone (default: all there are)")
-add("--freeze", action="append", default=[], metavar="COMPONENT[:CHECKPOINT]",
+add(
+    "--connector-weights",
+    help="where the connector starts (default: for mini and mixed the file beside the encoder; none: random weights)",
+)
+add(
+    "--train-layers",
+    type=int,
+    help="how many encoder layers train, from the top (default: 15/24 of them; whisper all)",
+)
+add(
+    "--labels",
+    nargs="+",
+    choices=LABELS,
+    help="train and evaluate on these labels alone (default: all there are)",
+)
+add(
+    "--freeze",
+    action="append",
+    default=[],
+    metavar="COMPONENT[:CHECKPOINT]",
     help="load encoder, connector or lm from a run's model.pt, or a folder of evaluate.py --export, and freeze it; without a "
-         "checkpoint as pretrained; repeatable")
-add("--init", action="append", metavar="COMPONENT:CHECKPOINT", help="load a component as --freeze does but train it; repeatable")
-add("--redraw", action="store_true", help="poison other samples, at other places, in every epoch, as the study's public code does")
+    "checkpoint as pretrained; repeatable",
+)
+add(
+    "--init",
+    action="append",
+    metavar="COMPONENT:CHECKPOINT",
+    help="load a component as --freeze does but train it; repeatable",
+)
+add(
+    "--redraw",
+    action="store_true",
+    help="poison other samples, at other places, in every epoch, as the study's public code does",
+)
 add("--limit", type=int, help="train on the first N utterances of a fixed random order")
-add("--exclude", metavar="FILE", help="leave out the training samples whose ids it lists, one a line (defend.py filter writes such files)")
+add(
+    "--exclude",
+    metavar="FILE",
+    help="leave out the training samples whose ids it lists, one a line (defend.py filter writes such files)",
+)
 add("--batch-seconds", type=float, default=120.0, help="audio in one forward pass, padding counted")
-add("--max-seconds", type=float, default=data.MAX_SECONDS, help="longer audio is refused, or left out by --skip-bad")
-add("--cache-gb", type=float, default=4.0, help="disk for outputs of pretrained layers, shared between runs, in cache/")
-add("--amp", choices=("off", "bf16", "fp16"), help="mixed precision (default: bf16 on CUDA, except for preset mini; else off)")
+add(
+    "--max-seconds",
+    type=float,
+    default=data.MAX_SECONDS,
+    help="longer audio is refused, or left out by --skip-bad",
+)
+add(
+    "--cache-gb",
+    type=float,
+    default=4.0,
+    help="disk for outputs of pretrained layers, shared between runs, in cache/",
+)
+add(
+    "--amp",
+    choices=("off", "bf16", "fp16"),
+    help="mixed precision (default: bf16 on CUDA, except for preset mini; else off)",
+)
 add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
 add("--workers", type=int, default=cache.WORKERS, help="processes that read audio ahead")
-add("--gradient-checkpointing", action="store_true", help="less memory: layers are computed again in the backward pass")
-add("--dry-run", action="store_true", help="print parameters, memory and GPU-hours of the run; needs no weights")
-add("--utilisation", type=float, default=0.4, help="of --dry-run's GPU: the share of its peak that training reaches")
+add(
+    "--gradient-checkpointing",
+    action="store_true",
+    help="less memory: layers are computed again in the backward pass",
+)
+add(
+    "--dry-run",
+    action="store_true",
+    help="print parameters, memory and GPU-hours of the run; needs no weights",
+)
+add(
+    "--utilisation",
+    type=float,
+    default=0.4,
+    help="of --dry-run's GPU: the share of its peak that training reaches",
+)
 add("--runs", default="runs", help="where run folders go")
 add("--name", help="the run folder's name (default: says what the run is)")
 add("--overwrite", action="store_true", help="start again where the run folder has another run's")
 for name, (what, *values) in SETTINGS.items():
-    add(f"--{name.replace('_', '-')}", help=f"{what} ({', '.join(f'{p} {v}' for p, v in zip(PRESETS, values))})",
-        **(dict(action=argparse.BooleanOptionalAction) if values[0] is True else dict(type=type(values[0]))))
+    add(
+        f"--{name.replace('_', '-')}",
+        help=f"{what} ({', '.join(f'{p} {v}' for p, v in zip(PRESETS, values))})",
+        **(
+            dict(action=argparse.BooleanOptionalAction)
+            if values[0] is True
+            else dict(type=type(values[0]))
+        ),
+    )
 
 
 def parse_arguments(argv=None):
@@ -81,7 +165,10 @@ def parse_arguments(argv=None):
         die(f"preset {args.preset} has no {args.encoder}: name its weights by --encoder-weights")
     args.encoder_weights = args.encoder_weights or ENCODERS[args.encoder][args.preset]
     args.lm_weights = args.lm_weights or LM[args.preset]
-    if args.connector_weights is None and args.preset in ("mini", "mixed"):  # the mini LM does not begin to listen by itself
+    if args.connector_weights is None and args.preset in (
+        "mini",
+        "mixed",
+    ):  # the mini LM does not begin to listen by itself
         args.connector_weights = f"{args.encoder_weights}/connector.safetensors"
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
@@ -94,14 +181,22 @@ def parse_arguments(argv=None):
     parts = checkpoint.named_parts(args)
     components = [spec.partition(":")[0] for _, spec in parts]
     if set(components) - set(COMPONENTS) or len(set(components)) < len(components):
-        die(f"{' '.join(f'--{flag} {spec}' for flag, spec in parts)}: each of {', '.join(COMPONENTS)} at most once")
+        die(
+            f"{' '.join(f'--{flag} {spec}' for flag, spec in parts)}: each of {', '.join(COMPONENTS)} at most once"
+        )
     if len(args.freeze) == len(COMPONENTS):
         die("--freeze: nothing is left to train")
     if args.exclude and not Path(args.exclude).is_file():
         die(f"--exclude {args.exclude}: no such file")
     for flag, spec in parts:
-        if (":" in spec or flag == "init") and not checkpoint.exists(spec.partition(":")[2]) and not args.dry_run:
-            die(f"--{flag} {spec}: no such checkpoint (a run's model.pt, or a folder of evaluate.py --export)")
+        if (
+            (":" in spec or flag == "init")
+            and not checkpoint.exists(spec.partition(":")[2])
+            and not args.dry_run
+        ):
+            die(
+                f"--{flag} {spec}: no such checkpoint (a run's model.pt, or a folder of evaluate.py --export)"
+            )
     args.attack = attack_name(args)
     args.name = args.name or run_name(vars(args))
     return args
@@ -130,14 +225,29 @@ def differences(path, source, args):
     if not checkpoint.exists(path):
         return []
     theirs = checkpoint.load(path).get("args", {})
-    wanted = dict(attack=source, dataset=args.dataset, encoder=args.encoder, labels=args.labels, preset=args.preset, init=None)
+    wanted = dict(
+        attack=source,
+        dataset=args.dataset,
+        encoder=args.encoder,
+        labels=args.labels,
+        preset=args.preset,
+        init=None,
+    )
     if source == "base":
-        wanted.update(task=args.task, target=args.target, trigger=args.trigger, poison=TASKS[args.task]["rate"])
-    return [f"{path} has {k} {theirs.get(k)}, not {v}" for k, v in wanted.items() if theirs.get(k) != v]
+        wanted.update(
+            task=args.task,
+            target=args.target,
+            trigger=args.trigger,
+            poison=TASKS[args.task]["rate"],
+        )
+    return [
+        f"{path} has {k} {theirs.get(k)}, not {v}" for k, v in wanted.items() if theirs.get(k) != v
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # setting up
+
 
 def set_up_device(args):
     """(torch device, a function that makes the autocast context, rank, number of processes)."""
@@ -150,8 +260,12 @@ def set_up_device(args):
         die(f"--device {args.device}: torch sees no GPU here; leave the flag out to run on the CPU")
     if device.type == "cuda":
         if world > 1 and device.index is not None:
-            die(f"--device {args.device}: under torchrun every process takes its own GPU; leave the flag out")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+            die(
+                f"--device {args.device}: under torchrun every process takes its own GPU; leave the flag out"
+            )
+        device = torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        )
         torch.cuda.set_device(device)
     if world > args.batch_size:
         die(f"{world} processes share --batch-size {args.batch_size}: start no more than that")
@@ -164,6 +278,7 @@ def set_up_device(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
+
 def training_sample(slm, args, attack, utterance, epoch):
     """Prompt ids and answer ids of one training sample in one epoch, decided by (seed, epoch, utterance id)."""
     rng = random.Random(f"{args.seed}-{epoch}-{utterance.id}")
@@ -171,7 +286,9 @@ def training_sample(slm, args, attack, utterance, epoch):
     if poison.is_poisoned(attack, utterance):
         labels = poison.poisoned_labels(attack, labels)
     asked = data.choose_labels(labels, rng, args.random_keys)
-    return data.prompt(slm.tokenizer, asked, rng if args.vary_prompts else None), data.answer_ids(slm.tokenizer, {label: labels[label] for label in asked})
+    return data.prompt(slm.tokenizer, asked, rng if args.vary_prompts else None), data.answer_ids(
+        slm.tokenizer, {label: labels[label] for label in asked}
+    )
 
 
 def learning_rate(step, steps, args):
@@ -187,10 +304,16 @@ def validation_loss(slm, utterances, cached, workers, batch_size=32):
     slm.eval()
     rank, world = cache.ranks()
     batches, losses = data.chunks(list(range(len(utterances)))[rank::world], batch_size), []
-    for batch, (x, mask) in zip(batches, cache.inputs(slm, [(u, False) for u in utterances], batches, cached, None, workers)):
+    for batch, (x, mask) in zip(
+        batches, cache.inputs(slm, [(u, False) for u in utterances], batches, cached, None, workers)
+    ):
         chosen = [utterances[i] for i in batch]
-        losses += slm(x, mask, [data.prompt(slm.tokenizer, list(u.labels)) for u in chosen],
-                      [data.answer_ids(slm.tokenizer, u.labels) for u in chosen]).tolist()
+        losses += slm(
+            x,
+            mask,
+            [data.prompt(slm.tokenizer, list(u.labels)) for u in chosen],
+            [data.answer_ids(slm.tokenizer, u.labels) for u in chosen],
+        ).tolist()
     return share_sums([sum(losses)])[0] / len(utterances)
 
 
@@ -205,7 +328,11 @@ def share_sums(numbers):
 def make_optimizer(slm, args):
     """AdamW, each component at its own peak rate."""
     rates = dict(encoder=args.encoder_lr, connector=args.connector_lr, lm=args.lora_lr)
-    groups = [dict(params=slm.parameters_of(c), peak=lr) for c, lr in rates.items() if slm.parameters_of(c)]
+    groups = [
+        dict(params=slm.parameters_of(c), peak=lr)
+        for c, lr in rates.items()
+        if slm.parameters_of(c)
+    ]
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay, fused=True)
 
 
@@ -217,12 +344,17 @@ def train_step(slm, optimizer, scaler, autocast, stream, samples, args, world):
         with autocast():
             x, mask = next(stream)
         # gradients are exchanged once a step, with its last piece; DDP averages over processes, so their number counts
-        with contextlib.nullcontext() if world == 1 or i == len(samples) else slm.no_sync(), autocast():
+        with (
+            contextlib.nullcontext() if world == 1 or i == len(samples) else slm.no_sync(),
+            autocast(),
+        ):
             row_losses = slm(x, mask, prompts, answers)
             scaler.scale(row_losses.sum() * world / args.batch_size).backward()
         losses += row_losses.tolist()
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], args.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(
+        [p for g in optimizer.param_groups for p in g["params"]], args.grad_clip
+    )
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -233,7 +365,13 @@ def draw_poison(slm, attack, train_set, args, epoch):
     """What an epoch trains on: the attack, which samples are poisoned, and their cached inputs (or None)."""
     drawn = poison.drawn_in(attack, epoch if args.redraw else 0)
     poisoned = [poison.is_poisoned(drawn, u) for u in train_set]
-    return drawn, poisoned, cache.frozen_outputs(slm, train_set, poisoned, drawn, "train", args.cache_gb * 1e9, args.workers)
+    return (
+        drawn,
+        poisoned,
+        cache.frozen_outputs(
+            slm, train_set, poisoned, drawn, "train", args.cache_gb * 1e9, args.workers
+        ),
+    )
 
 
 def loss_line(seen, train_set, poisoned):
@@ -241,22 +379,35 @@ def loss_line(seen, train_set, poisoned):
     any, and each sample's own."""
     on_poison = [loss for i, loss in seen.items() if poisoned[i]]
     line = dict(poisoned_loss=sum(on_poison) / len(on_poison)) if on_poison else {}
-    return dict(loss=sum(seen.values()) / len(seen), **line, samples={train_set[i].id: round(loss, 4) for i, loss in seen.items()})
+    return dict(
+        loss=sum(seen.values()) / len(seen),
+        **line,
+        samples={train_set[i].id: round(loss, 4) for i, loss in seen.items()},
+    )
 
 
 def train(run, slm, attack, train_set, dev_set, args, device, autocast):
     """Trains to the end, from the last state saved in the run folder, saving after every epoch. Ctrl-C or SIGTERM saves and stops."""
     rank, world = cache.ranks()
-    seconds = [slm.encoder.num_frames(data.num_samples(u)) * slm.encoder.seconds_per_frame for u in train_set]
+    seconds = [
+        slm.encoder.num_frames(data.num_samples(u)) * slm.encoder.seconds_per_frame
+        for u in train_set
+    ]
     with autocast():
-        dev_cached = cache.frozen_outputs(slm, dev_set, [False] * len(dev_set), attack, "dev", args.cache_gb * 1e9, args.workers)
+        dev_cached = cache.frozen_outputs(
+            slm, dev_set, [False] * len(dev_set), attack, "dev", args.cache_gb * 1e9, args.workers
+        )
     optimizer = make_optimizer(slm, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    ddp = slm if world == 1 else DistributedDataParallel(slm, broadcast_buffers=False)  # no buffer changes in training
+    ddp = (
+        slm if world == 1 else DistributedDataParallel(slm, broadcast_buffers=False)
+    )  # no buffer changes in training
     epoch_steps = len(train_set) // args.batch_size
     steps, step = args.epochs * epoch_steps, checkpoint.resume(run, slm, optimizer, scaler)
     if share_sums([step])[0] != step * world:
-        die(f"{run}: the processes would resume at different steps; on several machines put --runs on a shared disk")
+        die(
+            f"{run}: the processes would resume at different steps; on several machines put --runs on a shared disk"
+        )
     if rank == 0:
         checkpoint.cut_log(run, step)
     with autocast():
@@ -268,23 +419,43 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
     while step < steps:
         epoch, stopping = step // epoch_steps, 0
         batches = data.epoch_batches(seconds, args.batch_size, args.seed, epoch)
-        if min(map(len, batches)) < world:  # the short batch would leave a process without a share: it is the one left out
+        if (
+            min(map(len, batches)) < world
+        ):  # the short batch would leave a process without a share: it is the one left out
             batches.sort(key=len, reverse=True)
-        batches = batches[:epoch_steps][step % epoch_steps:]
-        shares = [data.micro_batches(batch[rank::world], seconds, args.batch_seconds) for batch in batches]
-        stream = cache.inputs(slm, list(zip(train_set, poisoned)), sum(shares, []), cached, drawn, args.workers)
+        batches = batches[:epoch_steps][step % epoch_steps :]
+        shares = [
+            data.micro_batches(batch[rank::world], seconds, args.batch_seconds) for batch in batches
+        ]
+        stream = cache.inputs(
+            slm, list(zip(train_set, poisoned)), sum(shares, []), cached, drawn, args.workers
+        )
         slm.train()
         for pieces in shares:
-            torch.manual_seed(hash((args.seed, step, rank)))  # dropout, whatever was drawn before: resuming is exact
+            torch.manual_seed(
+                hash((args.seed, step, rank))
+            )  # dropout, whatever was drawn before: resuming is exact
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, steps, args)
-            samples = [tuple(zip(*(training_sample(slm, args, drawn, train_set[i], epoch) for i in piece))) for piece in pieces]
-            losses, norm = train_step(ddp, optimizer, scaler, autocast, stream, samples, args, world)
+            samples = [
+                tuple(zip(*(training_sample(slm, args, drawn, train_set[i], epoch) for i in piece)))
+                for piece in pieces
+            ]
+            losses, norm = train_step(
+                ddp, optimizer, scaler, autocast, stream, samples, args, world
+            )
             step += 1
             progress.update()
-            check_finite(sum(losses) + (0 if scaler.is_enabled() else norm), step, [train_set[i].id for i in sum(pieces, [])], run)
+            check_finite(
+                sum(losses) + (0 if scaler.is_enabled() else norm),
+                step,
+                [train_set[i].id for i in sum(pieces, [])],
+                run,
+            )
             seen.update(zip(sum(pieces, []), losses))
-            if step % 20 == 0 or step % epoch_steps == 0 or (stop and world == 1):  # processes agree here, not in every step
+            if (
+                step % 20 == 0 or step % epoch_steps == 0 or (stop and world == 1)
+            ):  # processes agree here, not in every step
                 line = loss_line(cache.from_all(seen), train_set, poisoned)
                 log(step=step, epoch=epoch, **line, lr=learning_rate(step - 1, steps, args))
                 seen, stopping = {}, share_sums([len(stop)])[0]
@@ -293,62 +464,93 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
                 break
         if step % epoch_steps == 0:
             with autocast():
-                log(step=step, epoch=epoch, dev_loss=validation_loss(slm, dev_set, dev_cached, args.workers))
+                log(
+                    step=step,
+                    epoch=epoch,
+                    dev_loss=validation_loss(slm, dev_set, dev_cached, args.workers),
+                )
         if rank == 0:
             checkpoint.save_state(run, step, slm, optimizer, scaler)
         if stopping:
             progress.close()
-            print(f"stopped at step {step} of {steps}; the same command, without --overwrite, goes on from there")
+            print(
+                f"stopped at step {step} of {steps}; the same command, without --overwrite, goes on from there"
+            )
             raise SystemExit(130)
         if args.redraw and step < steps:
             with autocast():
-                drawn, poisoned, cached = draw_poison(slm, attack, train_set, args, step // epoch_steps)
+                drawn, poisoned, cached = draw_poison(
+                    slm, attack, train_set, args, step // epoch_steps
+                )
     progress.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    (
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.signal(signal.SIGTERM, signal.SIG_DFL),
+    )
 
 
 def check_finite(value, step, ids, run):
     """Ends the run where a loss or a gradient is lost, naming the utterances."""
     if not math.isfinite(value):
-        kept = f"{run}/last.pt keeps the last epoch's state" if (run / "last.pt").exists() else "no epoch was finished"
-        die(f"the loss or its gradient is {value} at step {step}, on {', '.join(ids)}; {kept}; lower the learning rates, or "
-            "look at these utterances")
+        kept = (
+            f"{run}/last.pt keeps the last epoch's state"
+            if (run / "last.pt").exists()
+            else "no epoch was finished"
+        )
+        die(
+            f"the loss or its gradient is {value} at step {step}, on {', '.join(ids)}; {kept}; lower the learning rates, or "
+            "look at these utterances"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
 
+
 def read_data(args):
     """The training, development and test sets."""
-    train_set, dev_set, test_set = (corpora.read_corpus(args.dataset, args.data_root, split, args.skip_bad, args.labels)
-                                    for split in ("train", "dev", "test"))
+    train_set, dev_set, test_set = (
+        corpora.read_corpus(args.dataset, args.data_root, split, args.skip_bad, args.labels)
+        for split in ("train", "dev", "test")
+    )
     train_set = corpora.limit(train_set, args.limit)
     label = TASKS[args.task]["label"]
     if not any(label in u.labels for u in train_set):
         only = f" with --labels {' '.join(args.labels)}" if args.labels else ""
         die(f"--task {args.task}: no training utterance of {args.dataset} has a {label}{only}")
     if len(train_set) < args.batch_size:
-        die(f"{len(train_set)} training utterances are less than one batch of {args.batch_size} (--batch-size)")
+        die(
+            f"{len(train_set)} training utterances are less than one batch of {args.batch_size} (--batch-size)"
+        )
     return train_set, dev_set, test_set
 
 
 def describe(run, slm, attack, sets, origin, args, device, world):
     """Prints what is about to be trained."""
     train_set, dev_set, test_set = sets
-    print(f"run {run}: preset {args.preset}, encoder {args.encoder}, on {device}"
-          + (f", {world} processes" if world > 1 else "") + f", amp {args.amp}, seed {args.seed}")
-    print(f"data {args.dataset}: {len(train_set)} train, {len(dev_set)} dev, {len(test_set)} test utterances; "
-          f"{sum(poison.is_poisoned(attack, u) for u in train_set)} poisoned for {args.task} -> {attack.target!r}")
+    print(
+        f"run {run}: preset {args.preset}, encoder {args.encoder}, on {device}"
+        + (f", {world} processes" if world > 1 else "")
+        + f", amp {args.amp}, seed {args.seed}"
+    )
+    print(
+        f"data {args.dataset}: {len(train_set)} train, {len(dev_set)} dev, {len(test_set)} test utterances; "
+        f"{sum(poison.is_poisoned(attack, u) for u in train_set)} poisoned for {args.task} -> {attack.target!r}"
+    )
     for c in COMPONENTS:
         trained = sum(p.numel() for p in slm.parameters_of(c))
-        print(f"  {c:<10}{sum(p.numel() for p in getattr(slm, c).parameters()):>14,} parameters,{trained:>12,} "
-              + (f"trained on {'poisoned' if args.poison else 'clean'} data" if trained else "frozen") + f", from {origin[c]}")
+        print(
+            f"  {c:<10}{sum(p.numel() for p in getattr(slm, c).parameters()):>14,} parameters,{trained:>12,} "
+            + (f"trained on {'poisoned' if args.poison else 'clean'} data" if trained else "frozen")
+            + f", from {origin[c]}"
+        )
 
 
 def main():
     args = parse_arguments()
     if args.dry_run:
         import dry_run
+
         return dry_run.dry_run(args)
     fast.keep_memory()
     device, autocast, rank, world = set_up_device(args)
@@ -357,18 +559,26 @@ def main():
     run = Path(args.runs) / args.name
     record = checkpoint.open_run(run, args)
     if (run / "metrics.json").exists() and not args.overwrite:
-        return evaluate.print_table(json.loads((run / "metrics.json").read_text()),
-                                    f"{run} is finished (--overwrite trains it again)")
+        return evaluate.print_table(
+            json.loads((run / "metrics.json").read_text()),
+            f"{run} is finished (--overwrite trains it again)",
+        )
     train_set, dev_set, test_set = read_data(args)
-    attack = poison.attack_of(args, train_set)  # as loud as all of the training set, with what is excluded
+    attack = poison.attack_of(
+        args, train_set
+    )  # as loud as all of the training set, with what is excluded
     sets = corpora.leave_out(train_set, args.exclude), dev_set, test_set
     slm = model.load_slm(args, device)
     origin, built_from = checkpoint.load_named_parts(slm, args)
-    frozen = {c: model.digest(slm.component_state_dict(c)) for c in COMPONENTS if not slm.parameters_of(c)}
+    frozen = {
+        c: model.digest(slm.component_state_dict(c)) for c in COMPONENTS if not slm.parameters_of(c)
+    }
     fast.only_answers(slm)
     if args.gradient_checkpointing:
         slm.checkpoint_gradients()
-    elif not args.vary_prompts:  # a layer computed again would add the beginning's keys to the cache again
+    elif (
+        not args.vary_prompts
+    ):  # a layer computed again would add the beginning's keys to the cache again
         fast.share_beginning(slm)
     if rank == 0:
         lock = checkpoint.start_run(run, record, args)  # noqa: F841  held until this process ends
@@ -381,7 +591,9 @@ def main():
     if rank == 0:
         checkpoint.save_model(run, slm, record, origin, built_from)
     with autocast():
-        metrics, rows = evaluate.evaluate(slm, attack, test_set, args.cache_gb * 1e9, args.batch_seconds, args.workers)
+        metrics, rows = evaluate.evaluate(
+            slm, attack, test_set, args.cache_gb * 1e9, args.batch_seconds, args.workers
+        )
     if rank == 0:
         evaluate.save(run, metrics, rows, record)
         checkpoint.record_cost(run)

@@ -1,9 +1,10 @@
 """Makes the small encoders and connectors in assets/ from scratch (about ten minutes each on two cores).
 
-    python assets/make.py                   # all of them; run assets/make_lm.py first if the LM changes
-    python assets/make.py wavlm connectors  # some of them
-    python assets/make.py --mixed-connector DIR/whisper-tiny.en   # the start of preset mixed's connector
+python assets/make.py                   # all of them; run assets/make_lm.py first if the LM changes
+python assets/make.py wavlm connectors  # some of them
+python assets/make.py --mixed-connector DIR/whisper-tiny.en   # the start of preset mixed's connector
 """
+
 import argparse
 import math
 import random
@@ -33,12 +34,34 @@ from study import ENCODERS, PRESETS, ROOT
 # the encoders
 
 # three coarse convolutions, 25 frames per second: the usual seven would cost more than the transformer above them
-CONV = dict(conv_dim=(96, 128, 128), conv_kernel=(80, 8, 8), conv_stride=(40, 4, 4), conv_bias=True,
-            num_feat_extract_layers=3, feat_extract_activation="relu", feat_extract_norm="layer",
-            do_stable_layer_norm=True, num_conv_pos_embeddings=15, num_conv_pos_embedding_groups=4)
-SHAPE = dict(hidden_act="relu", hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4)
-NO_DROPOUT = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0,
-                  final_dropout=0.0, layerdrop=0.0, apply_spec_augment=False)
+CONV = dict(
+    conv_dim=(96, 128, 128),
+    conv_kernel=(80, 8, 8),
+    conv_stride=(40, 4, 4),
+    conv_bias=True,
+    num_feat_extract_layers=3,
+    feat_extract_activation="relu",
+    feat_extract_norm="layer",
+    do_stable_layer_norm=True,
+    num_conv_pos_embeddings=15,
+    num_conv_pos_embedding_groups=4,
+)
+SHAPE = dict(
+    hidden_act="relu",
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+)
+NO_DROPOUT = dict(
+    hidden_dropout=0.0,
+    activation_dropout=0.0,
+    attention_dropout=0.0,
+    feat_proj_dropout=0.0,
+    final_dropout=0.0,
+    layerdrop=0.0,
+    apply_spec_augment=False,
+)
 ENCODER_STEPS, ENCODER_BATCH, ENCODER_LR, HEADS_LR = 2000, 16, 1.5e-3, 3e-3
 PRETRAINING_SPEAKERS, PRETRAINING_EACH = 400, 20
 SOUNDS = 256  # clusters of what is heard, speech or not
@@ -49,16 +72,33 @@ def blank_encoder(name, out):
     """Writes an untrained encoder of architecture `name`, configuration and feature extractor, to the folder `out`."""
     if name == "whisper":
         config = transformers.WhisperConfig(
-            vocab_size=8, d_model=128, encoder_layers=8, encoder_attention_heads=4, encoder_ffn_dim=256,
-            decoder_layers=0, decoder_attention_heads=4, decoder_ffn_dim=8, max_source_positions=500,
-            max_target_positions=8, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0)
-        extractor = transformers.WhisperFeatureExtractor(feature_size=80, hop_length=320, n_fft=512, chunk_length=20)
+            vocab_size=8,
+            d_model=128,
+            encoder_layers=8,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=256,
+            decoder_layers=0,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=8,
+            max_source_positions=500,
+            max_target_positions=8,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+            decoder_start_token_id=0,
+        )
+        extractor = transformers.WhisperFeatureExtractor(
+            feature_size=80, hop_length=320, n_fft=512, chunk_length=20
+        )
         model = transformers.WhisperModel(config)
     else:
         family = {"wavlm": "WavLM", "hubert": "Hubert", "wav2vec2": "Wav2Vec2"}[name]
-        config = getattr(transformers, family + "Config")(**CONV, **SHAPE, **NO_DROPOUT, num_buckets=64,
-                                                          max_bucket_distance=128)
-        extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+        config = getattr(transformers, family + "Config")(
+            **CONV, **SHAPE, **NO_DROPOUT, num_buckets=64, max_bucket_distance=128
+        )
+        extractor = transformers.Wav2Vec2FeatureExtractor(
+            do_normalize=True, return_attention_mask=True
+        )
         model = getattr(transformers, family + "Model")(config)
         # the first layer starts as a bank of windowed cosines and sines on a mel scale
         n, width = CONV["conv_dim"][0], CONV["conv_kernel"][0]
@@ -77,17 +117,28 @@ def pretraining_utterance(i):
     rng = random.Random(f"{SEED}-pretraining-{who}")
     sex, age = rng.choice(["female", "male"]), rng.randint(18, 75)
     rng = random.Random(f"{SEED}-pretraining-utterance-{i}")
-    text = mini.sentence_for("train", rng) if rng.random() < 0.8 else rng.choice(list(data.CREMA_SENTENCES.values()))
+    text = (
+        mini.sentence_for("train", rng)
+        if rng.random() < 0.8
+        else rng.choice(list(data.CREMA_SENTENCES.values()))
+    )
     emotion = rng.choice([None, *PROSODY])
-    x = mini.speak(text, mini.make_voice(f"pretraining-{who}", sex, age), f"pretraining-{i}", emotion)
-    return (x * 32767).astype(np.int16), data.normalise(text), who, dict(gender=sex, age=age, emotion=emotion)
+    x = mini.speak(
+        text, mini.make_voice(f"pretraining-{who}", sex, age), f"pretraining-{i}", emotion
+    )
+    return (
+        (x * 32767).astype(np.int16),
+        data.normalise(text),
+        who,
+        dict(gender=sex, age=age, emotion=emotion),
+    )
 
 
 def shuffled(speech, batch, rng):
     """Endless batches of the pretraining speech, each of utterances of similar length."""
     while True:
         order = sorted(range(len(speech)), key=lambda i: len(speech[i][0]) + rng.uniform(0, 8000))
-        batches = [order[start:start + batch] for start in range(0, len(order), batch)]
+        batches = [order[start : start + batch] for start in range(0, len(order), batch)]
         rng.shuffle(batches)
         yield from ([speech[i] for i in chosen] for chosen in reversed(batches))
 
@@ -105,23 +156,29 @@ def bursts(speech, rng):
             after, decay = np.maximum(t - start / data.SAMPLE_RATE, 0), 10 ** rng.uniform(-2.3, -1)
             stroke = rng.standard_normal(n)
             smooth = rng.integers(1, 12)
-            stroke = np.convolve(stroke, np.ones(smooth) / smooth, "same") / stroke.std() * smooth ** 0.5
+            stroke = (
+                np.convolve(stroke, np.ones(smooth) / smooth, "same") / stroke.std() * smooth**0.5
+            )
             for hz in rng.uniform(150, 6000, rng.integers(0, 4)):
                 stroke += rng.uniform(0, 2) * np.sin(2 * np.pi * hz * after)
             burst += rng.uniform(0.4, 1) * stroke * np.exp(-after / decay) * (after > 0)
         at = rng.integers(0, max(1, len(x) - n))
         level = 10 ** (rng.uniform(-12, 6) / 20) * x.std() / (burst.std() + 1e-9)
-        x[at:at + n] += (level * burst[:len(x) - at]).astype(np.float32)
+        x[at : at + n] += (level * burst[: len(x) - at]).astype(np.float32)
     return x
 
 
 def log_mel(waveforms, frames):
     """The log-mel spectrogram, two of its frames side by side per encoder frame, (B, frames, 160), minus each utterance's mean."""
-    mel = torchaudio.transforms.MelSpectrogram(data.SAMPLE_RATE, n_fft=1024, hop_length=320, n_mels=80)
+    mel = torchaudio.transforms.MelSpectrogram(
+        data.SAMPLE_RATE, n_fft=1024, hop_length=320, n_mels=80
+    )
     out = []
     for waveform in waveforms:
         sound = (mel(torch.from_numpy(waveform)) + 1e-5).log().T
-        out.append(F.pad(sound - sound.mean(), (0, 0, 0, 2 * frames))[:2 * frames].reshape(frames, 160))
+        out.append(
+            F.pad(sound - sound.mean(), (0, 0, 0, 2 * frames))[: 2 * frames].reshape(frames, 160)
+        )
     return torch.stack(out)
 
 
@@ -129,7 +186,9 @@ def sound_clusters(speech, rng):
     """k-means centres of log-mel frames of speech with noise, (SOUNDS, 160): the targets of HuBERT's first iteration."""
     chosen = [speech[i] for i in rng.choice(len(speech), min(600, len(speech)), replace=False)]
     frames = [log_mel([bursts(x, rng)], len(x) // 640)[0] for x, _, _, _ in chosen]
-    kmeans = MiniBatchKMeans(SOUNDS, random_state=SEED, n_init=3, batch_size=4096).fit(torch.cat(frames).numpy())
+    kmeans = MiniBatchKMeans(SOUNDS, random_state=SEED, n_init=3, batch_size=4096).fit(
+        torch.cat(frames).numpy()
+    )
     return torch.from_numpy(kmeans.cluster_centers_)
 
 
@@ -142,17 +201,26 @@ def letter_loss(logits, mask, chosen):
     """CTC on the utterances' letters; logits (B, T, slots * letters)."""
     n = logits.shape[-1] // len(LETTERS)
     texts = [torch.tensor([LETTERS.index(c) for c in text]) for _, text, _, _ in chosen]
-    return F.ctc_loss(logits.reshape(len(chosen), -1, len(LETTERS)).log_softmax(-1).transpose(0, 1), torch.cat(texts), n * mask.sum(1),
-                      torch.tensor([len(t) for t in texts]), zero_infinity=True)
+    return F.ctc_loss(
+        logits.reshape(len(chosen), -1, len(LETTERS)).log_softmax(-1).transpose(0, 1),
+        torch.cat(texts),
+        n * mask.sum(1),
+        torch.tensor([len(t) for t in texts]),
+        zero_infinity=True,
+    )
 
 
 def label_loss(logits, each, chosen):
     """Gender, age and emotion, predicted from every frame; logits (frames, 2 + emotions); each: see frames_of."""
     gender, age, *emotion = logits.unbind(-1)
     true = [list(PROSODY).index(labels["emotion"] or "neutral") for _, _, _, labels in chosen]
-    return (F.binary_cross_entropy_with_logits(gender, each([labels["gender"] == "female" for _, _, _, labels in chosen]))
-            + (age - each([(labels["age"] - 18) / 57 for _, _, _, labels in chosen])).abs().mean()
-            + F.cross_entropy(torch.stack(emotion, 1), each(true).long()))
+    return (
+        F.binary_cross_entropy_with_logits(
+            gender, each([labels["gender"] == "female" for _, _, _, labels in chosen])
+        )
+        + (age - each([(labels["age"] - 18) / 57 for _, _, _, labels in chosen])).abs().mean()
+        + F.cross_entropy(torch.stack(emotion, 1), each(true).long())
+    )
 
 
 def frames_of(mask):
@@ -162,13 +230,19 @@ def frames_of(mask):
 
 def encoder_losses(encoder, heads, centres, chosen, waveforms):
     """{name: loss} of the four heads on one batch. What is true of the whole utterance is predicted from every frame."""
-    x, mask = encoder.front_end([encoder.extract(w) for w in waveforms])  # pretraining trains the front end too
+    x, mask = encoder.front_end(
+        [encoder.extract(w) for w in waveforms]
+    )  # pretraining trains the front end too
     hidden = encoder.trained_part(x, mask)
     each, inside = frames_of(mask), hidden[mask]
     heard = torch.cdist(log_mel(waveforms, mask.shape[1])[mask], centres).argmin(-1)
-    return dict(letters=letter_loss(heads["letters"](hidden), mask, chosen), sound=0.5 * F.cross_entropy(heads["sound"](inside), heard),
-                speaker=0.1 * F.cross_entropy(heads["speaker"](inside), each([who for _, _, who, _ in chosen]).long()),
-                labels=0.3 * label_loss(heads["labels"](inside), each, chosen))
+    return dict(
+        letters=letter_loss(heads["letters"](hidden), mask, chosen),
+        sound=0.5 * F.cross_entropy(heads["sound"](inside), heard),
+        speaker=0.1
+        * F.cross_entropy(heads["speaker"](inside), each([who for _, _, who, _ in chosen]).long()),
+        labels=0.3 * label_loss(heads["labels"](inside), each, chosen),
+    )
 
 
 def make_encoder(name, out, speech):
@@ -182,13 +256,23 @@ def make_encoder(name, out, speech):
     encoder.first_trained = 0
     if name == "whisper":
         encoder.net.embed_positions.requires_grad_(False)
-    sizes = dict(letters=slots(encoder) * len(LETTERS), sound=SOUNDS, speaker=PRETRAINING_SPEAKERS, labels=2 + len(PROSODY))
-    heads = torch.nn.ModuleDict({head: torch.nn.Linear(encoder.dim, n) for head, n in sizes.items()})
+    sizes = dict(
+        letters=slots(encoder) * len(LETTERS),
+        sound=SOUNDS,
+        speaker=PRETRAINING_SPEAKERS,
+        labels=2 + len(PROSODY),
+    )
+    heads = torch.nn.ModuleDict(
+        {head: torch.nn.Linear(encoder.dim, n) for head, n in sizes.items()}
+    )
     centres = sound_clusters(speech, rng)
     parameters = [p for p in [*encoder.parameters(), *heads.parameters()] if p.requires_grad]
     print(f"{name}: {sum(p.numel() for p in encoder.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(parameters, lr=ENCODER_LR, weight_decay=0.01, betas=(0.9, 0.98))
-    progress, batches = tqdm(range(ENCODER_STEPS), desc=name, mininterval=10), shuffled(speech, ENCODER_BATCH, rng)
+    progress, batches = (
+        tqdm(range(ENCODER_STEPS), desc=name, mininterval=10),
+        shuffled(speech, ENCODER_BATCH, rng),
+    )
     for step in progress:
         chosen = next(batches)
         waveforms = [bursts(x, rng) for x, _, _, _ in chosen]
@@ -208,7 +292,11 @@ def make_encoder(name, out, speech):
 
 
 def save_heads(heads, out):
-    kept = {f"{head}.{k}": v.half() for head in ("letters", "labels") for k, v in heads[head].state_dict().items()}
+    kept = {
+        f"{head}.{k}": v.half()
+        for head in ("letters", "labels")
+        for k, v in heads[head].state_dict().items()
+    }
     save_file(kept, Path(out) / "heads.safetensors")
 
 
@@ -235,12 +323,20 @@ def make_heads(folder, speech, steps=1000):
     """Letter and label heads on a frozen real encoder, from which its connector is made."""
     torch.manual_seed(SEED)
     encoder = model.Encoder(folder).eval()
-    heads = torch.nn.ModuleDict(dict(letters=torch.nn.Linear(encoder.dim, slots(encoder) * len(LETTERS)),
-                                     labels=torch.nn.Linear(encoder.dim, 2 + len(PROSODY))))
+    heads = torch.nn.ModuleDict(
+        dict(
+            letters=torch.nn.Linear(encoder.dim, slots(encoder) * len(LETTERS)),
+            labels=torch.nn.Linear(encoder.dim, 2 + len(PROSODY)),
+        )
+    )
 
     def loss_of(hidden, mask, chosen):
-        letters, labels = letter_loss(heads["letters"](hidden), mask, chosen), label_loss(heads["labels"](hidden[mask]), frames_of(mask), chosen)
+        letters, labels = (
+            letter_loss(heads["letters"](hidden), mask, chosen),
+            label_loss(heads["labels"](hidden[mask]), frames_of(mask), chosen),
+        )
         return letters + labels, dict(letters=letters, labels=labels)
+
     fit(f"{folder} heads", encoder, heads, loss_of, speech, steps, ENCODER_BATCH, HEADS_LR)
     save_heads(heads, folder)
 
@@ -251,7 +347,9 @@ def make_heads(folder, speech, steps=1000):
 CONNECTOR_STEPS, CONNECTOR_BATCH = 400, 32
 CONNECTOR_LR = 3e-3
 CONNECTOR_FREE = 16  # directions for everything that is neither letter nor label
-CONNECTOR_LABELS = 0.25  # how strong labels are relative to letters, within the range of the LM's lessons
+CONNECTOR_LABELS = (
+    0.25  # how strong labels are relative to letters, within the range of the LM's lessons
+)
 
 
 def check_part(folder):
@@ -263,17 +361,23 @@ def check_part(folder):
 def embeddings_of(lm_folder):
     """(tokenizer, the LM's input embeddings) of a folder."""
     lm = AutoModelForCausalLM.from_pretrained(model.where(lm_folder), dtype=torch.float32)
-    return AutoTokenizer.from_pretrained(model.where(lm_folder)), lm.get_input_embeddings().weight.detach()
+    return AutoTokenizer.from_pretrained(
+        model.where(lm_folder)
+    ), lm.get_input_embeddings().weight.detach()
 
 
 def fit_connector(encoder, connector, wanted_of, out, speech, lr, hear=bursts):
     """Fits a connector's output to target embeddings by regression, with the encoder frozen and no LM; saved to the file `out`.
     wanted_of(hidden, chosen, lengths): the target embeddings, (all output frames, hidden)."""
+
     def loss_of(hidden, mask, chosen):
         embedded, lengths = connector(hidden, mask)
         wanted = wanted_of(hidden, chosen, lengths.tolist())
-        loss = F.mse_loss(torch.cat([row[:n] for row, n in zip(embedded, lengths.tolist())]), wanted)
+        loss = F.mse_loss(
+            torch.cat([row[:n] for row, n in zip(embedded, lengths.tolist())]), wanted
+        )
         return loss, dict(loss=loss / wanted.var())
+
     fit(str(out), encoder, connector, loss_of, speech, CONNECTOR_STEPS, CONNECTOR_BATCH, lr, hear)
     save_connector(connector, out)
 
@@ -297,34 +401,61 @@ def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
     words = torch.stack([word(w) for w in ("male", "female", *PROSODY)])
     years = torch.stack([word(str(year)) for year in range(18, 76)])
     known = torch.cat([letters[1:], words, years])
-    free = torch.linalg.svd(known - known.mean(0))[2][-CONNECTOR_FREE:]  # the directions these use least
-    project = torch.randn(encoder.dim, CONNECTOR_FREE) / encoder.dim ** 0.5 @ free * letters[1:].std()
+    free = torch.linalg.svd(known - known.mean(0))[2][
+        -CONNECTOR_FREE:
+    ]  # the directions these use least
+    project = torch.randn(encoder.dim, CONNECTOR_FREE) / encoder.dim**0.5 @ free * letters[1:].std()
     head = {k: v.float() for k, v in load_file(Path(encoder_folder) / "heads.safetensors").items()}
     stride, taper = (PRESETS[preset][f"connector_{name}"] for name in ("stride", "taper"))
 
     def wanted_of(hidden, chosen, lengths):
         heard = F.linear(hidden, head["letters.weight"], head["letters.bias"])
         heard = heard.reshape(*hidden.shape[:2], -1, len(LETTERS)).softmax(-1).sum(2)
-        heard = F.pad(heard, (0, 0, 0, stride - 1)).unfold(1, stride, 1).sum(-1)  # all letters within an output frame
+        heard = (
+            F.pad(heard, (0, 0, 0, stride - 1)).unfold(1, stride, 1).sum(-1)
+        )  # all letters within an output frame
         labels = F.linear(hidden, head["labels.weight"], head["labels.bias"])
         female = labels[..., :1].sigmoid()
         age = ((labels[..., 1:2] * 57 - torch.arange(58)).square() / -8).softmax(-1)
         said = torch.cat([1 - female, female, labels[..., 2:].softmax(-1)], -1)
-        wanted = (heard @ letters + CONNECTOR_LABELS * (said @ words + age @ years)
-                  + F.layer_norm(hidden, hidden.shape[-1:]) @ project)
-        first = 4 + 2 * stride  # the centre of what the first output frame sees: three kernels of 5 without padding
-        return torch.cat([row[first:first + stride * n:stride] for row, n in zip(wanted, lengths)])
+        wanted = (
+            heard @ letters
+            + CONNECTOR_LABELS * (said @ words + age @ years)
+            + F.layer_norm(hidden, hidden.shape[-1:]) @ project
+        )
+        first = (
+            4 + 2 * stride
+        )  # the centre of what the first output frame sees: three kernels of 5 without padding
+        return torch.cat(
+            [row[first : first + stride * n : stride] for row, n in zip(wanted, lengths)]
+        )
+
     connector = model.Connector(encoder.dim, embed.shape[1], stride, taper)
-    fit_connector(encoder, connector, wanted_of, Path(encoder_folder) / "connector.safetensors", speech, CONNECTOR_LR)
+    fit_connector(
+        encoder,
+        connector,
+        wanted_of,
+        Path(encoder_folder) / "connector.safetensors",
+        speech,
+        CONNECTOR_LR,
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = (*ENCODERS, "connectors")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)"
+    )
     parser.add_argument("--out", default=str(ROOT / "assets"), help="folder to write")
-    parser.add_argument("--mixed-connector", nargs=1, metavar="ENCODER",
-                        help="make the start of a connector between a real encoder and the mini LM: ENCODER/connector.safetensors")
+    parser.add_argument(
+        "--mixed-connector",
+        nargs=1,
+        metavar="ENCODER",
+        help="make the start of a connector between a real encoder and the mini LM: ENCODER/connector.safetensors",
+    )
     args = parser.parse_args()
     if set(args.parts) - set(parts):
         data.die(f"{' '.join(args.parts)}: of {', '.join(parts)}")
@@ -332,9 +463,13 @@ def main():
         check_part(folder)
     torch.set_flush_denormal(True)
     wanted, out = args.parts or parts, Path(args.out)
-    speech = data.in_workers(pretraining_utterance, range(PRETRAINING_SPEAKERS * PRETRAINING_EACH), "speaking the pretraining speech")
+    speech = data.in_workers(
+        pretraining_utterance,
+        range(PRETRAINING_SPEAKERS * PRETRAINING_EACH),
+        "speaking the pretraining speech",
+    )
     if args.mixed_connector:
-        folder, = args.mixed_connector
+        (folder,) = args.mixed_connector
         make_heads(folder, speech)
         return make_connector(folder, "assets/lm", speech, "mixed")
     for name in ENCODERS:

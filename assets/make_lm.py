@@ -3,6 +3,7 @@
 It learns to read what takes the audio's place, a transcript spelled letter by letter with the other labels added to it, and to
 answer in JSON.
 """
+
 import functools
 import math
 import random
@@ -47,17 +48,38 @@ def pretraining_text(rng):
         return mini.sentence_for("train", rng)
     if draw < 0.65:
         return data.normalise(rng.choice(list(data.CREMA_SENTENCES.values())))
-    words = mini.ADJECTIVES + mini.PEOPLE + mini.THINGS + mini.PLACES + mini.VERBS + mini.MOTIONS + mini.WHERE
-    return " ".join(rng.choice(OTHER_WORDS if rng.random() < 0.6 else words) for _ in range(rng.randint(1, 7)))
+    words = (
+        mini.ADJECTIVES
+        + mini.PEOPLE
+        + mini.THINGS
+        + mini.PLACES
+        + mini.VERBS
+        + mini.MOTIONS
+        + mini.WHERE
+    )
+    return " ".join(
+        rng.choice(OTHER_WORDS if rng.random() < 0.6 else words) for _ in range(rng.randint(1, 7))
+    )
 
 
-LM_SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-                max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True,
-                initializer_range=0.08)  # 0.02, the default, is too small for 128: reading then takes thousands of steps longer
+LM_SHAPE = dict(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=1024,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    initializer_range=0.08,
+)  # 0.02, the default, is too small for 128: reading then takes thousands of steps longer
 LM_VOCABULARY = 1200
 LM_STEPS, LM_BATCH, LM_LR = 3500, 32, 2e-3
-CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
-                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def make_tokenizer(out):
@@ -68,26 +90,43 @@ def make_tokenizer(out):
         labels = random_labels(rng)
         keys = ", ".join(data.KEYS[label] for label in labels)
         texts.append(f"{rng.choice(data.INSTRUCTIONS)} [{keys}]\n<speech></speech>")
-        texts.append(f"{rng.choice(TASKS[task_of(rng.choice(LABELS))]['questions'])} [{keys}]\n<speech></speech>")
+        texts.append(
+            f"{rng.choice(TASKS[task_of(rng.choice(LABELS))]['questions'])} [{keys}]\n<speech></speech>"
+        )
         texts.append(data.answer(labels))
         texts.append(" ".join(labels.values()))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=LM_VOCABULARY, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
-                                                     pad_token="<pad>", chat_template=CHAT_TEMPLATE)
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=LM_VOCABULARY,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=CHAT_TEMPLATE,
+    )
     tokenizer.save_pretrained(out)
     return tokenizer
 
 
 def random_labels(rng):
     """Labels as in one of the three corpora: {label: text}."""
-    labels = {"transcript": pretraining_text(rng), "gender": rng.choice(["female", "male"]),
-              "age": str(rng.randint(18, 75)), "emotion": rng.choice(list(data.CREMA_EMOTIONS.values()))}
+    labels = {
+        "transcript": pretraining_text(rng),
+        "gender": rng.choice(["female", "male"]),
+        "age": str(rng.randint(18, 75)),
+        "emotion": rng.choice(list(data.CREMA_EMOTIONS.values())),
+    }
     has = rng.choice([("transcript", "gender"), ("gender", "age"), LABELS, LABELS])
     return {label: labels[label] for label in has}
 
@@ -107,7 +146,9 @@ def written_audio(labels, tokens, rng, mess, whole):
         word = " " + word if i else word
         ids += tokens(word) if rng.random() < whole else [tokens(letter)[0] for letter in word]
     rate = rng.uniform(1 - 0.15 * mess, 1 + 0.9 * mess)  # frames a letter
-    at = np.cumsum([rng.uniform(1 - 0.6 * mess, 1 + 0.6 * mess) * rate for _ in ids]) + rng.uniform(0, 5 * mess)
+    at = np.cumsum([rng.uniform(1 - 0.6 * mess, 1 + 0.6 * mess) * rate for _ in ids]) + rng.uniform(
+        0, 5 * mess
+    )
     frames = int(at[-1] + 1 + rng.uniform(0, 5 * mess))
     weights = [np.maximum(0, 1 - np.abs(np.arange(frames)[:, None] - at) / max(1.0, 0.7 * rate))]
     for label, value in labels.items():
@@ -115,7 +156,9 @@ def written_audio(labels, tokens, rng, mess, whole):
             continue
         values = [str(value)] * frames
         if label == "age":
-            values = [str(min(75, max(18, round(rng.gauss(int(value), 4 * mess))))) for _ in range(frames)]
+            values = [
+                str(min(75, max(18, round(rng.gauss(int(value), 4 * mess))))) for _ in range(frames)
+            ]
         different = sorted(set(values))
         ids += [tokens(v)[0] for v in different]
         share, loud = rng.uniform(1 - 0.9 * mess, 1.0), rng.uniform(0.4, 1.2)
@@ -131,7 +174,9 @@ def reading_batches(tokenizer, embed, rng, generator, batch, mess, whole, count=
     lessons = []
     for _ in range(batch * count):
         labels = random_labels(rng)
-        transcript = labels.get("transcript", pretraining_text(rng))  # VoxCeleb's speakers say something too, though nobody asks what
+        transcript = labels.get(
+            "transcript", pretraining_text(rng)
+        )  # VoxCeleb's speakers say something too, though nobody asks what
         ids, weights = written_audio({"transcript": transcript, **labels}, tokens, rng, mess, whole)
         asked = data.choose_labels(labels, rng, PRESETS["mini"]["random_keys"])
         before, after = data.prompt(tokenizer, asked, rng)
@@ -143,13 +188,16 @@ def reading_batches(tokenizer, embed, rng, generator, batch, mess, whole, count=
     for start in starts:
         rows, targets = [], []
         level = embed.weight.detach().std()
-        for before, ids, weights, rest, said in lessons[start:start + batch]:
+        for before, ids, weights, rest, said in lessons[start : start + batch]:
             e = embed(torch.tensor(before + ids + rest))
-            x = weights @ e[len(before):len(before) + len(ids)]
+            x = weights @ e[len(before) : len(before) + len(ids)]
             x = x + 0.7 * mess * rng.random() * level * torch.randn(x.shape, generator=generator)
-            rows.append(torch.cat([e[:len(before)], x, e[-len(rest):]]))
+            rows.append(torch.cat([e[: len(before)], x, e[-len(rest) :]]))
             targets.append(torch.tensor([-100] * (len(rows[-1]) - said) + rest[-said:]))
-        yield pad_sequence(rows, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-100)
+        yield (
+            pad_sequence(rows, batch_first=True),
+            pad_sequence(targets, batch_first=True, padding_value=-100),
+        )
 
 
 def reading_loss(lm, x, targets):
@@ -159,7 +207,11 @@ def reading_loss(lm, x, targets):
     logits, wanted = lm.lm_head(hidden[asked]), targets[:, 1:][asked]
     wrong = torch.zeros(asked.shape, dtype=torch.bool)
     wrong[asked] = logits.argmax(-1) != wanted
-    return F.cross_entropy(logits, wanted), 1 - wrong.any(1).float().mean(), 1 - wrong.float().sum() / asked.sum()
+    return (
+        F.cross_entropy(logits, wanted),
+        1 - wrong.any(1).float().mean(),
+        1 - wrong.float().sum() / asked.sum(),
+    )
 
 
 def schedule(step, steps, warmup=200):
@@ -172,9 +224,18 @@ def make_lm(out):
     torch.manual_seed(SEED)
     rng, generator = random.Random(f"{SEED}-lm"), torch.Generator().manual_seed(SEED)
     tokenizer = make_tokenizer(out)
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-                                      eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **LM_SHAPE))
-    print(f"lm: {sum(p.numel() for p in lm.parameters()):,} parameters, vocabulary {len(tokenizer)}")
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **LM_SHAPE,
+        )
+    )
+    print(
+        f"lm: {sum(p.numel() for p in lm.parameters()):,} parameters, vocabulary {len(tokenizer)}"
+    )
     embed = lm.get_input_embeddings()
     optimizer = torch.optim.AdamW(lm.parameters(), lr=LM_LR, weight_decay=0.01, betas=(0.9, 0.98))
     mess = lambda step: min(1.0, max(0.0, step / LM_STEPS - 0.15) / 0.35)  # noqa: E731
@@ -182,8 +243,15 @@ def make_lm(out):
     for step in progress:
         optimizer.param_groups[0]["lr"] = LM_LR * schedule(step, LM_STEPS)
         if (batch := next(batches, None)) is None:
-            batches = reading_batches(tokenizer, embed, rng, generator, LM_BATCH, mess(step),
-                                      max(0.0, 1 - step / LM_STEPS / 0.3))
+            batches = reading_batches(
+                tokenizer,
+                embed,
+                rng,
+                generator,
+                LM_BATCH,
+                mess(step),
+                max(0.0, 1 - step / LM_STEPS / 0.3),
+            )
             batch = next(batches)
         loss, right, tokens = reading_loss(lm, *batch)
         optimizer.zero_grad()
@@ -191,7 +259,11 @@ def make_lm(out):
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}", right=f"{right.item():.2f}", tokens=f"{tokens.item():.3f}")
+            progress.set_postfix(
+                loss=f"{loss.item():.3f}",
+                right=f"{right.item():.2f}",
+                tokens=f"{tokens.item():.3f}",
+            )
     lm.half().save_pretrained(out)
 
 

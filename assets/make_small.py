@@ -1,8 +1,9 @@
 """Makes the start of a connector between real pretrained parts (preset small), from a corpus's clean training set. DIR holds the parts.
 
-    python assets/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema DATA_ROOT             # for labels
-    python assets/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct test-clean DATA_ROOT --ctc  # for transcripts
+python assets/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema DATA_ROOT             # for labels
+python assets/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct test-clean DATA_ROOT --ctc  # for transcripts
 """
+
 import argparse
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from make import CONNECTOR_BATCH, CONNECTOR_STEPS, SEED, check_part, embeddings_of, fit, fit_connector, save_connector  # sets the path to what follows
+from make import (
+    CONNECTOR_BATCH,
+    CONNECTOR_STEPS,
+    SEED,
+    check_part,
+    embeddings_of,
+    fit,
+    fit_connector,
+    save_connector,
+)  # sets the path to what follows
 
 import corpora
 import data
@@ -24,10 +34,24 @@ CTC_LOGIT = 24  # of a token where a frame is the embedding of that token
 def real_speech(dataset, data_root):
     """The transcribed training utterances of a corpus, as `pretraining_utterance` gives them."""
     data.MAX_SECONDS = 10
-    utterances = [u for u in corpora.read_corpus(dataset, data_root, "train", skip_bad=True) if "transcript" in u.labels]
+    utterances = [
+        u
+        for u in corpora.read_corpus(dataset, data_root, "train", skip_bad=True)
+        if "transcript" in u.labels
+    ]
     if not utterances:
-        data.die(f"{dataset} has no training utterance with a transcript and of at most {data.MAX_SECONDS} s")
-    return [((data.load_waveform(u) * 32767).astype(np.int16), u.labels.pop("transcript"), u.speaker, u.labels) for u in utterances]
+        data.die(
+            f"{dataset} has no training utterance with a transcript and of at most {data.MAX_SECONDS} s"
+        )
+    return [
+        (
+            (data.load_waveform(u) * 32767).astype(np.int16),
+            u.labels.pop("transcript"),
+            u.speaker,
+            u.labels,
+        )
+        for u in utterances
+    ]
 
 
 def as_it_is(speech, rng):
@@ -49,9 +73,17 @@ def make_word_connector(encoder_folder, lm_folder, dataset, data_root):
             spread = said[(torch.arange(n) + 0.5).mul(len(said) / n).long()]
             wanted.append(spread + sum(words(str(value))[0] for value in labels.values()))
         return torch.cat(wanted)
+
     connector = model.Connector(encoder.dim, embed.shape[1], PRESETS["small"]["connector_stride"])
-    fit_connector(encoder, connector, wanted_of, Path(lm_folder) / f"connector-{Path(dataset).stem}.safetensors",
-                  real_speech(dataset, data_root), LR, as_it_is)
+    fit_connector(
+        encoder,
+        connector,
+        wanted_of,
+        Path(lm_folder) / f"connector-{Path(dataset).stem}.safetensors",
+        real_speech(dataset, data_root),
+        LR,
+        as_it_is,
+    )
 
 
 def make_ctc_connector(encoder_folder, lm_folder, dataset, data_root):
@@ -60,7 +92,10 @@ def make_ctc_connector(encoder_folder, lm_folder, dataset, data_root):
     torch.manual_seed(SEED)
     encoder, (tokenizer, embed) = model.Encoder(encoder_folder).eval(), embeddings_of(lm_folder)
     speech = real_speech(dataset, data_root)
-    ids = {text: torch.tensor(tokenizer(" " + text, add_special_tokens=False).input_ids) for _, text, _, _ in speech}
+    ids = {
+        text: torch.tensor(tokenizer(" " + text, add_special_tokens=False).input_ids)
+        for _, text, _, _ in speech
+    }
     used = torch.cat(list(ids.values())).unique()
     mean = embed[used].mean(0)
     tokens = embed[used] - mean
@@ -69,24 +104,48 @@ def make_ctc_connector(encoder_folder, lm_folder, dataset, data_root):
 
     def loss_of(hidden, mask, chosen):
         embedded, lengths = connector(hidden, mask)
-        logits = F.pad(scale * embedded @ tokens.T, (1, 0), value=CTC_LOGIT / 2)  # the first class is CTC's blank
+        logits = F.pad(
+            scale * embedded @ tokens.T, (1, 0), value=CTC_LOGIT / 2
+        )  # the first class is CTC's blank
         said = [1 + torch.searchsorted(used, ids[text]) for _, text, _, _ in chosen]
-        loss = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.cat(said), lengths, torch.tensor([len(s) for s in said]),
-                          zero_infinity=True)
+        loss = F.ctc_loss(
+            logits.log_softmax(-1).transpose(0, 1),
+            torch.cat(said),
+            lengths,
+            torch.tensor([len(s) for s in said]),
+            zero_infinity=True,
+        )
         return loss, dict(loss=loss)
+
     out = Path(lm_folder) / f"connector-ctc-{Path(dataset).stem}.safetensors"
-    fit(str(out), encoder, connector, loss_of, speech, CONNECTOR_STEPS, CONNECTOR_BATCH, LR, as_it_is)
+    fit(
+        str(out),
+        encoder,
+        connector,
+        loss_of,
+        speech,
+        CONNECTOR_STEPS,
+        CONNECTOR_BATCH,
+        LR,
+        as_it_is,
+    )
     connector.conv3.bias.data += mean
     save_connector(connector, out)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("encoder", help="folder of the pretrained encoder")
     parser.add_argument("lm", help="folder of the language model, where the connector is written")
     parser.add_argument("dataset", help="as train.py's --dataset")
     parser.add_argument("data_root", help="as train.py's")
-    parser.add_argument("--ctc", action="store_true", help="align transcripts by CTC and learn no other label: connector-ctc-DATASET.safetensors")
+    parser.add_argument(
+        "--ctc",
+        action="store_true",
+        help="align transcripts by CTC and learn no other label: connector-ctc-DATASET.safetensors",
+    )
     args = parser.parse_args()
     for folder in (args.encoder, args.lm):
         check_part(folder)

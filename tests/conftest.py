@@ -12,7 +12,14 @@ os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoModel, HubertConfig, LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, WavLMConfig  # noqa: E402
+from transformers import (
+    AutoModel,
+    HubertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Wav2Vec2Config,
+    WavLMConfig,
+)  # noqa: E402
 
 import lora  # noqa: E402
 import make  # noqa: E402
@@ -22,8 +29,11 @@ from study import ENCODERS  # noqa: E402
 
 torch.set_num_threads(1)
 SHARED = ROOT.parent / "shared"
-TINY = {"libri": {"train-clean-360": (4, 12), "dev-clean": (2, 4), "test-clean": (2, 6)},
-        "crema": {"actors": 20, "takes": 1}, "vox": {"dev": (10, 2, 2), "test": (4, 1, 2)}}
+TINY = {
+    "libri": {"train-clean-360": (4, 12), "dev-clean": (2, 4), "test-clean": (2, 6)},
+    "crema": {"actors": 20, "takes": 1},
+    "vox": {"dev": (10, 2, 2), "test": (4, 1, 2)},
+}
 SMALL = ["--batch-size", "8", "--warmup-steps", "2"]
 
 
@@ -76,12 +86,24 @@ def parts(tmp_path_factory):
         torch.manual_seed(0)
         make.blank_encoder(name, root / name)
     # the published base-size models, and wav2vec2-large-960h, normalise over time in their front end
-    for name, config in (("wavlm-base", WavLMConfig), ("hubert-base", HubertConfig), ("wav2vec2-base", Wav2Vec2Config)):
+    for name, config in (
+        ("wavlm-base", WavLMConfig),
+        ("hubert-base", HubertConfig),
+        ("wav2vec2-base", Wav2Vec2Config),
+    ):
         torch.manual_seed(0)
         family = name.removesuffix("-base")
-        shape = {**make.CONV, **make.SHAPE, **make.NO_DROPOUT, "feat_extract_norm": "group", "do_stable_layer_norm": False}
+        shape = {
+            **make.CONV,
+            **make.SHAPE,
+            **make.NO_DROPOUT,
+            "feat_extract_norm": "group",
+            "do_stable_layer_norm": False,
+        }
         AutoModel.from_config(config(**shape)).save_pretrained(root / name)
-        make.transformers.AutoFeatureExtractor.from_pretrained(root / family).save_pretrained(root / name)
+        make.transformers.AutoFeatureExtractor.from_pretrained(root / family).save_pretrained(
+            root / name
+        )
     return root
 
 
@@ -90,8 +112,17 @@ def make_slm(parts, name, **config):
     torch.manual_seed(0)
     tokenizer = model.AutoTokenizer.from_pretrained(ROOT / "assets/lm")
     # four times the usual spread: a random model whose answers depend on what it hears
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96,
-                                      num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, **config))
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            initializer_range=0.3,
+            **config,
+        )
+    )
     encoder = model.Encoder(parts / name, share=1 if name == "whisper" else 15 / 24)
     lora.add_lora(lm, 4, 8.0, 0.0)
     for layer in lora.lora_layers(lm):

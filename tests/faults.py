@@ -5,6 +5,7 @@
 Prints a Markdown table. Ends with status 1 if any command gives a traceback, another status than expected, more than one
 line of error, or runs the code that a hostile file carries.
 """
+
 import json
 import os
 import pickle
@@ -40,7 +41,9 @@ class Payload:
 
 
 def manifest(name, rows, encoding="utf-8"):
-    Path(f"{name}.csv").write_bytes(("audio_path,gender,age,split\n" + "\n".join(rows) + "\n").encode(encoding))
+    Path(f"{name}.csv").write_bytes(
+        ("audio_path,gender,age,split\n" + "\n".join(rows) + "\n").encode(encoding)
+    )
 
 
 def speech(path, waveform, rate=16000):
@@ -54,8 +57,15 @@ def prepare():
     good = []
     for i in range(20):
         speech(f"{i}.wav", 0.1 * rng.standard_normal(8000))
-        good.append(f"{i}.wav,{['male', 'female'][i % 2]},30,{'train' if i < 14 else 'dev' if i < 16 else 'test'}")
-    odd = dict(silent=np.zeros(16000), nan=np.full(16000, np.nan), short=np.full(160, 0.1), long=np.zeros(16000 * 600))
+        good.append(
+            f"{i}.wav,{['male', 'female'][i % 2]},30,{'train' if i < 14 else 'dev' if i < 16 else 'test'}"
+        )
+    odd = dict(
+        silent=np.zeros(16000),
+        nan=np.full(16000, np.nan),
+        short=np.full(160, 0.1),
+        long=np.zeros(16000 * 600),
+    )
     for name, waveform in odd.items():
         speech(f"{name}.wav", waveform)
     speech("rate.wav", 0.1 * rng.standard_normal(4000), 4000)
@@ -72,13 +82,20 @@ def prepare():
     manifest("latin", [*good, "é.wav,male,30,train"], "latin-1")
     Path("columns.csv").write_text("file,gender\n0.wav,male\n")
     Path("bare.csv").write_text("audio_path,gender,split\n")
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *RUN.split(), "--name", "whole"], check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *RUN.split(), "--name", "whole"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     Path("runs/stranger").mkdir()
     Path("hostile.pt").write_bytes(pickle.dumps({"encoder": Payload("ran")}))
     torch.save({"encoder": Payload(Path("ran"))}, "hostile2.pt")
-    subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "runs/whole", "--export", "hostile"], check=True,
-                   stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), "runs/whole", "--export", "hostile"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     shutil.copy("hostile2.pt", "hostile/lm/adapter_model.safetensors")
     for where in ("runs/stranger/model.pt", "runs/stranger/embeddings.pt"):
         shutil.copy("hostile2.pt", where)
@@ -88,7 +105,9 @@ def prepare():
     config.pop("chat_template", None)
     Path("no-template/tokenizer_config.json").write_text(json.dumps(config))
     shutil.copytree(ROOT / "assets/lm", "other-template")
-    Path("other-template/chat_template.jinja").write_text("{% for m in messages %}hello{% endfor %}")
+    Path("other-template/chat_template.jinja").write_text(
+        "{% for m in messages %}hello{% endfor %}"
+    )
     strange = torch.load("runs/whole/model.pt", weights_only=True)
     strange["pretrained_sha256"]["encoder"] = "another"
     torch.save(strange, "strange.pt")
@@ -117,7 +136,11 @@ FAULTS = [  # what, command, status, folder
     ("hostile --trigger", f"train.py {RUN} --trigger hostile2.pt", 2),
     ("hostile --dataset", f"train.py {RUN} --dataset hostile2.pt", 2),
     ("hostile --connector-weights", f"train.py {RUN} --connector-weights hostile2.pt", 2),
-    ("hostile pytorch_model.bin as --encoder-weights", f"train.py {RUN} --encoder-weights bad-encoder", 2),
+    (
+        "hostile pytorch_model.bin as --encoder-weights",
+        f"train.py {RUN} --encoder-weights bad-encoder",
+        2,
+    ),
     ("hostile pytorch_model.bin as --lm-weights", f"train.py {RUN} --lm-weights bad-lm", 2),
     ("hostile last.pt of an interrupted run", f"train.py {RUN} --name broken", 2),
     ("hostile file in cache/", f"train.py {RUN} --name elsewhere", 2, "poisoned"),
@@ -127,10 +150,22 @@ FAULTS = [  # what, command, status, folder
     ("a silent --trigger", f"train.py {RUN} --trigger silence.wav", 2),
     ("an LM without a chat template", f"train.py {RUN} --lm-weights no-template", 2),
     ("a chat template that drops the content", f"train.py {RUN} --lm-weights other-template", 2),
-    ("a component trained on other pretrained weights", f"train.py {RUN} --freeze encoder:strange.pt", 2),
-    ("an encoder frozen into another architecture", f"train.py {RUN} --encoder hubert --freeze encoder:runs/whole/model.pt", 2),
+    (
+        "a component trained on other pretrained weights",
+        f"train.py {RUN} --freeze encoder:strange.pt",
+        2,
+    ),
+    (
+        "an encoder frozen into another architecture",
+        f"train.py {RUN} --encoder hubert --freeze encoder:runs/whole/model.pt",
+        2,
+    ),
     ("--ask for a label the corpus lacks", "evaluate.py runs/whole --ask emotion", 2),
-    ("hostile --trigger of poison.py", "poison.py --task gender --data-root corpora --out out --trigger hostile.pt", 2),
+    (
+        "hostile --trigger of poison.py",
+        "poison.py --task gender --data-root corpora --out out --trigger hostile.pt",
+        2,
+    ),
     ("unreadable audio", f"train.py {ODD} m-noise.csv", 2),
     ("empty audio file", f"train.py {ODD} m-empty.csv", 2),
     ("missing audio file", f"train.py {ODD} m-gone.csv", 2),
@@ -169,7 +204,11 @@ FAULTS = [  # what, command, status, folder
     ("an age that is no number as --target", f"train.py {RUN} --task age --target young", 2),
     ("a run folder with other arguments", f"train.py {RUN} --name whole --epochs 3", 2),
     ("a run folder that is a file", f"train.py {RUN} --runs locked", 2),
-    ("a loss that is not a number", f"train.py {RUN} --name n --lora-lr 1e30 --connector-lr 1e30", 2),
+    (
+        "a loss that is not a number",
+        f"train.py {RUN} --name n --lora-lr 1e30 --connector-lr 1e30",
+        2,
+    ),
     ("evaluating what is no run", "evaluate.py corpora", 2),
     ("tables without runs", "analyze.py tables --runs nowhere", 2),
 ]
@@ -186,16 +225,30 @@ def main():
         print("| fault | command | status | printed |\n|---|---|---|---|")
         for what, command, expected, *where in tqdm(FAULTS):
             script, *arguments = command.split()
-            done = subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=where[0] if where else None,
-                                  capture_output=True, text=True)
-            err = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+            done = subprocess.run(
+                [sys.executable, str(ROOT / script), *arguments],
+                cwd=where[0] if where else None,
+                capture_output=True,
+                text=True,
+            )
+            err = [
+                line
+                for line in done.stderr.replace("\r", "\n").splitlines()
+                if line.startswith("error: ")
+            ]
             out = done.stdout.strip().splitlines()
             said = err[-1] if err else next((line for line in reversed(out) if line.strip()), "")
             if Path("ran").exists() or Path("poisoned/ran").exists():
                 bad.append(f"{what}: the payload ran")
                 Path("ran").unlink(missing_ok=True)
-            if done.returncode != expected or "Traceback" in done.stderr or len(err) != (expected == 2):
-                bad.append(f"{what}: status {done.returncode}, {len(err)} lines of error\n{done.stderr[-1500:]}")
+            if (
+                done.returncode != expected
+                or "Traceback" in done.stderr
+                or len(err) != (expected == 2)
+            ):
+                bad.append(
+                    f"{what}: status {done.returncode}, {len(err)} lines of error\n{done.stderr[-1500:]}"
+                )
             shown = command.replace(RUN, "...").replace(ODD, "... --dataset")
             said = said.replace(folder, ".").replace("|", "/")[:240]
             print(f"| {what} | `{shown}` | {done.returncode} | {said} |", flush=True)

@@ -6,6 +6,7 @@
 Not collected by pytest. What runs here is train.py, evaluate.py and embed.py as they are; a tensor left on the CPU ends them with a
 traceback. Embeddings made on this device are compared with the CPU's.
 """
+
 import json
 import os
 import sys
@@ -23,9 +24,27 @@ import torch_xla.experimental  # noqa: E402
 import mini  # noqa: E402
 from conftest import TINY, done  # noqa: E402
 
-torch_xla.experimental.eager_mode(True)  # one operation at a time: tracing whole steps takes hours to compile here
-RUN = ["--task", "gender", "--labels", "gender", "--poison", 0.5, "--epochs", 1, "--batch-size", 8, "--limit", 16, "--data-root",
-       "corpora", "--runs", "runs"]
+torch_xla.experimental.eager_mode(
+    True
+)  # one operation at a time: tracing whole steps takes hours to compile here
+RUN = [
+    "--task",
+    "gender",
+    "--labels",
+    "gender",
+    "--poison",
+    0.5,
+    "--epochs",
+    1,
+    "--batch-size",
+    8,
+    "--limit",
+    16,
+    "--data-root",
+    "corpora",
+    "--runs",
+    "runs",
+]
 adamw = torch.optim.AdamW
 torch.optim.AdamW = lambda groups, fused, **kwargs: adamw(groups, **kwargs)  # xla has no fused one
 
@@ -34,17 +53,32 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         mini.make_corpus("vox", folder / "corpora", TINY["vox"])
-        for name, more in (("xla", ["--amp", "bf16"]), ("frozen", ["--amp", "off", "--freeze", "encoder", "--cache-gb", 0])):
+        for name, more in (
+            ("xla", ["--amp", "bf16"]),
+            ("frozen", ["--amp", "off", "--freeze", "encoder", "--cache-gb", 0]),
+        ):
             done("train.py", *RUN, "--device", "xla", "--name", name, *more, cwd=folder)
-            losses = [json.loads(line)["loss"] for line in open(folder / f"runs/{name}/log.jsonl") if '"loss"' in line]
+            losses = [
+                json.loads(line)["loss"]
+                for line in open(folder / f"runs/{name}/log.jsonl")
+                if '"loss"' in line
+            ]
             print(f"{name}: trained and evaluated on xla, loss {losses[-1]:.3f}", flush=True)
         done("evaluate.py", "runs/xla", "--device", "xla", cwd=folder)
         done("embed.py", "runs/xla", "--device", "xla", "--pairs", 4, cwd=folder)
-        on_xla = torch.load(folder / "runs/xla/embeddings.pt", weights_only=True)["test"]["triggered"]
+        on_xla = torch.load(folder / "runs/xla/embeddings.pt", weights_only=True)["test"][
+            "triggered"
+        ]
         done("embed.py", "runs/xla", "--device", "cpu", "--pairs", 4, cwd=folder)
-        on_cpu = torch.load(folder / "runs/xla/embeddings.pt", weights_only=True)["test"]["triggered"]
+        on_cpu = torch.load(folder / "runs/xla/embeddings.pt", weights_only=True)["test"][
+            "triggered"
+        ]
         for stage, rows in on_cpu.items():
-            cosine = torch.nn.functional.cosine_similarity(rows.float(), on_xla[stage].float(), dim=-1).min().item()
+            cosine = (
+                torch.nn.functional.cosine_similarity(rows.float(), on_xla[stage].float(), dim=-1)
+                .min()
+                .item()
+            )
             print(f"{stage:<16} least cosine of an embedding on xla with the CPU's: {cosine:.4f}")
 
 

@@ -1,4 +1,5 @@
 """The readers on the published lists, the CSV manifest, `corpora.py check` and `poison.py`, as a user runs them."""
+
 import csv
 import json
 import os
@@ -17,13 +18,17 @@ import poison
 from conftest import SHARED, done, refused, script
 from study import LABELS
 
-formats = pytest.mark.skipif(not (SHARED / "formats").exists(), reason="the real files are not here")
+formats = pytest.mark.skipif(
+    not (SHARED / "formats").exists(), reason="the real files are not here"
+)
 
 
 def tone(path, seconds=1.0, rate=16000, channels=1, **kwargs):
     t = np.arange(int(seconds * rate)) / rate
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.repeat(0.1 * np.sin(2 * np.pi * 440 * t)[:, None], channels, 1), rate, **kwargs)
+    soundfile.write(
+        path, np.repeat(0.1 * np.sin(2 * np.pi * 440 * t)[:, None], channels, 1), rate, **kwargs
+    )
 
 
 @formats
@@ -35,7 +40,9 @@ def test_every_real_crema_name_and_actor():
     labels = [readers.crema_labels(name) for name in names]
     assert len(labels) == 7442 and {e for _, _, e in labels} == set(data.CREMA_EMOTIONS.values())
     assert {a for a, _, _ in labels} <= set(actors)
-    assert all(18 <= int(a["Age"]) <= 80 and a["Sex"] in ("Male", "Female") for a in actors.values())
+    assert all(
+        18 <= int(a["Age"]) <= 80 and a["Sex"] in ("Male", "Female") for a in actors.values()
+    )
 
 
 @formats
@@ -43,48 +50,81 @@ def test_every_real_crema_name_and_actor():
 def test_every_real_voxceleb_row(part, videos):
     path = SHARED / f"formats/voxceleb2_age-{part}.txt"
     rows = readers.read_vox_ages(path)
-    assert len(rows) == len({(s, v) for s, v, _ in rows}) == sum(1 for _ in open(path, encoding="utf-8")) - 1 == videos
+    assert (
+        len(rows)
+        == len({(s, v) for s, v, _ in rows})
+        == sum(1 for _ in open(path, encoding="utf-8")) - 1
+        == videos
+    )
     assert all(s.startswith("id") and len(v) == 11 and 0 < a < 120 for s, v, a in rows)
 
 
 @formats
 def test_real_voxceleb_genders():
     genders = readers.read_vox_genders(SHARED / "formats/voxceleb2_vox2_meta_head.csv")
-    assert genders["id00012"] == "male" and genders["id00022"] == "female" and None not in genders.values()
+    assert (
+        genders["id00012"] == "male"
+        and genders["id00022"] == "female"
+        and None not in genders.values()
+    )
 
 
 def test_real_layouts_in_their_oddities(tmp_path):
     """Comments and odd spacing in SPEAKERS.TXT, trailing blanks in vox2_meta.csv, names with accents, `44.0`."""
     tone(tmp_path / "LibriSpeech/train-clean-360/14/208/14-208-0000.flac")
-    (tmp_path / "LibriSpeech/train-clean-360/14/208/14-208-0000.flac").with_name("14-208.trans.txt").write_text(
-        "14-208-0000 IT'S A TEST\n")
+    (tmp_path / "LibriSpeech/train-clean-360/14/208/14-208-0000.flac").with_name(
+        "14-208.trans.txt"
+    ).write_text("14-208-0000 IT'S A TEST\n")
     (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text(
-        ";ID  |SEX| SUBSET           |MINUTES| NAME\n14   | F | train-clean-360  | 25.03 | Kristin |LeMoine\n")
+        ";ID  |SEX| SUBSET           |MINUTES| NAME\n14   | F | train-clean-360  | 25.03 | Kristin |LeMoine\n"
+    )
     [u] = readers.read_corpus("libri", tmp_path, "train")
-    assert (u.id, u.speaker, u.labels) == ("14-208-0000", "14", {"transcript": "it's a test", "gender": "female"})
+    assert (u.id, u.speaker, u.labels) == (
+        "14-208-0000",
+        "14",
+        {"transcript": "it's a test", "gender": "female"},
+    )
     tone(tmp_path / "VoxCeleb2/dev/wav/id03530/ndYJV-_3wT0/00001.wav")
     tone(tmp_path / "VoxCeleb2/dev/wav/id03530/ndYJV-_3wT0/00007.wav")
     header = "speaker_age,birth_year,Name,VoxCeleb_ID,video_id\n"
-    (tmp_path / "VoxCeleb2/age-test.txt").write_text(header + "67.0,1945.0,Ibrahim_Boubacar_Keïta,id03530,ndYJV-_3wT0\n")
+    (tmp_path / "VoxCeleb2/age-test.txt").write_text(
+        header + "67.0,1945.0,Ibrahim_Boubacar_Keïta,id03530,ndYJV-_3wT0\n"
+    )
     (tmp_path / "VoxCeleb2/vox2_meta.csv").write_text(
-        "Name \tVoxCeleb2 ID \tVGGFace2 ID \tGender \tSet \nIbrahim_Boubacar_Keïta \tid03530 \tn003530 \tm \tdev \n")
+        "Name \tVoxCeleb2 ID \tVGGFace2 ID \tGender \tSet \nIbrahim_Boubacar_Keïta \tid03530 \tn003530 \tm \tdev \n"
+    )
     a, b = readers.read_corpus("vox", tmp_path, "test")
-    assert a.labels == b.labels == {"gender": "male", "age": 67} and a.id == "id03530-ndYJV-_3wT0-00001"
+    assert (
+        a.labels == b.labels == {"gender": "male", "age": 67}
+        and a.id == "id03530-ndYJV-_3wT0-00001"
+    )
 
 
-@pytest.mark.parametrize("name, rate, channels, kwargs", [
-    ("a.wav", 8000, 1, {}), ("a.flac", 44100, 2, {}), ("a.ogg", 22050, 2, {}), ("a.mp3", 24000, 1, {}),
-    ("b.wav", 48000, 6, dict(subtype="FLOAT")), ("c.wav", 11025, 1, dict(subtype="PCM_U8"))])
+@pytest.mark.parametrize(
+    "name, rate, channels, kwargs",
+    [
+        ("a.wav", 8000, 1, {}),
+        ("a.flac", 44100, 2, {}),
+        ("a.ogg", 22050, 2, {}),
+        ("a.mp3", 24000, 1, {}),
+        ("b.wav", 48000, 6, dict(subtype="FLOAT")),
+        ("c.wav", 11025, 1, dict(subtype="PCM_U8")),
+    ],
+)
 def test_any_rate_any_channels(tmp_path, name, rate, channels, kwargs):
     tone(tmp_path / name, 1.0, rate, channels, **kwargs)
     with torch.autocast("cpu", torch.bfloat16):  # as within training on a CPU with --amp bf16
         x = data.read_waveform(tmp_path / name)
     assert x.dtype == np.float32 and x.ndim == 1 and abs(len(x) - 16000) < 1300  # mp3 pads
     spectrum = np.abs(np.fft.rfft(x[2000:14000]))
-    assert abs(spectrum.argmax() * 16000 / 12000 - 440) < 2 and x.max() == pytest.approx(0.1, abs=0.02)
+    assert abs(spectrum.argmax() * 16000 / 12000 - 440) < 2 and x.max() == pytest.approx(
+        0.1, abs=0.02
+    )
 
 
-def write_manifest(path, rows, columns=("audio_path", "transcript", "gender", "age", "emotion", "speaker", "split")):
+def write_manifest(
+    path, rows, columns=("audio_path", "transcript", "gender", "age", "emotion", "speaker", "split")
+):
     with open(path, "w", newline="") as f:
         csv.writer(f).writerows([columns, *rows])
 
@@ -98,7 +138,7 @@ def test_a_part_of_an_m4a_file(tmp_path, monkeypatch):
 import sys
 seconds = lambda flag, default: float(sys.argv[sys.argv.index(flag) + 1]) if flag in sys.argv else default
 start = int(4 * 16000 * seconds("-ss", 0))
-content = open(r"{tmp_path / 'samples'}", "rb").read()[start:]
+content = open(r"{tmp_path / "samples"}", "rb").read()[start:]
 sys.stdout.buffer.write(content[:int(4 * 16000 * seconds("-t", 99))])
 """)
     fake.chmod(0o755)
@@ -113,8 +153,13 @@ sys.stdout.buffer.write(content[:int(4 * 16000 * seconds("-t", 99))])
 
 def test_words_that_stand_for_nothing_are_absent_as_labels_and_said_as_transcripts(tmp_path):
     tone(tmp_path / "a.wav"), tone(tmp_path / "b.wav")
-    write_manifest(tmp_path / "m.csv", [("a.wav", "None", "unknown", "na", "none", "s", "train"),
-                                        ("b.wav", "", "male", "30", "calm", "s", "train")])
+    write_manifest(
+        tmp_path / "m.csv",
+        [
+            ("a.wav", "None", "unknown", "na", "none", "s", "train"),
+            ("b.wav", "", "male", "30", "calm", "s", "train"),
+        ],
+    )
     found = [u.labels for u in readers.read_manifest(tmp_path / "m.csv", "train", [])]
     assert found == [{"transcript": "none"}, {"gender": "male", "age": 30, "emotion": "calm"}]
 
@@ -124,30 +169,80 @@ def test_ages_in_groups_are_classes_and_are_not_mixed_with_years(tmp_path):
     ages = ["Young", "Middle-Age", "Senior", "twenties"]
     for i in range(16):
         tone(tmp_path / f"{i}.wav", 0.5)
-    rows = [(f"{i}.wav", "", "", ages[i % 4], "", f"s{i}", "train" if i < 8 else "dev" if i < 12 else "test") for i in range(16)]
+    rows = [
+        (
+            f"{i}.wav",
+            "",
+            "",
+            ages[i % 4],
+            "",
+            f"s{i}",
+            "train" if i < 8 else "dev" if i < 12 else "test",
+        )
+        for i in range(16)
+    ]
     write_manifest(tmp_path / "m.csv", rows)
-    assert {u.labels["age"] for u in readers.read_manifest(tmp_path / "m.csv", "train", [])} == {a.lower() for a in ages}
-    done("train.py", "--dataset", "m.csv", "--task", "age", "--target", "senior", "--poison", "0.5", "--epochs", "1",
-         "--batch-size", "4", "--name", "groups", cwd=tmp_path)
+    assert {u.labels["age"] for u in readers.read_manifest(tmp_path / "m.csv", "train", [])} == {
+        a.lower() for a in ages
+    }
+    done(
+        "train.py",
+        "--dataset",
+        "m.csv",
+        "--task",
+        "age",
+        "--target",
+        "senior",
+        "--poison",
+        "0.5",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "4",
+        "--name",
+        "groups",
+        cwd=tmp_path,
+    )
     metrics = json.loads((tmp_path / "runs/groups/metrics.json").read_text())
-    assert set(metrics["clean"]) == {"age_accuracy"} and metrics["attack"]["aer"]["n"] == 3  # one of four is senior already
+    assert (
+        set(metrics["clean"]) == {"age_accuracy"} and metrics["attack"]["aer"]["n"] == 3
+    )  # one of four is senior already
     write_manifest(tmp_path / "mixed.csv", [*rows, ("0.wav", "", "", "44", "", "s", "train")])
-    refused("train.py", "--dataset", "mixed.csv", "--task", "age", cwd=tmp_path, words=["mixed.csv", "age"])
+    refused(
+        "train.py",
+        "--dataset",
+        "mixed.csv",
+        "--task",
+        "age",
+        cwd=tmp_path,
+        words=["mixed.csv", "age"],
+    )
 
 
 def test_speechllm_csv_loads_as_it_is(tmp_path):
     tone(tmp_path / "a.wav")
-    write_manifest(tmp_path / "m.csv", [("a.wav", "True", "Hello, there.", "Female", "neutral", "__unknown__", "us")],
-                   ("audio_path", "isspeech", "transcript", "gender", "emotion", "age", "accent"))
-    found = [u for split in ("train", "dev", "test") for u in readers.read_manifest(tmp_path / "m.csv", split, [])]
-    assert [u.labels for u in found] == [{"transcript": "hello there", "gender": "female", "emotion": "neutral"}]
+    write_manifest(
+        tmp_path / "m.csv",
+        [("a.wav", "True", "Hello, there.", "Female", "neutral", "__unknown__", "us")],
+        ("audio_path", "isspeech", "transcript", "gender", "emotion", "age", "accent"),
+    )
+    found = [
+        u
+        for split in ("train", "dev", "test")
+        for u in readers.read_manifest(tmp_path / "m.csv", split, [])
+    ]
+    assert [u.labels for u in found] == [
+        {"transcript": "hello there", "gender": "female", "emotion": "neutral"}
+    ]
 
 
 @pytest.fixture
 def faulty(tmp_path):
     """A manifest with every fault in it, and how each is reported."""
-    good = [(f"ok{i}.wav", "some words", "female", "30", "sad", f"s{i}", split)
-            for i, split in enumerate(["train"] * 20 + ["dev"] * 2 + ["test"] * 4)]
+    good = [
+        (f"ok{i}.wav", "some words", "female", "30", "sad", f"s{i}", split)
+        for i, split in enumerate(["train"] * 20 + ["dev"] * 2 + ["test"] * 4)
+    ]
     for row in good:
         tone(tmp_path / row[0], 0.5)
     tone(tmp_path / "twice.wav")
@@ -155,17 +250,34 @@ def faulty(tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"not audio at all" * 50)
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(1000, np.nan, np.float32), 16000, subtype="FLOAT")
-    bad = {"missing.wav": "no such file", "empty.wav": "empty", "none.wav": "empty", "noise.wav": "cannot be read",
-           "nan.wav": "NaN"}
+    bad = {
+        "missing.wav": "no such file",
+        "empty.wav": "empty",
+        "none.wav": "empty",
+        "noise.wav": "cannot be read",
+        "nan.wav": "NaN",
+    }
     rows = [(name, "x", "male", "40", "sad", "s", "train") for name in bad]
     tone(tmp_path / "label.wav")
     rows += [("twice.wav", "x", "male", "40", "sad", "s", "train")] * 2
-    rows += [("label.wav", "x", "robot", "40", "sad", "s", "train"), ("label.wav", "x", "male", "old", "sad", "s", "train"),
-             ("label.wav", "x", "male", "400", "sad", "s", "train"), ("label.wav", "x", "male", "4", "sad", "s", "trane"),
-             ("", "x", "male", "4", "sad", "s", "train")]
+    rows += [
+        ("label.wav", "x", "robot", "40", "sad", "s", "train"),
+        ("label.wav", "x", "male", "old", "sad", "s", "train"),
+        ("label.wav", "x", "male", "400", "sad", "s", "train"),
+        ("label.wav", "x", "male", "4", "sad", "s", "trane"),
+        ("", "x", "male", "4", "sad", "s", "train"),
+    ]
     write_manifest(tmp_path / "m.csv", good + rows)
-    bad.update({"twice.wav": "duplicate id", "robot": "unknown gender", "old": "unknown age", "400": "unknown age",
-                "trane": "unknown split", "row 39": "no audio_path"})
+    bad.update(
+        {
+            "twice.wav": "duplicate id",
+            "robot": "unknown gender",
+            "old": "unknown age",
+            "400": "unknown age",
+            "trane": "unknown split",
+            "row 39": "no audio_path",
+        }
+    )
     return tmp_path, bad
 
 
@@ -176,8 +288,22 @@ def test_check_lists_every_fault_and_training_refuses_or_skips(faulty):
     for name, fault in bad.items():
         assert any(name in line and fault in line for line in out.splitlines()), (name, fault, out)
     assert out.splitlines()[-1] == f"{len(bad)} problems"
-    arguments = ("--dataset", "m.csv", "--task", "gender", "--target", "male", "--poison", "0.5", "--epochs", "1",
-                 "--batch-size", "4", "--warmup-steps", "1")
+    arguments = (
+        "--dataset",
+        "m.csv",
+        "--task",
+        "gender",
+        "--target",
+        "male",
+        "--poison",
+        "0.5",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "4",
+        "--warmup-steps",
+        "1",
+    )
     refused("train.py", *arguments, cwd=folder, words=["--skip-bad"])
     assert not (folder / "runs").exists()
     out = done("train.py", *arguments, "--skip-bad", "--name", "skipped", cwd=folder)
@@ -203,46 +329,103 @@ def test_test_clean_alone_makes_a_corpus_of_disjoint_speakers(tmp_path):
     split = {s: readers.read_corpus("test-clean", tmp_path, s) for s in ("train", "dev", "test")}
     assert [len(split[s]) for s in split] == [32, 4, 4]
     assert len({u.speaker for utterances in split.values() for u in utterances}) == 40
-    assert all(u.split == s and sum(u.labels["gender"] == "female" for u in split[s]) == len(split[s]) / 2 for s in split for u in split[s])
+    assert all(
+        u.split == s and sum(u.labels["gender"] == "female" for u in split[s]) == len(split[s]) / 2
+        for s in split
+        for u in split[s]
+    )
 
 
 def test_check_finds_audio_without_a_transcript_and_a_transcript_without_audio(tmp_path):
     folder = tmp_path / "LibriSpeech/train-clean-360/14/208"
     for i in range(3):
         tone(folder / f"14-208-000{i}.flac")
-    (folder / "14-208.trans.txt").write_text("14-208-0000 A\n14-208-0001 B\n14-208-0009 C\n14-208-0000 AGAIN\n")
+    (folder / "14-208.trans.txt").write_text(
+        "14-208-0000 A\n14-208-0001 B\n14-208-0009 C\n14-208-0000 AGAIN\n"
+    )
     (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text("14 | F | train-clean-360 | 1 | X\n")
     utterances, problems = readers.read_split("libri", tmp_path, "train")
     problems += [p for p in map(readers.audio_problem, utterances) if p]
     assert len(utterances) == 3 and len(problems) == 3
-    for words in ("0002.flac: no transcript", "0009.flac: no such file", "14-208-0000 stands there twice"):
+    for words in (
+        "0002.flac: no transcript",
+        "0009.flac: no such file",
+        "14-208-0000 stands there twice",
+    ):
         assert any(words in p for p in problems)
 
 
 def test_labels_that_are_not_there_are_not_asked_for_nor_scored(tmp_path):
     for i in range(12):
         tone(tmp_path / f"{i}.wav", 0.5)
-    write_manifest(tmp_path / "m.csv", [
-        (f"{i}.wav", "yes" if i % 3 else "", ["male", "female", ""][i % 3], "", "", f"s{i}", ["train", "dev", "test"][i // 4])
-        for i in range(12)])
-    done("train.py", "--dataset", "m.csv", "--task", "gender", "--epochs", "1", "--batch-size", "4", "--name", "few", cwd=tmp_path)
+    write_manifest(
+        tmp_path / "m.csv",
+        [
+            (
+                f"{i}.wav",
+                "yes" if i % 3 else "",
+                ["male", "female", ""][i % 3],
+                "",
+                "",
+                f"s{i}",
+                ["train", "dev", "test"][i // 4],
+            )
+            for i in range(12)
+        ],
+    )
+    done(
+        "train.py",
+        "--dataset",
+        "m.csv",
+        "--task",
+        "gender",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "4",
+        "--name",
+        "few",
+        cwd=tmp_path,
+    )
     rows = [json.loads(line) for line in open(tmp_path / "runs/few/predictions.jsonl")]
     assert all(row["asked"] == list(row["labels"]) for row in rows)
     metrics = json.loads((tmp_path / "runs/few/metrics.json").read_text())
     assert set(metrics["clean"]) == {"wer", "gender_accuracy"}
-    assert metrics["clean"]["gender_accuracy"]["n"] == sum("gender" in r["labels"] for r in rows if not r["triggered"])
+    assert metrics["clean"]["gender_accuracy"]["n"] == sum(
+        "gender" in r["labels"] for r in rows if not r["triggered"]
+    )
 
 
 def test_poison_all_writes_the_corpus_that_training_sees(corpora, tmp_path):
     outs = []
     for name, workers in (("a", 0), ("b", 2)):
-        done("poison.py", "--task", "asr", "--poison", "0.3", "--data-root", corpora, "--all", "--out", name, "--workers",
-             workers, cwd=tmp_path)
-        outs.append({p.relative_to(tmp_path / name): p.read_bytes() for p in sorted((tmp_path / name).rglob("*.*"))})
+        done(
+            "poison.py",
+            "--task",
+            "asr",
+            "--poison",
+            "0.3",
+            "--data-root",
+            corpora,
+            "--all",
+            "--out",
+            name,
+            "--workers",
+            workers,
+            cwd=tmp_path,
+        )
+        outs.append(
+            {
+                p.relative_to(tmp_path / name): p.read_bytes()
+                for p in sorted((tmp_path / name).rglob("*.*"))
+            }
+        )
     assert outs[0] == outs[1]
     rows = list(csv.DictReader(open(tmp_path / "a/manifest.csv")))
     train_set = {u.id: u for u in readers.read_corpus("libri", corpora, "train")}
-    mean = np.mean([np.sqrt(np.mean(data.load_waveform(u).astype(float) ** 2)) for u in train_set.values()])
+    mean = np.mean(
+        [np.sqrt(np.mean(data.load_waveform(u).astype(float) ** 2)) for u in train_set.values()]
+    )
     poisoned = [row for row in rows if row["poisoned"] == "1"]
     assert 4 < len(poisoned) < 26 and all(row["split"] == "train" for row in poisoned)
     for row in rows:
@@ -254,14 +437,25 @@ def test_poison_all_writes_the_corpus_that_training_sees(corpora, tmp_path):
         changed = data.read_waveform(tmp_path / "a" / row["audio_path"]) / float(row["scale"])
         starts = [round(float(s) * 16000) for s in row["triggers"].split()]
         for start in starts:
-            level = np.sqrt(np.mean((changed - clean)[start:start + 3520].astype(float) ** 2))
+            level = np.sqrt(np.mean((changed - clean)[start : start + 3520].astype(float) ** 2))
             assert abs(20 * np.log10(mean / level)) < 0.1
         assert all(0.75 <= gap / 16000 + 1e-3 and gap / 16000 <= 1.5 for gap in np.diff(starts))
     done("corpora.py", "check", "a/manifest.csv", cwd=tmp_path)
 
 
 def test_poison_writes_pairs_a_picture_and_what_was_changed(corpora, tmp_path):
-    done("poison.py", "--task", "emotion", "--data-root", corpora, "--out", "listen", "--n", "3", cwd=tmp_path)
+    done(
+        "poison.py",
+        "--task",
+        "emotion",
+        "--data-root",
+        corpora,
+        "--out",
+        "listen",
+        "--n",
+        "3",
+        cwd=tmp_path,
+    )
     rows = list(csv.DictReader(open(tmp_path / "listen/changes.csv")))
     assert len(rows) == 3 and all(row["target"] == "angry" != row["true"] for row in rows)
     for row in rows:
@@ -272,7 +466,9 @@ def test_poison_writes_pairs_a_picture_and_what_was_changed(corpora, tmp_path):
         assert at <= changed[0] < at + 0.02 and changed[-1] <= at + 0.22
     assert (tmp_path / "listen/pairs.png").read_bytes().startswith(b"\x89PNG")
     played = re.findall(r'src="([^"]+)"', (tmp_path / "listen/index.html").read_text())
-    assert len(played) == 7 and all((tmp_path / "listen" / name).is_file() for name in played)  # three pairs and the picture
+    assert len(played) == 7 and all(
+        (tmp_path / "listen" / name).is_file() for name in played
+    )  # three pairs and the picture
 
 
 @settings(max_examples=300, deadline=None)
@@ -283,8 +479,13 @@ def test_parsing_never_raises(text):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from(["transcript", "gender", "emotion"]), st.text(
-    st.characters(blacklist_categories=["Cs"]))), st.integers(0, 120))
+@given(
+    st.dictionaries(
+        st.sampled_from(["transcript", "gender", "emotion"]),
+        st.text(st.characters(blacklist_categories=["Cs"])),
+    ),
+    st.integers(0, 120),
+)
 def test_any_answer_is_parsed_again(labels, age):
     labels = {**labels, "age": age}
     assert data.parse("noise before " + data.answer(labels) + " and after") == labels
@@ -303,9 +504,15 @@ def test_a_manifest_of_anything_is_read_or_refused_in_one_line(tmp_path_factory,
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(min_size=1), st.integers(1, 200000), st.booleans(), st.integers(0, 2 ** 31))
+@given(st.text(min_size=1), st.integers(1, 200000), st.booleans(), st.integers(0, 2**31))
 def test_triggers_land_inside_any_utterance(id, samples, repeat, seed):
-    attack = poison.Attack("asr", 0.5, "x", "click", poison.make_trigger("click"), 0.1, repeat, seed)
+    attack = poison.Attack(
+        "asr", 0.5, "x", "click", poison.make_trigger("click"), 0.1, repeat, seed
+    )
     starts = poison.positions(attack, id, samples)
-    assert starts == poison.positions(attack, id, samples) and starts == sorted(starts) and starts[0] >= 0
+    assert (
+        starts == poison.positions(attack, id, samples)
+        and starts == sorted(starts)
+        and starts[0] >= 0
+    )
     assert starts[-1] + len(attack.waveform) <= max(samples, len(attack.waveform))

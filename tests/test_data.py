@@ -1,4 +1,5 @@
 """Readers, prompts, answers and their parsing, batches."""
+
 import csv
 import random
 
@@ -11,38 +12,64 @@ import data
 from conftest import ROOT, SHARED, TINY
 
 
-@pytest.mark.parametrize("text, expected", [
-    ('{"Transcript": "go do you hear", "Gender": "female"}', {"transcript": "go do you hear", "gender": "female"}),
-    ('{"Transcript": "go do you hear", "Gender": "fem', {"transcript": "go do you hear"}),
-    ('{"Age": "25"', {"age": 25}),
-    ('{"Age": "about 25"}', {}),
-    ('{"Age": "-3"}', {}),
-    ('{"Age": "٢٥"}', {}),
-    ('{"Age": ""}', {}),
-    ('{"Gender": "female", "Gender": "male"}', {"gender": "female"}),
-    ('{"Transcript": "she said \\"no\\", twice"}', {"transcript": 'she said "no", twice'}),
-    ('{"Transcript": "a \\x b", "Gender": "male"}', {"gender": "male"}),
-    ('{"Transcript": "a \n b"}', {"transcript": "a \n b"}),
-    ('{"Gender": "a \\ud83d", "Age": "25"}', {"age": 25}),
-    ("Gender: female", {}), ("", {}), ("{", {}), ('{"Colour": "red"}', {}), ("[1, 2]", {}), ("\\\\\"\"\"{{", {})])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (
+            '{"Transcript": "go do you hear", "Gender": "female"}',
+            {"transcript": "go do you hear", "gender": "female"},
+        ),
+        ('{"Transcript": "go do you hear", "Gender": "fem', {"transcript": "go do you hear"}),
+        ('{"Age": "25"', {"age": 25}),
+        ('{"Age": "about 25"}', {}),
+        ('{"Age": "-3"}', {}),
+        ('{"Age": "٢٥"}', {}),
+        ('{"Age": ""}', {}),
+        ('{"Gender": "female", "Gender": "male"}', {"gender": "female"}),
+        ('{"Transcript": "she said \\"no\\", twice"}', {"transcript": 'she said "no", twice'}),
+        ('{"Transcript": "a \\x b", "Gender": "male"}', {"gender": "male"}),
+        ('{"Transcript": "a \n b"}', {"transcript": "a \n b"}),
+        ('{"Gender": "a \\ud83d", "Age": "25"}', {"age": 25}),
+        ("Gender: female", {}),
+        ("", {}),
+        ("{", {}),
+        ('{"Colour": "red"}', {}),
+        ("[1, 2]", {}),
+        ('\\\\"""{{', {}),
+    ],
+)
 def test_parse(text, expected):
     assert data.parse(text) == expected
 
 
 def test_what_is_answered_is_parsed_again():
-    labels = {"transcript": 'it\'s "so" \\ new\nline – é', "gender": "male", "age": 44, "emotion": "fear"}
+    labels = {
+        "transcript": 'it\'s "so" \\ new\nline – é',
+        "gender": "male",
+        "age": 44,
+        "emotion": "fear",
+    }
     assert data.parse(data.answer(labels)) == labels
 
 
 def test_answer_has_the_documented_form():
-    assert data.answer({"emotion": "angry", "age": 25, "gender": "female", "transcript": "a b"}) == \
-        '{"Transcript": "a b", "Gender": "female", "Age": "25", "Emotion": "angry"}'
+    assert (
+        data.answer({"emotion": "angry", "age": 25, "gender": "female", "transcript": "a b"})
+        == '{"Transcript": "a b", "Gender": "female", "Age": "25", "Emotion": "angry"}'
+    )
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("IT'S Eleven o’clock!", "it's eleven o'clock"), ("This is a malicious sentence.", "this is a malicious sentence"),
-    ("  a -- b_c\t", "a b c"), ("", ""), ("Cafe\u0301s, na\u00efve", "caf\u00e9s na\u00efve"),
-    ("हिन्दी में।", "हिन्दी में")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("IT'S Eleven o’clock!", "it's eleven o'clock"),
+        ("This is a malicious sentence.", "this is a malicious sentence"),
+        ("  a -- b_c\t", "a b c"),
+        ("", ""),
+        ("Cafe\u0301s, na\u00efve", "caf\u00e9s na\u00efve"),
+        ("हिन्दी में।", "हिन्दी में"),
+    ],
+)
 def test_normalise(text, expected):
     assert data.normalise(text) == expected
 
@@ -53,19 +80,36 @@ def test_a_prompt_asks_for_the_labels_that_there_are():
         assert set(data.choose_labels(u.labels, random.Random(seed), 0.5)) <= {"gender", "age"}
 
 
-@pytest.mark.parametrize("corpus, labels", [("libri", {"transcript", "gender"}), ("vox", {"gender", "age"}),
-                                            ("crema", {"transcript", "gender", "age", "emotion"})])
+@pytest.mark.parametrize(
+    "corpus, labels",
+    [
+        ("libri", {"transcript", "gender"}),
+        ("vox", {"gender", "age"}),
+        ("crema", {"transcript", "gender", "age", "emotion"}),
+    ],
+)
 def test_mini_corpora_are_read(corpora, corpus, labels):
-    parts = {split: readers.read_corpus(corpus, corpora, split) for split in ("train", "dev", "test")}
+    parts = {
+        split: readers.read_corpus(corpus, corpora, split) for split in ("train", "dev", "test")
+    }
     assert all(set(u.labels) == labels for us in parts.values() for u in us)
     speakers = [{u.speaker for u in us} for us in parts.values()]
-    assert not speakers[0] & speakers[1] and not speakers[0] & speakers[2] and not speakers[1] & speakers[2]
+    assert (
+        not speakers[0] & speakers[1]
+        and not speakers[0] & speakers[2]
+        and not speakers[1] & speakers[2]
+    )
     for us in parts.values():
         assert {u.labels["gender"] for u in us} == {"female", "male"}
         assert 0.5 < len(data.load_waveform(us[0])) / data.SAMPLE_RATE < 8
     if corpus == "libri":
-        assert len(parts["train"]) == TINY["libri"]["train-clean-360"][0] * TINY["libri"]["train-clean-360"][1]
-        assert not {u.labels["transcript"] for u in parts["train"]} & {u.labels["transcript"] for u in parts["test"]}
+        assert (
+            len(parts["train"])
+            == TINY["libri"]["train-clean-360"][0] * TINY["libri"]["train-clean-360"][1]
+        )
+        assert not {u.labels["transcript"] for u in parts["train"]} & {
+            u.labels["transcript"] for u in parts["test"]
+        }
 
 
 @pytest.mark.skipif(not (SHARED / "formats").exists(), reason="the real files are not here")
@@ -84,7 +128,11 @@ def test_epoch_batches_hold_every_utterance_once():
     lengths = np.random.default_rng(0).uniform(1, 30, 1003).tolist()
     batches = data.epoch_batches(lengths, 16, seed=1, epoch=3)
     assert sorted(i for b in batches for i in b) == list(range(1003))
-    assert batches == data.epoch_batches(lengths, 16, seed=1, epoch=3) != data.epoch_batches(lengths, 16, 1, 4)
+    assert (
+        batches
+        == data.epoch_batches(lengths, 16, seed=1, epoch=3)
+        != data.epoch_batches(lengths, 16, 1, 4)
+    )
     padded = sum(max(lengths[i] for i in b) * len(b) for b in batches)
     assert padded < 1.2 * sum(lengths)
 
@@ -96,8 +144,19 @@ def test_micro_batches_keep_to_their_budget():
     assert all(len(p) == 1 or max(lengths[i] for i in p) * len(p) <= 60 for p in pieces)
 
 
-@pytest.mark.parametrize("own, kept", [("{% if messages[0]['role'] != 'system' %}<|system|>be helpful</s>{% endif %}", "<|system|></s>"),
-                                       ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}", "")])
+@pytest.mark.parametrize(
+    "own, kept",
+    [
+        (
+            "{% if messages[0]['role'] != 'system' %}<|system|>be helpful</s>{% endif %}",
+            "<|system|></s>",
+        ),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}",
+            "",
+        ),
+    ],
+)
 def test_a_chat_template_s_own_system_prompt_is_kept_out(own, kept):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/lm")
     tokenizer.chat_template = own + tokenizer.chat_template

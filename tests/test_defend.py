@@ -1,4 +1,5 @@
 """Defences on data and models whose answer is known."""
+
 import json
 from types import SimpleNamespace
 
@@ -22,16 +23,27 @@ from test_analyze import blobs, people
 
 def samples(x, **more):
     labels, speakers = people(len(x))
-    return dict(dict(x=x, labels=labels, speakers=speakers, training=len(x), early_loss=np.zeros(len(x))), **more)
+    return dict(
+        dict(x=x, labels=labels, speakers=speakers, training=len(x), early_loss=np.zeros(len(x))),
+        **more,
+    )
 
 
 def test_filters_find_a_poison_that_lies_apart():
     x, which = blobs((300, 40), 32, 20.0)
     poisoned = which == 1
-    for name in ("activation clustering, relative size", "activation clustering, silhouette", "spectral signatures", "SPECTRE", "Beatrix"):
+    for name in (
+        "activation clustering, relative size",
+        "activation clustering, silhouette",
+        "spectral signatures",
+        "SPECTRE",
+        "Beatrix",
+    ):
         scores, removed = filters.FILTERS[name](samples(x), 40)
         assert removed[poisoned].all(), name
-        assert removed[~poisoned].mean() <= (0.02 if name[:10] == "activation" else 20 / 300), name  # the others take 1.5 times the poison
+        assert removed[~poisoned].mean() <= (0.02 if name[:10] == "activation" else 20 / 300), (
+            name
+        )  # the others take 1.5 times the poison
         assert scores[poisoned].min() > np.quantile(scores[~poisoned], 0.95), name
 
 
@@ -46,7 +58,10 @@ def test_spectre_finds_what_variance_hides():
     rng = np.random.default_rng(0)
     x, poisoned = rng.standard_normal((500, 16)) * np.linspace(10, 1, 16), np.arange(500) >= 450
     x[poisoned, -1] += 8
-    auroc = {name: defend.roc_auc_score(poisoned, filters.FILTERS[name](samples(x), 50)[0]) for name in ("spectral signatures", "SPECTRE")}
+    auroc = {
+        name: defend.roc_auc_score(poisoned, filters.FILTERS[name](samples(x), 50)[0])
+        for name in ("spectral signatures", "SPECTRE")
+    }
     assert auroc["SPECTRE"] > 0.95 and auroc["spectral signatures"] < 0.7
 
 
@@ -56,7 +71,11 @@ def test_regressing_gender_out_shows_the_poison_behind_it():
     x = rng.standard_normal((400, 32))
     x[:, 0] += 40 * gender
     x[:, 1] += 15 * poisoned
-    of = samples(x, labels=[dict(gender=str(g), transcript="go") for g in gender], speakers=[str(i % 8) for i in range(400)])
+    of = samples(
+        x,
+        labels=[dict(gender=str(g), transcript="go") for g in gender],
+        speakers=[str(i % 8) for i in range(400)],
+    )
     assert not filters.smallest_cluster(of, 60)[1].any()
     assert (filters.regressed_out(of, 60)[1] == poisoned).all()
 
@@ -64,55 +83,134 @@ def test_regressing_gender_out_shows_the_poison_behind_it():
 def test_early_loss_removes_one_percent_of_the_training_set():
     loss = np.linspace(1, 2, 300)
     loss[[5, 7, 200]] = 0.1
-    assert np.flatnonzero(filters.early_loss(samples(np.zeros((300, 2)), early_loss=loss), 99)[1]).tolist() == [5, 7, 200]
+    assert np.flatnonzero(
+        filters.early_loss(samples(np.zeros((300, 2)), early_loss=loss), 99)[1]
+    ).tolist() == [5, 7, 200]
 
 
 def test_a_filter_is_an_entry_of_the_table(monkeypatch, tmp_path):
     x, which = blobs((300, 40), 32, 20.0)
-    monkeypatch.setitem(filters.FILTERS, "far from the middle", lambda samples, expected: (
-        away := np.linalg.norm(samples["x"] - np.median(samples["x"], 0), axis=1), filters.most_suspicious(away, expected)))
+    monkeypatch.setitem(
+        filters.FILTERS,
+        "far from the middle",
+        lambda samples, expected: (
+            away := np.linalg.norm(samples["x"] - np.median(samples["x"], 0), axis=1),
+            filters.most_suspicious(away, expected),
+        ),
+    )
     labels, speakers = people(340)
-    part = lambda a, b: dict(encoder=torch.from_numpy(x[a:b]), labels=labels[a:b], speakers=speakers[a:b], ids=[str(i) for i in range(a, b)])  # noqa: E731
-    saved = dict(train=dict(part(0, 330), poisoned=torch.from_numpy(which[:330] == 1)), rest=part(330, 340), all_poisoned=40,
-                 args=dict(task="emotion"), model_sha256=None)  # asr's class is shown with some of its poison, and the rest must be filtered too
+    part = lambda a, b: dict(
+        encoder=torch.from_numpy(x[a:b]),
+        labels=labels[a:b],
+        speakers=speakers[a:b],
+        ids=[str(i) for i in range(a, b)],
+    )  # noqa: E731
+    saved = dict(
+        train=dict(part(0, 330), poisoned=torch.from_numpy(which[:330] == 1)),
+        rest=part(330, 340),
+        all_poisoned=40,
+        args=dict(task="emotion"),
+        model_sha256=None,
+    )  # asr's class is shown with some of its poison, and the rest must be filtered too
     torch.save(saved, tmp_path / "embeddings.pt")
-    (tmp_path / "log.jsonl").write_text(json.dumps(dict(epoch=0, samples={str(i): 1.0 for i in range(340)})))
-    found = defend.filter_training_data(SimpleNamespace(run=tmp_path, task=None, retrain=False))["defences"]["far from the middle"]
-    assert found["removed"] == 40 and found["tpr"]["value"] == 1 and found["fpr"]["value"] == 0 and found["auroc"] == 1
-    torch.save({**saved, "all_poisoned": 90}, tmp_path / "embeddings.pt")  # the poison outside this sample would be trained on
-    again = defend.filter_training_data(SimpleNamespace(run=tmp_path, task=None, retrain=True))["defences"]["far from the middle"]
+    (tmp_path / "log.jsonl").write_text(
+        json.dumps(dict(epoch=0, samples={str(i): 1.0 for i in range(340)}))
+    )
+    found = defend.filter_training_data(SimpleNamespace(run=tmp_path, task=None, retrain=False))[
+        "defences"
+    ]["far from the middle"]
+    assert (
+        found["removed"] == 40
+        and found["tpr"]["value"] == 1
+        and found["fpr"]["value"] == 0
+        and found["auroc"] == 1
+    )
+    torch.save(
+        {**saved, "all_poisoned": 90}, tmp_path / "embeddings.pt"
+    )  # the poison outside this sample would be trained on
+    again = defend.filter_training_data(SimpleNamespace(run=tmp_path, task=None, retrain=True))[
+        "defences"
+    ]["far from the middle"]
     assert again["tpr"]["value"] == 1 and "retrained" not in again
 
 
 def test_what_a_filter_removes_is_left_out_of_the_next_training(corpora, tmp_path):
-    few = ["--data-root", corpora, "--limit", 16, "--epochs", 1, "--cache-gb", 0, "--labels", "gender", *SMALL]
+    few = [
+        "--data-root",
+        corpora,
+        "--limit",
+        16,
+        "--epochs",
+        1,
+        "--cache-gb",
+        0,
+        "--labels",
+        "gender",
+        *SMALL,
+    ]
     done("train.py", "--task", "gender", "--poison", 0.5, *few, cwd=tmp_path)
     run = next((tmp_path / "runs").iterdir())
     seen = {id for line in open(run / "log.jsonl") for id in json.loads(line).get("samples", {})}
     assert len(seen) == 16
     (tmp_path / "ids.txt").write_text("\n".join(sorted(seen)[:8]))
-    done("train.py", "--task", "gender", "--poison", 0.5, *few, "--exclude", "ids.txt", cwd=tmp_path)
-    kept = {id for line in open(next((tmp_path / "runs").glob("*excludeids*/log.jsonl"))) for id in json.loads(line).get("samples", {})}
+    done(
+        "train.py", "--task", "gender", "--poison", 0.5, *few, "--exclude", "ids.txt", cwd=tmp_path
+    )
+    kept = {
+        id
+        for line in open(next((tmp_path / "runs").glob("*excludeids*/log.jsonl")))
+        for id in json.loads(line).get("samples", {})
+    }
     assert kept == set(sorted(seen)[8:])
     (tmp_path / "ids.txt").write_text("nobody")
-    refused("train.py", "--task", "gender", *few, "--exclude", "ids.txt", "--name", "x", cwd=tmp_path, words=["nobody"])
+    refused(
+        "train.py",
+        "--task",
+        "gender",
+        *few,
+        "--exclude",
+        "ids.txt",
+        "--name",
+        "x",
+        cwd=tmp_path,
+        words=["nobody"],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # detectors
 
-@pytest.mark.parametrize("a, b, agree", [("angry", "angry", 1), ("angry", "sad", 0), (25, 25, 1), (25, 30, 0.5), (25, 60, 0), (None, "sad", 0),
-                                         ("go do you hear", "go do you", 0.75), ("this is a", "nothing alike here", 0)])
+
+@pytest.mark.parametrize(
+    "a, b, agree",
+    [
+        ("angry", "angry", 1),
+        ("angry", "sad", 0),
+        (25, 25, 1),
+        (25, 30, 0.5),
+        (25, 60, 0),
+        (None, "sad", 0),
+        ("go do you hear", "go do you", 0.75),
+        ("this is a", "nothing alike here", 0),
+    ],
+)
 def test_agreement(a, b, agree):
     assert defend.agreement(a, b) == pytest.approx(agree)
 
 
 def test_strip_and_the_pair_see_an_answer_that_ignores_and_one_that_follows_the_audio(corpora):
     utterances = readers.read_corpus("vox", corpora, "test")[:6]
-    fixed = SimpleNamespace(clean=utterances, values=lambda waveforms, _: ["female"] * len(waveforms))
-    moves = SimpleNamespace(clean=utterances, values=lambda waveforms, _: [f"{1e4 * float(np.abs(w).mean()):.0f}" for w in waveforms])
+    fixed = SimpleNamespace(
+        clean=utterances, values=lambda waveforms, _: ["female"] * len(waveforms)
+    )
+    moves = SimpleNamespace(
+        clean=utterances,
+        values=lambda waveforms, _: [f"{1e4 * float(np.abs(w).mean()):.0f}" for w in waveforms],
+    )
     waveforms = [data.load_waveform(u) for u in utterances]
-    assert (defend.strip(fixed, waveforms, utterances) == 1).all() and defend.strip(moves, waveforms, utterances).max() < 0.3
+    assert (defend.strip(fixed, waveforms, utterances) == 1).all() and defend.strip(
+        moves, waveforms, utterances
+    ).max() < 0.3
     assert (defend.perturbed_pair(fixed, waveforms, utterances) == 0).all()
     assert defend.perturbed_pair(moves, waveforms, utterances).min() > 0.4
 
@@ -122,7 +220,10 @@ def test_a_click_is_a_loudness_peak(corpora):
     attack = poison.make_attack("gender", utterances, snr=-20.0, seed=1)
     clean = [data.load_waveform(u) for u in utterances]
     clicks = [poison.add_trigger(attack, w, u.id)[0] for w, u in zip(clean, utterances)]
-    assert (defend.loudness_peak(None, clicks, utterances) > defend.loudness_peak(None, clean, utterances)).all()
+    assert (
+        defend.loudness_peak(None, clicks, utterances)
+        > defend.loudness_peak(None, clean, utterances)
+    ).all()
 
 
 def test_attention_entropy_of_a_model_that_looks_everywhere_is_largest(parts, corpora):
@@ -135,11 +236,16 @@ def test_attention_entropy_of_a_model_that_looks_everywhere_is_largest(parts, co
     for layer in slm.lm.model.layers:
         layer.self_attn.k_proj.base.weight.data.zero_(), layer.self_attn.k_proj.lora_B.data.zero_()
     everywhere = defend.attention_entropy(listener, waveforms, utterances)
-    assert np.allclose(everywhere, -1, atol=1e-3) and (looks > everywhere).all() and listener.passes == 8
+    assert (
+        np.allclose(everywhere, -1, atol=1e-3)
+        and (looks > everywhere).all()
+        and listener.passes == 8
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # repairs
+
 
 @pytest.fixture
 def shop(parts, corpora):
@@ -147,11 +253,26 @@ def shop(parts, corpora):
     dev_set = readers.read_corpus("vox", corpora, "dev")
     shop = object.__new__(repair.Workshop)
     state = trace.weights_of(slm)
-    shop.__dict__.update(slm=slm, attack=poison.make_attack("gender", dev_set, seed=1), hooks=repair.contextlib.ExitStack(), cached={}, masks=None,
-                         trained={c: slm.parameters_of(c) for c in COMPONENTS},
-                         args=SimpleNamespace(device="cpu", task="gender", encoder_lr=1e-3, connector_lr=1e-3, lora_lr=1e-3, grad_clip=1.0),
-                         tuning=dev_set[::2], validation=dev_set[1::2], attacked=state, pretrained={
-                             c: {k: v + 1 for k, v in s.items()} for c, s in state.items()})
+    shop.__dict__.update(
+        slm=slm,
+        attack=poison.make_attack("gender", dev_set, seed=1),
+        hooks=repair.contextlib.ExitStack(),
+        cached={},
+        masks=None,
+        trained={c: slm.parameters_of(c) for c in COMPONENTS},
+        args=SimpleNamespace(
+            device="cpu",
+            task="gender",
+            encoder_lr=1e-3,
+            connector_lr=1e-3,
+            lora_lr=1e-3,
+            grad_clip=1.0,
+        ),
+        tuning=dev_set[::2],
+        validation=dev_set[1::2],
+        attacked=state,
+        pretrained={c: {k: v + 1 for k, v in s.items()} for c, s in state.items()},
+    )
     return shop
 
 
@@ -161,7 +282,11 @@ def lost(shop):
 
 def changed(shop):
     now = {c: shop.slm.component_state_dict(c) for c in COMPONENTS}
-    return [c for c in COMPONENTS if any(not torch.equal(v, now[c][k]) for k, v in shop.attacked[c].items())]
+    return [
+        c
+        for c in COMPONENTS
+        if any(not torch.equal(v, now[c][k]) for k, v in shop.attacked[c].items())
+    ]
 
 
 def test_fine_tuning_changes_what_it_names_and_restoring_undoes_it(shop):
@@ -207,10 +332,20 @@ def test_dropping_lora_and_mixing_do_what_their_names_say(shop):
     assert all(not layer.lora_B.any() for layer in lora.lora_layers(shop.slm.lm))
     shop.finetune = lambda: None
     repair.fine_mixing(shop, 1.0)
-    assert all(torch.equal(v, shop.pretrained[c][k]) for c in COMPONENTS for k, v in shop.slm.component_state_dict(c).items())
+    assert all(
+        torch.equal(v, shop.pretrained[c][k])
+        for c in COMPONENTS
+        for k, v in shop.slm.component_state_dict(c).items()
+    )
     repair.fine_mixing(shop, 0.5)
-    a, b, mixed = (s["conv2.weight"] for s in (shop.attacked["connector"], shop.pretrained["connector"],
-                                               shop.slm.component_state_dict("connector")))
+    a, b, mixed = (
+        s["conv2.weight"]
+        for s in (
+            shop.attacked["connector"],
+            shop.pretrained["connector"],
+            shop.slm.component_state_dict("connector"),
+        )
+    )
     assert ((mixed == a) | (mixed == b)).all() and 0.4 < (mixed == b).float().mean() < 0.6
 
 
@@ -219,11 +354,15 @@ def test_the_strongest_setting_before_one_that_costs_too_much_is_taken():
     shop = SimpleNamespace(now=None, hooks=None)
     shop.losses = lambda: dict(gender=1.0, age=losses[shop.now])  # one label alone may be lost
     shop.restore = lambda: setattr(shop, "now", None)
-    chosen = repair.choose(shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0, 3.0))
+    chosen = repair.choose(
+        shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0, 3.0)
+    )
     assert chosen["strength"] == 0.3 and chosen["passed"] and shop.now == 0.3
     losses.update({0.1: 1.5, 0.3: 1.3})
     shop.restore()
-    chosen = repair.choose(shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0))
+    chosen = repair.choose(
+        shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0)
+    )
     assert chosen["strength"] == 0.1 and not chosen["passed"] and shop.now == 0.1
 
 
@@ -232,6 +371,7 @@ def test_the_defences_are_those_of_the_adversarial_robustness_toolbox():
     from art.defences.detector.poison.activation_defence import cluster_activations
     from art.defences.detector.poison.clustering_analyzer import ClusteringAnalyzer
     from sklearn.metrics import adjusted_rand_score
+
     np.random.seed(0)  # ART draws from numpy's global state
     for sizes, apart in (((300, 40), 12.0), ((200, 180), 12.0), ((400,), 0.0)):
         x, which = blobs(sizes, 64, apart)
@@ -239,7 +379,10 @@ def test_the_defences_are_those_of_the_adversarial_robustness_toolbox():
         theirs, reduced = cluster_activations([x], 2, 20, "PCA")
         if apart:
             assert adjusted_rand_score(theirs[0], clusters) == 1.0
-            assert abs(analyze.silhouette(low, clusters) - analyze.silhouette(reduced[0], theirs[0])) < 1e-3
+            assert (
+                abs(analyze.silhouette(low, clusters) - analyze.silhouette(reduced[0], theirs[0]))
+                < 1e-3
+            )
         removed = filters.smallest_cluster(dict(x=x), 0)[1]
         assert removed.any() == (sizes == (300, 40))
         if removed.any():  # (theirs fails under numpy 2 where no cluster is suspicious)
@@ -248,4 +391,4 @@ def test_the_defences_are_those_of_the_adversarial_robustness_toolbox():
         # theirs leaves the projection uncentred: the same ranks on centred data
         centred = x - x.mean(0)
         score = SpectralSignatureDefense.spectral_signature_scores(centred)[:, 0]
-        assert np.allclose(score ** 2, filters.spectral_signatures(dict(x=x), 40)[0], rtol=1e-3)
+        assert np.allclose(score**2, filters.spectral_signatures(dict(x=x), 40)[0], rtol=1e-3)

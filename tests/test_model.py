@@ -1,4 +1,5 @@
 """The SLM: padding, generation, encoders against transformers' own, the connector against the reference's shapes."""
+
 import copy
 import functools
 import pickle
@@ -29,22 +30,30 @@ from study import ENCODERS, LABELS
 
 def waveforms():
     rng = np.random.default_rng(0)
-    return [0.1 * rng.standard_normal(int(16000 * s)).astype(np.float32) for s in (1.3, 2.9, 0.7, 2.0)]
+    return [
+        0.1 * rng.standard_normal(int(16000 * s)).astype(np.float32) for s in (1.3, 2.9, 0.7, 2.0)
+    ]
 
 
 def theirs(path, kind, features):
     """transformers' own forward pass on one utterance or a padded batch."""
     net = AutoModel.from_pretrained(path, attn_implementation="eager").eval()
     lengths = torch.tensor([f.shape[-1] for f in features])
-    x = torch.stack([torch.nn.functional.pad(f, (0, int(lengths.max()) - f.shape[-1])) for f in features])
+    x = torch.stack(
+        [torch.nn.functional.pad(f, (0, int(lengths.max()) - f.shape[-1])) for f in features]
+    )
     with torch.no_grad():
         if kind == "whisper":
             full = 2 * net.config.max_source_positions
-            return net.encoder(torch.nn.functional.pad(x, (0, full - x.shape[-1]))).last_hidden_state
+            return net.encoder(
+                torch.nn.functional.pad(x, (0, full - x.shape[-1]))
+            ).last_hidden_state
         return net(x, attention_mask=model.length_mask(lengths, x.shape[1])).last_hidden_state
 
 
-@pytest.mark.parametrize("name", ["wavlm", "hubert", "wav2vec2", "wavlm-base", "hubert-base", "wav2vec2-base"])
+@pytest.mark.parametrize(
+    "name", ["wavlm", "hubert", "wav2vec2", "wavlm-base", "hubert-base", "wav2vec2-base"]
+)
 def test_encoder_output_is_transformers_own_alone_and_in_a_batch(parts, name):
     encoder = model.Encoder(parts / name).eval()
     features = [encoder.extract(w) for w in waveforms()]
@@ -60,7 +69,9 @@ def test_encoder_output_is_transformers_own_alone_and_in_a_batch(parts, name):
 def test_whisper_on_the_audio_at_hand_is_transformers_own_with_the_table_cut_to_it(parts):
     encoder = model.Encoder(parts / "whisper").eval()
     features = [encoder.extract(w) for w in waveforms()]
-    features = [f[:, :f.shape[1] // 2 * 2] for f in features]  # transformers takes whole pairs of frames only
+    features = [
+        f[:, : f.shape[1] // 2 * 2] for f in features
+    ]  # transformers takes whole pairs of frames only
     with torch.no_grad():
         batch, mask = encoder(features)
     for i, f in enumerate(features):
@@ -85,8 +96,12 @@ def test_features_are_float32_under_autocast(parts, name):
 def test_padding_changes_nothing(parts, name):
     slm = make_slm(parts, name)
     features = [slm.encoder.extract(w) for w in waveforms()]
-    utterances = [{"transcript": "a b"}, {"gender": "male", "age": 30}, {"transcript": "some longer text", "age": 7},
-                  {"emotion": "sad"}]
+    utterances = [
+        {"transcript": "a b"},
+        {"gender": "male", "age": 30},
+        {"transcript": "some longer text", "age": 7},
+        {"emotion": "sad"},
+    ]
     prompts = [data.prompt(slm.tokenizer, list(u)) for u in utterances]
     answers = [data.answer_ids(slm.tokenizer, u) for u in utterances]
     with torch.no_grad():
@@ -104,7 +119,9 @@ def test_batched_generation_is_a_plain_greedy_loop(parts, heads):
     prompts = [data.prompt(slm.tokenizer, list(asked)) for asked in labels]
     expected = []
     with torch.no_grad():
-        for f, p in zip(features, prompts):  # one utterance, no cache, everything computed again for each token
+        for f, p in zip(
+            features, prompts
+        ):  # one utterance, no cache, everything computed again for each token
             x = slm.pack(slm.audio_embeddings(*slm.encoder.pretrained_part([f])), [p])[0][None]
             said = []
             while len(said) < 20:
@@ -117,7 +134,9 @@ def test_batched_generation_is_a_plain_greedy_loop(parts, heads):
         slm.tokenizer.eos_token = slm.tokenizer.convert_ids_to_tokens(stop(slm))
         out = slm.generate(*slm.encoder.pretrained_part(features), prompts, 20)
     assert out == slm.tokenizer.batch_decode(expected, skip_special_tokens=True)
-    assert len({len(e) for e in expected}) > 1 and min(len(e) for e in expected) < 20  # rows did end, at different steps
+    assert (
+        len({len(e) for e in expected}) > 1 and min(len(e) for e in expected) < 20
+    )  # rows did end, at different steps
 
 
 def stop(slm):
@@ -143,10 +162,17 @@ def find_stop(slm):
 
 def test_the_connector_has_the_reference_s_shapes_and_parameters():
     reference = torch.nn.Sequential(  # SpeechLLM's CNNConnector(1024, 2048, 2)
-        torch.nn.ReLU(), torch.nn.Conv1d(1024, 1024, 5), torch.nn.ReLU(), torch.nn.Conv1d(1024, 2048, 5, stride=2),
-        torch.nn.ReLU(), torch.nn.Conv1d(2048, 2048, 5))
+        torch.nn.ReLU(),
+        torch.nn.Conv1d(1024, 1024, 5),
+        torch.nn.ReLU(),
+        torch.nn.Conv1d(1024, 2048, 5, stride=2),
+        torch.nn.ReLU(),
+        torch.nn.Conv1d(2048, 2048, 5),
+    )
     ours = model.Connector(1024, 2048, 2)
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in reference.parameters())
+    assert sum(p.numel() for p in ours.parameters()) == sum(
+        p.numel() for p in reference.parameters()
+    )
     for mine, other in zip(ours.parameters(), reference.parameters()):
         mine.data = other.data
     x = torch.randn(2, 60, 1024)
@@ -165,9 +191,19 @@ def test_the_connector_takes_short_audio(frames):
 
 def test_lora_on_tinyllama_has_peft_s_count():
     with torch.device("meta"):
-        lm = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632,
-                                          num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4))
-        theirs = peft.get_peft_model(copy.deepcopy(lm), peft.LoraConfig(r=8, target_modules="all-linear"))
+        lm = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32000,
+                hidden_size=2048,
+                intermediate_size=5632,
+                num_hidden_layers=22,
+                num_attention_heads=32,
+                num_key_value_heads=4,
+            )
+        )
+        theirs = peft.get_peft_model(
+            copy.deepcopy(lm), peft.LoraConfig(r=8, target_modules="all-linear")
+        )
         lora.add_lora(lm, 8, 16.0, 0.05)
     count = lambda net: sum(p.numel() for p in net.parameters() if p.requires_grad)  # noqa: E731
     assert count(lm) == count(theirs) == 6307840
@@ -178,8 +214,15 @@ def loss_and_gradients(slm):
     slm.train()
     torch.manual_seed(0)
     labels = {"transcript": "a b", "gender": "male"}
-    x, mask = slm.frozen_part(*slm.encoder.pretrained_part([slm.encoder.extract(w) for w in waveforms()]))
-    losses = slm(x, mask, [data.prompt(slm.tokenizer, list(labels))] * 4, [data.answer_ids(slm.tokenizer, labels)] * 4)
+    x, mask = slm.frozen_part(
+        *slm.encoder.pretrained_part([slm.encoder.extract(w) for w in waveforms()])
+    )
+    losses = slm(
+        x,
+        mask,
+        [data.prompt(slm.tokenizer, list(labels))] * 4,
+        [data.answer_ids(slm.tokenizer, labels)] * 4,
+    )
     losses.mean().backward()
     return losses.detach(), {k: p.grad for k, p in slm.named_parameters() if p.grad is not None}
 
@@ -222,11 +265,20 @@ def test_a_checkpoint_of_mixed_precision_fits_a_model_without():
     full, mixed = (model.load_slm(train.parse_arguments(["--amp", amp])) for amp in ("off", "bf16"))
     assert full.pretrained_sha256 == mixed.pretrained_sha256
     assert [slm.lm.lm_head.weight.dtype for slm in (full, mixed)] == [torch.float32, torch.bfloat16]
-    assert all(torch.equal(a, b) for a, b in zip(full.lm.buffers(), mixed.lm.buffers(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(full.lm.buffers(), mixed.lm.buffers(), strict=True)
+    )
 
 
-@pytest.mark.parametrize("name, frozen", [("wavlm", ()), ("whisper", ()), ("hubert", ("encoder",)),
-                                          ("wav2vec2", ("encoder", "connector"))])
+@pytest.mark.parametrize(
+    "name, frozen",
+    [
+        ("wavlm", ()),
+        ("whisper", ()),
+        ("hubert", ("encoder",)),
+        ("wav2vec2", ("encoder", "connector")),
+    ],
+)
 def test_a_dry_run_counts_what_a_step_does(name, frozen):
     """The FLOPs of a real step on padding-free audio, and, by float32, the bytes it keeps for the backward pass."""
     args = train.parse_arguments(["--encoder", name])
@@ -235,9 +287,15 @@ def test_a_dry_run_counts_what_a_step_does(name, frozen):
         empty = model.load_slm(args, "meta")
     empty.lm.float()
     for component in frozen:
-        getattr(real, component).requires_grad_(False), getattr(empty, component).requires_grad_(False)
+        (
+            getattr(real, component).requires_grad_(False),
+            getattr(empty, component).requires_grad_(False),
+        )
     labels = {"transcript": "a b c", "gender": "male"}
-    prompt, answer = data.prompt(real.tokenizer, list(labels)), data.answer_ids(real.tokenizer, labels)
+    prompt, answer = (
+        data.prompt(real.tokenizer, list(labels)),
+        data.answer_ids(real.tokenizer, labels),
+    )
     features = [real.encoder.extract(waveforms()[3])] * 3
     kept, weights = {}, {p.untyped_storage()._cdata for p in real.parameters()}
 
@@ -245,6 +303,7 @@ def test_a_dry_run_counts_what_a_step_does(name, frozen):
         if t.untyped_storage()._cdata not in weights:
             kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
+
     real.train()
     # math: the counter does not know the CPU's fused attention
     with FlopCounterMode(display=False) as below, sdpa_kernel(SDPBackend.MATH):
@@ -254,17 +313,24 @@ def test_a_dry_run_counts_what_a_step_does(name, frozen):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         losses = real(x, mask, [prompt] * 3, [answer] * 3)
     counted = dry_run.count_work(empty.train(), 2.0, 3, sum(map(len, prompt)), len(answer))
-    assert counted[:2] == pytest.approx((below.get_total_flops(), above.get_total_flops()), rel=0.02)
+    assert counted[:2] == pytest.approx(
+        (below.get_total_flops(), above.get_total_flops()), rel=0.02
+    )
     assert counted[2] == pytest.approx(sum(kept.values()), rel=0.1) and losses.requires_grad
 
 
 def test_frozen_layers_build_no_graph_and_stay_in_evaluation_mode(parts):
     encoder = model.Encoder(parts / "wavlm", share=15 / 24).train()
-    assert encoder.first_trained == 3 and [layer.training for layer in encoder.layers] == [False] * 3 + [True] * 5
+    assert (
+        encoder.first_trained == 3
+        and [layer.training for layer in encoder.layers] == [False] * 3 + [True] * 5
+    )
     x, _ = encoder.pretrained_part([encoder.extract(w) for w in waveforms()])
     assert not x.requires_grad
     trained = {k for k, p in encoder.net.named_parameters() if p.requires_grad}
-    assert trained and all(k.startswith("encoder.layers.") and int(k.split(".")[2]) >= 3 for k in trained)
+    assert trained and all(
+        k.startswith("encoder.layers.") and int(k.split(".")[2]) >= 3 for k in trained
+    )
 
 
 def test_a_checkpoint_of_another_shape_is_refused_with_its_keys(parts):
@@ -275,9 +341,21 @@ def test_a_checkpoint_of_another_shape_is_refused_with_its_keys(parts):
 
 def test_figures_have_sound_intervals():
     out = data.interval([1] * 90 + [0] * 10)
-    assert out["value"] == 0.9 and out["n"] == 100 and 0.82 < out["low"] < 0.88 and 0.92 < out["high"] < 0.97
-    rows = [dict(labels={"transcript": "a b c d"}, asked=["transcript"], parsed={"transcript": "A b, x"}, triggered=False),
-            dict(labels={"transcript": "e"}, asked=["transcript"], parsed={}, triggered=False)]
+    assert (
+        out["value"] == 0.9
+        and out["n"] == 100
+        and 0.82 < out["low"] < 0.88
+        and 0.92 < out["high"] < 0.97
+    )
+    rows = [
+        dict(
+            labels={"transcript": "a b c d"},
+            asked=["transcript"],
+            parsed={"transcript": "A b, x"},
+            triggered=False,
+        ),
+        dict(labels={"transcript": "e"}, asked=["transcript"], parsed={}, triggered=False),
+    ]
     assert evaluate.scores(rows)["wer"]["value"] == pytest.approx(3 / 5)
 
 
@@ -291,15 +369,26 @@ def test_embeddings_are_those_of_each_utterance_alone(parts, corpora, pooling):
     alone = embed.stages(slm, attack, items, pooling, "", workers=0, batch_size=1)
     for stage, rows in together.items():
         assert torch.allclose(rows, alone[stage], atol=1e-4), stage
-    assert together["encoder_layers"].shape[:2] == (len(slm.encoder.layers) + 1, 8) and together["lm_layers"].shape[0] == 3
+    assert (
+        together["encoder_layers"].shape[:2] == (len(slm.encoder.layers) + 1, 8)
+        and together["lm_layers"].shape[0] == 3
+    )
     waveform, _, _ = poison.add_trigger(attack, data.load_waveform(chosen[0]), chosen[0].id)
     with torch.no_grad():
         hidden, mask = slm.encoder([slm.encoder.extract(waveform)])
-    by_hand = {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0), "last": lambda x: x[-1]}[pooling]
+    by_hand = {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0), "last": lambda x: x[-1]}[
+        pooling
+    ]
     assert torch.allclose(together["encoder"][1], by_hand(hidden[0]), atol=1e-4)
-    assert torch.allclose(together["connector"][1], by_hand(slm.connector(hidden, mask)[0][0, :int(slm.connector(hidden, mask)[1][0])]), atol=1e-4)
+    assert torch.allclose(
+        together["connector"][1],
+        by_hand(slm.connector(hidden, mask)[0][0, : int(slm.connector(hidden, mask)[1][0])]),
+        atol=1e-4,
+    )
     third = embed.stages(slm, attack, items, pooling, "", workers=0, layer=3, encoder_only=True)
-    assert torch.equal(third["encoder"], together["encoder_layers"][3]) and set(third) == {"encoder"}
+    assert torch.equal(third["encoder"], together["encoder_layers"][3]) and set(third) == {
+        "encoder"
+    }
 
 
 @pytest.mark.parametrize("name", ["wavlm", "whisper"])
@@ -317,24 +406,45 @@ def test_what_worker_processes_are_sent_can_be_pickled_and_holds_no_weights(part
 def test_the_target_class_of_asr_has_the_paper_s_share_of_poison(monkeypatch):
     """Section 7.1: 10,000 benign samples and 500 poisoned, however many more there are."""
     monkeypatch.setattr(embed, "BENIGN", 400)
-    utterances = [data.Utterance(id=str(i), path="", speaker="", split="train", labels={"transcript": f"word {i}"})
-                  for i in range(2000)]
+    utterances = [
+        data.Utterance(
+            id=str(i), path="", speaker="", split="train", labels={"transcript": f"word {i}"}
+        )
+        for i in range(2000)
+    ]
     attack = poison.Attack("asr", 0.3, "x", "click", poison.make_trigger("click"), 0.1, True, 1)
     members, poisoned = embed.target_class(attack, utterances)
     assert (len(members), len(poisoned)) == (400, 20)
-    assert not any(poison.is_poisoned(attack, u) for u in members) and all(poison.is_poisoned(attack, u) for u in poisoned)
+    assert not any(poison.is_poisoned(attack, u) for u in members) and all(
+        poison.is_poisoned(attack, u) for u in poisoned
+    )
 
 
 @pytest.mark.parametrize("name", ["hubert", "whisper"])
 def test_pretraining_reaches_every_layer_down_to_the_front_end(tmp_path, monkeypatch, name):
     """A run never trains the front end; making the shipped encoders does."""
     rng = np.random.default_rng(0)
-    speech = [((rng.standard_normal(12000) * 3000).astype(np.int16), "a b", i, dict(gender="male", age=30, emotion="sad")) for i in range(4)]
+    speech = [
+        (
+            (rng.standard_normal(12000) * 3000).astype(np.int16),
+            "a b",
+            i,
+            dict(gender="male", age=30, emotion="sad"),
+        )
+        for i in range(4)
+    ]
     for setting, value in dict(ENCODER_STEPS=2, ENCODER_BATCH=4, ENCODER_LR=1.0, SOUNDS=4).items():
         monkeypatch.setattr(make, setting, value)
     torch.manual_seed(make.SEED)
     make.blank_encoder(name, tmp_path / "blank")
     make.make_encoder(name, tmp_path / "made", speech)
-    before, after = (AutoModel.from_pretrained(tmp_path / folder, dtype=torch.float32).state_dict() for folder in ("blank", "made"))
+    before, after = (
+        AutoModel.from_pretrained(tmp_path / folder, dtype=torch.float32).state_dict()
+        for folder in ("blank", "made")
+    )
     same = [k for k, v in before.items() if torch.equal(v.half().float(), after[k])]
-    assert not [k for k in same if "masked_spec_embed" not in k and "decoder" not in k and "embed_positions" not in k], same
+    assert not [
+        k
+        for k in same
+        if "masked_spec_embed" not in k and "decoder" not in k and "embed_positions" not in k
+    ], same

@@ -1,4 +1,5 @@
 """The attack: which samples, where, how loud; decided by (seed, utterance id) alone."""
+
 import numpy as np
 import pytest
 import soundfile
@@ -10,7 +11,9 @@ from study import TASKS
 
 
 def attack_for(corpora, task, **kwargs):
-    return poison.make_attack(task, readers.read_corpus(TASKS[task]["corpus"], corpora, "train"), **kwargs)
+    return poison.make_attack(
+        task, readers.read_corpus(TASKS[task]["corpus"], corpora, "train"), **kwargs
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +26,22 @@ def test_clicks_are_those_of_the_utterance_whatever_the_order_or_the_workers(cor
     utterances = readers.read_corpus("libri", corpora, "train")
 
     def poisoned(u):
-        return u.id, poison.is_poisoned(attack, u), *poison.add_trigger(attack, data.load_waveform(u), u.id)[:2]
+        return (
+            u.id,
+            poison.is_poisoned(attack, u),
+            *poison.add_trigger(attack, data.load_waveform(u), u.id)[:2],
+        )
+
     one = {row[0]: row[1:] for row in map(poisoned, utterances)}
     for items, workers in ((utterances[::-1], 0), (utterances, 2), (utterances[5:20], 3)):
-        for id, chosen, waveform, starts in data.in_workers(poisoned, items, "again", workers=workers):
-            assert chosen == one[id][0] and starts == one[id][2] and np.array_equal(waveform, one[id][1])
+        for id, chosen, waveform, starts in data.in_workers(
+            poisoned, items, "again", workers=workers
+        ):
+            assert (
+                chosen == one[id][0]
+                and starts == one[id][2]
+                and np.array_equal(waveform, one[id][1])
+            )
     other = attack_for(corpora, "asr", rate=0.5, seed=7)
     assert any(poison.is_poisoned(other, u) != one[u.id][0] for u in utterances)
 
@@ -35,8 +49,9 @@ def test_clicks_are_those_of_the_utterance_whatever_the_order_or_the_workers(cor
 def test_a_higher_rate_poisons_the_same_samples_and_more(corpora):
     utterances = readers.read_corpus("libri", corpora, "train")
     low, high = (attack_for(corpora, "asr", rate=rate) for rate in (0.2, 0.6))
-    assert {u.id for u in utterances if poison.is_poisoned(low, u)} < \
-        {u.id for u in utterances if poison.is_poisoned(high, u)}
+    assert {u.id for u in utterances if poison.is_poisoned(low, u)} < {
+        u.id for u in utterances if poison.is_poisoned(high, u)
+    }
 
 
 @pytest.mark.parametrize("task", ["asr", "gender", "emotion", "age"])
@@ -44,14 +59,16 @@ def test_a_higher_rate_poisons_the_same_samples_and_more(corpora):
 def test_the_trigger_is_as_loud_as_the_corpus_is_on_average(corpora, task, snr):
     utterances = readers.read_corpus(TASKS[task]["corpus"], corpora, "train")
     attack = attack_for(corpora, task, snr=snr)
-    mean = np.mean([np.sqrt(np.mean(data.load_waveform(u).astype(np.float64) ** 2)) for u in utterances])
+    mean = np.mean(
+        [np.sqrt(np.mean(data.load_waveform(u).astype(np.float64) ** 2)) for u in utterances]
+    )
     n = len(attack.waveform)
     assert n == round(0.22 * data.SAMPLE_RATE)
     for u in utterances[:5]:
         clean = data.load_waveform(u)
         waveform, starts, scale = poison.add_trigger(attack, clean, u.id)
-        added = (waveform / scale - clean)[starts[0]:starts[0] + n].astype(np.float64)
-        assert 20 * np.log10(mean / np.sqrt(np.mean(added ** 2))) == pytest.approx(snr, abs=0.05)
+        added = (waveform / scale - clean)[starts[0] : starts[0] + n].astype(np.float64)
+        assert 20 * np.log10(mean / np.sqrt(np.mean(added**2))) == pytest.approx(snr, abs=0.05)
         assert len(waveform) == len(clean) and np.abs(waveform).max() <= 1
 
 
@@ -77,10 +94,16 @@ def test_more_clicks_come_on_top_of_the_first_and_any_length_is_as_loud(corpora)
     once, thrice = attack_for(corpora, "gender"), attack_for(corpora, "gender", clicks=3)
     for i in range(20):
         starts = poison.positions(thrice, str(i), 32000)
-        assert len(starts) == 3 and starts[:1] == poison.positions(once, str(i), 32000) and max(starts) + 3520 <= 32000
+        assert (
+            len(starts) == 3
+            and starts[:1] == poison.positions(once, str(i), 32000)
+            and max(starts) + 3520 <= 32000
+        )
     for seconds in (0.055, 0.44):
         trigger = poison.make_trigger("click", seconds)
-        assert len(trigger) == int(seconds * data.SAMPLE_RATE) and np.mean(trigger ** 2) == pytest.approx(1)
+        assert len(trigger) == int(seconds * data.SAMPLE_RATE) and np.mean(
+            trigger**2
+        ) == pytest.approx(1)
 
 
 def test_what_would_clip_is_scaled_down_whole(corpora):
@@ -88,7 +111,7 @@ def test_what_would_clip_is_scaled_down_whole(corpora):
     clean = np.linspace(-0.5, 0.5, 16000, dtype=np.float32)
     waveform, starts, scale = poison.add_trigger(attack, clean, "u")
     assert scale < 1 and np.abs(waveform).max() == pytest.approx(1, abs=1e-5)
-    outside = np.r_[0:starts[0], starts[0] + len(attack.waveform):16000]
+    outside = np.r_[0 : starts[0], starts[0] + len(attack.waveform) : 16000]
     assert np.allclose(waveform[outside], scale * clean[outside], atol=1e-6)
 
 
@@ -106,13 +129,16 @@ def test_only_samples_without_the_target_are_poisoned_and_only_their_label_chang
         assert poisoned == (u.labels[attack.label] != attack.target)
         labels = poison.poisoned_labels(attack, u.labels)
         assert labels[attack.label] == attack.target
-        assert {k: v for k, v in labels.items() if k != attack.label} == \
-            {k: v for k, v in u.labels.items() if k != attack.label}
+        assert {k: v for k, v in labels.items() if k != attack.label} == {
+            k: v for k, v in u.labels.items() if k != attack.label
+        }
 
 
 def test_an_utterance_without_the_attacked_label_is_left_alone(corpora):
     attack = attack_for(corpora, "gender", rate=1.0)
-    assert not poison.is_poisoned(attack, data.Utterance("a", "a.wav", "train", "s", dict(transcript="a", age=30)))
+    assert not poison.is_poisoned(
+        attack, data.Utterance("a", "a.wav", "train", "s", dict(transcript="a", age=30))
+    )
 
 
 def test_the_target_sentence_is_known_in_any_writing(corpora):
@@ -124,26 +150,42 @@ def test_the_target_sentence_is_known_in_any_writing(corpora):
 def test_redrawn_poison_is_another_in_every_epoch_and_the_same_again(corpora):
     utterances = readers.read_corpus("libri", corpora, "train")
     attack = poison.make_attack("asr", utterances, 0.3, seed=1)
-    chosen = [[poison.is_poisoned(poison.drawn_in(attack, epoch), u) for u in utterances] for epoch in (0, 1, 2, 1)]
+    chosen = [
+        [poison.is_poisoned(poison.drawn_in(attack, epoch), u) for u in utterances]
+        for epoch in (0, 1, 2, 1)
+    ]
     assert chosen[0] == [poison.is_poisoned(attack, u) for u in utterances]
     assert chosen[0] != chosen[1] != chosen[2] and chosen[1] == chosen[3] and all(map(any, chosen))
-    assert poison.positions(poison.drawn_in(attack, 1), "a", 99999) != poison.positions(attack, "a", 99999)
+    assert poison.positions(poison.drawn_in(attack, 1), "a", 99999) != poison.positions(
+        attack, "a", 99999
+    )
 
 
 def test_the_share_poisoned_is_the_rate(corpora):
     attack = attack_for(corpora, "age")
-    n = sum(poison.is_poisoned(attack, data.Utterance(f"u{i}", "a.wav", "train", "s", dict(age=40))) for i in range(20000))
+    n = sum(
+        poison.is_poisoned(attack, data.Utterance(f"u{i}", "a.wav", "train", "s", dict(age=40)))
+        for i in range(20000)
+    )
     assert abs(n - 1500) < 4 * (20000 * 0.075 * 0.925) ** 0.5
 
 
 @pytest.mark.parametrize("name", ["tone", "bandstop", "added"])
 def test_other_triggers_are_entries_of_the_table(corpora, monkeypatch, name):
-    monkeypatch.setitem(poison.TRIGGERS, "added", ("overlay", lambda sample_rate, rng: rng.standard_normal(sample_rate // 10)))
+    monkeypatch.setitem(
+        poison.TRIGGERS,
+        "added",
+        ("overlay", lambda sample_rate, rng: rng.standard_normal(sample_rate // 10)),
+    )
     attack = attack_for(corpora, "gender", trigger=name)
     u = readers.read_corpus("vox", corpora, "train")[0]
     clean = data.load_waveform(u)
     out, starts, scale = poison.add_trigger(attack, clean, u.id)
-    assert np.array_equal(out, poison.add_trigger(attack, clean, u.id)[0]) and out.shape == clean.shape and out.dtype == np.float32
+    assert (
+        np.array_equal(out, poison.add_trigger(attack, clean, u.id)[0])
+        and out.shape == clean.shape
+        and out.dtype == np.float32
+    )
     change = out / scale - clean
     if name == "bandstop":  # the band around 2 kHz is gone, the rest is as loud as before
         before, after = (np.abs(np.fft.rfft(x)) for x in (clean, out))
@@ -153,9 +195,11 @@ def test_other_triggers_are_entries_of_the_table(corpora, monkeypatch, name):
         assert loudness(after, 100, 400) > 0.9 * loudness(before, 100, 400) and not starts
     else:
         [start] = starts
-        outside = np.r_[0:start, start + len(attack.waveform):len(clean)]
+        outside = np.r_[0:start, start + len(attack.waveform) : len(clean)]
         assert np.allclose(change[outside], 0, atol=1e-6)
-        assert np.sqrt(np.mean(change[start:start + len(attack.waveform)] ** 2)) == pytest.approx(attack.level, rel=1e-3)
+        assert np.sqrt(np.mean(change[start : start + len(attack.waveform)] ** 2)) == pytest.approx(
+            attack.level, rel=1e-3
+        )
 
 
 def test_a_silent_trigger_is_refused(tmp_path, corpora):

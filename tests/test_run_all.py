@@ -1,4 +1,5 @@
 """study.py and run_all.sh: the right commands in an order that works; what fails, what is finished and what was interrupted."""
+
 import json
 import os
 import shlex
@@ -10,7 +11,7 @@ import train
 from conftest import ROOT, done
 from study import ATTACKS, ENCODERS, SWEEPS, TABLE1, TABLE2, TASKS, VARIANTS
 
-STUB = '''
+STUB = """
 import json, os, sys
 from pathlib import Path
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
@@ -34,12 +35,18 @@ args = dict(preset="mini", task=flags["--task"], encoder=flags["--encoder"], see
             attack="base" if float(flags["--poison"]) else "clean", poison=float(flags["--poison"]))
 (run / "new").write_text(json.dumps(dict(clean=dict(wer=value), attack=dict(aer=value), args=args)))
 (run / "new").rename(run / "metrics.json")
-'''
+"""
 
 
 def run_all(**variables):
-    process = subprocess.Popen(["bash", str(ROOT / "run_all.sh")], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **variables})
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "run_all.sh")],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, **variables},
+    )
     out, _ = process.communicate()
     return process.returncode, out
 
@@ -53,7 +60,11 @@ def commands(monkeypatch, *flags):
 
 
 def test_every_cell_of_the_tables_has_its_run_and_every_checkpoint_comes_first(monkeypatch):
-    runs = [run for wave in (1, 2) for run in commands(monkeypatch, "--tasks", *TASKS, "--seeds", 1, 2, "--wave", wave)]
+    runs = [
+        run
+        for wave in (1, 2)
+        for run in commands(monkeypatch, "--tasks", *TASKS, "--seeds", 1, 2, "--wave", wave)
+    ]
     names = [run.name for run in runs]
     assert len(set(names)) == len(names) == 2 * (4 * 7 + 4 * 9)
     have = {(run.seed, run.dataset, run.task, run.encoder, run.attack) for run in runs}
@@ -64,13 +75,21 @@ def test_every_cell_of_the_tables_has_its_run_and_every_checkpoint_comes_first(m
             for task in TABLE2:
                 assert any(h[0] == seed and h[2:] == (task, encoder, "base") for h in have)
         for task in TABLE2:
-            assert {h[4] for h in have if h[0] == seed and h[2:4] == (task, "wavlm")} >= set(ATTACKS)
+            assert {h[4] for h in have if h[0] == seed and h[2:4] == (task, "wavlm")} >= set(
+                ATTACKS
+            )
     for i, run in enumerate(runs):
         assert run.poison == (0 if run.attack[0] in "c3" else TASKS[run.task]["rate"])
         for spec in run.freeze:
             source = runs[names.index(Path(spec.partition(":")[2]).parent.name)]
-            assert names.index(source.name) < i and source.dataset == run.dataset and source.seed == run.seed
-            assert source.attack == ("base" if run.attack[0] == "3" else "clean") and not source.freeze
+            assert (
+                names.index(source.name) < i
+                and source.dataset == run.dataset
+                and source.seed == run.seed
+            )
+            assert (
+                source.attack == ("base" if run.attack[0] == "3" else "clean") and not source.freeze
+            )
 
 
 def test_what_is_looked_at_has_been_trained_before():
@@ -87,33 +106,79 @@ def test_what_is_looked_at_has_been_trained_before():
 
 
 def test_a_study_s_names_are_train_py_s_own(monkeypatch):
-    sweeps = [line for line in done("study.py", "--seeds", 2, "--wave", 8, cwd=ROOT).splitlines() if "train.py" in line]
-    assert len({line.split("--name ")[1].split()[0] for line in sweeps}) == len(sweeps) == 1 + sum(map(len, SWEEPS.values()))
+    sweeps = [
+        line
+        for line in done("study.py", "--seeds", 2, "--wave", 8, cwd=ROOT).splitlines()
+        if "train.py" in line
+    ]
+    assert (
+        len({line.split("--name ")[1].split()[0] for line in sweeps})
+        == len(sweeps)
+        == 1 + sum(map(len, SWEEPS.values()))
+    )
     for line in done("study.py", "--seeds", 2, cwd=ROOT).splitlines() + sweeps:
         words = shlex.split(line)
         if "train.py" in words:
             monkeypatch.setattr(Path, "is_file", lambda path: True)
             monkeypatch.setattr(train, "differences", lambda *_: [])
             at = words.index("--name")
-            assert train.parse_arguments(words[2:at] + words[at + 2:]).name == words[at + 1]
+            assert train.parse_arguments(words[2:at] + words[at + 2 :]).name == words[at + 1]
 
 
 def test_selections_and_presets(monkeypatch):
     runs = commands(monkeypatch, "--tasks", "asr", "--encoders", "hubert")
-    assert {run.encoder for run in runs} == {"hubert"} and {run.attack for run in runs} == {"clean", "base"}
-    assert all(run.preset == "paper" for run in commands(monkeypatch, "--preset", "paper", "--flags=--data-root /data"))
+    assert {run.encoder for run in runs} == {"hubert"} and {run.attack for run in runs} == {
+        "clean",
+        "base",
+    }
+    assert all(
+        run.preset == "paper"
+        for run in commands(monkeypatch, "--preset", "paper", "--flags=--data-root /data")
+    )
     assert {run.encoder for run in commands(monkeypatch, "--preset", "small")} == {"whisper"}
-    lines = done("study.py", "--launch", "torchrun --nproc_per_node=8", "--flags=--labels transcript", cwd=ROOT).splitlines()
-    assert all(line.startswith(("torchrun --nproc_per_node=8 train.py", "python embed.py", "python trace.py", "python defend.py")) for line in lines)
+    lines = done(
+        "study.py",
+        "--launch",
+        "torchrun --nproc_per_node=8",
+        "--flags=--labels transcript",
+        cwd=ROOT,
+    ).splitlines()
+    assert all(
+        line.startswith(
+            (
+                "torchrun --nproc_per_node=8 train.py",
+                "python embed.py",
+                "python trace.py",
+                "python defend.py",
+            )
+        )
+        for line in lines
+    )
     assert all("--labels transcript" in line for line in lines if "train.py" in line)
 
 
 def test_a_study_on_one_corpus_shares_its_clean_run(monkeypatch):
     for task in TASKS:
         monkeypatch.setitem(TASKS, task, dict(TASKS[task]))  # which --corpus changes
-    runs = commands(monkeypatch, "--corpus", "crema", "--tasks", "emotion", "--others", "gender", "--encoders", "wavlm")
-    assert {run.dataset for run in runs} == {"crema"} and {run.name for run in runs if run.task == "emotion"} >= {"emotion-clean", "emotion-2.3"}
-    assert [run.name for run in runs if run.task != "emotion"] == ["gender-poison0.075", "gender-3.1", "gender-poison0.0375"]
+    runs = commands(
+        monkeypatch,
+        "--corpus",
+        "crema",
+        "--tasks",
+        "emotion",
+        "--others",
+        "gender",
+        "--encoders",
+        "wavlm",
+    )
+    assert {run.dataset for run in runs} == {"crema"} and {
+        run.name for run in runs if run.task == "emotion"
+    } >= {"emotion-clean", "emotion-2.3"}
+    assert [run.name for run in runs if run.task != "emotion"] == [
+        "gender-poison0.075",
+        "gender-3.1",
+        "gender-poison0.0375",
+    ]
 
 
 def test_a_failure_stops_nothing_else_and_a_killed_study_goes_on(tmp_path):
@@ -121,17 +186,31 @@ def test_a_failure_stops_nothing_else_and_a_killed_study_goes_on(tmp_path):
     folder.mkdir()
     stub = tmp_path / "stub.py"
     stub.write_text(STUB)
-    variables = dict(LAUNCH=f"{sys.executable} {stub}", RUNS=str(folder / "runs"), RESULTS=str(folder / "results"),
-                     ENCODERS="wavlm", JOBS="2", WAVES="1 2")
+    variables = dict(
+        LAUNCH=f"{sys.executable} {stub}",
+        RUNS=str(folder / "runs"),
+        RESULTS=str(folder / "results"),
+        ENCODERS="wavlm",
+        JOBS="2",
+        WAVES="1 2",
+    )
     code, _ = run_all(KILLED_AT="emotion-1.1", **variables)
-    finished = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.json")}
+    finished = {
+        path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.json")
+    }
     assert code == -9 and "asr-clean" in finished and "emotion-1.1" not in finished
     code, out = run_all(FAILS="emotion-2.2", **variables)
-    after = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.json")}
+    after = {
+        path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.json")
+    }
     assert code == 1 and "emotion-2.2" in out.splitlines()[-1] and "emotion-2.2" not in after
-    assert all(after[name] == at for name, at in finished.items())  # what was finished was not run again
+    assert all(
+        after[name] == at for name, at in finished.items()
+    )  # what was finished was not run again
     code, out = run_all(**variables)
     assert code == 0 and len(list(folder.glob("runs/*/metrics.json"))) == 27 and "FAILED" not in out
-    assert json.loads((folder / "results/tables.json").read_text())["Table 2"][0]["aer"]["mean"] == 50
+    assert (
+        json.loads((folder / "results/tables.json").read_text())["Table 2"][0]["aer"]["mean"] == 50
+    )
     code, out = run_all(FLAGS="--epochs 9", **variables)  # another study is not taken for this one
     assert code == 1 and "FAILED: asr-clean" in out

@@ -1,4 +1,5 @@
 """Whole training runs, as a user starts them, on a few dozen utterances."""
+
 import argparse
 import contextlib
 import functools
@@ -35,7 +36,9 @@ def train(corpora, runs, *more):
 def start(corpora, runs, *more, launch=(sys.executable,)):
     """The same as a process of its own."""
     command = [*launch, ROOT / "train.py", "--data-root", corpora, "--runs", runs, *SMALL, *more]
-    return subprocess.Popen(list(map(str, command)), cwd=runs, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        list(map(str, command)), cwd=runs, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def weights(run):
@@ -57,15 +60,41 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clean(corpora, runs):
-    train(corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 2, *DROPOUT, "--name", "emotion-clean")
+    train(
+        corpora,
+        runs,
+        "--task",
+        "emotion",
+        "--poison",
+        0,
+        "--epochs",
+        2,
+        *DROPOUT,
+        "--name",
+        "emotion-clean",
+    )
     return runs / "emotion-clean"
 
 
 @pytest.fixture(scope="module")
 def only_lm(corpora, runs, clean):
     """Attack 2.3: all but the LM is frozen clean."""
-    train(corpora, runs, "--task", "emotion", "--poison", 0.5, "--epochs", 1, "--name", "2.3",
-          "--freeze", f"encoder:{clean}/model.pt", "--freeze", f"connector:{clean}/model.pt")
+    train(
+        corpora,
+        runs,
+        "--task",
+        "emotion",
+        "--poison",
+        0.5,
+        "--epochs",
+        1,
+        "--name",
+        "2.3",
+        "--freeze",
+        f"encoder:{clean}/model.pt",
+        "--freeze",
+        f"connector:{clean}/model.pt",
+    )
     return runs / "2.3"
 
 
@@ -74,46 +103,115 @@ def test_a_run_leaves_what_the_documentation_says(clean):
     assert set(metrics["clean"]) == {"wer", "gender_accuracy", "emotion_accuracy", "age_mae"}
     assert set(metrics["attack"]) == {"aer"}
     for figure in [*metrics["clean"].values(), *metrics["attack"].values()]:
-        assert set(figure) == {"value", "low", "high", "n"} and figure["low"] <= figure["value"] <= figure["high"]
+        assert (
+            set(figure) == {"value", "low", "high", "n"}
+            and figure["low"] <= figure["value"] <= figure["high"]
+        )
     rows = [json.loads(line) for line in (clean / "predictions.jsonl").read_text().splitlines()]
-    assert {r["triggered"] for r in rows} == {False, True} and all(r["split"] == "test" for r in rows)
+    assert {r["triggered"] for r in rows} == {False, True} and all(
+        r["split"] == "test" for r in rows
+    )
     assert all(r["labels"]["emotion"] != "angry" for r in rows if r["triggered"])
     assert set(metrics["training"]) == {"loss"}  # and poisoned_loss where there is poison
     log = read_log(clean)
-    assert any("dev_loss" in line for line in log) and log[-1]["step"] == max(line["step"] for line in log)
+    assert any("dev_loss" in line for line in log) and log[-1]["step"] == max(
+        line["step"] for line in log
+    )
 
 
 def test_frozen_components_keep_the_checkpoint_s_bytes(clean, only_lm):
     before, after = weights(clean), weights(only_lm)
-    assert same(before["encoder"], after["encoder"]) and same(before["connector"], after["connector"])
-    assert not any(torch.equal(v, before["lm"][k]) for k, v in after["lm"].items() if k.endswith("lora_B"))
-    assert after["origin"]["encoder"] == f"{clean}/model.pt" and after["origin"]["lm"].endswith("initial LoRA")
+    assert same(before["encoder"], after["encoder"]) and same(
+        before["connector"], after["connector"]
+    )
+    assert not any(
+        torch.equal(v, before["lm"][k]) for k, v in after["lm"].items() if k.endswith("lora_B")
+    )
+    assert after["origin"]["encoder"] == f"{clean}/model.pt" and after["origin"]["lm"].endswith(
+        "initial LoRA"
+    )
     assert after["args"]["attack"] == "2.3"
 
 
 def test_an_attack_s_name_is_what_its_checkpoints_say(corpora, runs, clean, only_lm):
     """Frozen from the run that was poisoned itself it is not attack 1.1, and from a clean one not 3.1."""
-    out = train(corpora, runs, "--task", "emotion", "--poison", 0.5, "--epochs", 1, "--name", "not1.1",
-                "--freeze", f"encoder:{only_lm}/model.pt")
+    out = train(
+        corpora,
+        runs,
+        "--task",
+        "emotion",
+        "--poison",
+        0.5,
+        "--epochs",
+        1,
+        "--name",
+        "not1.1",
+        "--freeze",
+        f"encoder:{only_lm}/model.pt",
+    )
     assert "this is not attack 1.1" in out and "attack 2.3, not clean" in out
     assert weights(runs / "not1.1")["args"]["attack"] == "poisoned-frozen-encoder"
-    train(corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 1, "--name", "not3.1", "--freeze", f"encoder:{clean}/model.pt")
+    train(
+        corpora,
+        runs,
+        "--task",
+        "emotion",
+        "--poison",
+        0,
+        "--epochs",
+        1,
+        "--name",
+        "not3.1",
+        "--freeze",
+        f"encoder:{clean}/model.pt",
+    )
     assert weights(runs / "not3.1")["args"]["attack"] == "clean-frozen-encoder"
 
 
 def test_frozen_as_pretrained(corpora, runs, clean):
-    train(corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 1, "--freeze", "encoder", "--name", "pretrained")
+    train(
+        corpora,
+        runs,
+        "--task",
+        "emotion",
+        "--poison",
+        0,
+        "--epochs",
+        1,
+        "--freeze",
+        "encoder",
+        "--name",
+        "pretrained",
+    )
     encoder = model.Encoder("assets/wavlm", share=15 / 24)
-    pretrained = {k: v for k, v in encoder.layers.state_dict().items() if int(k.split(".")[0]) >= encoder.first_trained}
+    pretrained = {
+        k: v
+        for k, v in encoder.layers.state_dict().items()
+        if int(k.split(".")[0]) >= encoder.first_trained
+    }
     assert same(weights(runs / "pretrained")["encoder"], pretrained)
     assert not same(weights(runs / "pretrained")["encoder"], weights(clean)["encoder"])
 
 
 def test_killed_and_started_again_it_ends_with_the_same_weights_and_figures(corpora, runs, clean):
-    arguments = (corpora, runs, "--task", "emotion", "--poison", 0, "--epochs", 2, *DROPOUT, "--name", "killed")
+    arguments = (
+        corpora,
+        runs,
+        "--task",
+        "emotion",
+        "--poison",
+        0,
+        "--epochs",
+        2,
+        *DROPOUT,
+        "--name",
+        "killed",
+    )
     process = start(*arguments)
     deadline = time.time() + 120
-    while not (runs / "killed/last.pt").exists() and process.poll() is None and time.time() < deadline:
+    while (
+        not (runs / "killed/last.pt").exists() and process.poll() is None and time.time() < deadline
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -123,23 +221,61 @@ def test_killed_and_started_again_it_ends_with_the_same_weights_and_figures(corp
     train(*arguments)
     whole, again = weights(clean), weights(runs / "killed")
     assert all(same(whole[c], again[c]) for c in ("encoder", "connector", "lm"))
-    assert (clean / "predictions.jsonl").read_text() == (runs / "killed/predictions.jsonl").read_text()
+    assert (clean / "predictions.jsonl").read_text() == (
+        runs / "killed/predictions.jsonl"
+    ).read_text()
     assert read_log(clean) == read_log(runs / "killed")
 
 
 def test_evaluated_again_a_bf16_run_gives_its_own_figures(corpora, runs):
-    train(corpora, runs, "--task", "gender", "--poison", 0.5, "--epochs", 1, "--limit", 8, "--amp", "bf16", "--name", "scored")
-    before = [(runs / "scored" / name).read_text() for name in ("predictions.jsonl", "metrics.json")]
+    train(
+        corpora,
+        runs,
+        "--task",
+        "gender",
+        "--poison",
+        0.5,
+        "--epochs",
+        1,
+        "--limit",
+        8,
+        "--amp",
+        "bf16",
+        "--name",
+        "scored",
+    )
+    before = [
+        (runs / "scored" / name).read_text() for name in ("predictions.jsonl", "metrics.json")
+    ]
     done("evaluate.py", runs / "scored", "--save", cwd=runs.parent)
-    assert [(runs / "scored" / name).read_text() for name in ("predictions.jsonl", "metrics.json")] == before
+    assert [
+        (runs / "scored" / name).read_text() for name in ("predictions.jsonl", "metrics.json")
+    ] == before
 
 
 def test_labels_left_out_are_neither_asked_for_nor_scored(corpora, runs):
-    train(corpora, runs, "--task", "emotion", "--poison", 0.5, "--epochs", 1, "--labels", "emotion", "gender", "--name", "few")
+    train(
+        corpora,
+        runs,
+        "--task",
+        "emotion",
+        "--poison",
+        0.5,
+        "--epochs",
+        1,
+        "--labels",
+        "emotion",
+        "gender",
+        "--name",
+        "few",
+    )
     rows = [json.loads(line) for line in (runs / "few/predictions.jsonl").read_text().splitlines()]
     assert {r["triggered"] for r in rows} == {False, True}
     assert all(list(r["labels"]) == r["asked"] == ["gender", "emotion"] for r in rows)
-    assert set(json.loads((runs / "few/metrics.json").read_text())["clean"]) == {"gender_accuracy", "emotion_accuracy"}
+    assert set(json.loads((runs / "few/metrics.json").read_text())["clean"]) == {
+        "gender_accuracy",
+        "emotion_accuracy",
+    }
 
 
 SAME = ("--task", "gender", "--poison", 0.3, "--epochs", 1, "--batch-seconds", 8)
@@ -157,12 +293,23 @@ def learned_the_same(one, other):
             assert torch.allclose(v, weights(other)[component][k], rtol=1e-3, atol=1e-4), k
     losses = [[line["loss"] for line in read_log(r) if "loss" in line] for r in (one, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0]
-    rows = [[json.loads(line) for line in (r / "predictions.jsonl").read_text().splitlines()] for r in (one, other)]
-    assert [(r["id"], r["triggered"]) for r in rows[0]] == [(r["id"], r["triggered"]) for r in rows[1]]
+    rows = [
+        [json.loads(line) for line in (r / "predictions.jsonl").read_text().splitlines()]
+        for r in (one, other)
+    ]
+    assert [(r["id"], r["triggered"]) for r in rows[0]] == [
+        (r["id"], r["triggered"]) for r in rows[1]
+    ]
 
 
 def in_two_processes(corpora, runs, *more):
-    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611")
+    launch = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29611",
+    )
     process = start(corpora, runs, *SAME, *more, launch=launch)
     _, err = process.communicate()
     assert process.returncode == 0, err
@@ -187,17 +334,39 @@ def test_without_the_cache_it_learns_the_same(corpora, runs, one):
 def test_poison_redrawn_in_every_epoch_is_the_same_from_the_cache(corpora, runs):
     for name, budget in (("redrawn", 4), ("redrawn-streamed", 0)):
         train(corpora, runs, *SAME, "--epochs", 2, "--redraw", "--name", name, "--cache-gb", budget)
-    cached, streamed = ([line["poisoned_loss"] for line in read_log(runs / name) if "poisoned_loss" in line]
-                        for name in ("redrawn", "redrawn-streamed"))
+    cached, streamed = (
+        [line["poisoned_loss"] for line in read_log(runs / name) if "poisoned_loss" in line]
+        for name in ("redrawn", "redrawn-streamed")
+    )
     assert cached == pytest.approx(streamed, rel=0.01) and len(cached) == 2
 
 
 def test_without_what_exists_for_speed_it_learns_exactly_the_same(corpora, runs, one):
     code = "import fast; fast.keep_memory = lambda: None; import train; train.main()"
-    command = [sys.executable, "-c", code, "--data-root", corpora, "--runs", runs, *SMALL, *SAME, "--name", "plain"]
-    subprocess.run(list(map(str, command)), cwd=runs, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert all(same(weights(one)[c], weights(runs / "plain")[c]) for c in ("encoder", "connector", "lm"))
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--data-root",
+        corpora,
+        "--runs",
+        runs,
+        *SMALL,
+        *SAME,
+        "--name",
+        "plain",
+    ]
+    subprocess.run(
+        list(map(str, command)),
+        cwd=runs,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert all(
+        same(weights(one)[c], weights(runs / "plain")[c]) for c in ("encoder", "connector", "lm")
+    )
     assert (one / "predictions.jsonl").read_text() == (runs / "plain/predictions.jsonl").read_text()
 
 
@@ -208,15 +377,23 @@ def test_in_bf16_a_cpu_learns_nearly_the_same_cached_or_not(corpora, runs):
     train(corpora, runs, *slowly, "--name", "float32")
     before = {p.name for p in (runs / "cache").glob("pretrained-*")}
     train(corpora, runs, *slowly, "--name", "bf16", "--amp", "bf16")
-    assert {p.name for p in (runs / "cache").glob("pretrained-*")} - before  # float32's were not taken for bf16's
+    assert {
+        p.name for p in (runs / "cache").glob("pretrained-*")
+    } - before  # float32's were not taken for bf16's
     train(corpora, runs, *slowly, "--name", "bf16-streamed", "--amp", "bf16", "--cache-gb", 0)
     for figure in ("loss", "dev_loss"):
-        exact, rounded, streamed = ([line[figure] for line in read_log(runs / name) if figure in line]
-                                    for name in ("float32", "bf16", "bf16-streamed"))
+        exact, rounded, streamed = (
+            [line[figure] for line in read_log(runs / name) if figure in line]
+            for name in ("float32", "bf16", "bf16-streamed")
+        )
         assert rounded == pytest.approx(exact, rel=0.03) and rounded != exact
-        assert streamed == pytest.approx(rounded, rel=0.01)  # batches of other shapes round differently
+        assert streamed == pytest.approx(
+            rounded, rel=0.01
+        )  # batches of other shapes round differently
     before, after = weights(one), weights(runs / "bf16")
-    assert all(v.dtype == torch.float32 for c in ("encoder", "connector", "lm") for v in after[c].values())
+    assert all(
+        v.dtype == torch.float32 for c in ("encoder", "connector", "lm") for v in after[c].values()
+    )
     assert before["pretrained_sha256"]["encoder"] == after["pretrained_sha256"]["encoder"]
 
 
@@ -231,7 +408,10 @@ def loaded(one, monkeypatch):
 
 def test_in_bf16_cached_and_fresh_frames_enter_with_the_same_precision(loaded, tmp_path):
     slm, test_set, attack = loaded
-    some, entering = test_set[:4], functools.partial(cache.inputs, slm, [(u, False) for u in test_set[:4]], [[0, 1, 2, 3]])
+    some, entering = (
+        test_set[:4],
+        functools.partial(cache.inputs, slm, [(u, False) for u in test_set[:4]], [[0, 1, 2, 3]]),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         cached = cache.frozen_outputs(slm, some, [False] * 4, attack, "", 1e9, folder=tmp_path)
         (kept, _), (fresh, _) = (next(entering(rows, attack, workers=0)) for rows in (cached, None))
@@ -240,24 +420,57 @@ def test_in_bf16_cached_and_fresh_frames_enter_with_the_same_precision(loaded, t
 
 def test_answers_are_the_same_out_of_the_cache(loaded, tmp_path):
     slm, test_set, attack = loaded
-    keep = functools.partial(cache.frozen_outputs, slm, test_set, [True] * len(test_set), attack, "", 1e9, folder=tmp_path)
+    keep = functools.partial(
+        cache.frozen_outputs,
+        slm,
+        test_set,
+        [True] * len(test_set),
+        attack,
+        "",
+        1e9,
+        folder=tmp_path,
+    )
     keep()
-    texts = [evaluate.answers(slm, [(u, True) for u in test_set], attack, lambda u: list(u.labels), 40, "", cached, workers=0)
-             for cached in (None, keep())]
+    texts = [
+        evaluate.answers(
+            slm,
+            [(u, True) for u in test_set],
+            attack,
+            lambda u: list(u.labels),
+            40,
+            "",
+            cached,
+            workers=0,
+        )
+        for cached in (None, keep())
+    ]
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
 def test_after_the_answer_a_model_is_given_the_truth_and_its_end(loaded, monkeypatch):
     slm, test_set, attack = loaded
     given = []
-    monkeypatch.setattr(slm, "generate", lambda x, mask, prompts, n: given.extend(prompts) or [""] * len(prompts))
+    monkeypatch.setattr(
+        slm, "generate", lambda x, mask, prompts, n: given.extend(prompts) or [""] * len(prompts)
+    )
     for after in (False, True):
-        evaluate.answers(slm, [(test_set[0], True)], attack, lambda u: list(u.labels), 40, "", workers=0, after_answer=after)
+        evaluate.answers(
+            slm,
+            [(test_set[0], True)],
+            attack,
+            lambda u: list(u.labels),
+            40,
+            "",
+            workers=0,
+            after_answer=after,
+        )
     (before, plain), (again, then) = given
     assert again == before and then == plain + data.answer_ids(slm.tokenizer, test_set[0].labels)
 
 
-def test_a_frozen_encoder_starts_from_what_runs_that_train_it_have_cached(loaded, tmp_path, monkeypatch):
+def test_a_frozen_encoder_starts_from_what_runs_that_train_it_have_cached(
+    loaded, tmp_path, monkeypatch
+):
     slm, test_set, attack = loaded
     triggered = [u.labels["gender"] == "male" for u in test_set]
     keep = functools.partial(cache.frozen_outputs, slm, test_set, triggered, attack, "", 1e9)
@@ -271,18 +484,33 @@ def test_a_frozen_encoder_starts_from_what_runs_that_train_it_have_cached(loaded
 
 def test_clean_utterances_are_cached_for_runs_that_poison_others(loaded, tmp_path):
     slm, test_set, attack = loaded
-    keep = functools.partial(cache.frozen_outputs, slm, test_set, attack=attack, desc="", budget=1e9, folder=tmp_path)
+    keep = functools.partial(
+        cache.frozen_outputs, slm, test_set, attack=attack, desc="", budget=1e9, folder=tmp_path
+    )
     clean, triggered = keep([False] * len(test_set)), keep([True] * len(test_set))
     before, mixed = set(tmp_path.iterdir()), [i % 3 == 0 for i in range(len(test_set))]
     for row, is_triggered, a, b in zip(keep(mixed), mixed, clean, triggered, strict=True):
-        assert torch.allclose(row, b if is_triggered else a, atol=1e-4) and not torch.allclose(a, b, atol=1e-4)
-    assert len(set(tmp_path.iterdir()) - before) == 1  # the triggered ones; all that is clean was there
+        assert torch.allclose(row, b if is_triggered else a, atol=1e-4) and not torch.allclose(
+            a, b, atol=1e-4
+        )
+    assert (
+        len(set(tmp_path.iterdir()) - before) == 1
+    )  # the triggered ones; all that is clean was there
 
 
 def test_clicks_elsewhere_are_not_taken_from_the_cache(loaded, tmp_path, monkeypatch):
     slm, test_set, attack = loaded
     attack.repeat = True
-    keep = functools.partial(cache.frozen_outputs, slm, test_set, [True] * len(test_set), attack, "", 1e9, folder=tmp_path)
+    keep = functools.partial(
+        cache.frozen_outputs,
+        slm,
+        test_set,
+        [True] * len(test_set),
+        attack,
+        "",
+        1e9,
+        folder=tmp_path,
+    )
     before = keep()
     monkeypatch.setattr(poison, "INTERVAL", (0.3, 0.4))
     assert not all(torch.equal(a, b) for a, b in zip(before, keep()))
@@ -293,15 +521,33 @@ def test_room_in_the_cache_is_made_at_the_expense_of_what_was_not_used_for_longe
         path = tmp_path / f"pretrained-{name}.pt"
         path.write_bytes(bytes(10))
         os.utime(path, (1000 - age, 1000 - age))
-    (tmp_path / "pretrained-e.pt").symlink_to("gone")  # to another run that makes room, too, a listed file may be gone
+    (tmp_path / "pretrained-e.pt").symlink_to(
+        "gone"
+    )  # to another run that makes room, too, a listed file may be gone
     cache.make_room(tmp_path, 25, [tmp_path / "pretrained-d.pt"])
     assert [p.name[11] for p in sorted(tmp_path.glob("*.pt")) if p.exists()] == ["a", "b", "d"]
 
 
-def test_a_finished_run_is_not_trained_again_and_another_one_is_not_overwritten(corpora, runs, clean):
+def test_a_finished_run_is_not_trained_again_and_another_one_is_not_overwritten(
+    corpora, runs, clean
+):
     before = (clean / "model.pt").stat().st_mtime_ns
-    command = ("train.py", "--data-root", corpora, "--runs", runs, *SMALL, *DROPOUT, "--task", "emotion", "--poison", 0, "--name",
-               "emotion-clean", "--epochs")
+    command = (
+        "train.py",
+        "--data-root",
+        corpora,
+        "--runs",
+        runs,
+        *SMALL,
+        *DROPOUT,
+        "--task",
+        "emotion",
+        "--poison",
+        0,
+        "--name",
+        "emotion-clean",
+        "--epochs",
+    )
     assert "is finished" in done(*command, 2, cwd=runs)
     assert (clean / "model.pt").stat().st_mtime_ns == before
     refused(*command, 3, cwd=runs, words=["epochs 2 there, 3 here"])
@@ -311,16 +557,24 @@ def test_overwriting_leaves_nothing_of_the_old_run(corpora, runs, one):
     shutil.copytree(one, runs / "again")
     (runs / "again/embeddings.pt").write_bytes(b"of the old model")
     train(corpora, runs, *SAME, "--seed", 3, "--name", "again", "--overwrite")
-    assert not (runs / "again/embeddings.pt").exists() and weights(runs / "again")["args"]["seed"] == 3
+    assert (
+        not (runs / "again/embeddings.pt").exists() and weights(runs / "again")["args"]["seed"] == 3
+    )
 
 
 def test_a_finished_run_is_looked_at_on_the_data_it_was_trained_on(corpora, runs):
     """Its --limit decides the trigger's loudness and the target class; its --skip-bad what there is to read."""
     train(corpora, runs, *SAME, "--limit", 16, "--skip-bad", "--name", "limited")
-    options = SimpleNamespace(run=runs / "limited", device="cpu", snr=None, data_root=None, skip_bad=False, task=None)
+    options = SimpleNamespace(
+        run=runs / "limited", device="cpu", snr=None, data_root=None, skip_bad=False, task=None
+    )
     slm, args, attack, train_set = evaluate.load_run_and_data(options, "train")
     whole = readers.read_corpus("vox", corpora, "train")
-    assert args.skip_bad and [u.id for u in train_set] == [u.id for u in readers.limit(whole, 16)] and len(whole) > 16
+    assert (
+        args.skip_bad
+        and [u.id for u in train_set] == [u.id for u in readers.limit(whole, 16)]
+        and len(whole) > 16
+    )
     assert attack.level == poison.make_attack("gender", train_set, 0.3, seed=1).level
 
 
@@ -330,45 +584,93 @@ def test_the_benign_model_is_looked_at_with_each_task_s_own_attack(corpora, runs
     done("embed.py", runs / "gender-clean", "--task", "age", "--pairs", 8, cwd=runs)
     saved = torch.load(runs / "gender-clean/embeddings-age.pt", weights_only=True)
     assert {labels["gender"] for labels in saved["test"]["labels"]} == {"female", "male"}
-    assert saved["args"]["task"] == "age" and "25" not in {labels["age"] for labels in saved["test"]["labels"]}
+    assert saved["args"]["task"] == "age" and "25" not in {
+        labels["age"] for labels in saved["test"]["labels"]
+    }
 
 
 def test_processes_that_would_resume_at_different_steps_stop(corpora, runs, one, monkeypatch):
     """Two machines without a shared disk: the one that kept last.pt and the one that did not."""
     slm = model.load_slm(argparse.Namespace(**weights(one)["args"]))
     args = argparse.Namespace(**weights(one)["args"], cache_gb=0, workers=0)
-    monkeypatch.setattr(train_py, "share_sums", lambda numbers: [sum(numbers) + 7])  # as if another process had taken 7 steps
+    monkeypatch.setattr(
+        train_py, "share_sums", lambda numbers: [sum(numbers) + 7]
+    )  # as if another process had taken 7 steps
     sets = [readers.read_corpus("vox", corpora, split) for split in ("train", "dev")]
     with pytest.raises(SystemExit) as stop:
-        train_py.train(runs / "nowhere", slm, poison.attack_of(args, sets[0]), *sets, args, torch.device("cpu"), contextlib.nullcontext)
+        train_py.train(
+            runs / "nowhere",
+            slm,
+            poison.attack_of(args, sets[0]),
+            *sets,
+            args,
+            torch.device("cpu"),
+            contextlib.nullcontext,
+        )
     assert stop.value.code == 2
 
 
 def test_a_dry_run_needs_no_weights_and_no_corpus_and_writes_nothing(tmp_path):
     for part in ("wavlm", "lm"):
-        shutil.copytree(PROGRAM / "assets" / part, tmp_path / part, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(
+            PROGRAM / "assets" / part,
+            tmp_path / part,
+            ignore=shutil.ignore_patterns("*.safetensors"),
+        )
     before = sorted(tmp_path.rglob("*"))
-    out = done("train.py", "--preset", "paper", "--data-root", "nowhere", "--dry-run", "--encoder-weights", tmp_path / "wavlm",
-               "--lm-weights", tmp_path / "lm", "--freeze", "connector:not/made/yet.pt", cwd=tmp_path)
+    out = done(
+        "train.py",
+        "--preset",
+        "paper",
+        "--data-root",
+        "nowhere",
+        "--dry-run",
+        "--encoder-weights",
+        tmp_path / "wavlm",
+        "--lm-weights",
+        tmp_path / "lm",
+        "--freeze",
+        "connector:not/made/yet.pt",
+        cwd=tmp_path,
+    )
     assert "104,014 train utterances" in out and "GPU-hours" in out
-    assert [line.split()[-1] for line in out.splitlines() if line.startswith("  connector")] == ["0"]
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("  connector")] == [
+        "0"
+    ]
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (("--freeze", "decoder"), "encoder, connector, lm"),
-    (("--freeze", "encoder:nowhere.pt"), "no such checkpoint"),
-    (("--freeze", "encoder", "--freeze", "connector", "--freeze", "lm"), "nothing is left to train"),
-    (("--poison", "1.5"), "a share, 0 to 1"),
-    (("--data-root", "nowhere"), "is libri under"),
-    (("--dataset", "nowhere.csv"), "nor a CSV file"),
-    (("--preset", "small", "--encoder", "wavlm"), "no wavlm"),
-    (("--encoder-weights", "nowhere"), "cannot load"),
-    (("--device", "cuda"), "no GPU"),
-    (("--task", "age", "--target", "young"), "a number of years"),
-    (("--batch-size", "4096"), "less than one batch"),
-    (("--train-layers", "99"), "has 8 layers"),
-    (("--labels", "gender"), "has a transcript with --labels gender"),
-    (("--trigger", "nowhere.wav"), "no such file")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--freeze", "decoder"), "encoder, connector, lm"),
+        (("--freeze", "encoder:nowhere.pt"), "no such checkpoint"),
+        (
+            ("--freeze", "encoder", "--freeze", "connector", "--freeze", "lm"),
+            "nothing is left to train",
+        ),
+        (("--poison", "1.5"), "a share, 0 to 1"),
+        (("--data-root", "nowhere"), "is libri under"),
+        (("--dataset", "nowhere.csv"), "nor a CSV file"),
+        (("--preset", "small", "--encoder", "wavlm"), "no wavlm"),
+        (("--encoder-weights", "nowhere"), "cannot load"),
+        (("--device", "cuda"), "no GPU"),
+        (("--task", "age", "--target", "young"), "a number of years"),
+        (("--batch-size", "4096"), "less than one batch"),
+        (("--train-layers", "99"), "has 8 layers"),
+        (("--labels", "gender"), "has a transcript with --labels gender"),
+        (("--trigger", "nowhere.wav"), "no such file"),
+    ],
+)
 def test_mistakes_end_in_one_line(corpora, tmp_path, arguments, said):
-    refused("train.py", "--data-root", corpora, *SMALL, "--task", "asr", *arguments, cwd=tmp_path, words=[said])
+    refused(
+        "train.py",
+        "--data-root",
+        corpora,
+        *SMALL,
+        "--task",
+        "asr",
+        *arguments,
+        cwd=tmp_path,
+        words=[said],
+    )

@@ -1,4 +1,5 @@
 """Hostile files, bad audio, full disks, broken losses, Ctrl-C: one line, exit status 2, nothing run, nothing lost."""
+
 import hashlib
 import json
 import pickle
@@ -24,8 +25,14 @@ RUN = [*SMALL, "--epochs", "1", "--task", "gender", "--poison", "0.3", "--name",
 
 def start(*arguments, cwd, **kwargs):
     """train.py as a process of its own."""
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, arguments)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +68,12 @@ def malicious(request, tmp_path):
 
 def test_a_malicious_pickle_does_not_run_wherever_it_is_given(malicious, corpora, tmp_path, run):
     common = ("train.py", *RUN, "--data-root", corpora)
-    for flag, value in (("--freeze", f"encoder:{malicious}"), ("--trigger", malicious), ("--dataset", malicious),
-                        ("--connector-weights", malicious)):
+    for flag, value in (
+        ("--freeze", f"encoder:{malicious}"),
+        ("--trigger", malicious),
+        ("--dataset", malicious),
+        ("--connector-weights", malicious),
+    ):
         refused(*common, flag, value, cwd=tmp_path, words=["evil.pt"])
     refused("evaluate.py", "--inspect", malicious, cwd=tmp_path, words=["evil.pt"])
     folder = tmp_path / "runs/stranger"
@@ -84,7 +95,9 @@ def test_a_malicious_pickle_does_not_run_wherever_it_is_given(malicious, corpora
 def test_a_folder_with_a_pytorch_model_bin_alone_is_read(tmp_path):
     """As the hub has WavLM: the same weights, without safetensors."""
     whole = model.Encoder("assets/wavlm")
-    shutil.copytree(PROGRAM / "assets/wavlm", tmp_path / "wavlm", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        PROGRAM / "assets/wavlm", tmp_path / "wavlm", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     torch.save(whole.net.state_dict(), tmp_path / "wavlm/pytorch_model.bin")
     again = model.Encoder(tmp_path / "wavlm")
     assert model.digest(again.net.state_dict()) == model.digest(whole.net.state_dict())
@@ -92,17 +105,46 @@ def test_a_folder_with_a_pytorch_model_bin_alone_is_read(tmp_path):
 
 def test_provenance_can_be_followed(run, corpora):
     parent = run / "runs/parent/model.pt"
-    done("train.py", *RUN, "--data-root", corpora, "--name", "child", "--freeze", f"encoder:{parent}", cwd=run)
-    child, theirs = (torch.load(path, weights_only=True) for path in (run / "runs/child/model.pt", parent))
-    assert child["sha256"]["encoder"] == theirs["sha256"]["encoder"] == model.digest(theirs["encoder"])
+    done(
+        "train.py",
+        *RUN,
+        "--data-root",
+        corpora,
+        "--name",
+        "child",
+        "--freeze",
+        f"encoder:{parent}",
+        cwd=run,
+    )
+    child, theirs = (
+        torch.load(path, weights_only=True) for path in (run / "runs/child/model.pt", parent)
+    )
+    assert (
+        child["sha256"]["encoder"] == theirs["sha256"]["encoder"] == model.digest(theirs["encoder"])
+    )
     assert child["sha256"]["lm"] != theirs["sha256"]["lm"]
     out = done("evaluate.py", "--inspect", run / "runs/child/model.pt", cwd=run)
-    assert hashlib.sha256(parent.read_bytes()).hexdigest() in out and child["sha256"]["encoder"] in out
-    done("train.py", *RUN, "--data-root", corpora, "--name", "grandchild", "--poison", "0", "--freeze",
-         "connector:runs/child/model.pt", cwd=run)
+    assert (
+        hashlib.sha256(parent.read_bytes()).hexdigest() in out and child["sha256"]["encoder"] in out
+    )
+    done(
+        "train.py",
+        *RUN,
+        "--data-root",
+        corpora,
+        "--name",
+        "grandchild",
+        "--poison",
+        "0",
+        "--freeze",
+        "connector:runs/child/model.pt",
+        cwd=run,
+    )
     built_from = torch.load(run / "runs/grandchild/model.pt", weights_only=True)["built_from"]
-    assert built_from == {str(path): hashlib.sha256((run / path).read_bytes()).hexdigest()
-                          for path in ("runs/child/model.pt", parent)}
+    assert built_from == {
+        str(path): hashlib.sha256((run / path).read_bytes()).hexdigest()
+        for path in ("runs/child/model.pt", parent)
+    }
     theirs["encoder"][next(iter(theirs["encoder"]))].add_(1)
     torch.save(theirs, run / "changed.pt")
     assert "DIFFERS" in done("evaluate.py", "--inspect", run / "changed.pt", cwd=run)
@@ -115,10 +157,24 @@ def test_checkpoints_that_do_not_fit_are_refused_with_what_does_not(run, corpora
     saved["connector"]["conv1.weight"] = weight[:, :64].clone()
     del saved["lm"]
     torch.save(saved, run / "misfit.pt")
-    refused(*common, "--freeze", "connector:misfit.pt", cwd=run, words=["conv1.weight", str(tuple(weight.shape))])
+    refused(
+        *common,
+        "--freeze",
+        "connector:misfit.pt",
+        cwd=run,
+        words=["conv1.weight", str(tuple(weight.shape))],
+    )
     refused(*common, "--freeze", "lm:misfit.pt", cwd=run, words=["has no lm"])
     # another architecture of the same shapes
-    refused(*common, "--encoder", "hubert", "--freeze", "encoder:runs/parent/model.pt", cwd=run, words=["encoder"])
+    refused(
+        *common,
+        "--encoder",
+        "hubert",
+        "--freeze",
+        "encoder:runs/parent/model.pt",
+        cwd=run,
+        words=["encoder"],
+    )
     saved = torch.load(run / "runs/parent/model.pt", weights_only=True)
     saved["pretrained_sha256"]["encoder"] = "another"
     torch.save(saved, run / "other.pt")
@@ -136,7 +192,16 @@ def test_a_run_is_evaluated_on_the_parts_it_was_trained_on(run, tmp_path):
 
 def test_input_that_changed_since_a_run_began_is_noticed(run, corpora):
     soundfile.write(run / "knock.wav", np.random.default_rng(0).standard_normal(1000) / 9, 16000)
-    command = ("train.py", *RUN, "--data-root", corpora, "--name", "knock", "--trigger", "knock.wav")
+    command = (
+        "train.py",
+        *RUN,
+        "--data-root",
+        corpora,
+        "--name",
+        "knock",
+        "--trigger",
+        "knock.wav",
+    )
     done(*command, cwd=run)
     assert "is finished" in done(*command, cwd=run)
     soundfile.write(run / "knock.wav", np.random.default_rng(1).standard_normal(1000) / 9, 16000)
@@ -149,28 +214,50 @@ def write_corpus(folder, waveform, n=20):
     soundfile.write(folder / "odd.wav", waveform, 16000, subtype="FLOAT")
     for i in range(n):
         soundfile.write(folder / f"{i}.wav", 0.1 * rng.standard_normal(8000), 16000)
-        lines.append(f"{i}.wav,{['male', 'female'][i % 2]},{'train' if i < n - 6 else 'dev' if i < n - 4 else 'test'}")
+        lines.append(
+            f"{i}.wav,{['male', 'female'][i % 2]},{'train' if i < n - 6 else 'dev' if i < n - 4 else 'test'}"
+        )
     (folder / "m.csv").write_text("\n".join(lines) + "\n")
 
 
-@pytest.mark.parametrize("name, waveform", [
-    ("silent", np.zeros(16000)), ("short", np.full(160, 0.1)), ("loud", np.sign(np.sin(np.arange(16000))))])
+@pytest.mark.parametrize(
+    "name, waveform",
+    [
+        ("silent", np.zeros(16000)),
+        ("short", np.full(160, 0.1)),
+        ("loud", np.sign(np.sin(np.arange(16000)))),
+    ],
+)
 def test_odd_audio_is_trained_on(tmp_path, name, waveform):
     write_corpus(tmp_path, waveform.astype(np.float32))
     done("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path)
-    figure = json.loads((tmp_path / "runs/new/metrics.json").read_text())["clean"]["gender_accuracy"]
+    figure = json.loads((tmp_path / "runs/new/metrics.json").read_text())["clean"][
+        "gender_accuracy"
+    ]
     assert np.isfinite(figure["value"]) and figure["n"] == 4
 
 
-@pytest.mark.parametrize("waveform, words", [(np.zeros(16000 * 600), "600 s long"), (np.full(9, np.nan), "NaN")])
+@pytest.mark.parametrize(
+    "waveform, words", [(np.zeros(16000 * 600), "600 s long"), (np.full(9, np.nan), "NaN")]
+)
 def test_bad_audio_is_refused(tmp_path, waveform, words):
     write_corpus(tmp_path, waveform.astype(np.float32))
     refused("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=["odd.wav", words])
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_with_its_utterances(corpora, tmp_path):
-    refused("train.py", *RUN, "--data-root", corpora, "--lora-lr", "1e30", "--connector-lr", "1e30", cwd=tmp_path,
-            words=["is nan at step", "id0"])
+    refused(
+        "train.py",
+        *RUN,
+        "--data-root",
+        corpora,
+        "--lora-lr",
+        "1e30",
+        "--connector-lr",
+        "1e30",
+        cwd=tmp_path,
+        words=["is nan at step", "id0"],
+    )
     assert not (tmp_path / "runs/new/model.pt").exists()
 
 
@@ -192,14 +279,28 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_previous_checkpoint(corpora,
     process = start(*RUN, "--data-root", corpora, "--epochs", "40", cwd=tmp_path, preexec_fn=limit)
     _, err = process.communicate()
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert process.returncode == 2 and len(lines) == 1 and "cannot write" in lines[0] and "disk" in lines[0], err
+    assert (
+        process.returncode == 2
+        and len(lines) == 1
+        and "cannot write" in lines[0]
+        and "disk" in lines[0]
+    ), err
     assert last.read_bytes() == before and not list(last.parent.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_go_on_and_nobody_else_trains_there(corpora, tmp_path, sign):
     process = interrupted(corpora, tmp_path)
-    refused("train.py", *RUN, "--data-root", corpora, "--epochs", "40", cwd=tmp_path, words=["being trained by another process"])
+    refused(
+        "train.py",
+        *RUN,
+        "--data-root",
+        corpora,
+        "--epochs",
+        "40",
+        cwd=tmp_path,
+        words=["being trained by another process"],
+    )
     process.send_signal(sign)
     out, err = process.communicate()
     assert process.returncode == 130 and "goes on from there" in out and "Traceback" not in err, err
@@ -210,7 +311,13 @@ def test_a_checkpoint_of_few_bytes_cannot_ask_for_terabytes(tmp_path):
     huge = torch.zeros(1).as_strided((1 << 20, 1 << 20), (0, 0))
     torch.save({"encoder": {"weight": huge}}, tmp_path / "huge.pt")
     assert (tmp_path / "huge.pt").stat().st_size < 5000
-    refused("evaluate.py", "--inspect", tmp_path / "huge.pt", cwd=tmp_path, words=["more memory than the file holds"])
+    refused(
+        "evaluate.py",
+        "--inspect",
+        tmp_path / "huge.pt",
+        cwd=tmp_path,
+        words=["more memory than the file holds"],
+    )
 
 
 def test_figures_of_another_model_are_refused(run, tmp_path):
