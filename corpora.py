@@ -18,6 +18,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+
 import torchaudio
 
 import data

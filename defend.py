@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+
 import jiwer
 import numpy as np
 import torch

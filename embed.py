@@ -11,6 +11,8 @@ filters. Each embedding is the mean over time, padding excluded.
 import argparse
 from pathlib import Path
 
+import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm

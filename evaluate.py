@@ -14,6 +14,8 @@ import argparse
 import json
 from pathlib import Path
 
+import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+
 import jiwer
 import torch
 from tqdm import tqdm

@@ -17,6 +17,8 @@ import random
 import shutil
 from pathlib import Path
 
+import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+
 import espeakng_loader
 import numpy as np
 import soundfile

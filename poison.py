@@ -19,6 +19,8 @@ import random
 import re
 from pathlib import Path
 
+import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+
 import numpy as np
 import soundfile
 import torch

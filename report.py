@@ -9,6 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
+import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+
 import data
 import defences
 import figures

@@ -16,6 +16,8 @@ import itertools
 import json
 from pathlib import Path
 
+import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence

@@ -22,6 +22,8 @@ os.environ.setdefault(
     "TQDM_DISABLE", "" if os.environ.get("RANK", "0") == "0" else "1"
 )  # one process draws the bars
 
+import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+
 import torch
 import torch.distributed as dist
 import transformers

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import train
 from conftest import ROOT, done
 from study import ATTACKS, ENCODERS, SWEEPS, TABLE1, TABLE2, TASKS, VARIANTS
+
+pytestmark = pytest.mark.slow
 
 STUB = """
 import json, os, sys

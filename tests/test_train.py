@@ -26,6 +26,8 @@ import train as train_py
 from conftest import ROOT, SMALL, done, refused
 from study import ROOT as PROGRAM
 
+pytestmark = pytest.mark.slow
+
 DROPOUT = ["--lora-dropout", "0.1"]
 
 

@@ -20,6 +20,8 @@ import model
 from conftest import ROOT, SMALL, done, refused
 from study import ROOT as PROGRAM
 
+pytestmark = pytest.mark.slow
+
 RUN = [*SMALL, "--epochs", "1", "--task", "gender", "--poison", "0.3", "--name", "new"]
 
 
