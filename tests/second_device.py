@@ -1,7 +1,7 @@
 """Tensors on the wrong device, found without a GPU: a training, an evaluation and embeddings on torch_xla's CPU device.
 
     python3.11 -m venv xla && . xla/bin/activate && pip install torch==2.9.* torchaudio==2.9.* torch_xla==2.9.*
-    pip install -r <(grep -v ^torch requirements.txt) && python tests/second_device.py
+    pip install -r <(grep -vE '^(torch|nvidia|cuda|triton)' requirements.txt) && python tests/second_device.py
 
 Not collected by pytest. What runs here is train.py, evaluate.py and embed.py as they are; a tensor left on the CPU ends them with a
 traceback. Embeddings made on this device are compared with the CPU's.
