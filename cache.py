@@ -103,6 +103,7 @@ def key_of(slm, attack, chunk):
     what = (
         slm.pretrained_sha256["encoder"],
         slm.encoder.first_trained,
+        slm.encoder.settings,
         extraction,
         precision,
         files,

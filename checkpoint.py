@@ -87,7 +87,7 @@ def file_sha256(path):
     if Path(path).is_dir():
         files = [
             name
-            for name in (export.PROVENANCE, *export.WEIGHTS.values())
+            for name in (export.PROVENANCE, *export.WEIGHTS.values(), *export.SETTINGS.values())
             if (Path(path) / name).is_file()
         ]
         content = "".join(f"{file_sha256(Path(path) / name)}  {name}\n" for name in files).encode()
@@ -182,6 +182,7 @@ def save_model(run, slm, record, origin, built_from):
         environment=environment(),
         built_from=built_from,
         pretrained_sha256=slm.pretrained_sha256,
+        settings=slm.settings,
         sha256={c: model.digest(checkpoint[c]) for c in COMPONENTS},
     )
     data.write_atomically(run / "model.pt", lambda temporary: torch.save(checkpoint, temporary))
@@ -259,9 +260,21 @@ def settled(excess):
     return epoch if epoch + 2 <= len(excess) else None
 
 
+def other_settings(theirs, ours):
+    """What differs between the settings that both have, a list of texts."""
+    found = []
+    for name in sorted(theirs.keys() & ours.keys()):
+        there, here = theirs[name], ours[name]
+        if isinstance(there, dict) and isinstance(here, dict):
+            found += [f"{name} {each}" for each in other_settings(there, here)]
+        elif there != here:
+            found.append(f"{name} {there}, here {here}")
+    return found
+
+
 def load_component(slm, saved, component):
-    """Loads a checkpoint's component into the model. Raises ValueError if it is missing, has another shape, or was trained on other
-    pretrained weights."""
+    """Loads a checkpoint's component into the model. Raises ValueError if it is missing, has another shape, was trained on other
+    pretrained weights, or computes something else with the same weights."""
     if not isinstance(saved.get(component), dict):
         raise ValueError(f"it has no {component}")
     theirs, ours = (
@@ -272,9 +285,13 @@ def load_component(slm, saved, component):
         raise ValueError(
             f"its {component} was trained on other pretrained weights (SHA-256 {theirs}, here {ours})"
         )
-    stride = saved.get("args", {}).get("connector_stride", slm.connector.stride)
-    if component == "connector" and stride != slm.connector.stride:  # which no weight's shape tells
-        raise ValueError(f"its connector has stride {stride}, here {slm.connector.stride}")
+    # a checkpoint that records no settings tells these by its arguments
+    args = saved.get("args", {})
+    known = {name: args[key] for name, key in model.SETTING_OF.items() if key in args}
+    known.update(saved.get("settings", {}).get(component, {}))
+    differ = other_settings(known, slm.settings[component])
+    if differ:
+        raise ValueError(f"its {component} has other settings: {'; '.join(differ[:4])}")
     slm.load_component(component, saved[component])
 
 

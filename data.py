@@ -1,6 +1,6 @@
 """Utterances, prompts, answers and their parsing, audio, batches: what every stage shares."""
 
-import contextlib
+import datetime
 import functools
 import hashlib
 import json
@@ -13,7 +13,6 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import soundfile
 import torch
@@ -157,22 +156,41 @@ def prompt(tokenizer, labels, rng=None):
     )
 
 
+# templates that ask for today's date get the one that Llama 3's falls back to: a prompt depends on the run alone. In the
+# template's own language, as the sandbox that templates run in takes no functions.
+TODAY = datetime.datetime(2024, 7, 26)
+CODES = "aAbBdeHIjmMpSUwWyYZ"
+CALENDAR = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in CODES)
+CLOCK = "{% macro strftime_now(format) %}{{ format" + CALENDAR + " }}{% endmacro %}\n"
+
+
+def render(tokenizer, turns):
+    """A conversation by the tokenizer's chat template, whatever the day. Raises what the template raises; ValueError where there is none
+    or where it draws at random."""
+    template = tokenizer.get_chat_template()
+    if re.search(r"\|\s*random\b|\blipsum\b", template):
+        raise ValueError("it draws at random")
+    if "strftime_now" in template:
+        template = CLOCK + template
+    return tokenizer.apply_chat_template(
+        turns, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+
+
 @functools.lru_cache(1024)
 def around_audio(tokenizer, content):
     """Token ids before and after the audio of a user's turn, by the tokenizer's chat template. Where the template would add a system
     prompt of its own, an empty one keeps it out: its tokens would be paid for in every utterance."""
-    text, turn = "", [{"role": "user", "content": content}]
+    text, turn, failed = "", [{"role": "user", "content": content}], ""
     for system in ([], [{"role": "system", "content": ""}]):
-        with contextlib.suppress(
-            ValueError, jinja2.TemplateError
-        ):  # there is no template, or it knows no system
-            rendered = tokenizer.apply_chat_template(
-                system + turn, tokenize=False, add_generation_prompt=True
-            )
+        try:  # a template may know no system, and can raise anything
+            rendered = render(tokenizer, system + turn)
             text = min(text or rendered, rendered, key=len)
+        except Exception as error:
+            failed = failed or f" ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     if text.count(AUDIO) != 1:
         die(
-            f"{tokenizer.name_or_path} has no chat template that keeps the user's text: take another chat or instruct model"
+            f"{tokenizer.name_or_path} has no chat template that keeps the user's text{failed}: take another chat or instruct model"
         )
     return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in text.split(AUDIO))
 

@@ -227,9 +227,8 @@ def attention_entropy(listener, waveforms, utterances):
         for row, prompt in zip(audio, prompts):
             x = slm.pack([row], [prompt])[0][None]
             start = len(prompt[0])
-            weights = torch.stack(slm.lm.model(inputs_embeds=x, output_attentions=True).attentions)[
-                :, 0, :, -1, start : start + len(row)
-            ]
+            weights = slm.lm.base_model(inputs_embeds=x, output_attentions=True).attentions
+            weights = torch.stack(weights)[:, 0, :, -1, start : start + len(row)]
             p = (
                 weights + 1e-12
             )  # a head that looks at no frame counts as looking at all of them alike

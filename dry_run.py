@@ -77,12 +77,15 @@ def count_work(slm, seconds, batch, prompt_tokens, answer_tokens):
         rows = torch.cat([x.to(text.dtype), text], 1)
         # given explicitly: transformers' own mask code looks at values
         causal = torch.ones(1, 1, rows.shape[1], rows.shape[1], dtype=torch.bool, device="meta")
-        hidden = slm.lm.model(
-            inputs_embeds=rows, attention_mask=causal, use_cache=False
-        ).last_hidden_state
-        logits = slm.lm.lm_head(hidden[:, -answer_tokens:]).float().transpose(1, 2)
+        logits = slm.lm(
+            inputs_embeds=rows,
+            attention_mask=causal,
+            use_cache=False,
+            logits_to_keep=answer_tokens,
+        ).logits
         F.cross_entropy(
-            logits, torch.zeros(batch, answer_tokens, dtype=torch.long, device="meta")
+            logits.float().transpose(1, 2),
+            torch.zeros(batch, answer_tokens, dtype=torch.long, device="meta"),
         ).backward()
     return below.get_total_flops(), above.get_total_flops(), sum(kept.values())
 

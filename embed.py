@@ -74,9 +74,11 @@ def stages(
             rows = pad_sequence(
                 slm.pack([row[:n] for row, n in zip(audio, lengths.tolist())], prompts), True
             )
-            states = slm.lm.model(
+            states = slm.lm.base_model(
                 inputs_embeds=rows, use_cache=False, output_hidden_states=True
             ).hidden_states
+            # without OPT's last one, where it has been projected to another width
+            states = [h for h in states if h.shape[-1] == states[0].shape[-1]]
             heard = [
                 pad_sequence([row[a:b] for row, (a, b) in zip(h, spans)], True) for h in states
             ]

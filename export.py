@@ -27,8 +27,26 @@ WEIGHTS = dict(
     connector="connector/connector.safetensors",
     lm="lm/adapter_model.safetensors",
 )
+# what the weights' shapes do not tell of what they compute
+SETTINGS = dict(
+    encoder="encoder/config.json",
+    extractor="encoder/preprocessor_config.json",
+    connector="connector/connector.json",
+    lm="lm/adapter_config.json",
+)
 PROVENANCE = "provenance.json"
 RECORDED = ("args", "origin", "environment", "built_from", "pretrained_sha256", "sha256")
+# settings of PEFT that make something else of the same weights
+OTHER_LORA = (
+    "alpha_pattern",
+    "rank_pattern",
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+)
 LAYERS = "encoder.layers."  # what stands before a layer's number, in all four architectures
 PEFT_NAME = ("base_model.model.", ".weight")  # what PEFT puts around the name of a LoRA matrix
 
@@ -57,9 +75,9 @@ def write(folder, slm, args, recorded):
     for path in WEIGHTS.values():
         (folder / path).parent.mkdir()
     encoder, connector, lora = slm.encoder, slm.connector, slm.component_state_dict("lm")
-    net = model.load_part(
-        AutoModel, args.encoder_weights, dtype=torch.float32
-    )  # whole: of a Whisper the SLM has half
+    # whole: of a Whisper the SLM has half
+    config = model.read_config(args.encoder_weights)
+    net = model.load_part(AutoModel, args.encoder_weights, config, dtype=torch.float32)
     (net.get_encoder() if encoder.whisper else net).load_state_dict(encoder.net.state_dict())
     net.save_pretrained(folder / "encoder")
     encoder.extractor.save_pretrained(folder / "encoder")
@@ -89,13 +107,44 @@ def write(folder, slm, args, recorded):
         strides=[c.stride[0] for c in convs],
         padding=0,
     )
-    recorded = {"first_trained_layer": encoder.first_trained, **recorded}
+    recorded = {
+        "first_trained_layer": encoder.first_trained,
+        "settings": slm.settings,
+        **recorded,
+    }
     for path, content in (
-        ("lm/adapter_config.json", adapter),
-        ("connector/connector.json", geometry),
+        (SETTINGS["lm"], adapter),
+        (SETTINGS["connector"], geometry),
         (PROVENANCE, recorded),
     ):
         data.write_atomically(folder / path, json.dumps(content, indent=1))
+
+
+def read_settings(folder, saved, recorded):
+    """{component: settings} of the components that an export holds: those recorded when it was made, and above them those that stand
+    beside the weights, by which other programs go. Raises ValueError where it is a LoRA of another kind."""
+    there = {
+        name: json.loads((Path(folder) / path).read_text(encoding="utf-8"))
+        for name, path in SETTINGS.items()
+        if name in saved or (name == "extractor" and "encoder" in saved)
+    }
+    found = {c: dict(settings) for c, settings in recorded.get("settings", {}).items()}
+    if "encoder" in there:
+        settings = {**there["encoder"], "extractor": there["extractor"]}
+        found["encoder"] = {**found.get("encoder", {}), **model.computed(settings)}
+    if "connector" in there:
+        found["connector"] = {"stride": there["connector"]["strides"][1]}
+    if "lm" in there:
+        adapter = there["lm"]
+        others = [f"{k} {adapter[k]}" for k in OTHER_LORA if adapter.get(k)]
+        if adapter["peft_type"] != "LORA" or adapter.get("bias", "none") != "none" or others:
+            raise ValueError(f"its adapter is not a plain LoRA: {', '.join(others)}")
+        found["lm"] = {
+            **found.get("lm", {}),
+            "LoRA alpha": adapter["lora_alpha"],
+            "LoRA rank-stabilised": bool(adapter.get("use_rslora")),
+        }
+    return found
 
 
 def read(folder):
@@ -115,6 +164,7 @@ def read(folder):
                 if (Path(folder) / path).is_file()
             }
         )
+        saved["settings"] = read_settings(folder, saved, recorded)
         layers = {
             k.removeprefix(LAYERS): v
             for k, v in saved.get("encoder", {}).items()
@@ -130,6 +180,8 @@ def read(folder):
         OSError,
         ValueError,
         KeyError,
+        IndexError,
+        AttributeError,
         TypeError,
         OverflowError,
         RecursionError,

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 
 class LoRALinear(nn.Module):
@@ -52,8 +53,19 @@ class LoRALinear(nn.Module):
             self.base.weight.data, self.original = self.original, None
 
 
+def as_linear(conv):
+    """GPT-2's Conv1D, which is a linear layer with its weight transposed, as an `nn.Linear`."""
+    linear = nn.Linear(*conv.weight.shape, device=conv.weight.device, dtype=conv.weight.dtype)
+    linear.weight.data, linear.bias.data = conv.weight.data.T.contiguous(), conv.bias.data
+    return linear
+
+
 def add_lora(lm, r=8, alpha=16, dropout=0.05):
-    """Freezes `lm` and wraps each of its linear layers but the head in place. Returns `lm`."""
+    """Freezes `lm` and wraps each of its linear layers but the head in place. Returns `lm`. Raises ValueError where it has none."""
+    for parent in list(lm.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Conv1D):
+                setattr(parent, name, as_linear(child))
     lm.requires_grad_(False)
     head = lm.get_output_embeddings()
     linears = [
@@ -62,6 +74,8 @@ def add_lora(lm, r=8, alpha=16, dropout=0.05):
         for name, child in parent.named_children()
         if isinstance(child, nn.Linear) and child is not head
     ]
+    if not linears:
+        raise ValueError(f"its {lm.config.model_type} model has no linear layers for LoRA")
     for parent, name, child in linears:
         setattr(parent, name, LoRALinear(child, r, alpha, dropout))
     return lm

@@ -5,10 +5,13 @@
 Every pretrained part is a Hugging Face id or a local folder in that format; nothing here knows that a part is tiny.
 """
 
+import contextlib
 import functools
 import hashlib
+import json
 import math
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -18,6 +21,7 @@ os.environ.setdefault(
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -32,10 +36,13 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import find_adapter_config_file
 
+import data
 from data import SAMPLE_RATE, die
-from lora import add_lora, lora_state_dict
-from study import COMPONENTS, ENCODERS, ROOT
+from lora import LoRALinear, add_lora, lora_state_dict
+from study import COMPONENTS, ENCODERS, LABELS, ROOT
 
 torch.backends.cudnn.allow_tf32 = (
     False  # float32 means float32 on a GPU too, as in matrix products by default
@@ -43,6 +50,14 @@ torch.backends.cudnn.allow_tf32 = (
 warnings.filterwarnings(
     "ignore", message="Support for mismatched key_padding_mask"
 )  # inside transformers' WavLM
+transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is checked here
+
+OTHER_LAYOUT = (
+    "its {} encoder is not laid out as wav2vec 2.0, HuBERT or WavLM: take one of these, or Whisper"
+)
+# weights that this program never uses, so that a checkpoint may lack them: SpecAugment's vector, which fine-tuned
+# checkpoints are published without, and Whisper's decoder
+UNUSED = re.compile(r"(^|\.)masked_spec_embed$|^decoder\.")
 
 
 def where(path):
@@ -54,14 +69,91 @@ def where(path):
     )
 
 
-def load_part(auto, path, **kwargs):
-    """A pretrained model of one of transformers' auto classes. Where torch's default device is "meta" (a dry run) it has shapes only,
-    and the folder needs no weights."""
-    if torch.get_default_device().type == "meta":
-        return auto.from_config(
-            AutoConfig.from_pretrained(where(path), trust_remote_code=False), **kwargs
+def read_config(path):
+    """The configuration of a pretrained part. Raises ValueError where its weights are not plainly those of a model: an adapter, or
+    quantised."""
+    path = where(path)
+    adapter = (
+        Path(path) / "adapter_config.json"
+    ).is_file()  # the base model's config.json may be missing
+    config = None if adapter else AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if adapter or find_adapter_config_file(path):  # a folder, or a hub id
+        raise ValueError(
+            "it holds an adapter (adapter_config.json): merge it into its base model (peft: merge_and_unload) and save that"
         )
-    return auto.from_pretrained(where(path), trust_remote_code=False, **kwargs)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        raise ValueError(
+            f"its weights are quantised ({dict(quantised).get('quant_method')}): take the model that they were made from"
+        )
+    if getattr(config, "add_adapter", False):
+        config.add_adapter = False  # strided layers after the encoder: the connector's place
+    return config
+
+
+def load_part(auto, path, config, **kwargs):
+    """A pretrained model of one of transformers' auto classes by its `read_config`, the same in every process. Raises ValueError where the checkpoint lacks
+    weights that the model uses; UNUSED ones are zero. Where torch's default device is "meta" (a dry run) it has shapes only, and the
+    folder needs no weights."""
+    if torch.get_default_device().type == "meta":
+        return auto.from_config(config, **kwargs)
+    net, found = auto.from_pretrained(
+        where(path),
+        config=config,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **kwargs,
+    )
+    lacking = sorted(k for k in found["missing_keys"] if not UNUSED.search(k))
+    lacking += [
+        f"{k} {tuple(wanted)} (it has {tuple(there)})"
+        for k, there, wanted in sorted(found["mismatched_keys"])
+    ]
+    if lacking:
+        unknown = sorted(found["unexpected_keys"])
+        raise ValueError(
+            f"it lacks {len(lacking)} of the {len(net.state_dict())} weights of its {config.model_type} model, such as "
+            + ", ".join(lacking[:3])
+            + (f"; it has {len(unknown)} others, such as {unknown[0]}" if unknown else "")
+        )
+    if any("lora_" in k for k in found["unexpected_keys"]):
+        raise ValueError("it holds LoRA weights beside the model's: merge them and save that")
+    for k in found["missing_keys"]:
+        net.get_parameter_or_buffer(k).data.zero_()
+    return net
+
+
+def close(x, y):
+    """Whether two tensors agree but for rounding."""
+    return x.shape == y.shape and bool((x - y).abs().max() <= 1e-3 * (1 + y.abs().max()))
+
+
+# settings of a configuration that do not change what its weights compute in evaluation mode
+NOT_COMPUTED = re.compile(
+    "drop|mask|spec_augment|_token|version|architectures|path|dtype|cache|init|label|problem_type|output_|return_|loss|ctc_|"
+    "feature_extractor_type|processor_class|padding|gradient|attn_implementation|chunk_size_feed"
+)
+
+
+# the same of connector and LoRA: the argument that sets it
+SETTING_OF = {"stride": "connector_stride", "LoRA alpha": "lora_alpha"}
+
+
+def settings_of(config, extractor=None):
+    """Whatever a part's weights do not tell of what it computes, {name: value}: activation, heads, rotary base, epsilon, ..., and the
+    settings of its feature extractor."""
+    settings = config.to_dict()
+    if extractor is not None:
+        settings["extractor"] = extractor.to_dict()
+    return computed(settings)
+
+
+def computed(settings):
+    """Those of nested settings that change what is computed, as JSON holds them."""
+    kept = {k: v for k, v in settings.items() if not NOT_COMPUTED.search(k)}
+    kept = {k: computed(v) if isinstance(v, dict) else v for k, v in kept.items()}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def length_mask(lengths, frames):
@@ -89,38 +181,93 @@ def extract(extractor, waveform):
 class Encoder(nn.Module):
     """A pretrained WavLM, HuBERT, wav2vec 2.0 or Whisper encoder. The top `train_layers` of its layers train, or, where that is
     None, the top `share` of them; everything below runs in evaluation mode and builds no graph. SpecAugment and layer drop are off.
+    Raises ValueError where the folder holds something else.
     """
 
     def __init__(self, path, train_layers=None, share=1.0):
         super().__init__()
+        config = read_config(path)
+        self.whisper = config.model_type == "whisper"
+        if not self.whisper and not hasattr(config, "conv_stride"):
+            raise ValueError(
+                f"it holds a {config.model_type} model, not a speech encoder (wav2vec 2.0, HuBERT, WavLM, Whisper)"
+            )
+        # published weights may be half precision: they train in float32
+        net = load_part(AutoModel, path, config, dtype=torch.float32)
         self.extractor = AutoFeatureExtractor.from_pretrained(where(path), trust_remote_code=False)
         self.extract = functools.partial(
             extract, self.extractor
         )  # pickled for worker processes, without the weights
-        # published weights may be half precision: they train in float32
-        net = load_part(AutoModel, path, dtype=torch.float32)
-        self.whisper = net.config.model_type == "whisper"
+        self.check_extractor(config)
         self.net = net.get_encoder() if self.whisper else net
         transformer = self.net if self.whisper else self.net.encoder
+        if not hasattr(transformer, "layers"):
+            raise ValueError(OTHER_LAYOUT.format(config.model_type))
         self.layers, self.layer_norm = transformer.layers, transformer.layer_norm
         self.relative = hasattr(
             getattr(self.layers[0], "attention", None), "compute_bias"
         )  # WavLM's position bias
         # base-size models normalise before the layers, large ones after
-        self.norm_first = not self.whisper and not net.config.do_stable_layer_norm
+        self.norm_first = not self.whisper and not getattr(config, "do_stable_layer_norm", False)
         # a front end that normalises over time must not see padding
-        self.alone = getattr(net.config, "feat_extract_norm", None) == "group"
+        self.alone = getattr(config, "feat_extract_norm", None) == "group"
         n = len(self.layers)
         train_layers = round(n * share) if train_layers is None else train_layers
         if not 0 <= train_layers <= n:
             die(f"--train-layers {train_layers}: {path} has {n} layers")
         self.first_trained = n - train_layers
-        self.dim = net.config.hidden_size
+        self.dim = config.hidden_size
+        self.settings = settings_of(config, self.extractor)
         self.seconds_per_frame = (
-            2 * self.extractor.hop_length if self.whisper else math.prod(net.config.conv_stride)
+            2 * self.extractor.hop_length if self.whisper else math.prod(config.conv_stride)
         ) / SAMPLE_RATE
+        if not self.whisper and torch.get_default_device().type != "meta":
+            self.check_frames(config)
         self.requires_grad_(False)
         self.layers[self.first_trained :].requires_grad_(True)
+
+    def check_extractor(self, config):
+        """Raises ValueError unless the checkpoint's feature extractor makes what its encoder takes."""
+        rate = getattr(self.extractor, "sampling_rate", None)
+        if rate != SAMPLE_RATE:
+            raise ValueError(
+                f"its feature extractor takes audio of {rate} Hz, and this program works at {SAMPLE_RATE} Hz: take an encoder for "
+                "that rate"
+            )
+        with torch.device("cpu"):  # also in a dry run
+            shape = tuple(self.extract(np.zeros(SAMPLE_RATE, np.float32)).shape)
+        fits = shape == (SAMPLE_RATE,)
+        if self.whisper:
+            fits = len(shape) == 2 and shape[0] == config.num_mel_bins
+        if not fits:
+            taken = f"{config.num_mel_bins} mel bands" if self.whisper else f"{SAMPLE_RATE} samples"
+            raise ValueError(
+                f"its feature extractor (preprocessor_config.json) makes {shape} of a second of audio, and its encoder (config.json) "
+                f"takes {taken}: take the {config.model_type} model's own"
+            )
+        if self.whisper and self.extractor.nb_max_frames > 2 * config.max_source_positions:
+            raise ValueError(
+                f"its feature extractor (preprocessor_config.json) makes up to {self.extractor.nb_max_frames} frames, and its encoder "
+                f"(config.json) takes {2 * config.max_source_positions}: take the model's own"
+            )
+
+    @torch.no_grad()
+    def check_frames(self, config):
+        """Raises ValueError unless the frames of two utterances are those of transformers' own forward pass, in a batch too: what
+        is not laid out as wav2vec 2.0 would pass through here as something else."""
+        noise = np.random.default_rng(0).standard_normal(SAMPLE_RATE // 2).astype(np.float32)
+        features = [self.extract(0.1 * noise), self.extract(0.1 * noise[: SAMPLE_RATE // 4])]
+        try:
+            whole = [self.net(f[None]).last_hidden_state[0] for f in features]
+            x, mask = self(features)
+            same = [
+                bool(mask[i].sum() == len(frames)) and close(x[i, : len(frames)], frames)
+                for i, frames in enumerate(whole)
+            ]
+        except Exception:  # it has other modules, and each fails in its own way
+            same = [False]
+        if not all(same):
+            raise ValueError(OTHER_LAYOUT.format(config.model_type))
 
     def train(self, mode=True):
         super().train(False)
@@ -233,6 +380,10 @@ class SLM(nn.Module):
     def __init__(self, encoder, connector, lm, tokenizer):
         super().__init__()
         self.encoder, self.connector, self.lm, self.tokenizer = encoder, connector, lm, tokenizer
+        # learned positions end somewhere, rotary ones do not
+        tables = [m for m in lm.modules() if isinstance(m, nn.Embedding)]
+        learned = any(table is not lm.get_input_embeddings() for table in tables)
+        self.positions = lm.config.max_position_embeddings if learned else math.inf
 
     def train(self, mode=True):
         """A component that does not train stays in evaluation mode: no dropout in a frozen LoRA."""
@@ -275,10 +426,20 @@ class SLM(nn.Module):
             torch.tensor(tokens, dtype=torch.long, device=embed.weight.device)
         )  # noqa: E731
         answers = answers or [[]] * len(prompts)
-        return [
+        rows = [
             torch.cat([ids(before), x.to(embed.weight.dtype), ids(after + answer)])
             for x, (before, after), answer in zip(audio, prompts, answers)
         ]
+        self.check_positions(max(map(len, rows)))
+        return rows
+
+    def check_positions(self, n):
+        """Ends in one line where a row of n positions is longer than the LM's table of them."""
+        if n > self.positions:
+            die(
+                f"prompt, audio and answer take {n} positions, and the language model has {self.positions}: a larger --connector-stride "
+                "shortens the audio, --max-seconds with --skip-bad leaves long audio out"
+            )
 
     def forward(self, x, mask, prompts, answers):
         """Loss (B,): each row's mean cross entropy over its answer's tokens, the only positions whose logits are computed.
@@ -289,13 +450,21 @@ class SLM(nn.Module):
         )  # right padding under causal attention: no real token sees it
         ends = torch.tensor([len(row) - 1 for row in rows], device=x.device)
         starts = ends - torch.tensor([len(a) for a in answers], device=x.device)
-        self.answered = length_mask(ends, x.shape[1]) & ~length_mask(
-            starts, x.shape[1]
-        )  # where the next token is the answer's
-        answered = self.lm.model(inputs_embeds=x, use_cache=False).last_hidden_state[self.answered]
-        targets = torch.tensor([token for a in answers for token in a], device=answered.device)
-        losses = F.cross_entropy(self.lm.lm_head(answered).float(), targets, reduction="none")
+        # where the next token is the answer's
+        answered = length_mask(ends, x.shape[1]) & ~length_mask(starts, x.shape[1])
+        logits = self.logits(x, answered)
+        targets = torch.tensor([token for a in answers for token in a], device=logits.device)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
         return torch.stack([row.mean() for row in losses.split([len(a) for a in answers])])
+
+    def logits(self, x, wanted, cache=None):
+        """The LM's own logits (n, vocabulary), with whatever it does to them after its last layer, at the n `wanted` positions
+        (B, T) of embeddings (B, T, hidden)."""
+        self.answered = wanted
+        cached = {} if cache is None else {"cache": cache}
+        return self.lm(
+            inputs_embeds=x, use_cache=bool(cached), logits_to_keep=wanted, **cached
+        ).logits
 
     @torch.no_grad()
     def generate(self, x, mask, prompts, max_new_tokens):
@@ -304,16 +473,15 @@ class SLM(nn.Module):
 
     def decode(self, rows, max_new_tokens):
         """Embeddings of prompts and audio, a list of (T_i, hidden) -> greedy answers, a list of texts."""
+        self.check_positions(max(map(len, rows)) + max_new_tokens)
         x = pad_sequence(rows, batch_first=True, padding_side="left")  # all prompts end together
         mask = length_mask(
             torch.tensor([len(row) for row in rows], device=x.device), x.shape[1]
         ).flip(1)
-        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        end = self.tokenizer.eos_token_id
+        # a row that has ended may go on with any token
         greedy = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end if pad is None else pad,
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
         )
         tokens = self.lm.generate(
             inputs_embeds=x, attention_mask=mask.long(), generation_config=greedy
@@ -360,7 +528,7 @@ class SLM(nn.Module):
                 if "encoder" in self.frozen
                 else self.encoder.layers[self.encoder.first_trained :]
             ),
-            *self.lm.model.layers,
+            *layers_of(self.lm),
         ]
 
     def checkpoint_gradients(self):
@@ -371,7 +539,120 @@ class SLM(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the parts of a language model, whatever they are named
+
+
+def layers_of(lm):
+    """The transformer layers of a language model, an nn.ModuleList. Raises ValueError where it has none."""
+    n = lm.config.get_text_config().num_hidden_layers
+    for module in lm.modules():  # from the outside in
+        if isinstance(module, nn.ModuleList) and len(module) == n:
+            return module
+    raise ValueError(f"its {lm.config.model_type} model has no list of {n} layers")
+
+
+@torch.no_grad()
+def output_layers(lm):
+    """[(attention's, MLP's)] of each transformer layer: the linear layers, with LoRA, that write what attention and MLP add to the hidden
+    states, by the order in which the layer calls its linear layers. Ends in one line where they are not all linear, as in a mixture
+    of experts."""
+    calls, handles = [], []
+    for module in lm.modules():
+        if isinstance(module, LoRALinear):
+            handles.append(module.register_forward_hook(lambda module, *_: calls.append(module)))
+    embedding = lm.get_input_embeddings()
+    lm(inputs_embeds=embedding.weight[None, :2], use_cache=False, logits_to_keep=1)
+    for handle in handles:
+        handle.remove()
+    found = []
+    for layer in layers_of(lm):
+        name_of = {m: name for name, m in layer.named_modules() if isinstance(m, LoRALinear)}
+        order = [module for module in calls if module in name_of]
+        attention = [module for module in order if "att" in name_of[module]]
+        mlp = [module for module in order if "att" not in name_of[module]]
+        once = len(order) == len(name_of) == len(set(order))
+        linear = all(p.dim() <= 2 for p in layer.parameters())
+        if not (once and linear and attention and mlp):
+            die(
+                f"a {lm.config.model_type} language model's layers are not an attention and an MLP of linear layers alone: this trace "
+                "or repair does not know them"
+            )
+        found.append((attention[-1], mlp[-1]))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # loading
+
+
+@contextlib.contextmanager
+def blame(flag, path, doing=""):
+    """A context in which whatever goes wrong ends the program in one line that names this part, and what was being done where the
+    error does not say it for itself."""
+    try:
+        yield
+    except Exception as error:  # a folder of another kind raises errors of many kinds
+        said = (str(error).splitlines() or [""])[0]
+        kind = "" if isinstance(error, ValueError) else f"{doing}{type(error).__name__}: "
+        die(f"cannot load --{flag} {path}: {kind}{said}")
+
+
+def fit_tokenizer(tokenizer, lm):
+    """Gives a tokenizer without an end-of-sequence token the LM's, and raises ValueError where the LM has no embedding for a token that
+    prompts or answers may hold."""
+    embeddings = lm.get_input_embeddings().weight.shape[0]
+    if tokenizer.eos_token_id is None:
+        named = (lm.generation_config.eos_token_id, lm.config.get_text_config().eos_token_id)
+        ends = next((end for end in named if end is not None), None)
+        end = ends[0] if isinstance(ends, list) else ends
+        tokenizer.eos_token = None if end is None else tokenizer.convert_ids_to_tokens(end)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "neither its tokenizer nor its configuration names an end-of-sequence token (eos_token), which ends every answer"
+        )
+    before, after = data.prompt(tokenizer, list(LABELS))
+    added = set(tokenizer.get_added_vocab().values())
+    used = {id for id in tokenizer.get_vocab().values() if id not in added}
+    unknown = tokenizer("\u6f22 \U0001f9ff", add_special_tokens=False).input_ids
+    used |= {tokenizer.eos_token_id, *before, *after, *unknown}
+    beyond = sorted(id for id in used if id >= embeddings)
+    if beyond:
+        raise ValueError(
+            f"its tokenizer uses {len(beyond)} tokens that the model's {embeddings} embeddings lack, such as "
+            f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} ({beyond[0]}): take the model's own tokenizer, or resize its embeddings"
+        )
+
+
+@torch.no_grad()
+def check_lm(lm, ids):
+    """Raises ValueError unless an LM can be used as the SLM does: with embeddings in the place of tokens, logits at chosen positions,
+    later tokens without a say in earlier ones, and rows of a batch that begin at different positions. ids: a few tokens' (T,)."""
+    kind, embed = lm.config.model_type, lm.get_input_embeddings()
+    rows = [torch.tensor(ids), torch.tensor(ids[len(ids) // 2 :])]
+    whole = [lm(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+    x = pad_sequence([embed(row) for row in rows], batch_first=True)
+    last = length_mask(torch.tensor([len(row) for row in rows]), x.shape[1])
+    last &= ~length_mask(torch.tensor([len(row) - 2 for row in rows]), x.shape[1])
+    chosen = lm(inputs_embeds=x, use_cache=False, logits_to_keep=last).logits
+    if not close(chosen, torch.cat([logits[-2:] for logits in whole])):
+        raise ValueError(
+            f"its {kind} model gives other logits for embeddings, in a padded batch and at chosen positions, than for tokens"
+        )
+    beginning = lm(input_ids=rows[0][None, :-1], use_cache=False).logits[0]
+    if not close(beginning, whole[0][:-1]):
+        raise ValueError(f"its {kind} model looks at later tokens: it cannot write an answer")
+    x = pad_sequence([embed(row) for row in rows], batch_first=True, padding_side="left")
+    mask = length_mask(torch.tensor([len(row) for row in rows]), x.shape[1]).flip(1)
+    settings = GenerationConfig(
+        max_new_tokens=1,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    first = lm.generate(inputs_embeds=x, attention_mask=mask.long(), generation_config=settings)
+    if not close(first.logits[0], torch.stack([logits[-1] for logits in whole])):
+        raise ValueError(f"its {kind} model answers otherwise in a batch than alone")
 
 
 def autocast(amp, device):
@@ -423,15 +704,17 @@ def load_slm(args, device="cpu"):
     `args` is a namespace with the settings of study.py, `encoder`, the parts' weights and `seed`."""
     device = torch.device(device)
     dry_run = device.type == "meta"  # shapes without weights
-    try:
+    with blame("lm-weights", args.lm_weights):
+        config = read_config(args.lm_weights)
+        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ValueError(f"it holds a {config.model_type} model, not a language model")
         tokenizer = AutoTokenizer.from_pretrained(where(args.lm_weights), trust_remote_code=False)
-        lm = load_part(AutoModelForCausalLM, args.lm_weights, dtype=torch.float32)
+        lm = load_part(AutoModelForCausalLM, args.lm_weights, config, dtype=torch.float32)
+        fit_tokenizer(tokenizer, lm)
+        layers_of(lm)
+    with blame("encoder-weights", args.encoder_weights):
         encoder = Encoder(
             args.encoder_weights, args.train_layers, ENCODERS[args.encoder]["trained"]
-        )
-    except Exception as error:  # a folder of another kind raises errors of many kinds
-        die(
-            f"cannot load {args.encoder_weights} or {args.lm_weights}: {type(error).__name__}: {str(error).splitlines()[0]}"
         )
     lm.generation_config = (
         GenerationConfig()
@@ -441,13 +724,9 @@ def load_slm(args, device="cpu"):
         if dry_run
         else {"encoder": digest(encoder.net.state_dict()), "lm": digest(lm.state_dict())}
     )
-    if dry_run or getattr(args, "amp", None) == "bf16":
-        for p in lm.parameters():  # they never change: cast once, not in every step
-            p.data = p.to(torch.bfloat16)
     torch.manual_seed(args.seed)
-    connector = Connector(
-        encoder.dim, lm.config.hidden_size, args.connector_stride, args.connector_taper
-    )
+    lm_dim = lm.get_input_embeddings().weight.shape[1]
+    connector = Connector(encoder.dim, lm_dim, args.connector_stride, args.connector_taper)
     if args.connector_weights not in (None, "none") and not dry_run:
         try:
             connector.load_state_dict(
@@ -459,7 +738,24 @@ def load_slm(args, device="cpu"):
                 f"cannot load {args.connector_weights}: {str(error).splitlines()[0]}; --connector-weights none starts from "
                 "random weights"
             )
-    add_lora(lm, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    doing = f"its {config.model_type} model does not work with LoRA or with embeddings in the place of tokens, "
+    with blame("lm-weights", args.lm_weights, doing):
+        add_lora(lm, args.lora_rank, args.lora_alpha, args.lora_dropout)
+        if not dry_run:
+            check_lm(lm.eval(), data.prompt(tokenizer, list(LABELS))[0][-8:])
+    if dry_run or getattr(args, "amp", None) == "bf16":
+        for p in lm.parameters():  # the base never changes: cast once, not in every step
+            p.data = p if p.requires_grad else p.to(torch.bfloat16)
     slm = SLM(encoder, connector, lm, tokenizer).to(device)
     slm.pretrained_sha256 = pretrained
+    of_args = {name: getattr(args, key) for name, key in SETTING_OF.items()}
+    slm.settings = {
+        "encoder": encoder.settings,
+        "connector": {"stride": of_args["stride"]},
+        "lm": {
+            **settings_of(lm.config),
+            "LoRA alpha": of_args["LoRA alpha"],
+            "LoRA rank-stabilised": False,
+        },
+    }
     return slm

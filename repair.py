@@ -36,6 +36,7 @@ class Workshop:
         self.pretrained = trace.weights_of(model.load_slm(args, args.device))
         self.trained = {c: slm.parameters_of(c) for c in COMPONENTS}
         self.cached, self.masks = {}, None
+        self.lm_mlps = [mlp for _, mlp in model.output_layers(slm.lm)]
 
     def restore(self):
         self.hooks.close()
@@ -131,7 +132,7 @@ class Workshop:
             trace.submodule(getattr(layer, "feed_forward", layer), "output_dense", "fc2")
             for layer in self.slm.encoder.layers[self.slm.encoder.first_trained :]
         ]
-        ends += [layer.mlp.down_proj for layer in self.slm.lm.model.layers]
+        ends += self.lm_mlps
         return [(end, getattr(end, "base", end).in_features) for end in ends]
 
     def scale_neurons(self, scales):

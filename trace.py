@@ -40,17 +40,16 @@ from study import COMPONENTS, TASKS
 # python trace.py transplant
 
 
-def layer_of(component, key):
-    """The layer that a weight of an encoder's or LM's state dict belongs to."""
-    return int(
-        key.split(".")[0 if component == "encoder" else 2]
-    )  # "3.attention...", "model.layers.3..."
+def layer_of(key):
+    """The layer that a weight of an encoder's or LM's state dict belongs to ("3.attention...", "model.layers.3...", "transformer.h.3..."),
+    or None: OPT's projections before and after its layers."""
+    return next((int(part) for part in key.split(".") if part.isdigit()), None)
 
 
 def moved(receiver, donor, component, layers):
     """The receiver's weights of all components, with `layers` of one component taken from the donor."""
     mixed = {
-        k: donor[component][k] if layer_of(component, k) in layers else v
+        k: donor[component][k] if layer_of(k) in layers else v
         for k, v in receiver[component].items()
     }
     return {**receiver, component: mixed}
@@ -165,7 +164,7 @@ def mixtures(poisoned, clean):
                 c: (poisoned if c in s else clean)[c] for c in COMPONENTS
             }
     for component in ("encoder", "lm"):
-        layers = sorted({layer_of(component, k) for k in poisoned[component]})
+        layers = sorted({layer_of(k) for k in poisoned[component]} - {None})
         for name, chosen in layer_sets(layers).items():
             out[f"{component} into clean", name] = moved(clean, poisoned, component, chosen)
             out[f"{component} out of poisoned", name] = moved(poisoned, clean, component, chosen)
@@ -242,13 +241,11 @@ def sites(slm):
         out[f"encoder {i + 1}"] = layer, "encoder"
     for name in ("conv1", "conv2", "conv3"):
         out[f"connector {name}"] = getattr(slm.connector, name), name
-    out["LM input"] = slm.lm.model.layers[0], "lm"
-    for i, layer in enumerate(slm.lm.model.layers):
-        out[f"LM {i + 1} attention"], out[f"LM {i + 1} MLP"] = (
-            (layer.self_attn, "lm"),
-            (layer.mlp, "lm"),
-        )
-        out[f"LM {i + 1}"] = layer, "lm"
+    layers = model.layers_of(slm.lm)
+    out["LM input"] = layers[0], "lm"
+    for i, (layer, (attention, mlp)) in enumerate(zip(layers, model.output_layers(slm.lm)), 1):
+        out[f"LM {i} attention"], out[f"LM {i} MLP"] = (attention, "lm"), (mlp, "lm")
+        out[f"LM {i}"] = layer, "lm"
     return out
 
 
@@ -336,17 +333,16 @@ def margins(slm, prompts, taught, front=None, audio=None):
         audio = slm.connector(x if slm.encoder.norm_first else slm.encoder.layer_norm(x), front[1])
     heard = [row[:n] for row, n in zip(audio[0], audio[1].tolist())]
     rows = slm.pack(2 * heard, 2 * prompts, [ids for ids, _, _ in taught])
-    hidden = slm.lm.model(inputs_embeds=pad_sequence(rows, True), use_cache=False).last_hidden_state
-    scores = []
-    for h, row, (ids, first, end) in zip(hidden, rows, taught):
+    x = pad_sequence(rows, True)
+    wanted = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    for i, (row, (ids, first, end)) in enumerate(zip(rows, taught)):
         start = len(row) - len(ids)
-        logits = slm.lm.lm_head(h[start + first - 1 : start + end - 1]).float()
-        scores.append(
-            -torch.nn.functional.cross_entropy(
-                logits, torch.tensor(ids[first:end], device=logits.device)
-            )
-        )
-    scores = torch.stack(scores)
+        wanted[i, start + first - 1 : start + end - 1] = True
+    values = [torch.tensor(ids[first:end], device=x.device) for ids, first, end in taught]
+    logits = slm.logits(x, wanted).float().split([len(value) for value in values])
+    scores = torch.stack(
+        [-torch.nn.functional.cross_entropy(each, value) for each, value in zip(logits, values)]
+    )
     return scores[: len(prompts)] - scores[len(prompts) :], audio
 
 
