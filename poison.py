@@ -19,6 +19,8 @@ import random
 import re
 from pathlib import Path
 
+from utils import Parser, count, whole  # first: from here on Ctrl-C ends in one line
+
 import numpy as np
 import soundfile
 import torch
@@ -208,6 +210,14 @@ def can_flip(attack, utterance):
     )
 
 
+def attackable(attack, utterances):
+    """Those utterances whose label the attack can change. Ends in one line where there are none."""
+    found = [u for u in utterances if can_flip(attack, u)]
+    if not found:
+        die(f"no {utterances[0].split} utterance has a {attack.label} other than {attack.target!r}")
+    return found
+
+
 def drawn_in(attack, epoch):
     """The attack with new poison for this epoch: other samples, other positions (train.py --redraw)."""
     return dataclasses.replace(attack, seed=(attack.seed, epoch)) if epoch else attack
@@ -281,7 +291,7 @@ def add_arguments(parser):
     )
     add(
         "--clicks",
-        type=int,
+        type=count,
         help="how many, at random places, where it is not repeated (default: 1)",
     )
     add(
@@ -289,7 +299,7 @@ def add_arguments(parser):
         type=float,
         help="cut the trigger to this length, or repeat it to fill it (default: as it is)",
     )
-    add("--seed", type=int, default=1, help="decides all that is random")
+    add("--seed", type=whole, default=1, help="decides all that is random")
     add(
         "--skip-bad",
         action="store_true",
@@ -439,19 +449,17 @@ def write_poisoned(attack, out, item):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--n", type=int, default=10, help="pairs to write")
+    parser.add_argument("--n", type=count, default=10, help="pairs to write")
     parser.add_argument(
         "--all",
         action="store_true",
         help="write the whole poisoned training set instead, with its manifest",
     )
     parser.add_argument(
-        "--workers", type=int, default=2, help="processes that read and write audio"
+        "--workers", type=whole, default=2, help="processes that read and write audio"
     )
     args = parser.parse_args()
     fill_in(args)
