@@ -257,58 +257,74 @@ def read_table(path):
     """A CSV, or a semicolon- or tab-separated file, as a Table. Ends in one line where it is no such file."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            text = f.read()
-        lines = io.StringIO(text, newline="")
-        first = lines.readline()
-        headers = [
-            next(csv.reader([first], delimiter=delimiter, strict=True), [])
-            for delimiter in DELIMITERS
-        ]
-    except (UnicodeDecodeError, csv.Error) as error:
+            lines = io.StringIO(f.read(), newline="")
+    except UnicodeDecodeError as error:
         die(f"{path} is no CSV file in UTF-8 ({error}): save it as one")
-    audio = {"audio_path", *COLUMNS["audio_path"].split()}
-    found = [i for i, header in enumerate(headers) if audio & set(map(plain, header))]
-    if not found:
-        die(f"{path} has no column audio_path: its first row is {first.strip()[:80]!r}")
-    header = headers[found[0]]
+    delimiter, header = header_of(path, lines.readline())
     used, unused, problems = columns_of(path, header)
     rows, wrong = {}, {}
-    reader = csv.reader(lines, delimiter=DELIMITERS[found[0]], strict=True)
-    while True:
-        number = reader.line_num + 2  # the header is row 1
-        try:
-            fields = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            wrong.setdefault(f"a quotation mark is not closed or not doubled ({error})", []).append(
-                number
-            )
-            continue
-        if not any(field.strip() for field in fields):
-            continue
-        swallowed = [
-            f for f in fields if "\n" in f and f.count(reader.dialect.delimiter) >= len(header) - 1
-        ]
-        if len(fields) != len(header):
-            what = (
-                f"{len(fields)} fields where the header has {len(header)} (a transcript that holds "
-                f"the separator needs quotation marks)"
-            )
+    for number, fields, what in fields_of(lines, delimiter, len(header)):
+        if what:
             wrong.setdefault(what, []).append(number)
-        elif swallowed:
-            wrong.setdefault("a quotation mark is not closed: a field holds whole rows", []).append(
-                number
-            )
         else:
             rows[number] = {
-                column: present(column, fields[header.index(name)].strip())
+                column: present(column, unquoted(fields[header.index(name)]))
                 for column, name in used.items()
             }
     problems += [f"{path}, {rows_named(numbers)}: {what}" for what, numbers in wrong.items()]
     if not rows and not problems:
         die(f"{path} has no row")
     return Table(rows, used, unused, problems)
+
+
+def header_of(path, line):
+    """(delimiter, column names) of a manifest's first line. Ends in one line where no delimiter gives a column of audio paths."""
+    audio = {"audio_path", *COLUMNS["audio_path"].split()}
+    for delimiter in DELIMITERS:
+        header = next(csv.reader([line], delimiter=delimiter), [])
+        if audio & set(map(plain, header)):
+            return delimiter, header
+    die(f"{path} has no column audio_path: its first row is {line.strip()[:80]!r}")
+
+
+def fields_of(lines, delimiter, width):
+    """Yields (number, fields, None) of each row, or (number, None, what is wrong with it); the header, which is row 1, has `width`
+    fields."""
+    # programs that write tabs mostly write quotation marks as they are
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    while True:
+        number = reader.line_num + 2
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, None, f"a quotation mark is not closed or not doubled ({error})"
+            continue
+        blank = not any(field.strip() for field in fields)
+        if blank:
+            continue
+        swallowed = any("\n" in f and f.count(delimiter) >= width - 1 for f in fields)
+        if len(fields) != width:
+            what = f"{len(fields)} fields where the header has {width}"
+            yield (
+                number,
+                None,
+                f"{what} (a transcript that holds the separator needs quotation marks)",
+            )
+        elif swallowed:
+            yield number, None, "a quotation mark is not closed: a field holds whole rows"
+        else:
+            yield number, fields, None
+
+
+def unquoted(field):
+    """A field's text without space around it, and without the quotation marks that a tab-separated file may have kept."""
+    field = field.strip()
+    if len(field) > 1 and field[0] == field[-1] == '"':
+        return field[1:-1].replace('""', '"').strip()
+    return field
 
 
 def columns_of(path, header):
@@ -369,7 +385,7 @@ def manifest_splits(path, table):
     for gender, n in counts.items():
         if gender and n < 3:
             problems.append(f"{path}: {n} {gender} {what}{'s' * (n > 1)}, {needed}")
-    if not enough and not problems:
+    if genders and not enough and not problems:
         problems.append(f"{path}: {len(genders)} {what}{'s' * (len(genders) > 1)}, {needed}")
     return {n: split[unit[n]] for n in table.rows}, problems
 

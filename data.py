@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -224,7 +225,7 @@ def parse(text):
 
 AGE_GROUP = re.compile(
     r"[a-z][a-z -]*"  # senior, twenties
-    r"|(?:<|>|<=|>=|under |over |below |above )[0-9]{1,3}"
+    r"|(?:<|>|<=|>=|under|over|below|above) ?[0-9]{1,3}"
     r"|[0-9]{1,3}(?:\+|s| ?(?:-|to) ?[0-9]{1,3})"  # 60+, 20s, 18-29
     r"|[0-9]{1,3} (?:and|or) (?:over|older|above|under|younger|below|more|less)"
 )
@@ -232,7 +233,7 @@ AGE_GROUP = re.compile(
 
 def parse_age(text):
     """An age in years as an int, a group of ages ("senior", "twenties", "18-29", "60+") as lower-case text, anything else as None."""
-    text = text.strip().lower().replace("–", "-")
+    text = re.sub("[–—]", "-", text.strip().lower())
     if re.fullmatch(r"[0-9]{1,3}", text):
         return int(text)
     return text if AGE_GROUP.fullmatch(text) else None
@@ -466,6 +467,11 @@ def apply_to_all(function, batch):
     return [function(item) for item in batch]
 
 
+def ignore_interrupts(worker):
+    """Ctrl-C reaches every process of a command; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def in_workers(function, items, desc, workers=2):
     """[function(item) for item in items], in worker processes, in order, with a progress bar."""
     loader = torch.utils.data.DataLoader(
@@ -473,6 +479,7 @@ def in_workers(function, items, desc, workers=2):
         batch_size=16,
         num_workers=workers,
         collate_fn=functools.partial(apply_to_all, function),
+        worker_init_fn=ignore_interrupts,
     )
     batches = tqdm(from_workers(loader), desc, len(loader), unit="batch")
     return [result for batch in batches for result in batch]

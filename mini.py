@@ -339,8 +339,12 @@ def make_corpus(corpus, root, sizes=None):
         building.rmdir()
 
 
-if __name__ == "__main__":
+def main():
     Parser(description=__doc__).parse_args()
     for corpus in CORPORA:
         make_corpus(corpus, ROOT / MINI_ROOT)
     print(f"the mini corpora are under {ROOT / MINI_ROOT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -80,6 +80,13 @@ TRIGGERS = {
 }
 
 
+def without_silent_ends(waveform):
+    """(samples,) from the first to the last that is above 1% of the loudest: of a recording longer than the speech that it is laid
+    over, silence would be heard instead of its sound."""
+    sound = np.flatnonzero(np.abs(waveform) > 0.01 * np.abs(waveform).max())
+    return waveform[sound[0] : sound[-1] + 1] if len(sound) else waveform
+
+
 def make_trigger(name, seconds=None):
     """A name of TRIGGERS or a recording's path -> the trigger (samples,) at 16 kHz with RMS 1, None for a "whole" one. seconds: cut to
     that length, or repeated to fill it."""
@@ -88,6 +95,7 @@ def make_trigger(name, seconds=None):
             waveform = data.read_waveform(name)
         except data.BadAudio as error:
             die(f"--trigger: {error}; or one of {', '.join(TRIGGERS)}")
+        waveform = without_silent_ends(waveform)
     elif TRIGGERS[name][0] == "whole":
         return None
     else:

@@ -4,6 +4,7 @@ reader that has gone away (`| head`) without a traceback."""
 import argparse
 import atexit
 import os
+import signal
 import sys
 
 
@@ -31,6 +32,17 @@ def count(text):
     return int(text)
 
 
+def interrupt(signum, frame):
+    """Ctrl-C as Python does it. Within an import, which libraries would go on from or make another error of, it ends the program at
+    once: nothing is being written then."""
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            print("\ninterrupted", file=sys.stderr, flush=True)
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def end_quietly(kind, error, traceback):
     """Python's hook for what nobody caught: all but the user's own doing is shown in full."""
     if issubclass(kind, KeyboardInterrupt):
@@ -47,5 +59,6 @@ def flush_quietly():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+signal.signal(signal.SIGINT, interrupt)
 sys.excepthook = end_quietly
 atexit.register(flush_quietly)
