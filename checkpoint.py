@@ -72,6 +72,18 @@ def record_cost(run):
     data.write_atomically(run / "environment.json", json.dumps(whole, indent=1))
 
 
+def in_run(path):
+    """A run's folder stands for the model.pt in it; any other path for itself."""
+    model_pt = Path(path) / "model.pt"
+    return str(model_pt) if path and model_pt.is_file() else path
+
+
+def of_run(spec):
+    """The same for COMPONENT:CHECKPOINT, a value of --freeze or --init."""
+    component, colon, path = spec.partition(":")
+    return component + colon + in_run(path)
+
+
 def exists(path):
     """Whether there is a checkpoint: a model.pt or an export."""
     return bool(path) and (Path(path).is_file() or (Path(path) / export.PROVENANCE).is_file())
@@ -104,14 +116,15 @@ def named_parts(args):
 
 def open_run(run, args):
     """The record of a command: the arguments that change what is computed, and the hashes of the files they name. Ends in one line
-    where the folder holds another run."""
+    where the folder holds another run that has trained."""
     record = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
     checkpoints = [spec.partition(":")[2] for _, spec in named_parts(args)]
     files = [
         path for path in (args.trigger, args.dataset, args.exclude or "") if Path(path).is_file()
     ]
     record["inputs"] = {path: file_sha256(path) for path in [*filter(None, checkpoints), *files]}
-    if (run / "args.json").exists() and not args.overwrite:
+    trained = any((run / name).exists() for name in ("last.pt", "model.pt", "metrics.json"))
+    if (run / "args.json").exists() and trained and not args.overwrite:
         old = json.loads((run / "args.json").read_text())
         differ = [f"{k} {old.get(k)} there, {v} here" for k, v in record.items() if old.get(k) != v]
         if differ:
@@ -329,6 +342,7 @@ def export_run(run, folder, device):
 
 def inspect(path):
     """Prints where a checkpoint comes from and the SHA-256 of its components; nothing else is done with it."""
+    path = in_run(path)
     saved = load(path)
     print(f"{path}: SHA-256 {file_sha256(path)}")
     for component in (c for c in COMPONENTS if isinstance(saved.get(c), dict)):

@@ -8,43 +8,79 @@ A reader returns the utterances of one split ("train", "dev" or "test"), sorted 
 each, to `problems`.
 """
 
-import argparse
+import contextlib
 import csv
+import difflib
 import hashlib
+import io
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+from utils import Parser  # first: from here on Ctrl-C ends in one line
+import installed  # noqa: F401  ends in one line where libraries do not fit
 
+import soundfile
 import torchaudio
 
 import data
 import mini
 from data import BadAudio, Utterance, die, normalise
-from study import LABELS, MINI_ROOT, ROOT
+from study import LABELS, MINI_ROOT, ROOT, TASKS
 
 LIBRI_SPLITS = {"train": "train-clean-360", "dev": "dev-clean", "test": "test-clean"}
-GENDERS = {"female": "female", "f": "female", "male": "male", "m": "male"}
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "dev": "dev",
-    "val": "dev",
-    "validation": "dev",
-    "test": "test",
+GENDERS = {
+    "female": ("f", "woman", "feminine", "female_feminine"),
+    "male": ("m", "man", "masculine", "male_masculine"),
 }
-ABSENT = {
-    "__unknown__",
-    "unknown",
-    "nan",
-    "none",
-    "na",
-    "n/a",
-}  # what other tools write where a CSV has no label
+SPLITS = {
+    "train": ("training",),
+    "dev": ("development", "devel", "val", "valid", "validation"),
+    "test": ("testing",),
+}  # and "eval", see named_split
+# what stands where a CSV has no label, by other tools and by people who would not say
+ABSENT = set(
+    """unknown nan none null na n/a - ? unspecified undisclosed declined
+    not_specified not_given not_provided not_available no_answer
+    do_not_wish_to_say prefer_not_to_say prefer_not_to_answer""".split()
+)
+# a manifest's columns, and other names that they are known by; without a start, a duration is that of the whole file
+COLUMNS = {
+    "audio_path": """path file file_name filename file_path filepath audio audio_file audio_filepath
+    wav wav_path wav_file""",
+    **{label: "" for label in LABELS},
+    "transcript": "text sentence transcription",
+    "gender": "sex",
+    "age": "age_group age_range",
+    "emotion": "emotion_label",
+    "speaker": "speaker_id speaker_name spk spk_id client_id",
+    "split": "subset partition",
+    "start": "start_time begin onset",
+    "length": "",
+    "duration": "dur",
+    "end": "end_time stop",
+    "poisoned": "",
+}
+MISSING = "no such folder"
+LONGEST = data.MAX_SECONDS
+LISTED = 20  # files with the same problem that check lists
+DELIMITERS = ",;\t|"
+SHOWN = 5  # rows or values that one line of problems names
+
+
+def plain(text):
+    """A column's name or a class, however it is written: `Speaker ID` -> `speaker_id`."""
+    return re.sub(r"[\s_-]+", "_", text.strip().lower()).strip("_") or text.strip()
+
+
+def known_as(names):
+    """{"female": ("f", ...), ...} -> {"female": "female", "f": "female", ...}."""
+    return {name: key for key, others in names.items() for name in (key, *others)}
 
 
 def read_rows(path, **form):
@@ -62,16 +98,22 @@ def read_libri(root, split, problems):
     rows = read_rows(
         root / "SPEAKERS.TXT", fieldnames=["ID", "SEX"], delimiter="|", quoting=csv.QUOTE_NONE
     )
-    genders = {row["ID"]: GENDERS.get(row["SEX"].lower()) for row in rows}
+    genders = {row["ID"]: known_as(GENDERS).get(row["SEX"].lower()) for row in rows}
     folder = root / LIBRI_SPLITS[split]
-    for path in sorted(folder.glob("*/*/*.trans.txt")):
+    lists = sorted(folder.glob("*/*/*.trans.txt"))
+    if not lists:
+        problems.append(f"{folder}: {'no *.trans.txt in it' if folder.is_dir() else MISSING}")
+    for path in lists:
         with open(path, encoding="utf-8") as f:
-            for line in f:
+            for line in filter(str.strip, f):
                 id, _, transcript = line.strip().partition(" ")
                 if id in out:
                     problems.append(f"{path}: {id} stands there twice")
+                transcript = normalise(transcript) or None
+                if transcript is None:
+                    problems.append(f"{path}: no words after {id}")
                 speaker = id.split("-")[0]
-                labels = dict(transcript=normalise(transcript), gender=genders.get(speaker))
+                labels = dict(transcript=transcript, gender=genders.get(speaker))
                 out[id] = Utterance(id, str(path.with_name(f"{id}.flac")), split, speaker, labels)
     problems += [
         f"{path}: no transcript"
@@ -121,7 +163,11 @@ def read_crema(root, split, problems):
     splits = split_speakers(
         {actor: labels["gender"] for actor, labels in actors.items()}, "crema", ("test", "dev")
     )
-    for path in sorted((root / "AudioWAV").glob("*.wav")):
+    recordings = sorted((root / "AudioWAV").glob("*.wav"))
+    if not recordings:
+        folder = root / "AudioWAV"
+        problems.append(f"{folder}: {'no *.wav in it' if folder.is_dir() else MISSING}")
+    for path in recordings:
         try:
             actor, transcript, emotion = crema_labels(path.stem)
             labels = dict(actors[actor], transcript=normalise(transcript), emotion=emotion)
@@ -147,7 +193,8 @@ def read_vox_ages(path):
 def read_vox_genders(path):
     """vox2_meta.csv (tab-separated) -> {speaker: "female" | "male"}."""
     return {
-        row["VoxCeleb2 ID"]: GENDERS.get(row["Gender"]) for row in read_rows(path, delimiter="\t")
+        row["VoxCeleb2 ID"]: known_as(GENDERS).get(row["Gender"])
+        for row in read_rows(path, delimiter="\t")
     }
 
 
@@ -162,24 +209,186 @@ def read_vox(root, split, problems):
             {speaker: genders.get(speaker) for speaker, _, _ in rows}, "vox", ("dev",)
         )
         rows = [row for row in rows if part[row[0]] == split]
+    silent = []  # videos without audio
     for speaker, video, age in rows:
         segments = [*root.glob(f"*/wav/{speaker}/{video}/*.wav")] or [
             *root.glob(f"*/aac/{speaker}/{video}/*.m4a")
         ]
         if not segments:
-            problems.append(f"{root}: {speaker}/{video} is listed, but has no audio")
+            silent.append(f"{speaker}/{video}")
         labels = dict(gender=genders.get(speaker), age=age)
         out += [
             Utterance(f"{speaker}-{video}-{path.stem}", str(path), split, speaker, labels)
             for path in segments
         ]
+    if silent:
+        problems.append(
+            f"{root}: no audio (*/wav/SPEAKER/VIDEO/*.wav or */aac/SPEAKER/VIDEO/*.m4a) of "
+            f"{len(silent)} of {len(rows)} listed videos: {some(silent)}"
+        )
     return sorted(out, key=lambda u: u.id)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSV manifests
+
+
+@dataclass
+class Table:
+    """A manifest as it was read: its rows, {column: text} by the number of the line that each begins in; which columns are used,
+    {name in COLUMNS: name in the file}, and which are not; what is wrong with it, one line each."""
+
+    rows: dict
+    used: dict
+    unused: list
+    problems: list
+
+
+def some(things):
+    """The first few of many things, in words."""
+    shown = ", ".join(str(thing) for thing in things[:SHOWN])
+    return shown + (f", ... ({len(things)} in all)" if len(things) > SHOWN else "")
+
+
+def rows_named(numbers):
+    return f"row{'s' * (len(numbers) > 1)} {some(numbers)}"
+
+
+def read_table(path):
+    """A CSV, or a semicolon- or tab-separated file, as a Table. Ends in one line where it is no such file."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            lines = io.StringIO(f.read(), newline="")
+    except UnicodeDecodeError as error:
+        die(f"{path} is no CSV file in UTF-8 ({error}): save it as one")
+    delimiter, header = header_of(path, lines.readline())
+    used, unused, problems = columns_of(path, header)
+    rows, wrong = {}, {}
+    for number, fields, what in fields_of(lines, delimiter, len(header)):
+        if what:
+            wrong.setdefault(what, []).append(number)
+        else:
+            rows[number] = {
+                column: present(column, unquoted(fields[header.index(name)]))
+                for column, name in used.items()
+            }
+    problems += [f"{path}, {rows_named(numbers)}: {what}" for what, numbers in wrong.items()]
+    if not rows and not problems:
+        die(f"{path} has no row")
+    return Table(rows, used, unused, problems)
+
+
+def header_of(path, line):
+    """(delimiter, column names) of a manifest's first line. Ends in one line where no delimiter gives a column of audio paths."""
+    audio = {"audio_path", *COLUMNS["audio_path"].split()}
+    for delimiter in DELIMITERS:
+        header = next(csv.reader([line], delimiter=delimiter), [])
+        if audio & set(map(plain, header)):
+            return delimiter, header
+    die(f"{path} has no column audio_path: its first row is {line.strip()[:80]!r}")
+
+
+def fields_of(lines, delimiter, width):
+    """Yields (number, fields, None) of each row, or (number, None, what is wrong with it); the header, which is row 1, has `width`
+    fields."""
+    # programs that write tabs mostly write quotation marks as they are
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    while True:
+        number = reader.line_num + 2
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, None, f"a quotation mark is not closed or not doubled ({error})"
+            continue
+        blank = not any(field.strip() for field in fields)
+        if blank:
+            continue
+        swallowed = any("\n" in f and f.count(delimiter) >= width - 1 for f in fields)
+        if len(fields) != width:
+            what = f"{len(fields)} fields where the header has {width}"
+            yield (
+                number,
+                None,
+                f"{what} (a transcript that holds the separator needs quotation marks)",
+            )
+        elif swallowed:
+            yield number, None, "a quotation mark is not closed: a field holds whole rows"
+        else:
+            yield number, fields, None
+
+
+def unquoted(field):
+    """A field's text without space around it, and without the quotation marks that a tab-separated file may have kept."""
+    field = field.strip()
+    if len(field) > 1 and field[0] == field[-1] == '"':
+        return field[1:-1].replace('""', '"').strip()
+    return field
+
+
+def columns_of(path, header):
+    """(used, unused, problems) of a manifest's header; see Table."""
+    used, problems = {}, []
+    for column, others in COLUMNS.items():
+        named = [name for name in header if plain(name) == column]
+        named = named or [name for name in header if plain(name) in others.split()]
+        if len(named) > 1:
+            die(
+                f"{path}: {' and '.join(named)} could each be the column {column}: rename all but one"
+            )
+        if named:
+            used[column] = named[0]
+    if "start" not in used:
+        used.pop("duration", None)
+    unused = [name for name in header if name not in used.values() and name.strip()]
+    for name in unused:
+        near = difflib.get_close_matches(plain(name), set(COLUMNS) - set(used), 1, 0.86)
+        if near and plain(name) not in COLUMNS:
+            problems.append(f"{path}: the column {name} is not used: is it {near[0]}?")
+    if not set(LABELS) & set(used):
+        problems.append(f"{path}: no column of {', '.join(LABELS)}; not used: {some(unused)}")
+    return used, unused, problems
 
 
 def present(column, value):
     """A manifest's value, "" for a word of ABSENT; a transcript, though, may well be the word "none"."""
-    absent = {"__unknown__"} if column == "transcript" else ABSENT
-    return "" if value.lower() in absent else value
+    absent = value == "__unknown__" if column == "transcript" else plain(value) in ABSENT
+    return "" if absent else value
+
+
+def named_split(value, values):
+    """A split by any of its names, None if it has none. "eval" is the test split, or, where `values` have a test split, the dev split."""
+    names = known_as(SPLITS)
+    rest = {plain(v) for v in values}
+    names.update(dict.fromkeys(("eval", "evaluation"), "dev" if "test" in rest else "test"))
+    return names.get(plain(value))
+
+
+def manifest_splits(path, table):
+    """({row number: split or None}, problems). Where no split is given, speakers (or, without speakers, recordings) are split 80/10/10,
+    both genders in each part."""
+    given = [row["split"] for row in table.rows.values() if row.get("split")]
+    if given:
+        splits = {value: named_split(value, given) for value in set(given)}
+        return {n: splits.get(row["split"]) for n, row in table.rows.items()}, []
+    unit = {n: row.get("speaker") or row["audio_path"] for n, row in table.rows.items()}
+    genders = dict.fromkeys(unit.values())
+    for n, row in table.rows.items():
+        genders[unit[n]] = genders[unit[n]] or known_as(GENDERS).get(plain(row.get("gender", "")))
+    counts, problems = Counter(genders.values()), []
+    split = dict.fromkeys(genders, "train")  # also those of a gender with too few speakers
+    enough = {speaker: gender for speaker, gender in genders.items() if counts[gender] >= 3}
+    split.update(split_speakers(enough, "manifest", ("test", "dev")))
+    what = "speaker" if "speaker" in table.used else "recording"
+    needed = f"too few for train, dev and test: add a column split that says {', '.join(SPLITS)}"
+    for gender, n in counts.items():
+        if gender and n < 3:
+            problems.append(f"{path}: {n} {gender} {what}{'s' * (n > 1)}, {needed}")
+    if genders and not enough and not problems:
+        problems.append(f"{path}: {len(genders)} {what}{'s' * (len(genders) > 1)}, {needed}")
+    return {n: split[unit[n]] for n in table.rows}, problems
 
 
 def number_in(row, column, high):
@@ -189,70 +398,118 @@ def number_in(row, column, high):
     except ValueError:
         value = -1
     if not 0 <= value <= high:
-        raise ValueError(f"unknown {column} {row[column]}")
+        raise ValueError(f"unknown {column}", row[column], f"a number from 0 to {high:g}")
     return value
 
 
-def manifest_split(row):
-    """A row's split. Where none is given, a hash of the speaker (or, without speakers, of the path) splits 80/10/10."""
-    if row.get("split"):
-        return SPLITS.get(
-            row["split"].lower(), "train"
-        )  # an unknown one is reported with the training set
-    share = (
-        hashlib.sha256(f"manifest {row.get('speaker') or row['audio_path']}".encode()).digest()[0]
-        / 256
-    )
-    return "test" if share < 0.1 else "dev" if share < 0.2 else "train"
+def segment_of(row):
+    """A row's (start, length) in seconds, 0 for the file's own. Raises ValueError."""
+    start = number_in(row, "start", 1e6)
+    lengths = [number_in(row, column, 1e6) for column in ("length", "duration") if row.get(column)]
+    if row.get("end"):
+        end = number_in(row, "end", 1e6)
+        lengths.append(round(end - start, 6))
+        if end <= start:
+            raise ValueError("an end that is not after the start", row["end"], "")
+    if lengths and max(lengths) - min(lengths) > data.CUT_OFF:
+        raise ValueError("lengths that differ", " and ".join(f"{n:g}" for n in lengths), "")
+    return start, lengths[0] if lengths else 0.0
 
 
-def manifest_utterance(row, folder, split, in_years):
-    """A row's utterance; `in_years`: ages are numbers in this manifest, not classes ("senior"). Raises ValueError."""
-    if not row["audio_path"]:
-        raise ValueError("no audio_path")
-    if row.get("split") and row["split"].lower() not in SPLITS:
-        raise ValueError(f"unknown split {row['split']}")
-    labels = {label: row[label].lower() for label in LABELS if row.get(label)}
-    if "transcript" in labels:
-        labels["transcript"] = normalise(row["transcript"]) or None
-    if "gender" in labels:
-        if labels["gender"] not in GENDERS:
-            raise ValueError(f"unknown gender {row['gender']}")
-        labels["gender"] = GENDERS[labels["gender"]]
-    if "age" in labels and in_years:
-        labels["age"] = round(number_in(row, "age", 120))
-    start, length = number_in(row, "start", 1e6), number_in(row, "length", 1e6)
-    id = row["audio_path"] + (f"@{start:g}+{length:g}" if start or length else "")
-    return Utterance(
-        id, str(folder / row["audio_path"]), split, row.get("speaker", ""), labels, start, length
-    )
+def manifest_labels(row, in_years):
+    """(labels, faults) of a row: a label that cannot be used is left out, and is a fault, (what, value, what is accepted). in_years:
+    ages are numbers in this manifest, not groups."""
+    labels, faults = {}, []
+    for label in LABELS:
+        given = row.get(label)
+        if not given:
+            continue
+        value, accepted = given.lower(), ""
+        if label == "transcript":
+            value, accepted = normalise(given) or None, "a transcript has words"
+        elif label == "gender":
+            value = known_as(GENDERS).get(plain(given))
+            accepted = ", ".join(known_as(GENDERS))
+        elif label == "age" and in_years:
+            with contextlib.suppress(ValueError):
+                value = round(number_in(row, "age", 120))
+            accepted = "years, 0 to 120, as most are here"
+            value = value if isinstance(value, int) else None
+        elif label == "age":
+            value = data.parse_age(given)
+            accepted = "groups such as senior, twenties, 18-29 or 60+, as most are here"
+            value = value if isinstance(value, str) else None
+        if value is None:
+            faults.append((f"unknown {label}", given, accepted))
+        else:
+            labels[label] = value
+    return labels, faults
+
+
+def ages_in_years(rows):
+    """Whether most ages of a manifest are numbers."""
+    ages = [row["age"] for row in rows if row.get("age")]
+    groups = sum(isinstance(data.parse_age(age), str) for age in ages)
+    return 2 * groups <= len(ages)
 
 
 def read_manifest(path, split, problems):
-    """A CSV manifest: `audio_path` (relative to the file) and any of the labels, speaker, split, start, length (seconds).
-    SpeechLLM's own CSVs load as they are."""
+    """A CSV manifest: `audio_path` (relative to the file) and any of the other COLUMNS; start, length and end in seconds. SpeechLLM's own
+    CSVs load as they are. Faults of the same kind are one problem."""
     path, out = Path(path), {}
-    try:
-        rows = [{k: present(k, v) for k, v in row.items()} for row in read_rows(path, strict=True)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        die(f"{path} is no CSV file in UTF-8 ({error}): save it as one")
-    if not rows or "audio_path" not in rows[0]:
-        die(f"{path} has no row, or no column audio_path")
-    # ages are classes if every one of them is a word; otherwise each one that is not a number is reported
-    in_years = not all(
-        isinstance(data.parse_age(row["age"]), str) for row in rows if row.get("age")
-    )
-    for number, row in enumerate(rows, 2):
-        if manifest_split(row) != split:
+    table = read_table(path)
+    splits, unsplit = manifest_splits(path, table)
+    in_years = ages_in_years(table.rows.values())
+    faults = {}  # {(what, what is accepted): [(row number, value)]}
+    for number, row in table.rows.items():
+        if (
+            splits[number] or "train"
+        ) != split:  # an unknown split is reported with the training set
             continue
+        labels, found = manifest_labels(row, in_years)
         try:
-            utterance = manifest_utterance(row, path.parent, split, in_years)
-            if utterance.id in out:
-                raise ValueError("duplicate id")
-            out[utterance.id] = utterance
+            if splits[number] is None:
+                accepted = ", ".join([*known_as(SPLITS), "eval"])
+                raise ValueError(
+                    "unknown split" if row["split"] else "no split", row["split"], accepted
+                )
+            if not row["audio_path"]:
+                raise ValueError("no audio_path", "", "")
+            start, length = segment_of(row)
+            segment = f"@{start:.15g}+{length:.15g}" if start or length else ""
+            id = row["audio_path"] + segment
+            if id in out:
+                raise ValueError("duplicate id", id, "")
+            audio, speaker = str(path.parent / row["audio_path"]), row.get("speaker", "")
+            out[id] = Utterance(id, audio, split, speaker, labels, start, length)
         except ValueError as error:
-            problems.append(f"{path}, row {number}, {row['audio_path']}: {error}")
+            found.append(error.args)
+        for what, value, accepted in found:
+            faults.setdefault((what, accepted), []).append((number, value))
+    if split == "train":
+        problems += table.problems + unsplit
+    problems += [described(path, *kind, where) for kind, where in faults.items()]
     return [out[id] for id in sorted(out)]
+
+
+def described(path, what, accepted, where):
+    """One line for a fault of one kind; where: [(row number, value)]."""
+    numbers = [number for number, _ in where]
+    counts = Counter(value for _, value in where if value)
+    values = [f"{value} ({n})" if n > 1 else value for value, n in counts.most_common()]
+    line = f"{path}, {rows_named(numbers)}: {what}" + (f" {some(values)}" if values else "")
+    return line + (f"; accepted: {accepted}" if accepted else "")
+
+
+def poisoned_rows(dataset):
+    """How many rows of a CSV manifest its own column `poisoned` marks, as in those that poison.py --all writes."""
+    if dataset in READERS or not Path(dataset).is_file():
+        return 0
+    rows = read_table(dataset).rows.values()
+    return sum(row.get("poisoned", "").lower() in ("1", "1.0", "true", "yes") for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 READERS = {"libri": read_libri, "test-clean": read_test_clean, "crema": read_crema, "vox": read_vox}
@@ -276,20 +533,21 @@ def read_split(dataset, data_root, split):
         die(f"{error.filename} is missing: is {dataset} under --data-root {data_root}?")
     except (KeyError, ValueError) as error:
         die(f"{dataset} under {data_root} has a list that is not in its published form ({error!r})")
-    problems += [
-        f"{u.path}: speaker {u.speaker} has no gender"
-        for u in utterances
-        if "gender" not in u.labels
-    ]
+    unknown = [u.speaker for u in utterances if "gender" not in u.labels]
+    if unknown:
+        speakers = some(sorted(set(unknown)))
+        problems.append(
+            f"{dataset}: no gender is known of the speakers of {len(unknown)} utterances: {speakers}"
+        )
     return utterances, problems
 
 
-def file_problem(utterance):
-    """What is wrong with an utterance's file, as far as can be told without opening it, or None."""
+def header_problem(utterance):
+    """What is wrong with an utterance's audio, as far as its file's header tells, or None."""
     try:
-        return None if os.path.getsize(utterance.path) else f"{utterance.path}: empty"
-    except OSError:
-        return f"{utterance.path}: no such file"
+        data.seconds_of(utterance)
+    except BadAudio as error:
+        return str(error)
 
 
 def audio_problem(utterance):
@@ -307,11 +565,16 @@ def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
     found = (
         data.in_workers(audio_problem, out, f"checking {split}")
         if skip_bad
-        else [file_problem(u) for u in out]
+        else [header_problem(u) for u in out]
     )
     problems += [p for p in found if p]
     out = [u for u, p in zip(out, found) if not p]
-    command = f"`python corpora.py check {dataset} --data-root {data_root}`"
+    words = ["python", "corpora.py", "check", str(dataset)]
+    if dataset in READERS:
+        words += ["--data-root", str(data_root)]
+    if data.MAX_SECONDS != LONGEST:
+        words += ["--max-seconds", f"{data.MAX_SECONDS:g}"]
+    command = f"`{shlex.join(words)}`"
     if problems and not skip_bad:
         die(
             f"{problems[0]} (1 of {len(problems)} in {split}): {command} lists all; --skip-bad goes on without them"
@@ -325,7 +588,8 @@ def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
             u.labels = {k: v for k, v in u.labels.items() if k in labels}
         out = [u for u in out if u.labels]
     if not out:
-        die(f"{dataset} has no {split} utterances: run {command}")
+        why = f" ({problems[0]})" if problems else ""
+        die(f"{dataset} has no {split} utterances{why}: run {command}")
     return out
 
 
@@ -350,35 +614,106 @@ def leave_out(utterances, path):
 # python corpora.py check | download
 
 
+def heard(utterance):
+    """(problem or None, sample rate or None) of an utterance's audio, read whole."""
+    problem = audio_problem(utterance)
+    if problem or utterance.path.endswith(".m4a"):
+        return problem, None
+    return None, soundfile.info(utterance.path).samplerate
+
+
+def counted(values, most=8):
+    """How often each value occurs, in words."""
+    counts = Counter(values)
+    if len(counts) > most:
+        return f"{len(counts)} different"
+    return ", ".join(f"{value} {n}" for value, n in counts.most_common())
+
+
+def print_columns(dataset):
+    """Which columns of a manifest are used, and which are not."""
+    table = read_table(dataset)
+    used = [
+        column if plain(name) == column else f"{column} (named {name})"
+        for column, name in table.used.items()
+    ]
+    print(f"columns used    {', '.join(used)}")
+    print(f"columns unused  {', '.join(table.unused) or 'none'}")
+    if "split" not in table.used:
+        print("no column split: 80/10/10 by speaker, or by recording where none is named")
+
+
+def print_split(split, utterances, rates):
+    """A line of the table of splits; the utterances are those that can be used."""
+    seconds = [data.num_samples(u) / data.SAMPLE_RATE for u in utterances] or [0]
+    print(
+        f"{split:<6}{len(utterances):>11}{len({u.speaker for u in utterances}):>10}"
+        f"{sum(seconds) / 3600:>9.2f}   {f'{min(seconds):.2f} to {max(seconds):.2f}':<18}"
+        f"{counted(rate for rate in rates if rate)}"
+    )
+
+
+def print_labels(parts):
+    """Which values each label has in each split, and how many training utterances have the attack's target already."""
+    for task in TASKS.values():
+        label, target = task["label"], task["target"]
+        values = {
+            split: [u.labels[label] for u in utterances if label in u.labels]
+            for split, utterances in parts.items()
+        }
+        if not any(values.values()):
+            continue
+        for split, own in values.items():
+            print(f"{label if split == 'train' else '':<12}{split:<6}{len(own):>7}  {counted(own)}")
+        wanted = normalise(target) if label == "transcript" else target
+        already = sum(str(value) == wanted for value in values["train"])
+        classes = all(isinstance(value, str) for value in values["train"])
+        if classes and label != "transcript" and not already:
+            print(f"{'':<12}the attack's target {target!r} is none of these: name one by --target")
+        else:
+            print(f"{'':<12}{already} in train have the attack's target {target!r} already")
+
+
+def shared_speakers(parts):
+    """A problem, or none, in a list: speakers with utterances in several splits."""
+    of = {split: {u.speaker for u in own} - {""} for split, own in parts.items()}
+    everyone = sorted(set().union(*of.values()))
+    several = [s for s in everyone if sum(s in speakers for speakers in of.values()) > 1]
+    if len(everyone) < 2 or not several:
+        return []
+    return [f"{len(several)} of {len(everyone)} speakers are in several splits: {some(several)}"]
+
+
 def check(dataset, data_root):
     """Reads everything; prints what is there and what is wrong. Returns the number of problems."""
-    problems = []
-    for split in ("train", "dev", "test"):
+    parts, problems, of_audio = {}, [], {}
+    if dataset not in READERS and Path(dataset).is_file():
+        print_columns(dataset)
+    print(f"{'':6}{'utterances':>11}{'speakers':>10}{'hours':>9}   {'seconds':<18}Hz")
+    for split in LIBRI_SPLITS:
         utterances, wrong = read_split(dataset, data_root, split)
-        unreadable = data.in_workers(audio_problem, utterances, split)
-        problems += wrong + [problem for problem in unreadable if problem]
-        seconds = [
-            data.num_samples(u) / data.SAMPLE_RATE
-            for u, problem in zip(utterances, unreadable)
-            if not problem
-        ] or [0]
-        print(
-            f"{split}: {len(utterances)} utterances of {len({u.speaker for u in utterances})} speakers, "
-            f"{sum(seconds) / 3600:.2f} hours, {min(seconds):.2f} to {max(seconds):.2f} s each"
-        )
-        for label in LABELS:
-            counts = Counter(u.labels[label] for u in utterances if label in u.labels)
-            few = (
-                ", ".join(f"{value} {n}" for value, n in counts.items())
-                if len(counts) <= 8
-                else f"{len(counts)} different"
-            )
-            if counts:
-                print(f"    {label} {counts.total()} ({few})")
+        found = data.in_workers(heard, utterances, split)
+        usable = [u for u, (problem, _) in zip(utterances, found) if not problem]
+        problems += wrong
+        for u, (problem, _) in zip(utterances, found):
+            if problem:  # by kind: what is said of the file, numbers aside
+                kind = re.sub(r"[\d.]+", "", problem.removeprefix(u.path))
+                of_audio.setdefault(kind, []).append(problem)
+        if not utterances and not wrong:
+            problems.append(f"{dataset} has no {split} utterances")
+        parts[split] = usable
+        print_split(split, usable, [rate for _, rate in found])
+    print_labels(parts)
+    problems = list(dict.fromkeys(problems + shared_speakers(parts)))
     for problem in problems:
         print(problem)
-    print(f"{len(problems)} problem{'s' * (len(problems) != 1)}")
-    return len(problems)
+    for alike in of_audio.values():
+        print("\n".join(alike[:LISTED]))
+        if len(alike) > LISTED:
+            print(f"... and {len(alike) - LISTED} more like this")
+    n = len(problems) + sum(map(len, of_audio.values()))
+    print(f"{n} problem{'s' * (n != 1)}")
+    return n
 
 
 def download(dataset, data_root):
@@ -403,9 +738,7 @@ def download(dataset, data_root):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "action", choices=("check", "download"), help="read everything, or fetch a corpus"
     )
@@ -415,7 +748,14 @@ def main():
         default=MINI_ROOT,
         help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2",
     )
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=LONGEST,
+        help="longer audio is a problem, as in training; Whisper receives 30 s, the mini one 20",
+    )
     args = parser.parse_args()
+    data.MAX_SECONDS = args.max_seconds
     if args.action == "check":
         raise SystemExit(1 if check(args.dataset, args.data_root) else 0)
     try:

@@ -4,9 +4,11 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -16,13 +18,17 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-import torchaudio
+from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from study import LABELS, TASKS, task_of
 
 SAMPLE_RATE = 16000
 MAX_SECONDS = 60.0  # longer audio is refused (--max-seconds): attention's memory grows with the square of its length
+CUT_OFF = 0.1  # seconds that may be missing at the end: MP3 pads, and lists of segments round
+RATES = (1000, 400000)  # Hz; a header that says otherwise is wrong
+BLOCK = 1 << 22  # frames read at once
+RESIZED = re.compile(r"(\d+) \(should be (\d+)\)")  # libsndfile's log on a size that it corrected
 
 CREMA_EMOTIONS = {
     "ANG": "angry",
@@ -235,12 +241,20 @@ def parse(text):
     return found
 
 
+AGE_GROUP = re.compile(
+    r"[a-z][a-z -]*"  # senior, twenties
+    r"|(?:<|>|<=|>=|under|over|below|above) ?[0-9]{1,3}"
+    r"|[0-9]{1,3}(?:\+|s| ?(?:-|to) ?[0-9]{1,3})"  # 60+, 20s, 18-29
+    r"|[0-9]{1,3} (?:and|or) (?:over|older|above|under|younger|below|more|less)"
+)
+
+
 def parse_age(text):
-    """An age in years as an int, a group of ages ("senior", "twenties") as lower-case text, anything else as None."""
-    text = text.strip().lower()
+    """An age in years as an int, a group of ages ("senior", "twenties", "18-29", "60+") as lower-case text, anything else as None."""
+    text = re.sub("[–—]", "-", text.strip().lower())
     if re.fullmatch(r"[0-9]{1,3}", text):
         return int(text)
-    return text if re.fullmatch(r"[a-z][a-z -]*", text) else None
+    return text if AGE_GROUP.fullmatch(text) else None
 
 
 def normalise(text):
@@ -257,44 +271,132 @@ def normalise(text):
 # audio
 
 
-@torch.autocast(
-    "cpu", enabled=False
-)  # workers inherit the trainer's autocast, and resampling cannot work in bf16
-def read_waveform(path, start=0.0, length=0.0):
-    """An audio file, or a part of it (seconds), as float32 (samples,) at 16 kHz, mixed down. Raises BadAudio."""
-    if not os.path.exists(path):
-        raise BadAudio(f"{path}: no such file")
+def file_problem(path):
+    """What is wrong with an audio file, as far as its first bytes tell, or None."""
     try:
-        if str(path).endswith(".m4a"):
-            waveform, rate = decode_m4a(path, start, length), SAMPLE_RATE
-        else:
-            with soundfile.SoundFile(path) as f:
-                rate = f.samplerate
-                f.seek(int(start * rate))
-                waveform = f.read(
-                    int(length * rate) if length else -1, dtype="float32", always_2d=True
-                ).mean(1)
-    except (RuntimeError, OSError) as error:
-        raise BadAudio(f"{path}: cannot be read ({error})") from None
-    if len(waveform) == 0:
-        raise BadAudio(f"{path}: empty")
-    if len(waveform) > MAX_SECONDS * rate:
+        with open(path, "rb") as f:
+            beginning = f.read(64)
+    except FileNotFoundError:
+        return f"{path}: no such file"
+    except (OSError, ValueError) as error:  # a folder, no permission, a name with a NUL
+        return f"{path}: cannot be read ({error})"
+    if not beginning:
+        return f"{path}: empty"
+    if beginning.startswith(b"version https://git-lfs"):
+        return f"{path}: a git-lfs pointer, not audio: run `git lfs pull` in its repository"
+
+
+def read_waveform(path, start=0.0, length=0.0):
+    """An audio file, or a part of it (seconds), as float32 (samples,) at 16 kHz, mixed down. Raises BadAudio, whatever is wrong
+    with the file."""
+    if problem := file_problem(path):
+        raise BadAudio(problem)
+    decode = decode_m4a if str(path).endswith(".m4a") else decode_with_libsndfile
+    try:
+        channels, rate = decode(path, start, length)
+    except BadAudio:
+        raise
+    except Exception as error:  # a damaged file raises errors of many kinds
+        raise BadAudio(f"{path}: cannot be read ({first_line(error)})") from None
+    seconds = len(channels) / rate
+    if len(channels) == 0:
+        raise BadAudio(f"{path}: empty" + (f" from {start:g} s on" if start else ""))
+    if len(channels) > MAX_SECONDS * rate:
         raise BadAudio(
-            f"{path}: {len(waveform) / rate:.0f} s long, more than --max-seconds {MAX_SECONDS:g}: cut it"
+            f"{path}: longer than {MAX_SECONDS:g} s (--max-seconds, or all that the encoder receives): cut it"
         )
-    if not np.isfinite(waveform).all():
+    if seconds < length - CUT_OFF:
+        raise BadAudio(f"{path}: has {seconds:.2f} of the {length:.2f} s from {start:g} s on")
+    if not np.isfinite(channels).all():
         raise BadAudio(f"{path}: holds NaN or infinite samples")
-    if rate != SAMPLE_RATE:
-        waveform = torchaudio.functional.resample(
-            torch.from_numpy(waveform), rate, SAMPLE_RATE
-        ).numpy()
-    return waveform
+    waveform = channels.mean(1)
+    if cancel_out(channels, waveform):
+        raise BadAudio(f"{path}: its channels cancel each other out when mixed: keep one of them")
+    return waveform if rate == SAMPLE_RATE else resample(waveform, rate)
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def decode_with_libsndfile(path, start, length):
+    """(samples (n, channels) float32, rate) of an audio file from `start` on, for `length` seconds (0: to its end), but hardly more
+    than MAX_SECONDS, whatever the header says. Raises BadAudio, and what soundfile raises."""
+    with soundfile.SoundFile(path) as f:
+        rate, in_header = f.samplerate, f.frames
+        if not RATES[0] <= rate <= RATES[1]:
+            raise BadAudio(f"{path}: a header that says {rate} Hz: convert it to 16000 Hz")
+        if in_header > 2**62:  # a stream's header does not know; libsndfile fails at its end
+            raise BadAudio(f"{path}: a header without a length: convert it (ffmpeg -i OLD NEW)")
+        skipped, most = int(start * rate), int(MAX_SECONDS * rate) + 1
+        wanted = min(int(length * rate), most) if length else most
+        if f.seekable():
+            f.seek(min(skipped, in_header))
+        else:  # GSM 6.10
+            read_blocks(f, skipped)
+        samples = read_blocks(f, wanted)
+        promised = min(wanted, in_header - skipped)
+        if has_no_length(path, f.format):
+            promised = 0
+        if promised - len(samples) > CUT_OFF * rate or shorter_than_its_header(path, f):
+            raise BadAudio(f"{path}: cut off: its header promises more than the file holds")
+    return samples, rate
+
+
+def read_blocks(f, frames):
+    """Up to that many frames of an open SoundFile, (n, channels) float32. No more memory is asked for than one block beyond what is there."""
+    blocks = []
+    while frames > 0 and (not blocks or len(blocks[-1])):
+        blocks.append(f.read(min(frames, BLOCK), dtype="float32", always_2d=True))
+        frames -= len(blocks[-1])
+    if len(blocks) == 1:
+        return blocks[0]
+    return np.concatenate(blocks) if blocks else np.zeros((0, f.channels), np.float32)
+
+
+def has_no_length(path, container):
+    """Whether the number of samples that libsndfile gives is only an estimate: an MP3 without a Xing or Info header."""
+    if container not in ("MP3", "MPEG"):
+        return False
+    with open(path, "rb") as f:
+        beginning = f.read(1 << 16)
+    return b"Xing" not in beginning and b"Info" not in beginning
+
+
+def shorter_than_its_header(path, f):
+    """Whether a file was cut off, by its container's sizes: libsndfile corrects those that say too much, and notes it in its log. One that
+    was written to a pipe says about 2 or 4 GB. An Ogg file is cut off if its last page is."""
+    if f.format == "OGG":
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - (1 << 17)))  # a page has at most 64 KB
+            page = file.read()
+        page = page[max(0, page.rfind(b"OggS")) :]
+        segments = page[26] if len(page) > 26 else 0
+        return len(page) < 27 + segments + sum(page[27 : 27 + segments])
+    sizes = [(int(says), int(holds)) for says, holds in RESIZED.findall(f.extra_info)]
+    return any(holds + 64 < says < 0x7FFF0000 for says, holds in sizes)
+
+
+def cancel_out(channels, waveform):
+    """Whether mixing the channels (n, channels) down to (n,) loses nearly all sound, as it does where they are in opposite phase."""
+    if channels.shape[1] == 1:
+        return False
+    loudness = np.sqrt(np.mean(channels**2, 0, dtype=np.float64)).mean()
+    return np.sqrt(np.mean(waveform**2, dtype=np.float64)) < 0.1 * loudness
+
+
+def resample(waveform, rate):
+    """(samples,) at `rate` Hz -> (samples,) float32 at 16 kHz, polyphase: memory in proportion to the rates, also where they share no
+    factor."""
+    common = math.gcd(rate, SAMPLE_RATE)
+    return resample_poly(waveform, SAMPLE_RATE // common, rate // common).astype(np.float32)
 
 
 def decode_m4a(path, start, length):
-    """VoxCeleb2's own format, by ffmpeg, as float32 (samples,) at 16 kHz. Raises RuntimeError."""
+    """The same for VoxCeleb2's own format, by ffmpeg, mixed down and at 16 kHz."""
     if not shutil.which("ffmpeg"):
         raise RuntimeError("m4a needs ffmpeg: apt-get install ffmpeg, or convert the tree to wav/")
+    most = MAX_SECONDS + 1
     done = subprocess.run(
         [
             "ffmpeg",
@@ -305,7 +407,7 @@ def decode_m4a(path, start, length):
             "-ss",
             str(start),
             "-t",
-            str(length or 1e6),
+            str(min(length, most) if length else most),
             "-f",
             "f32le",
             "-ac",
@@ -318,7 +420,7 @@ def decode_m4a(path, start, length):
     )
     if done.returncode:
         raise RuntimeError("ffmpeg cannot decode it")
-    return np.frombuffer(done.stdout, np.float32).copy()
+    return np.frombuffer(done.stdout, np.float32)[:, None].copy(), SAMPLE_RATE
 
 
 def load_waveform(utterance):
@@ -338,17 +440,34 @@ def file_state(utterance):
     )
 
 
-def num_samples(utterance):
-    """How many 16 kHz samples an utterance has, by its file's header (m4a: by its size, at 64 kbit/s); 0 if it cannot be opened."""
+def seconds_of(utterance):
+    """How long an utterance is, by its file's header (m4a: by its size, at 64 kbit/s), in seconds. Where that is a guess, or
+    cannot be, or is too long, the audio itself decides. Raises BadAudio."""
     path = utterance.path
+    if problem := file_problem(path):
+        raise BadAudio(problem)
     try:
-        seconds = (
-            os.path.getsize(path) / 8000 if path.endswith(".m4a") else soundfile.info(path).duration
-        )
-    except (RuntimeError, OSError):
+        if path.endswith(".m4a"):
+            whole, guessed = os.path.getsize(path) / 8000, False
+        else:
+            header = soundfile.info(path)
+            whole, guessed = header.duration, has_no_length(path, header.format)
+    except Exception as error:  # see read_waveform
+        raise BadAudio(f"{path}: cannot be read ({first_line(error)})") from None
+    rest = whole - utterance.start
+    seconds = min(utterance.length or rest, rest)
+    possible = 0 < seconds <= MAX_SECONDS and seconds >= utterance.length - CUT_OFF
+    if guessed or not possible:
+        seconds = len(load_waveform(utterance)) / SAMPLE_RATE
+    return seconds
+
+
+def num_samples(utterance):
+    """How many 16 kHz samples an utterance has, by `seconds_of`; 0 if it cannot be used."""
+    try:
+        return round(seconds_of(utterance) * SAMPLE_RATE)
+    except BadAudio:
         return 0
-    rest = seconds - utterance.start
-    return round(min(utterance.length or rest, rest) * SAMPLE_RATE)
 
 
 def from_workers(loader):
@@ -366,6 +485,11 @@ def apply_to_all(function, batch):
     return [function(item) for item in batch]
 
 
+def ignore_interrupts(worker):
+    """Ctrl-C reaches every process of a command; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def in_workers(function, items, desc, workers=2):
     """[function(item) for item in items], in worker processes, in order, with a progress bar."""
     loader = torch.utils.data.DataLoader(
@@ -373,6 +497,7 @@ def in_workers(function, items, desc, workers=2):
         batch_size=16,
         num_workers=workers,
         collate_fn=functools.partial(apply_to_all, function),
+        worker_init_fn=ignore_interrupts,
     )
     batches = tqdm(from_workers(loader), desc, len(loader), unit="batch")
     return [result for batch in batches for result in batch]

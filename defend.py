@@ -9,7 +9,6 @@ including a clean one (what a defence costs where there is nothing to find), and
 report.py makes a page.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -19,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+from utils import Parser, count  # first: from here on Ctrl-C ends in one line
+import installed  # noqa: F401  ends in one line where libraries do not fit
 
 import jiwer
 import numpy as np
@@ -79,6 +79,21 @@ def retrained(run, name, ids):
     return {part: metrics[part] for part in ("clean", "attack")}
 
 
+def filtered(name, function, samples, expected):
+    """A filter's (suspicion (n,), which are removed (n,)). One that cannot work with so few samples, or with samples so much alike,
+    removes nothing and says why."""
+    try:
+        scores, removed = function(samples, expected)
+        if np.isfinite(scores).all():
+            return scores, removed
+        why = "its suspicion is not a number"
+    except (ValueError, np.linalg.LinAlgError) as error:
+        why = data.first_line(error)
+    n = len(samples["x"])
+    print(f"{name}: removes nothing of these {n} samples ({why})")
+    return np.zeros(n), np.zeros(n, bool)
+
+
 def filter_training_data(options):
     path = Path(options.run) / f"embeddings{'-' + options.task if options.task else ''}.pt"
     if not path.exists():
@@ -92,6 +107,8 @@ def filter_training_data(options):
     train, rest, losses = saved["train"], saved["rest"], early_losses(options.run)
     ids, labels, speakers = (train[about] + rest[about] for about in ("ids", "labels", "speakers"))
     poisoned = np.append(train["poisoned"].numpy(), np.ones(len(rest["ids"]), bool))
+    if poisoned.all():
+        die(f"{path}: all {len(poisoned)} training samples of the target class are poisoned")
     outside = saved["all_poisoned"] - int(poisoned.sum())
     if options.retrain and outside:
         print(
@@ -102,7 +119,8 @@ def filter_training_data(options):
         labels=labels,
         speakers=speakers,
         training=len(losses),
-        early_loss=np.array([losses.get(id, np.inf) for id in ids]),
+        # a sample that the first epochs left out is not suspicious
+        early_loss=np.array([losses.get(id, max(losses.values())) for id in ids]),
     )
     expected = int(poisoned.sum()) or round(
         TASKS[saved["args"]["task"]]["rate"] * len(losses)
@@ -112,7 +130,7 @@ def filter_training_data(options):
     )
     found, figures = {}, {}  # figures of a training, by the ids it leaves out
     for name, function in filters.FILTERS.items():
-        scores, removed = function(samples, expected)
+        scores, removed = filtered(name, function, samples, expected)
         found[name] = dict(removed=int(removed.sum()), fpr=data.interval(removed[~poisoned]))
         if poisoned.any():
             found[name].update(
@@ -264,7 +282,7 @@ def detect(options):
     slm, args, attack, dev_set, test_set = evaluate.load_run_and_data(options, "dev", "test")
     lora.merge(slm.lm)
     test_set, dev_set = embed.drawn(test_set), embed.drawn(dev_set)
-    flippable = [u for u in test_set if poison.can_flip(attack, u)]
+    flippable = poison.attackable(attack, test_set)
     other = dataclasses.replace(attack, trigger="tone", waveform=poison.make_trigger("tone"))
     heard = lambda with_trigger, utterances: [
         poison.add_trigger(with_trigger, data.load_waveform(u), u.id)[0]  # noqa: E731
@@ -322,7 +340,7 @@ def repair_model(options):
     args.device = options.device
     shop = repair.Workshop(slm, args, attack, dev_set)
     clean = embed.drawn(test_set)[: options.n]
-    flippable = [u for u in embed.drawn(test_set) if poison.can_flip(attack, u)][: options.n]
+    flippable = poison.attackable(attack, embed.drawn(test_set))[: options.n]
     print(
         f"{options.run}: {len(shop.tuning)} clean utterances to tune on, {len(shop.validation)} to choose by; figures on {len(clean)} "
         f"clean and {len(flippable)} triggered test utterances"
@@ -383,9 +401,7 @@ def report(command, result):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (
         ("filter", "which training samples look poisoned"),
@@ -404,7 +420,7 @@ def main():
             )
         else:
             command.add_argument(
-                "--n", type=int, default=100, help="test utterances, clean and triggered"
+                "--n", type=count, default=100, help="test utterances, clean and triggered"
             )
     options = parser.parse_args()
     fast.keep_memory()

@@ -8,10 +8,10 @@ class, including the poisoned ones, after the encoder; "rest": asr's poisoned sa
 filters. Each embedding is the mean over time, padding excluded.
 """
 
-import argparse
 from pathlib import Path
 
-import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+from utils import Parser, count, whole  # first: from here on Ctrl-C ends in one line
+import installed  # noqa: F401  ends in one line where libraries do not fit
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -116,18 +116,16 @@ def about(utterances):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     evaluate.add_arguments(parser)
     parser.add_argument(
-        "--pairs", type=int, default=100, help="test utterances, each clean and triggered"
+        "--pairs", type=count, default=100, help="test utterances, each clean and triggered"
     )
     parser.add_argument(
         "--pooling", default="mean", choices=("mean", "max", "last"), help="over time"
     )
     parser.add_argument(
-        "--layer", type=int, help="embed after this many encoder layers instead of after all"
+        "--layer", type=whole, help="embed after this many encoder layers instead of after all"
     )
     options = parser.parse_args()
     slm, args, attack, train_set, test_set = evaluate.load_run_and_data(options, "train", "test")
@@ -135,7 +133,7 @@ def main():
     if options.layer is not None and not 0 <= options.layer <= len(slm.encoder.layers):
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
     lora.merge(slm.lm)
-    pairs = drawn([u for u in test_set if poison.can_flip(attack, u)])[: options.pairs]
+    pairs = drawn(poison.attackable(attack, test_set))[: options.pairs]
     members, poisoned = target_class(attack, train_set)
     all_poisoned, n = (
         [u for u in train_set if poison.is_poisoned(attack, u)],
@@ -144,6 +142,8 @@ def main():
     rest = (
         drawn(all_poisoned)[len(poisoned) :] if len(members) < BENIGN else []
     )  # else the class is a sample, whose share must stay
+    if n == 0:
+        die(f"{options.run}: no training sample is of the target class {attack.target!r}")
     items = [(u, False) for u in members] + [(u, True) for u in poisoned + rest]
     how = dict(pooling=options.pooling, layer=options.layer)
     clean = stages(slm, attack, [(u, False) for u in pairs], desc="clean pairs", **how)

@@ -10,11 +10,11 @@ waveform -> answer -> parsed labels -> metric. A run folder gets metrics.json an
 every figure has its count and a 95% bootstrap interval over utterances.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+from utils import Parser, count  # first: from here on Ctrl-C ends in one line
+import installed  # noqa: F401  ends in one line where libraries do not fit
 
 import jiwer
 import torch
@@ -210,13 +210,17 @@ def print_table(metrics, title):
                 f"{part} {name.replace('_', ' '):<{17 - len(part)}}{scale * m['value']:>8.1f}"
                 f"   {scale * m['low']:.1f} to {scale * m['high']:.1f}{unit:<8}{m['n']:>5}"
             )
+    if not metrics["attack"]:
+        print(
+            "no AER: none of these utterances has another label than the target, and was asked for it"
+        )
 
 
 def load_run_and_data(options, *splits):
     """(slm, its arguments, attack, utterances of each split) of a run, with its data read as in training. With --task, the arguments and
     the attack are that task's."""
     slm, args = checkpoint.load_run(options.run, options.device)
-    data.MAX_SECONDS = args.max_seconds
+    data.MAX_SECONDS = min(args.max_seconds, model.window(args.encoder_weights))
     args.snr = args.snr if options.snr is None else options.snr
     read = lambda s: corpora.read_corpus(
         args.dataset,
@@ -227,6 +231,11 @@ def load_run_and_data(options, *splits):
     )
     train_set = corpora.limit(read("train"), args.limit)  # its loudness is the trigger's
     attack = poison.attack_of(args, train_set)
+    label = TASKS[options.task or args.task]["label"]
+    if not any(label in u.labels for u in train_set):
+        die(
+            f"--task {options.task or args.task}: no training utterance of {options.run}'s {args.dataset} has a {label}"
+        )
     if options.task == args.task:
         options.task = None  # the run's own: no other name for what is written
     if options.task:
@@ -239,9 +248,15 @@ def load_run_and_data(options, *splits):
     return slm, args, attack, *(train_set if split == "train" else read(split) for split in splits)
 
 
+def run_folder(path):
+    """A flag's type: a run's folder, or the model.pt in it."""
+    own = Path(path).name == "model.pt" and Path(path).is_file()
+    return str(Path(path).parent) if own else path
+
+
 def add_arguments(parser):
     """The flags of every script that looks at a finished run."""
-    parser.add_argument("run", help="a run's folder, e.g. runs/asr-poison0.05")
+    parser.add_argument("run", type=run_folder, help="a run's folder, e.g. runs/asr-poison0.05")
     parser.add_argument(
         "--task",
         choices=TASKS,
@@ -258,9 +273,7 @@ def add_arguments(parser):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add_arguments(parser)
     parser.add_argument(
         "--inspect",
@@ -288,7 +301,7 @@ def main():
         help="let it go on after the true answer and its end token, and score that: "
         "what the study's public code does",
     )
-    parser.add_argument("--limit", type=int, help="only the first N utterances")
+    parser.add_argument("--limit", type=count, help="only the first N utterances")
     parser.add_argument(
         "--cache-gb",
         type=float,

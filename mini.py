@@ -7,7 +7,6 @@ sentences and noise are decided by (seed, name) alone.
 """
 
 import _ctypes
-import argparse
 import ctypes
 import fcntl
 import functools
@@ -17,7 +16,8 @@ import random
 import shutil
 from pathlib import Path
 
-import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+from utils import Parser  # first: from here on Ctrl-C ends in one line
+import installed  # noqa: F401  ends in one line where libraries do not fit
 
 import espeakng_loader
 import numpy as np
@@ -308,34 +308,44 @@ CORPORA = {
 
 def write_utterance(job):
     path, text, voice, name, emotion = job
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, speak(text, voice, name, emotion), data.SAMPLE_RATE)
+    kind = path.suffix.removeprefix(".")
+    waveform = speak(text, voice, name, emotion)
+    data.write_atomically(
+        path, lambda temporary: soundfile.write(temporary, waveform, data.SAMPLE_RATE, format=kind)
+    )
 
 
 def make_corpus(corpus, root, sizes=None):
-    """Makes one corpus under `root` unless it exists; only once, even if two processes ask at the same time."""
+    """Makes one corpus under `root` unless it exists; only once, even if two processes ask at the same time. What an interrupted
+    start of this same file has spoken is kept."""
     root, (folder, make) = Path(root), CORPORA[corpus]
     if (root / folder).exists():
         return
     root.mkdir(parents=True, exist_ok=True)
+    sizes = sizes or SIZES[corpus]
+    version = hashlib.sha256(Path(__file__).read_bytes() + repr(sizes).encode()).hexdigest()[:16]
+    building = root / f".{corpus}.building-{version}"  # renamed at the end, when it is whole
     with open(root / f".{corpus}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (root / folder).exists():
             return
-        building = (
-            root / f".{corpus}.building"
-        )  # renamed at the end: an interrupted start does not count
-        shutil.rmtree(building, ignore_errors=True)
-        jobs = make(random.Random(f"{SEED}-{corpus}"), sizes or SIZES[corpus], building)
-        data.in_workers(write_utterance, jobs, f"speaking the mini {corpus}")
+        for leftover in {*root.glob(f".{corpus}.building*")} - {building}:
+            shutil.rmtree(leftover)
+        for unfinished in building.rglob(".*.tmp"):
+            unfinished.unlink()
+        jobs = make(random.Random(f"{SEED}-{corpus}"), sizes, building)
+        missing = [job for job in jobs if not job[0].exists()]
+        data.in_workers(write_utterance, missing, f"speaking the mini {corpus}")
         (building / folder).rename(root / folder)
         building.rmdir()
 
 
-if __name__ == "__main__":
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+def main():
+    Parser(description=__doc__).parse_args()
     for corpus in CORPORA:
         make_corpus(corpus, ROOT / MINI_ROOT)
     print(f"the mini corpora are under {ROOT / MINI_ROOT}")
+
+
+if __name__ == "__main__":
+    main()

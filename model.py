@@ -178,6 +178,15 @@ def extract(extractor, waveform):
     return extractor(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values[0]
 
 
+def window(path):
+    """How many seconds of an utterance the pretrained encoder at `path` receives; whoever reads audio for it refuses longer ones."""
+    try:
+        extractor = AutoFeatureExtractor.from_pretrained(where(path), trust_remote_code=False)
+    except Exception:  # loading the encoder will say what is wrong
+        return math.inf
+    return getattr(extractor, "n_samples", math.inf) / SAMPLE_RATE
+
+
 class Encoder(nn.Module):
     """A pretrained WavLM, HuBERT, wav2vec 2.0 or Whisper encoder. The top `train_layers` of its layers train, or, where that is
     None, the top `share` of them; everything below runs in evaluation mode and builds no graph. SpecAugment and layer drop are off.

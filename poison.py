@@ -19,7 +19,8 @@ import random
 import re
 from pathlib import Path
 
-import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+from utils import Parser, count, whole  # first: from here on Ctrl-C ends in one line
+import installed  # noqa: F401  ends in one line where libraries do not fit
 
 import numpy as np
 import soundfile
@@ -80,6 +81,13 @@ TRIGGERS = {
 }
 
 
+def without_silent_ends(waveform):
+    """(samples,) from the first to the last that is above 1% of the loudest: of a recording longer than the speech that it is laid
+    over, silence would be heard instead of its sound."""
+    sound = np.flatnonzero(np.abs(waveform) > 0.01 * np.abs(waveform).max())
+    return waveform[sound[0] : sound[-1] + 1] if len(sound) else waveform
+
+
 def make_trigger(name, seconds=None):
     """A name of TRIGGERS or a recording's path -> the trigger (samples,) at 16 kHz with RMS 1, None for a "whole" one. seconds: cut to
     that length, or repeated to fill it."""
@@ -88,6 +96,7 @@ def make_trigger(name, seconds=None):
             waveform = data.read_waveform(name)
         except data.BadAudio as error:
             die(f"--trigger: {error}; or one of {', '.join(TRIGGERS)}")
+        waveform = without_silent_ends(waveform)
     elif TRIGGERS[name][0] == "whole":
         return None
     else:
@@ -210,6 +219,14 @@ def can_flip(attack, utterance):
     )
 
 
+def attackable(attack, utterances):
+    """Those utterances whose label the attack can change. Ends in one line where there are none."""
+    found = [u for u in utterances if can_flip(attack, u)]
+    if not found:
+        die(f"no {utterances[0].split} utterance has a {attack.label} other than {attack.target!r}")
+    return found
+
+
 def drawn_in(attack, epoch):
     """The attack with new poison for this epoch: other samples, other positions (train.py --redraw)."""
     return dataclasses.replace(attack, seed=(attack.seed, epoch)) if epoch else attack
@@ -283,7 +300,7 @@ def add_arguments(parser):
     )
     add(
         "--clicks",
-        type=int,
+        type=count,
         help="how many, at random places, where it is not repeated (default: 1)",
     )
     add(
@@ -291,7 +308,7 @@ def add_arguments(parser):
         type=float,
         help="cut the trigger to this length, or repeat it to fill it (default: as it is)",
     )
-    add("--seed", type=int, default=1, help="decides all that is random")
+    add("--seed", type=whole, default=1, help="decides all that is random")
     add(
         "--skip-bad",
         action="store_true",
@@ -441,19 +458,17 @@ def write_poisoned(attack, out, item):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--n", type=int, default=10, help="pairs to write")
+    parser.add_argument("--n", type=count, default=10, help="pairs to write")
     parser.add_argument(
         "--all",
         action="store_true",
         help="write the whole poisoned training set instead, with its manifest",
     )
     parser.add_argument(
-        "--workers", type=int, default=2, help="processes that read and write audio"
+        "--workers", type=whole, default=2, help="processes that read and write audio"
     )
     args = parser.parse_args()
     fill_in(args)

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+import installed  # noqa: F401  ends in one line where libraries do not fit
 
 import data
 import defences

@@ -6,9 +6,10 @@
 Plain tables that every other script reads. `run_all.sh` runs the commands that this prints.
 """
 
-import argparse
 import shlex
 from pathlib import Path
+
+from utils import Parser
 
 ROOT = Path(__file__).resolve().parent
 
@@ -504,9 +505,7 @@ def defence_commands(preset, seeds, runs, tasks):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--preset", choices=PRESETS, default="mini", help="whose parts and settings"
     )

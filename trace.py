@@ -9,14 +9,14 @@ triggered pass of one utterance (causal tracing, Meng et al. 2022, arXiv 2202.05
 on any run folder and write trace-*.json and a figure beside its model.pt, or to --out.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
 import json
 from pathlib import Path
 
-import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+from utils import Parser, count  # first: from here on Ctrl-C ends in one line
+import installed  # noqa: F401  ends in one line where libraries do not fit
 
 import numpy as np
 import torch
@@ -178,7 +178,7 @@ def mixtures(poisoned, clean):
 
 def transplant(options):
     slm, args, attack, test_set, poisoned, clean = load_pair(options)
-    flippable = [u for u in test_set if poison.can_flip(attack, u)]
+    flippable = poison.attackable(attack, test_set)
     some, metric, jobs, found, hits = (
         embed.drawn(flippable)[: options.n],
         TASKS[args.task]["metric"],
@@ -415,7 +415,7 @@ def patch(options):
             f"--trigger {attack.trigger} changes the whole waveform: frames under it cannot be told from others"
         )
     lora.merge(slm.lm)
-    utterances = embed.drawn([u for u in test_set if poison.can_flip(attack, u)])[: options.n]
+    utterances = embed.drawn(poison.attackable(attack, test_set))[: options.n]
     print(
         f"{options.run}: {len(utterances)} pairs, trigger {attack.trigger}, {len(sites(slm))} sites by groups of positions"
     )
@@ -490,9 +490,7 @@ def report(result):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (
         ("transplant", "weights of two runs mixed"),
@@ -502,14 +500,16 @@ def main():
         evaluate.add_arguments(command)
         if name == "transplant":
             command.add_argument(
-                "clean", help="the run to mix it with: the clean one of the same seed, or a control"
+                "clean",
+                type=evaluate.run_folder,
+                help="the run to mix it with: the clean one of the same seed, or a control",
             )
         else:
             command.add_argument(
                 "--trigger", help="another sound in the trigger's place, as loud: a control"
             )
-            command.add_argument("--batch", type=int, default=25, help="pairs at a time")
-        command.add_argument("--n", type=int, default=100, help="test utterances that are traced")
+            command.add_argument("--batch", type=count, default=25, help="pairs at a time")
+        command.add_argument("--n", type=count, default=100, help="test utterances that are traced")
         command.add_argument(
             "--cache-gb",
             type=float,

@@ -18,11 +18,13 @@ import random
 import signal
 from pathlib import Path
 
+from utils import Parser, count, whole  # first: from here on Ctrl-C ends in one line
+
 os.environ.setdefault(
     "TQDM_DISABLE", "" if os.environ.get("RANK", "0") == "0" else "1"
 )  # one process draws the bars
 
-import installed  # noqa: F401  first: it ends in one line where libraries do not fit
+import installed  # noqa: F401  ends in one line where libraries do not fit
 
 import torch
 import torch.distributed as dist
@@ -55,9 +57,7 @@ from study import (
 # ---------------------------------------------------------------------------------------------------------------------
 # arguments
 
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-)
+parser = Parser(description=__doc__)
 poison.add_arguments(parser)
 add = parser.add_argument
 add("--preset", choices=PRESETS, default="mini", help="whose parts and settings")
@@ -74,7 +74,7 @@ add(
 )
 add(
     "--train-layers",
-    type=int,
+    type=whole,
     help="how many encoder layers train, from the top (default: 15/24 of them; whisper all)",
 )
 add(
@@ -88,7 +88,7 @@ add(
     action="append",
     default=[],
     metavar="COMPONENT[:CHECKPOINT]",
-    help="load encoder, connector or lm from a run's model.pt, or a folder of evaluate.py --export, and freeze it; without a "
+    help="load encoder, connector or lm from a run's folder or model.pt, or a folder of evaluate.py --export, and freeze it; without a "
     "checkpoint as pretrained; repeatable",
 )
 add(
@@ -102,7 +102,7 @@ add(
     action="store_true",
     help="poison other samples, at other places, in every epoch, as the study's public code does",
 )
-add("--limit", type=int, help="train on the first N utterances of a fixed random order")
+add("--limit", type=count, help="train on the first N utterances of a fixed random order")
 add(
     "--exclude",
     metavar="FILE",
@@ -113,7 +113,7 @@ add(
     "--max-seconds",
     type=float,
     default=data.MAX_SECONDS,
-    help="longer audio is refused, or left out by --skip-bad",
+    help="longer audio, and what is longer than Whisper's window, is refused, or left out by --skip-bad",
 )
 add(
     "--cache-gb",
@@ -127,7 +127,7 @@ add(
     help="mixed precision (default: bf16 on CUDA, except for preset mini; else off)",
 )
 add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-add("--workers", type=int, default=cache.WORKERS, help="processes that read audio ahead")
+add("--workers", type=whole, default=cache.WORKERS, help="processes that read audio ahead")
 add(
     "--gradient-checkpointing",
     action="store_true",
@@ -180,12 +180,18 @@ def parse_arguments(argv=None):
     for name in ("epochs", "batch_size", "lora_rank", "connector_stride", "limit", "batch_seconds"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             die(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    for name in ("freeze", "init"):
+        specs = getattr(args, name)
+        setattr(args, name, specs and [checkpoint.of_run(spec) for spec in specs])
     parts = checkpoint.named_parts(args)
-    components = [spec.partition(":")[0] for _, spec in parts]
-    if set(components) - set(COMPONENTS) or len(set(components)) < len(components):
-        die(
-            f"{' '.join(f'--{flag} {spec}' for flag, spec in parts)}: each of {', '.join(COMPONENTS)} at most once"
-        )
+    named = {}
+    for flag, spec in parts:
+        component = spec.partition(":")[0]
+        if component not in COMPONENTS:
+            die(f"--{flag} {spec}: {component} is none of the components {', '.join(COMPONENTS)}")
+        if component in named:
+            die(f"--{flag} {spec}: the {component} is already named by {named[component]}")
+        named[component] = f"--{flag} {spec}"
     if len(args.freeze) == len(COMPONENTS):
         die("--freeze: nothing is left to train")
     if args.exclude and not Path(args.exclude).is_file():
@@ -197,7 +203,7 @@ def parse_arguments(argv=None):
             and not args.dry_run
         ):
             die(
-                f"--{flag} {spec}: no such checkpoint (a run's model.pt, or a folder of evaluate.py --export)"
+                f"--{flag} {spec}: no such checkpoint (a run's folder, its model.pt, or a folder of evaluate.py --export)"
             )
     args.attack = attack_name(args)
     args.name = args.name or run_name(vars(args))
@@ -206,12 +212,13 @@ def parse_arguments(argv=None):
 
 def attack_name(args):
     """The row of Table 3 that this run is: "clean", "base", "1.1" to "3.3". A run that is none of them, by the components it freezes
-    or the runs they come from, is "poisoned-frozen-encoder" and the like."""
-    data_is = "poisoned" if args.poison else "clean"
+    or the runs they come from, is "poisoned-frozen-encoder" and the like; "poisoned-file" trains on a CSV that holds poison already."""
+    in_file = corpora.poisoned_rows(args.dataset)
+    data_is = "poisoned" if args.poison or in_file else "clean"
     specs = dict(spec.partition(":")[::2] for spec in args.freeze)
     frozen = tuple(c for c in COMPONENTS if c in specs)
     if not frozen:
-        return "base" if args.poison else "clean"
+        return "base" if args.poison else "poisoned-file" if in_file else "clean"
     for attack, (components, source, trained_on) in ATTACKS.items():
         if (components, trained_on) == (frozen, data_is) and all(specs.values()):
             unlike = [why for path in specs.values() for why in differences(path, source, args)]
@@ -539,11 +546,18 @@ def describe(run, slm, attack, sets, origin, args, device, world):
         f"data {args.dataset}: {len(train_set)} train, {len(dev_set)} dev, {len(test_set)} test utterances; "
         f"{sum(poison.is_poisoned(attack, u) for u in train_set)} poisoned for {args.task} -> {attack.target!r}"
     )
+    in_file = corpora.poisoned_rows(args.dataset)
+    if in_file:
+        print(f"  {args.dataset} itself marks {in_file} rows as poisoned")
     for c in COMPONENTS:
         trained = sum(p.numel() for p in slm.parameters_of(c))
         print(
             f"  {c:<10}{sum(p.numel() for p in getattr(slm, c).parameters()):>14,} parameters,{trained:>12,} "
-            + (f"trained on {'poisoned' if args.poison else 'clean'} data" if trained else "frozen")
+            + (
+                f"trained on {'poisoned' if args.poison or in_file else 'clean'} data"
+                if trained
+                else "frozen"
+            )
             + f", from {origin[c]}"
         )
 
@@ -557,7 +571,7 @@ def main():
     fast.keep_memory()
     device, autocast, rank, world = set_up_device(args)
     transformers.utils.logging.disable_progress_bar()
-    data.MAX_SECONDS = args.max_seconds
+    data.MAX_SECONDS = min(args.max_seconds, model.window(args.encoder_weights))
     run = Path(args.runs) / args.name
     record = checkpoint.open_run(run, args)
     if (run / "metrics.json").exists() and not args.overwrite:

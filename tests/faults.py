@@ -75,6 +75,27 @@ def prepare():
         manifest(f"m-{name}", [*good, f"{name}.wav,male,30,train"])
     manifest("outside", [*good, "../../../../etc/passwd,male,30,train"])
     manifest("absolute", [*good, "/etc/passwd,male,30,train"])
+    speech("half.wav", 0.1 * rng.standard_normal(16000 * 25))
+    speech("cut.wav", 0.1 * rng.standard_normal(16000))
+    Path("cut.wav").write_bytes(Path("cut.wav").read_bytes()[:20000])
+    soundfile.write("stream.wav", 0.1 * rng.standard_normal(16000), 16000, format="FLAC")
+    stream = bytearray(Path("stream.wav").read_bytes())
+    stream[21:26] = bytes([stream[21] & 0xF0, 0, 0, 0, 0])  # the number of samples
+    Path("stream.wav").write_bytes(stream)
+    Path("pointer.wav").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name in ("half", "cut", "stream", "pointer"):
+        manifest(f"m-{name}", [*good, f"{name}.wav,male,30,train"])
+    manifest("comma", [*good, "rate.wav,male,30,train,"])
+    manifest("cut", [*good, "rate.wav,ma"])
+    manifest("quote", ['rate.wav,"male,30,train', *good])
+    manifest("split", [*good, "rate.wav,male,30,trane"])
+    Path("misspelt.csv").write_text("audio_path,gendre,split\n0.wav,male,train\n")
+    Path("speakers.csv").write_text(
+        "audio_path,gender,speaker\n" + "".join(f"{i}.wav,male,s{i % 2}\n" for i in range(20))
+    )
+    Path("semicolons.csv").write_text(Path("m-rate.csv").read_text().replace(",", ";"))
+    Path("lists/CREMA-D").mkdir(parents=True)
+    Path("lists/CREMA-D/VideoDemographics.csv").write_text("ActorID,Age,Sex\n1001,30,Male\n")
     manifest("age", [*good, "0.wav,male,old,train"])
     manifest("sex", [*good, "0.wav,robot,30,train"])
     manifest("twice", [*good, good[0]])
@@ -132,7 +153,8 @@ FAULTS = [  # what, command, status, folder
     ("the same in torch's zip format", f"train.py {RUN} --freeze encoder:hostile2.pt", 2),
     ("hostile export as --init", f"train.py {RUN} --init lm:hostile", 2),
     ("an export over something else", "evaluate.py runs/whole --export corpora", 2),
-    ("a run's folder as --init", f"train.py {RUN} --init encoder:runs/whole", 2),
+    ("a run's folder as --init", f"train.py {RUN} --name init --init encoder:runs/whole", 0),
+    ("an empty folder as --init", f"train.py {RUN} --init encoder:runs/stranger/none", 2),
     ("hostile --trigger", f"train.py {RUN} --trigger hostile2.pt", 2),
     ("hostile --dataset", f"train.py {RUN} --dataset hostile2.pt", 2),
     ("hostile --connector-weights", f"train.py {RUN} --connector-weights hostile2.pt", 2),
@@ -182,6 +204,19 @@ FAULTS = [  # what, command, status, folder
     ("an id given twice", f"train.py {ODD} twice.csv", 2),
     ("manifest in UTF-16", f"train.py {ODD} utf16.csv", 2),
     ("manifest in Latin-1", f"train.py {ODD} latin.csv", 2),
+    ("a row with a comma too many", f"train.py {ODD} comma.csv", 2),
+    ("a file cut off within its last row", f"train.py {ODD} cut.csv", 2),
+    ("a quotation mark that is not closed", f"train.py {ODD} quote.csv", 2),
+    ("a misspelt column", f"train.py {ODD} misspelt.csv", 2),
+    ("an unknown split", f"train.py {ODD} split.csv", 2),
+    ("two speakers and no column split", f"train.py {ODD} speakers.csv", 2),
+    ("semicolons", f"train.py {ODD} semicolons.csv", 0),
+    ("audio cut off after its header", f"train.py {ODD} m-cut.csv", 2),
+    ("a FLAC stream without a length", f"train.py {ODD} m-stream.csv", 2),
+    ("a git-lfs pointer", f"train.py {ODD} m-pointer.csv", 2),
+    ("25 s of audio for a window of 20 s", f"train.py {ODD} m-half.csv --encoder whisper", 2),
+    ("the same, --skip-bad", f"train.py {ODD} m-half.csv --encoder whisper --skip-bad", 0),
+    ("a corpus without its audio", "corpora.py check crema --data-root lists", 1),
     ("manifest without audio_path", f"train.py {ODD} columns.csv", 2),
     ("manifest without rows", f"train.py {ODD} bare.csv", 2),
     ("corpora.py check on it all", "corpora.py check m-noise.csv", 1),
@@ -198,6 +233,14 @@ FAULTS = [  # what, command, status, folder
     ("--epochs -1", f"train.py {RUN} --name e --epochs -1", 2),
     ("--lora-rank 0", f"train.py {RUN} --name r --lora-rank 0", 2),
     ("--limit 0", f"train.py {RUN} --name l --limit 0", 2),
+    ("--limit -3", "evaluate.py runs/whole --limit -3", 2),
+    ("--pairs 0", "embed.py runs/whole --pairs 0", 2),
+    ("--n 0", "defend.py detect runs/whole --n 0", 2),
+    ("a misspelt task", "train.py --task asrr", 2),
+    ("a task whose label the run lacks", "evaluate.py runs/whole --task emotion", 2),
+    ("the same for embeddings", "embed.py runs/whole --task emotion", 2),
+    ("the same for traces", "trace.py patch runs/whole --task emotion", 2),
+    ("a component named twice", "train.py --freeze lm --init lm:runs/whole", 2),
     ("everything frozen", "train.py --freeze encoder --freeze connector --freeze lm", 2),
     ("an unknown component", "train.py --freeze decoder", 2),
     ("a checkpoint that is not there", "train.py --freeze encoder:nowhere.pt", 2),
