@@ -132,7 +132,8 @@ def close(x, y):
 # settings of a configuration that do not change what its weights compute in evaluation mode
 NOT_COMPUTED = re.compile(
     "drop|mask|spec_augment|_token|version|architectures|path|dtype|cache|init|label|problem_type|output_|return_|loss|ctc_|"
-    "feature_extractor_type|processor_class|padding|gradient|attn_implementation|chunk_size_feed"
+    "feature_extractor_type|processor_class|padding|gradient|attn_implementation|chunk_size_feed|"
+    "vocab_size|decoder_|codevector|contrastive|negatives|classifier|tdnn|target_positions|median_filter"  # of other heads
 )
 
 

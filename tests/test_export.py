@@ -211,6 +211,14 @@ def change(path, **values):
         (("--init", "connector:parts", "--connector-stride", "2"), "stride 1, here 2"),
         (("--init", "encoder:parts", "--train-layers", "4"), "is not in this model"),
         (("--init", "encoder:parts", "--encoder", "hubert"), "other pretrained weights"),
+        (("--init", "lm:parts", "--lora-alpha", "64"), "LoRA alpha 32.0, here 64.0"),
+        (("--init", "lm:alpha"), "LoRA alpha 8, here 32.0"),
+        (("--init", "lm:stabilised"), "LoRA rank-stabilised True, here False"),
+        (("--init", "lm:dora"), "use_dora"),
+        (("--freeze", "connector:strided"), "stride 3, here 1"),
+        (("--freeze", "encoder:gelu"), "hidden_act gelu, here relu"),
+        (("--init", "encoder:plain"), "extractor do_normalize False, here True"),
+        (("--init", "lm:parts", "--lm-weights", "two-heads"), "num_attention_heads 4, here 2"),
         (("--freeze", "lm:without-lm"), "has no lm"),
         (("--init", "lm:hostile"), "is no folder of evaluate.py --export"),
         (("--init", "lm:broken"), "is no folder of evaluate.py --export"),
@@ -226,6 +234,19 @@ def test_what_does_not_fit_is_refused_in_one_line(run, corpora, arguments, said)
         )  # peft's other format
         (run / "hostile/lm/adapter_model.safetensors").write_bytes(pickle.dumps(Payload()))
         change(run / "broken/provenance.json", pretrained_sha256="none")
+        for name, path, values in (
+            ("alpha", "lm/adapter_config.json", dict(lora_alpha=8)),
+            ("stabilised", "lm/adapter_config.json", dict(use_rslora=True)),
+            ("dora", "lm/adapter_config.json", dict(use_dora=True)),
+            ("strided", "connector/connector.json", dict(strides=[1, 3, 1])),
+            ("gelu", "encoder/config.json", dict(hidden_act="gelu")),
+            ("plain", "encoder/preprocessor_config.json", dict(do_normalize=False)),
+        ):
+            shutil.copytree(run / "parts", run / name)
+            change(run / name / path, **values)
+        shutil.copytree(ROOT / "assets/lm", run / "two-heads")
+        change(run / "two-heads/config.json", num_attention_heads=2, num_key_value_heads=2)
+        change(run / "two-heads/config.json", head_dim=64)
     refused(
         "train.py",
         *FIXED,
