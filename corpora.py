@@ -49,7 +49,7 @@ ABSENT = set(
     not_specified not_given not_provided not_available no_answer
     do_not_wish_to_say prefer_not_to_say prefer_not_to_answer""".split()
 )
-# a manifest's columns, and other names that they are known by; without a start, a duration is that of the whole file
+# a manifest's columns, and other names for them; without a start, a duration is the whole file's
 COLUMNS = {
     "audio_path": """path file file_name filename file_path filepath audio audio_file audio_filepath
     wav wav_path wav_file""",
@@ -83,6 +83,10 @@ def known_as(names):
     return {name: key for key, others in names.items() for name in (key, *others)}
 
 
+GENDER_OF = known_as(GENDERS)
+SPLIT_OF = known_as(SPLITS)
+
+
 def read_rows(path, **form):
     """The rows of a CSV file, dicts of stripped text; `form` goes to csv.DictReader."""
     with open(path, encoding="utf-8-sig", newline="") as f:
@@ -98,7 +102,7 @@ def read_libri(root, split, problems):
     rows = read_rows(
         root / "SPEAKERS.TXT", fieldnames=["ID", "SEX"], delimiter="|", quoting=csv.QUOTE_NONE
     )
-    genders = {row["ID"]: known_as(GENDERS).get(row["SEX"].lower()) for row in rows}
+    genders = {row["ID"]: GENDER_OF.get(row["SEX"].lower()) for row in rows}
     folder = root / LIBRI_SPLITS[split]
     lists = sorted(folder.glob("*/*/*.trans.txt"))
     if not lists:
@@ -193,8 +197,7 @@ def read_vox_ages(path):
 def read_vox_genders(path):
     """vox2_meta.csv (tab-separated) -> {speaker: "female" | "male"}."""
     return {
-        row["VoxCeleb2 ID"]: known_as(GENDERS).get(row["Gender"])
-        for row in read_rows(path, delimiter="\t")
+        row["VoxCeleb2 ID"]: GENDER_OF.get(row["Gender"]) for row in read_rows(path, delimiter="\t")
     }
 
 
@@ -235,13 +238,18 @@ def read_vox(root, split, problems):
 
 @dataclass
 class Table:
-    """A manifest as it was read: its rows, {column: text} by the number of the line that each begins in; which columns are used,
-    {name in COLUMNS: name in the file}, and which are not; what is wrong with it, one line each."""
+    """A manifest as it was read: its rows, {column: text} by the number of the line that each
+    begins in; which columns are used, {name in COLUMNS: name in the file}, and which are not; what
+    is wrong with it, one line each."""
 
     rows: dict
     used: dict
     unused: list
     problems: list
+
+
+class Fault(ValueError):
+    """Why a row of a manifest cannot be used: (what is wrong, the value, what is accepted)."""
 
 
 def some(things):
@@ -255,7 +263,8 @@ def rows_named(numbers):
 
 
 def read_table(path):
-    """A CSV, or a semicolon- or tab-separated file, as a Table. Ends in one line where it is no such file."""
+    """A CSV, or a semicolon- or tab-separated file, as a Table. Ends in one line where it is no
+    such file."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             lines = io.StringIO(f.read(), newline="")
@@ -279,7 +288,8 @@ def read_table(path):
 
 
 def header_of(path, line):
-    """(delimiter, column names) of a manifest's first line. Ends in one line where no delimiter gives a column of audio paths."""
+    """(delimiter, column names) of a manifest's first line. Ends in one line where no delimiter
+    gives a column of audio paths."""
     audio = {"audio_path", *COLUMNS["audio_path"].split()}
     for delimiter in DELIMITERS:
         header = next(csv.reader([line], delimiter=delimiter), [])
@@ -289,11 +299,13 @@ def header_of(path, line):
 
 
 def fields_of(lines, delimiter, width):
-    """Yields (number, fields, None) of each row, or (number, None, what is wrong with it); the header, which is row 1, has `width`
-    fields."""
+    """Yields (number, fields, None) of each row, or (number, None, what is wrong with it); the
+    header, which is row 1, has `width` fields."""
     # programs that write tabs mostly write quotation marks as they are
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    reader = csv.reader(
+        lines, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True
+    )
     while True:
         number = reader.line_num + 2
         try:
@@ -321,7 +333,8 @@ def fields_of(lines, delimiter, width):
 
 
 def unquoted(field):
-    """A field's text without space around it, and without the quotation marks that a tab-separated file may have kept."""
+    """A field's text without space around it, and without the quotation marks that a tab-separated
+    file may have kept."""
     field = field.strip()
     if len(field) > 1 and field[0] == field[-1] == '"':
         return field[1:-1].replace('""', '"').strip()
@@ -344,7 +357,7 @@ def columns_of(path, header):
         used.pop("duration", None)
     unused = [name for name in header if name not in used.values() and name.strip()]
     for name in unused:
-        near = difflib.get_close_matches(plain(name), set(COLUMNS) - set(used), 1, 0.86)
+        near = difflib.get_close_matches(plain(name), sorted(COLUMNS.keys() - used.keys()), 1, 0.8)
         if near and plain(name) not in COLUMNS:
             problems.append(f"{path}: the column {name} is not used: is it {near[0]}?")
     if not set(LABELS) & set(used):
@@ -359,16 +372,16 @@ def present(column, value):
 
 
 def named_split(value, values):
-    """A split by any of its names, None if it has none. "eval" is the test split, or, where `values` have a test split, the dev split."""
-    names = known_as(SPLITS)
-    rest = {plain(v) for v in values}
-    names.update(dict.fromkeys(("eval", "evaluation"), "dev" if "test" in rest else "test"))
-    return names.get(plain(value))
+    """A split by any of its names, None if it has none. "eval" is the test split, or, where
+    `values` have a test split, the dev split."""
+    if plain(value) in ("eval", "evaluation"):
+        return "dev" if "test" in map(plain, values) else "test"
+    return SPLIT_OF.get(plain(value))
 
 
 def manifest_splits(path, table):
-    """({row number: split or None}, problems). Where no split is given, speakers (or, without speakers, recordings) are split 80/10/10,
-    both genders in each part."""
+    """({row number: split or None}, problems). Where no split is given, speakers (or, without
+    speakers, recordings) are split 80/10/10, both genders in each part."""
     given = [row["split"] for row in table.rows.values() if row.get("split")]
     if given:
         splits = {value: named_split(value, given) for value in set(given)}
@@ -376,7 +389,7 @@ def manifest_splits(path, table):
     unit = {n: row.get("speaker") or row["audio_path"] for n, row in table.rows.items()}
     genders = dict.fromkeys(unit.values())
     for n, row in table.rows.items():
-        genders[unit[n]] = genders[unit[n]] or known_as(GENDERS).get(plain(row.get("gender", "")))
+        genders[unit[n]] = genders[unit[n]] or GENDER_OF.get(plain(row.get("gender", "")))
     counts, problems = Counter(genders.values()), []
     split = dict.fromkeys(genders, "train")  # also those of a gender with too few speakers
     enough = {speaker: gender for speaker, gender in genders.items() if counts[gender] >= 3}
@@ -392,33 +405,33 @@ def manifest_splits(path, table):
 
 
 def number_in(row, column, high):
-    """The column's number, 0 if it is absent. Raises ValueError if it is not a number from 0 to `high`."""
+    """The column's number, 0 if it is absent. Raises Fault if it is not a number from 0 to `high`."""
     try:
         value = float(row.get(column) or 0)
     except ValueError:
         value = -1
     if not 0 <= value <= high:
-        raise ValueError(f"unknown {column}", row[column], f"a number from 0 to {high:g}")
+        raise Fault(f"unknown {column}", row[column], f"a number from 0 to {high:.0f}")
     return value
 
 
 def segment_of(row):
-    """A row's (start, length) in seconds, 0 for the file's own. Raises ValueError."""
+    """A row's (start, length) in seconds, 0 for the file's own. Raises Fault."""
     start = number_in(row, "start", 1e6)
     lengths = [number_in(row, column, 1e6) for column in ("length", "duration") if row.get(column)]
     if row.get("end"):
         end = number_in(row, "end", 1e6)
         lengths.append(round(end - start, 6))
         if end <= start:
-            raise ValueError("an end that is not after the start", row["end"], "")
+            raise Fault("an end that is not after the start", row["end"], "")
     if lengths and max(lengths) - min(lengths) > data.CUT_OFF:
-        raise ValueError("lengths that differ", " and ".join(f"{n:g}" for n in lengths), "")
+        raise Fault("lengths that differ", " and ".join(f"{n:g}" for n in lengths), "")
     return start, lengths[0] if lengths else 0.0
 
 
 def manifest_labels(row, in_years):
-    """(labels, faults) of a row: a label that cannot be used is left out, and is a fault, (what, value, what is accepted). in_years:
-    ages are numbers in this manifest, not groups."""
+    """(labels, faults) of a row: a label that cannot be used is left out, and is a fault, (what,
+    value, what is accepted). in_years: ages are numbers in this manifest, not groups."""
     labels, faults = {}, []
     for label in LABELS:
         given = row.get(label)
@@ -428,10 +441,10 @@ def manifest_labels(row, in_years):
         if label == "transcript":
             value, accepted = normalise(given) or None, "a transcript has words"
         elif label == "gender":
-            value = known_as(GENDERS).get(plain(given))
-            accepted = ", ".join(known_as(GENDERS))
+            value = GENDER_OF.get(plain(given))
+            accepted = ", ".join(GENDER_OF)
         elif label == "age" and in_years:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(Fault):
                 value = round(number_in(row, "age", 120))
             accepted = "years, 0 to 120, as most are here"
             value = value if isinstance(value, int) else None
@@ -454,35 +467,33 @@ def ages_in_years(rows):
 
 
 def read_manifest(path, split, problems):
-    """A CSV manifest: `audio_path` (relative to the file) and any of the other COLUMNS; start, length and end in seconds. SpeechLLM's own
-    CSVs load as they are. Faults of the same kind are one problem."""
+    """A CSV manifest: `audio_path` (relative to the file) and any of the other COLUMNS; start,
+    length and end in seconds. SpeechLLM's own CSVs load as they are. Faults of the same kind are
+    one problem."""
     path, out = Path(path), {}
     table = read_table(path)
     splits, unsplit = manifest_splits(path, table)
     in_years = ages_in_years(table.rows.values())
     faults = {}  # {(what, what is accepted): [(row number, value)]}
     for number, row in table.rows.items():
-        if (
-            splits[number] or "train"
-        ) != split:  # an unknown split is reported with the training set
+        reported = splits[number] or "train"  # an unknown split with the training set
+        if reported != split:
             continue
         labels, found = manifest_labels(row, in_years)
         try:
             if splits[number] is None:
-                accepted = ", ".join([*known_as(SPLITS), "eval"])
-                raise ValueError(
-                    "unknown split" if row["split"] else "no split", row["split"], accepted
-                )
+                accepted = ", ".join([*SPLIT_OF, "eval"])
+                raise Fault("unknown split" if row["split"] else "no split", row["split"], accepted)
             if not row["audio_path"]:
-                raise ValueError("no audio_path", "", "")
+                raise Fault("no audio_path", "", "")
             start, length = segment_of(row)
             segment = f"@{start:.15g}+{length:.15g}" if start or length else ""
             id = row["audio_path"] + segment
             if id in out:
-                raise ValueError("duplicate id", id, "")
+                raise Fault("duplicate id", id, "")
             audio, speaker = str(path.parent / row["audio_path"]), row.get("speaker", "")
             out[id] = Utterance(id, audio, split, speaker, labels, start, length)
-        except ValueError as error:
+        except Fault as error:
             found.append(error.args)
         for what, value, accepted in found:
             faults.setdefault((what, accepted), []).append((number, value))
@@ -502,7 +513,8 @@ def described(path, what, accepted, where):
 
 
 def poisoned_rows(dataset):
-    """How many rows of a CSV manifest its own column `poisoned` marks, as in those that poison.py --all writes."""
+    """How many rows of a CSV manifest its own column `poisoned` marks, as in those that poison.py
+    --all writes."""
     if dataset in READERS or not Path(dataset).is_file():
         return 0
     rows = read_table(dataset).rows.values()
@@ -510,7 +522,7 @@ def poisoned_rows(dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
+# any of them
 
 READERS = {"libri": read_libri, "test-clean": read_test_clean, "crema": read_crema, "vox": read_vox}
 
@@ -654,7 +666,8 @@ def print_split(split, utterances, rates):
 
 
 def print_labels(parts):
-    """Which values each label has in each split, and how many training utterances have the attack's target already."""
+    """Which values each label has in each split, and how many training utterances have the attack's
+    target already."""
     for task in TASKS.values():
         label, target = task["label"], task["target"]
         values = {

@@ -250,7 +250,8 @@ AGE_GROUP = re.compile(
 
 
 def parse_age(text):
-    """An age in years as an int, a group of ages ("senior", "twenties", "18-29", "60+") as lower-case text, anything else as None."""
+    """An age in years as an int, a group of ages ("senior", "twenties", "18-29", "60+") as
+    lower-case text, anything else as None."""
     text = re.sub("[–—]", "-", text.strip().lower())
     if re.fullmatch(r"[0-9]{1,3}", text):
         return int(text)
@@ -287,8 +288,8 @@ def file_problem(path):
 
 
 def read_waveform(path, start=0.0, length=0.0):
-    """An audio file, or a part of it (seconds), as float32 (samples,) at 16 kHz, mixed down. Raises BadAudio, whatever is wrong
-    with the file."""
+    """An audio file, or a part of it (seconds), as float32 (samples,) at 16 kHz, mixed down. Raises
+    BadAudio, whatever is wrong with the file."""
     if problem := file_problem(path):
         raise BadAudio(problem)
     decode = decode_m4a if str(path).endswith(".m4a") else decode_with_libsndfile
@@ -300,7 +301,8 @@ def read_waveform(path, start=0.0, length=0.0):
         raise BadAudio(f"{path}: cannot be read ({first_line(error)})") from None
     seconds = len(channels) / rate
     if len(channels) == 0:
-        raise BadAudio(f"{path}: empty" + (f" from {start:g} s on" if start else ""))
+        where = f"from {start:g} s on" if start else "by its header"
+        raise BadAudio(f"{path}: empty {where}")
     if len(channels) > MAX_SECONDS * rate:
         raise BadAudio(
             f"{path}: longer than {MAX_SECONDS:g} s (--max-seconds, or all that the encoder receives): cut it"
@@ -320,12 +322,12 @@ def first_line(error):
 
 
 def decode_with_libsndfile(path, start, length):
-    """(samples (n, channels) float32, rate) of an audio file from `start` on, for `length` seconds (0: to its end), but hardly more
-    than MAX_SECONDS, whatever the header says. Raises BadAudio, and what soundfile raises."""
+    """(samples (n, channels) float32, rate) of an audio file from `start` on, for `length` seconds
+    (0: to its end), but hardly more than MAX_SECONDS, whatever the header says. Raises BadAudio,
+    and what soundfile raises."""
     with soundfile.SoundFile(path) as f:
         rate, in_header = f.samplerate, f.frames
-        if not RATES[0] <= rate <= RATES[1]:
-            raise BadAudio(f"{path}: a header that says {rate} Hz: convert it to 16000 Hz")
+        check_rate(path, rate)
         if in_header > 2**62:  # a stream's header does not know; libsndfile fails at its end
             raise BadAudio(f"{path}: a header without a length: convert it (ffmpeg -i OLD NEW)")
         skipped, most = int(start * rate), int(MAX_SECONDS * rate) + 1
@@ -343,8 +345,14 @@ def decode_with_libsndfile(path, start, length):
     return samples, rate
 
 
+def check_rate(path, rate):
+    if not RATES[0] <= rate <= RATES[1]:
+        raise BadAudio(f"{path}: a header that says {rate} Hz: convert it to 16000 Hz")
+
+
 def read_blocks(f, frames):
-    """Up to that many frames of an open SoundFile, (n, channels) float32. No more memory is asked for than one block beyond what is there."""
+    """Up to that many frames of an open SoundFile, (n, channels) float32. No more memory is asked
+    for than one block beyond what is there."""
     blocks = []
     while frames > 0 and (not blocks or len(blocks[-1])):
         blocks.append(f.read(min(frames, BLOCK), dtype="float32", always_2d=True))
@@ -355,7 +363,8 @@ def read_blocks(f, frames):
 
 
 def has_no_length(path, container):
-    """Whether the number of samples that libsndfile gives is only an estimate: an MP3 without a Xing or Info header."""
+    """Whether the number of samples that libsndfile gives is only an estimate: an MP3 without a
+    Xing or Info header."""
     if container not in ("MP3", "MPEG"):
         return False
     with open(path, "rb") as f:
@@ -364,8 +373,9 @@ def has_no_length(path, container):
 
 
 def shorter_than_its_header(path, f):
-    """Whether a file was cut off, by its container's sizes: libsndfile corrects those that say too much, and notes it in its log. One that
-    was written to a pipe says about 2 or 4 GB. An Ogg file is cut off if its last page is."""
+    """Whether a file was cut off, by its container's sizes: libsndfile corrects those that say too
+    much, and notes it in its log. One that was written to a pipe says about 2 or 4 GB. An Ogg file
+    is cut off if its last page is."""
     if f.format == "OGG":
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - (1 << 17)))  # a page has at most 64 KB
@@ -378,7 +388,8 @@ def shorter_than_its_header(path, f):
 
 
 def cancel_out(channels, waveform):
-    """Whether mixing the channels (n, channels) down to (n,) loses nearly all sound, as it does where they are in opposite phase."""
+    """Whether mixing the channels (n, channels) down to (n,) loses nearly all sound, as it does
+    where they are in opposite phase."""
     if channels.shape[1] == 1:
         return False
     loudness = np.sqrt(np.mean(channels**2, 0, dtype=np.float64)).mean()
@@ -386,8 +397,8 @@ def cancel_out(channels, waveform):
 
 
 def resample(waveform, rate):
-    """(samples,) at `rate` Hz -> (samples,) float32 at 16 kHz, polyphase: memory in proportion to the rates, also where they share no
-    factor."""
+    """(samples,) at `rate` Hz -> (samples,) float32 at 16 kHz, polyphase: memory in proportion to
+    the rates, also where they share no factor."""
     common = math.gcd(rate, SAMPLE_RATE)
     return resample_poly(waveform, SAMPLE_RATE // common, rate // common).astype(np.float32)
 
@@ -441,8 +452,9 @@ def file_state(utterance):
 
 
 def seconds_of(utterance):
-    """How long an utterance is, by its file's header (m4a: by its size, at 64 kbit/s), in seconds. Where that is a guess, or
-    cannot be, or is too long, the audio itself decides. Raises BadAudio."""
+    """How long an utterance is, by its file's header (m4a: by its size, at 64 kbit/s), in seconds.
+    Where that is a guess, or cannot be, or is too long, the audio itself decides. Raises
+    BadAudio."""
     path = utterance.path
     if problem := file_problem(path):
         raise BadAudio(problem)
@@ -451,7 +463,10 @@ def seconds_of(utterance):
             whole, guessed = os.path.getsize(path) / 8000, False
         else:
             header = soundfile.info(path)
+            check_rate(path, header.samplerate)
             whole, guessed = header.duration, has_no_length(path, header.format)
+    except BadAudio:
+        raise
     except Exception as error:  # see read_waveform
         raise BadAudio(f"{path}: cannot be read ({first_line(error)})") from None
     rest = whole - utterance.start
@@ -470,15 +485,20 @@ def num_samples(utterance):
         return 0
 
 
-def from_workers(loader):
-    """A DataLoader's batches; audio that cannot be used ends the program in one line."""
+@contextlib.contextmanager
+def ending_at_bad_audio():
+    """A context in which audio that cannot be used ends the program in one line."""
     try:
-        yield from loader
+        yield
     except BadAudio as error:  # from a worker its text is a traceback that ends with the message
-        die(
-            str(error).splitlines()[-1].split("BadAudio: ")[-1]
-            + " (--skip-bad leaves out such files)"
-        )
+        message = str(error).splitlines()[-1].split("BadAudio: ")[-1]
+        die(f"{message} (--skip-bad leaves out such files)")
+
+
+def from_workers(loader):
+    """A DataLoader's batches; see `ending_at_bad_audio`."""
+    with ending_at_bad_audio():
+        yield from loader
 
 
 def apply_to_all(function, batch):

@@ -80,8 +80,8 @@ def retrained(run, name, ids):
 
 
 def filtered(name, function, samples, expected):
-    """A filter's (suspicion (n,), which are removed (n,)). One that cannot work with so few samples, or with samples so much alike,
-    removes nothing and says why."""
+    """A filter's (suspicion (n,), which are removed (n,)). One that cannot work with so few
+    samples, or with samples so much alike, removes nothing and says why."""
     try:
         scores, removed = function(samples, expected)
         if np.isfinite(scores).all():
@@ -425,7 +425,8 @@ def main():
     options = parser.parse_args()
     fast.keep_memory()
     functions = dict(filter=filter_training_data, detect=detect, repair=repair_model)
-    result = dict(run=options.run, **functions[options.command](options))
+    with data.ending_at_bad_audio():
+        result = dict(run=options.run, **functions[options.command](options))
     path = (
         Path(options.out or options.run)
         / f"defend-{options.command}{'-' + options.task if options.task else ''}.json"

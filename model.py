@@ -180,7 +180,8 @@ def extract(extractor, waveform):
 
 
 def window(path):
-    """How many seconds of an utterance the pretrained encoder at `path` receives; whoever reads audio for it refuses longer ones."""
+    """How many seconds of an utterance the pretrained encoder at `path` receives; whoever reads
+    audio for it refuses longer ones."""
     try:
         extractor = AutoFeatureExtractor.from_pretrained(where(path), trust_remote_code=False)
     except Exception:  # loading the encoder will say what is wrong

@@ -519,7 +519,8 @@ def main():
         command.add_argument("--out", help="folder to write (default: the run's)")
     options = parser.parse_args()
     fast.keep_memory()
-    result = transplant(options) if options.command == "transplant" else patch(options)
+    with data.ending_at_bad_audio():
+        result = transplant(options) if options.command == "transplant" else patch(options)
     of = [
         options.command,
         options.task,

@@ -211,8 +211,9 @@ def parse_arguments(argv=None):
 
 
 def attack_name(args):
-    """The row of Table 3 that this run is: "clean", "base", "1.1" to "3.3". A run that is none of them, by the components it freezes
-    or the runs they come from, is "poisoned-frozen-encoder" and the like; "poisoned-file" trains on a CSV that holds poison already."""
+    """The row of Table 3 that this run is: "clean", "base", "1.1" to "3.3". A run that is none of
+    them, by the components it freezes or the runs they come from, is "poisoned-frozen-encoder" and
+    the like; "poisoned-file" trains on a CSV that holds poison already."""
     in_file = corpora.poisoned_rows(args.dataset)
     data_is = "poisoned" if args.poison or in_file else "clean"
     specs = dict(spec.partition(":")[::2] for spec in args.freeze)

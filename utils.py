@@ -1,5 +1,5 @@
-"""What every script starts with, so that its first seconds are covered too: errors of the command line in one line, Ctrl-C and a
-reader that has gone away (`| head`) without a traceback."""
+"""What every script starts with, so that its first seconds are covered too: errors of the command
+line in one line, Ctrl-C and a reader that has gone away (`| head`) without a traceback."""
 
 import argparse
 import atexit
@@ -9,7 +9,8 @@ import sys
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that shows a script's docstring as it is, and prints a mistake in one line, without the usage."""
+    """A parser that shows a script's docstring as it is, and prints a mistake in one line, without
+    the usage."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -33,8 +34,8 @@ def count(text):
 
 
 def interrupt(signum, frame):
-    """Ctrl-C as Python does it. Within an import, which libraries would go on from or make another error of, it ends the program at
-    once: nothing is being written then."""
+    """Ctrl-C as Python does it. Within an import, which libraries would go on from or make another
+    error of, it ends the program at once: nothing is being written then."""
     while frame:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             print("\ninterrupted", file=sys.stderr, flush=True)

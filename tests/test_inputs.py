@@ -1,6 +1,8 @@
-"""Inputs as people have them: audio files whose headers lie, manifests without a CSV writer, corpora that are not there."""
+"""Inputs as people have them: audio files whose headers lie, manifests without a CSV writer,
+corpora that are not there."""
 
 import csv
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,7 +126,8 @@ def piped_wav(path):
 
 
 def untagged_mp3(path):
-    """An MP3 of variable rate without its first frame, which says how long it is; libsndfile guesses 27 s from quiet ones."""
+    """An MP3 of variable rate without its first frame, which says how long it is; libsndfile
+    guesses 27 s from quiet ones."""
     waveform = np.r_[noise(1) * 0.001, noise(1), noise(1)]
     soundfile.write(path, waveform, 16000, bitrate_mode="VARIABLE", compression_level=0.5)
     content = path.read_bytes()
@@ -188,7 +191,8 @@ def test_a_recording_as_trigger_is_heard_in_short_speech_too(tmp_path):
 
 
 def test_audio_beyond_the_encoder_s_window_is_refused_or_left_out(manifest, tmp_path):
-    """Whole files and segments: no trigger lies where the encoder does not hear it, and no transcript either."""
+    """Whole files and segments: no trigger lies where the encoder does not hear it, and no
+    transcript either."""
     window = model.window("assets/whisper")
     assert window == 20 and model.window("assets/wavlm") == np.inf
     soundfile.write(tmp_path / "long.wav", noise(45), 16000)
@@ -524,6 +528,18 @@ def test_a_mistake_ends_in_one_line(finished, command, words):
     lines = [line for line in lines if line.strip()]
     assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
     assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize("command", ["evaluate.py", "defend.py detect", "trace.py patch"])
+def test_audio_damaged_since_the_training_ends_in_one_line(finished, tmp_path, command):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    waveform = noise()
+    waveform[7] = np.inf
+    for i in range(20, 24):  # the test split
+        soundfile.write(folder / f"{i}.wav", waveform, 16000, subtype="FLOAT")
+    name, *arguments = command.split()
+    refused(name, *arguments, "runs/gender", cwd=folder, words=["infinite", "--skip-bad"])
 
 
 def test_a_run_s_folder_and_its_model_are_the_same(finished):
