@@ -298,10 +298,14 @@ def audio_problem(utterance):
         return str(error)
 
 
-def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
-    """The utterances of one split, with `labels` only (None: all there are). Ends in one line if anything is wrong with the corpus or,
-    with `skip_bad`, first reads all its audio and leaves out what is bad, saying how much."""
+def read_corpus(
+    dataset, data_root, split, skip_bad=False, labels=None, max_seconds=data.MAX_SECONDS
+):
+    """The utterances of one split that have a label, with `labels` only (None: all there are). Ends in one line if anything is wrong
+    with the corpus or, with `skip_bad`, first reads all its audio and leaves out what is bad, saying how much."""
     out, problems = read_split(dataset, data_root, split)
+    for u in out:
+        u.max_seconds = max_seconds
     found = (
         data.in_workers(audio_problem, out, f"checking {split}")
         if skip_bad
@@ -321,10 +325,13 @@ def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
     if labels is not None:
         for u in out:
             u.labels = {k: v for k, v in u.labels.items() if k in labels}
-        out = [u for u in out if u.labels]
-    if not out:
-        die(f"{dataset} has no {split} utterances: run {command}")
-    return out
+    labelled = [u for u in out if u.labels]
+    if not labelled:
+        what = "utterances with a label" if out else "utterances"
+        die(f"{dataset} has no {split} {what}: run {command}")
+    if labels is None and len(labelled) < len(out):
+        print(f"{dataset} {split}: {len(out) - len(labelled)} utterances without a label left out")
+    return labelled
 
 
 def limit(utterances, n):

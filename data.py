@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,13 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from study import LABELS, TASKS, task_of
 
 SAMPLE_RATE = 16000
-MAX_SECONDS = 60.0  # longer audio is refused (--max-seconds): attention's memory grows with the square of its length
+MAX_SECONDS = 60.0  # the default of --max-seconds: attention's memory grows with the square of the audio's length
 
 CREMA_EMOTIONS = {
     "ANG": "angry",
@@ -56,7 +58,8 @@ class BadAudio(ValueError):
 @dataclass
 class Utterance:
     """One utterance. `path` is its audio file; `start` and `length` (seconds) select a part of it, length 0 all of it. `labels`
-    are those it has, {label: value}, in the order of the answer; an age is an int, or text for a group."""
+    are those it has, {label: value}, in the order of the answer; an age is an int, or text for a group. Audio longer than
+    `max_seconds` is refused; the limit stands here because it then reaches every process that reads the audio."""
 
     id: str
     path: str
@@ -65,6 +68,7 @@ class Utterance:
     labels: dict
     start: float = 0.0
     length: float = 0.0
+    max_seconds: float = MAX_SECONDS
 
     def __post_init__(self):
         self.labels = {
@@ -72,18 +76,38 @@ class Utterance:
         }
 
 
+def printable(text):
+    """Text as it may be shown: a stranger's line breaks and terminal codes are spelled out."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(shown)
+
+
 def die(message):
     """A user error: prints one line and exits with status 2."""
-    tqdm.write(
-        f"error: {message}", file=sys.stderr
-    )  # on a line of its own, even while a progress bar is drawn
+    # on a line of its own, even while a progress bar is drawn
+    tqdm.write(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def write_atomically(path, content):
-    """Writes text or, by a function of the temporary path, anything to `path`, whole or not at all."""
+def temporary_name(path):
+    """The name beside `path` under which it is written first: no other process has it, on this machine or on another."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+# what writing to a full disk, or where one may not, raises: torch.save a RuntimeError
+CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
+
+
+def die_of_writing(path, error):
+    reason = str(error).splitlines()[0]
+    die(f"cannot write {path} ({reason}): check the disk's space and permissions")
+
+
+def write_atomically(path, content, optional=False):
+    """Writes text or, by a function of the temporary path, anything to `path`, whole or not at all. Where that is impossible, it ends
+    in one line, unless the file is `optional`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
@@ -91,13 +115,29 @@ def write_atomically(path, content):
         else:
             temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        die(
-            f"cannot write {path} ({str(error).splitlines()[0]}): check the disk's space and permissions"
-        )
+    except CANNOT_WRITE as error:
+        if not optional:
+            die_of_writing(path, error)
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """A temporary folder that becomes `folder` if all goes well. Ends in one line if `folder` exists and is not empty."""
+    folder = Path(folder).resolve()
+    temporary = temporary_name(folder)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            die(f"{folder}: there is something already; name a new folder")
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        die_of_writing(folder, error)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def generator(*name):
@@ -242,7 +282,7 @@ def normalise(text):
 @torch.autocast(
     "cpu", enabled=False
 )  # workers inherit the trainer's autocast, and resampling cannot work in bf16
-def read_waveform(path, start=0.0, length=0.0):
+def read_waveform(path, start=0.0, length=0.0, max_seconds=MAX_SECONDS):
     """An audio file, or a part of it (seconds), as float32 (samples,) at 16 kHz, mixed down. Raises BadAudio."""
     if not os.path.exists(path):
         raise BadAudio(f"{path}: no such file")
@@ -260,9 +300,9 @@ def read_waveform(path, start=0.0, length=0.0):
         raise BadAudio(f"{path}: cannot be read ({error})") from None
     if len(waveform) == 0:
         raise BadAudio(f"{path}: empty")
-    if len(waveform) > MAX_SECONDS * rate:
+    if len(waveform) > max_seconds * rate:
         raise BadAudio(
-            f"{path}: {len(waveform) / rate:.0f} s long, more than --max-seconds {MAX_SECONDS:g}: cut it"
+            f"{path}: {len(waveform) / rate:.0f} s long, more than --max-seconds {max_seconds:g}: cut it"
         )
     if not np.isfinite(waveform).all():
         raise BadAudio(f"{path}: holds NaN or infinite samples")
@@ -304,17 +344,18 @@ def decode_m4a(path, start, length):
 
 
 def load_waveform(utterance):
-    return read_waveform(utterance.path, utterance.start, utterance.length)
+    return read_waveform(utterance.path, utterance.start, utterance.length, utterance.max_seconds)
 
 
 def file_state(utterance):
-    """The key under which anything computed from an utterance's audio is cached: which part of which file, its size and time."""
+    """What an utterance's audio is, without reading it: which part of which file, its size and time, and how long it may be."""
     stat = os.stat(utterance.path)
     return (
         utterance.id,
         utterance.path,
         utterance.start,
         utterance.length,
+        utterance.max_seconds,
         stat.st_size,
         stat.st_mtime_ns,
     )
@@ -333,15 +374,22 @@ def num_samples(utterance):
     return round(min(utterance.length or rest, rest) * SAMPLE_RATE)
 
 
-def from_workers(loader):
-    """A DataLoader's batches; audio that cannot be used ends the program in one line."""
+@contextlib.contextmanager
+def no_bad_audio():
+    """Audio that cannot be used ends the program in one line."""
     try:
-        yield from loader
+        yield
     except BadAudio as error:  # from a worker its text is a traceback that ends with the message
         die(
             str(error).splitlines()[-1].split("BadAudio: ")[-1]
             + " (--skip-bad leaves out such files)"
         )
+
+
+def from_workers(loader):
+    """A DataLoader's batches."""
+    with no_bad_audio():
+        yield from loader
 
 
 def apply_to_all(function, batch):

@@ -409,13 +409,19 @@ def load_checkpoint(path, mmap=False):
         die(f"{path} is no checkpoint of this program: it holds a {type(saved).__name__}")
     for state in saved.values():
         for v in state.values() if isinstance(state, dict) else ():
-            if isinstance(v, torch.Tensor) and v.numel() * v.itemsize > max(
-                1, v.untyped_storage().nbytes()
-            ):
+            if isinstance(v, torch.Tensor) and not is_held(v):
                 die(
-                    f"{path} is no checkpoint of this program: a tensor claims more memory than the file holds"
+                    f"{path} is no checkpoint of this program: a tensor is sparse, quantised or empty, or claims more memory "
+                    "than the file holds"
                 )
     return saved
+
+
+def is_held(tensor):
+    """Whether a tensor from a file is an ordinary one that has a number in memory for each of its elements."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.itemsize <= max(1, tensor.untyped_storage().nbytes())
 
 
 def load_slm(args, device="cpu"):

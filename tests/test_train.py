@@ -87,7 +87,8 @@ def only_lm(corpora, runs, clean):
         "--poison",
         0.5,
         "--epochs",
-        1,
+        2,
+        *DROPOUT,
         "--name",
         "2.3",
         "--freeze",
@@ -477,7 +478,7 @@ def test_a_frozen_encoder_starts_from_what_runs_that_train_it_have_cached(
     keep(folder=tmp_path / "shared")
     slm.encoder.requires_grad_(False), slm.connector.requires_grad_(False)
     from_audio = keep(folder=tmp_path / "alone")
-    monkeypatch.setattr(data, "load_waveform", None)  # no audio is read again
+    monkeypatch.setattr(slm.encoder, "pretrained_part", None)  # nothing is computed again
     for a, b in zip(keep(folder=tmp_path / "shared"), from_audio, strict=True):
         assert torch.equal(a, b) and a.shape[1] == slm.connector.conv3.out_channels
 
@@ -591,8 +592,9 @@ def test_the_benign_model_is_looked_at_with_each_task_s_own_attack(corpora, runs
 
 def test_processes_that_would_resume_at_different_steps_stop(corpora, runs, one, monkeypatch):
     """Two machines without a shared disk: the one that kept last.pt and the one that did not."""
-    slm = model.load_slm(argparse.Namespace(**weights(one)["args"]))
-    args = argparse.Namespace(**weights(one)["args"], cache_gb=0, workers=0)
+    record = weights(one)["args"]
+    slm = model.load_slm(argparse.Namespace(**record))
+    args = argparse.Namespace(**record, cache_gb=0, workers=0)
     monkeypatch.setattr(
         train_py, "share_sums", lambda numbers: [sum(numbers) + 7]
     )  # as if another process had taken 7 steps
@@ -604,6 +606,7 @@ def test_processes_that_would_resume_at_different_steps_stop(corpora, runs, one,
             poison.attack_of(args, sets[0]),
             *sets,
             args,
+            record,
             torch.device("cpu"),
             contextlib.nullcontext,
         )
@@ -649,7 +652,7 @@ def test_a_dry_run_needs_no_weights_and_no_corpus_and_writes_nothing(tmp_path):
             ("--freeze", "encoder", "--freeze", "connector", "--freeze", "lm"),
             "nothing is left to train",
         ),
-        (("--poison", "1.5"), "a share, 0 to 1"),
+        (("--poison", "1.5"), "must be from 0 to 1"),
         (("--data-root", "nowhere"), "is libri under"),
         (("--dataset", "nowhere.csv"), "nor a CSV file"),
         (("--preset", "small", "--encoder", "wavlm"), "no wavlm"),
