@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -254,6 +255,16 @@ def start_run(run, record, args):
     return lock
 
 
+@contextlib.contextmanager
+def loading():
+    """Ctrl-C ends the program at once: what loads code turns it into errors of its own, and nothing is being written."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def load_named_parts(slm, args):
     """Loads the components that --freeze and --init name, and freezes those of --freeze. Returns where each component's weights come
     from, and the SHA-256 of every checkpoint used and of those it was itself built from."""
@@ -423,7 +434,8 @@ def load_run(run, device="cpu"):
         args = SimpleNamespace(**saved["args"])
         if any(v.shape[0] != args.lora_rank for k, v in saved["lm"].items() if "lora_A" in k):
             raise ValueError(f"its LoRA is not of rank {args.lora_rank}")
-        slm = model.load_slm(args, device)
+        with loading():
+            slm = model.load_slm(args, device)
         for component in COMPONENTS:
             load_component(slm, saved, component)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -387,9 +387,14 @@ def no_bad_audio():
 
 
 def from_workers(loader):
-    """A DataLoader's batches."""
-    with no_bad_audio():
-        yield from loader
+    """A DataLoader's batches. A worker that has ended in one line ends the program."""
+    try:
+        with no_bad_audio():
+            yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and "exit" in str(error):
+            raise SystemExit(2) from None
+        raise
 
 
 def apply_to_all(function, batch):

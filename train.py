@@ -600,7 +600,8 @@ def main():
     # as loud as all of the training set, with what is excluded; the first process tells the others
     attack = cache.from_first(poison.attack_of(args, whole_train_set) if rank == 0 else None)
     check_poison(attack, whole_train_set, args)
-    slm = model.load_slm(args, device)
+    with checkpoint.loading():
+        slm = model.load_slm(args, device)
     family = slm.encoder.net.config.model_type
     if family != args.encoder and family in ENCODERS:
         die(f"--encoder {args.encoder}: {args.encoder_weights} is a {family} encoder")
