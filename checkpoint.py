@@ -180,14 +180,20 @@ def contents(run):
     return [n for n in names if not any(fnmatch.fnmatch(n, known) for known in WHILE_WRITING)]
 
 
+def recorded(run):
+    """The record of the run that a folder holds. Ends in one line if it holds something else."""
+    record = read_json(run / ARGUMENTS)
+    if "attack" not in record:
+        die(f"{run} is no run folder, as its {ARGUMENTS} would say: give this run another --name")
+    return record
+
+
 def files_to_remove(run):
     """What --overwrite removes: all files of the run that the folder holds, its arguments last. Ends in one line if anything there
     is none of a run's files, so that nothing else is ever lost."""
     names = contents(run)
-    if names and "attack" not in read_json(run / ARGUMENTS):
-        die(
-            f"--overwrite: {run} is no run folder, as {ARGUMENTS} would say; name another by --name"
-        )
+    if names:
+        recorded(run)
     for name in names:
         known = any(fnmatch.fnmatch(name, pattern) for pattern in IN_A_RUN)
         if not known or (run / name).is_dir():
@@ -212,10 +218,7 @@ def open_run(run, args):
         return record
     if not contents(run):
         return record
-    old = read_json(run / ARGUMENTS)
-    if not old:
-        die(f"{run} is no run folder, as {ARGUMENTS} would say: give this run another --name")
-    if differ := differences(record, old):
+    if differ := differences(record, recorded(run)):
         die(
             f"{run} holds another run ({'; '.join(differ[:4])}): --overwrite starts again, --name goes elsewhere"
         )
