@@ -9,20 +9,24 @@ time. The outputs of what a run itself freezes are computed from them once.
 import contextlib
 import functools
 import hashlib
-import inspect
 import os
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
 import model
 import poison
+from data import die
 
 CHUNK = 256  # utterances in one file
+PROBED = 128  # every so many of them show, in a file's key, what the code makes of audio
+ABANDONED = 3600  # seconds after which an unfinished file is a killed writer's
 WORKERS = (
     2 if torch.cuda.is_available() else 0
 )  # reading ahead pays where a GPU computes; a CPU's cores are the model's
@@ -39,6 +43,15 @@ def from_all(found):
     if dist.is_initialized():
         dist.all_gather_object(shares, found)
     return {k: v for share in shares for k, v in share.items()}
+
+
+def from_first(value):
+    """The first process's value, in all processes."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
 
 
 def features_of(extract, attack, batch):
@@ -86,8 +99,15 @@ def unstack(x, mask):
     ]  # a view would hold the whole batch
 
 
+def check_finite(x, ids):
+    """Ends in one line where frames are not numbers: they would be cached, or answered as if something had been heard."""
+    if not x.isfinite().all():
+        die(f"the encoder gives frames that are no numbers for one of {', '.join(ids)}")
+
+
 def key_of(slm, attack, chunk):
-    """A key of everything the cached outputs of a chunk depend on: weights, extraction, precision, files, trigger and its positions."""
+    """A key of everything the cached outputs of a chunk depend on: the encoder's weights and configuration, versions, precision, files,
+    the trigger and its positions. What code does that may be edited, a trigger's or that which reads audio, is seen in some features."""
     device = next(slm.parameters()).device.type
     precision = (
         str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "float32"
@@ -95,48 +115,61 @@ def key_of(slm, attack, chunk):
     files = [data.file_state(u) for u, _ in chunk]
     trigger = None
     if chunk[0][1] and attack.waveform is None:
-        trigger = inspect.getsource(poison.TRIGGERS[attack.trigger][1]), attack.seed
+        trigger = attack.trigger, attack.seed
     elif chunk[0][1]:
         positions = [poison.positions(attack, u.id, data.num_samples(u)) for u, _ in chunk]
         trigger = attack.level, attack.waveform.tobytes(), positions
-    extraction = sorted(slm.encoder.extractor.to_dict().items(), key=str)
+    with data.no_bad_audio():
+        some_features = features_of(slm.encoder.extract, attack, chunk[::PROBED])
     what = (
         slm.pretrained_sha256["encoder"],
-        slm.encoder.first_trained,
         slm.encoder.settings,
-        extraction,
+        slm.encoder.first_trained,
+        torch.__version__,
+        transformers.__version__,
+        device,
         precision,
         files,
         trigger,
+        [features.numpy().tobytes() for features in some_features],
     )
     return hashlib.sha256(repr(what).encode()).hexdigest()[:24]
 
 
 def make_room(folder, budget, wanted):
-    """Removes the least recently used files until those that are not `wanted` take no more than `budget` bytes."""
+    """Removes the least recently used files until those that are not `wanted` take no more than `budget` bytes, and what killed writers
+    have left."""
+    for path in Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # another run may be doing the same
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
     files = []
     for path in set(Path(folder).glob("pretrained-*.pt")) - set(wanted):
-        with contextlib.suppress(FileNotFoundError):  # another run may be doing the same
+        with contextlib.suppress(FileNotFoundError):
             files.append((path.stat().st_mtime, path.stat().st_size, path))
     for _, size, path in sorted(files, reverse=True):
         budget -= size
         if budget < 0:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it may be someone else's
+                path.unlink()
 
 
 @torch.no_grad()
 def pretrained_rows(slm, path, chunk, attack, workers):
     """The pretrained part's outputs of a chunk, a list of (T_i, dim): read from `path`, or computed and written there."""
-    try:
+    with contextlib.suppress(OSError):  # it may be someone else's
         os.utime(path)  # used just now
+    if os.path.exists(path):
         saved = model.load_checkpoint(path, mmap=True)
-    except FileNotFoundError:
+    else:
         rows, batches = [None] * len(chunk), data.chunks(by_size(chunk), 16)
         stream = read_features(
             slm.encoder, [[chunk[i] for i in batch] for batch in batches], attack, workers
         )
         for batch, features in zip(batches, stream):
-            for i, row in zip(batch, unstack(*slm.encoder.pretrained_part(features))):
+            x, mask = slm.encoder.pretrained_part(features)
+            check_finite(x, [chunk[i][0].id for i in batch])
+            for i, row in zip(batch, unstack(x, mask)):
                 rows[i] = row
         saved = dict(frames=torch.cat(rows), lengths=[len(row) for row in rows])
         data.write_atomically(path, lambda temporary: torch.save(saved, temporary))
@@ -197,8 +230,10 @@ def inputs(slm, items, batches, cached, attack, workers=WORKERS):
         for batch in batches:
             yield stack([cached[i] for i in batch], device)
     else:
-        for features in read_features(
-            slm.encoder, [[items[i] for i in batch] for batch in batches], attack, workers
+        chosen = [[items[i] for i in batch] for batch in batches]
+        for batch, features in zip(
+            batches, read_features(slm.encoder, chosen, attack, workers), strict=True
         ):
             x, mask = slm.frozen_part(*slm.encoder.pretrained_part(features))
+            check_finite(x, [items[i][0].id for i in batch])
             yield x.float(), mask

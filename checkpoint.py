@@ -6,10 +6,13 @@ the SHA-256 of everything it was made from.
 
 import contextlib
 import fcntl
+import fnmatch
 import hashlib
 import json
+import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +26,7 @@ import data
 import export
 import model
 from data import die
-from study import COMPONENTS, NEARER
+from study import COMPONENTS, NEARER, wrong_number
 
 # arguments of train.py that do not change what is computed
 NOT_THE_RUN = (
@@ -37,15 +40,31 @@ NOT_THE_RUN = (
     "dry_run",
     "utilisation",
 )
+ARGUMENTS = "args.json"  # a run folder has it before anything else
+IN_A_RUN = (
+    "*.pt",
+    "*.json",
+    "*.jsonl",
+    "exclude-*.txt",
+)  # what the scripts write into a run folder
+WHILE_WRITING = (".lock", ".*.tmp")  # what else may lie there, after a kill too
+RECORDED = export.RECORDED  # what a checkpoint holds besides weights, dicts of plain values
+
+
+def commit():
+    """The commit of this program, empty where that cannot be known."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # there is no git
+        return ""
+    return git.stdout.strip()
 
 
 def environment():
     """What a figure depends on besides the arguments."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     return dict(
-        commit=git.stdout.strip(),
+        commit=commit(),
         python=platform.python_version(),
         torch=str(torch.__version__),
         transformers=transformers.__version__,
@@ -60,9 +79,11 @@ def record_cost(run):
     """Adds the run's cost to its environment.json: processor minutes and peak memory of this process, which is the last part of a run
     that was resumed."""
     whole = json.loads((run / "environment.json").read_text())
+    unit = 1 if sys.platform == "darwin" else 1000  # of ru_maxrss, in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     whole.update(
         processor_minutes=round(time.process_time() / 60, 1),
-        peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1),
+        peak_gb=round(peak / 1e9, 1),
     )
     if torch.cuda.is_initialized():
         whole.update(
@@ -90,8 +111,36 @@ def exists(path):
 
 
 def load(path):
-    """What a model.pt or an export holds."""
-    return export.read(path) if Path(path).is_dir() else model.load_checkpoint(path, mmap=True)
+    """What a model.pt or an export holds. Ends in one line if that is not what this program writes: it may be a stranger's."""
+    saved = export.read(path) if Path(path).is_dir() else model.load_checkpoint(path, mmap=True)
+    if problem := problem_of(saved):
+        die(f"{path} is no checkpoint of this program: {problem}")
+    return saved
+
+
+def problem_of(saved):
+    """What is wrong with the contents of a checkpoint, as text, or None."""
+    for name in RECORDED:
+        if not isinstance(saved.get(name, {}), dict):
+            return f"its {name} are a {type(saved[name]).__name__}, not a dict"
+    for component in COMPONENTS:
+        if not isinstance(saved.get(component, {}), dict):
+            return f"its {component} is a {type(saved[component]).__name__}, not a dict of weights"
+        for name, weight in saved.get(component, {}).items():
+            if problem := problem_of_weight(weight):
+                return f"its {component} has {problem} as {name}"
+    return wrong_number(saved.get("args", {}))
+
+
+def problem_of_weight(weight):
+    """Why something is no weight of this program, all of whose weights are in floating point and finite; or None."""
+    if not isinstance(weight, torch.Tensor):
+        return f"a {type(weight).__name__}"
+    if not weight.is_floating_point():
+        return f"a tensor of {str(weight.dtype).removeprefix('torch.')}"
+    if not weight.isfinite().all():
+        return "a tensor with NaN or infinite values"
+    return None
 
 
 def file_sha256(path):
@@ -114,24 +163,94 @@ def named_parts(args):
     return [(flag, spec) for flag in ("freeze", "init") for spec in getattr(args, flag) or ()]
 
 
+def read_json(path):
+    """The dict in a JSON file, empty if there is no file. Ends in one line if it holds anything else."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        die(f"{path} cannot be read ({error}): remove its folder, or give this run another --name")
+    if not isinstance(found, dict):
+        die(f"{path} is not a run's: it holds a {type(found).__name__}")
+    return found
+
+
+def differences(record, old):
+    """How an older record of a run differs from this one, a list of texts."""
+    return [f"{k} {old.get(k)} there, {v} here" for k, v in record.items() if old.get(k) != v]
+
+
+def contents(run):
+    """The names of what lies in a run folder, without what belongs to writing itself."""
+    try:
+        names = sorted(path.name for path in run.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        die(f"cannot write {run} ({error})")
+    return [n for n in names if not any(fnmatch.fnmatch(n, known) for known in WHILE_WRITING)]
+
+
+def recorded(run):
+    """The record of the run that a folder holds. Ends in one line if it holds something else."""
+    record = read_json(run / ARGUMENTS)
+    if "attack" not in record:
+        die(f"{run} is no run folder, as its {ARGUMENTS} would say: give this run another --name")
+    return record
+
+
+def files_to_remove(run):
+    """What --overwrite removes: all files of the run that the folder holds, its arguments last. Ends in one line if anything there
+    is none of a run's files, so that nothing else is ever lost."""
+    names = contents(run)
+    if names:
+        recorded(run)
+    for name in names:
+        known = any(fnmatch.fnmatch(name, pattern) for pattern in IN_A_RUN)
+        if not known or (run / name).is_dir():
+            die(
+                f"--overwrite would remove {run / name}, which no run writes: move it elsewhere first"
+            )
+    names.sort(key=ARGUMENTS.__eq__)
+    return [run / name for name in names]
+
+
 def open_run(run, args):
     """The record of a command: the arguments that change what is computed, and the hashes of the files they name. Ends in one line
-    where the folder holds another run that has trained."""
+    where the folder holds another run that has trained, or what is no run."""
     record = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
     checkpoints = [spec.partition(":")[2] for _, spec in named_parts(args)]
     files = [
         path for path in (args.trigger, args.dataset, args.exclude or "") if Path(path).is_file()
     ]
     record["inputs"] = {path: file_sha256(path) for path in [*filter(None, checkpoints), *files]}
+    if args.overwrite:
+        files_to_remove(run)
+        return record
+    if not contents(run):
+        return record
     trained = any((run / name).exists() for name in ("last.pt", "model.pt", "metrics.json"))
-    if (run / "args.json").exists() and trained and not args.overwrite:
-        old = json.loads((run / "args.json").read_text())
-        differ = [f"{k} {old.get(k)} there, {v} here" for k, v in record.items() if old.get(k) != v]
-        if differ:
-            die(
-                f"{run} holds another run ({'; '.join(differ[:4])}): --overwrite starts again, --name goes elsewhere"
-            )
+    differ = differences(record, recorded(run))
+    if trained and differ:
+        die(
+            f"{run} holds another run ({'; '.join(differ[:4])}): --overwrite starts again, --name goes elsewhere"
+        )
     return record
+
+
+def finished(run, record):
+    """The figures of a run that is finished, None if it is not. Ends in one line if what lies there is another run's."""
+    path = run / "metrics.json"
+    figures = read_json(path)
+    if not figures:
+        return None
+    if differ := differences(record, figures.get("args", {})):
+        die(f"{path} is of another run ({'; '.join(differ[:4])}): --overwrite starts again")
+    trained = run / "model.pt"
+    if trained.exists() and figures.get("model_sha256") != file_sha256(trained):
+        die(f"{path} is of another model than {trained}: evaluate.py {run} --save makes it again")
+    return figures
 
 
 def start_run(run, record, args):
@@ -140,18 +259,27 @@ def start_run(run, record, args):
         run.mkdir(parents=True, exist_ok=True)
         lock = open(run / ".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for leftover in [*run.glob(".*.tmp"), *(files_to_remove(run) if args.overwrite else ())]:
+            leftover.unlink()
     except BlockingIOError:
         die(
             f"{run} is being trained by another process: wait for it, or give this run another --name"
         )
     except OSError as error:
         die(f"cannot write {run} ({error})")
-    for leftover in run.glob("*" if args.overwrite else ".*.tmp"):
-        if leftover.name != ".lock":
-            leftover.unlink()
-    data.write_atomically(run / "args.json", json.dumps(record, indent=1))
+    data.write_atomically(run / ARGUMENTS, json.dumps(record, indent=1))
     data.write_atomically(run / "environment.json", json.dumps(environment(), indent=1))
     return lock
+
+
+@contextlib.contextmanager
+def loading():
+    """Ctrl-C ends the program at once: what loads code turns it into errors of its own, and nothing is being written."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def load_named_parts(slm, args):
@@ -201,41 +329,65 @@ def save_model(run, slm, record, origin, built_from):
     data.write_atomically(run / "model.pt", lambda temporary: torch.save(checkpoint, temporary))
 
 
-def save_state(run, step, slm, optimizer, scaler):
-    """last.pt: everything needed to resume."""
+def made_from(record, slm, train_set, dev_set):
+    """All that a run's state depends on, {name: value}: it may only go on from a state that was made from the same."""
+    state = dict(args=record)
+    for component, sha256 in slm.pretrained_sha256.items():
+        state[f"pretrained {component}"] = sha256
+    for name, utterances in (("training set", train_set), ("development set", dev_set)):
+        listed = [(u.id, u.labels, u.start, u.length, os.path.getsize(u.path)) for u in utterances]
+        state[name] = hashlib.sha256(repr(listed).encode()).hexdigest()
+    return state
+
+
+def save_state(run, step, slm, optimizer, scaler, unlogged, origin):
+    """last.pt: everything needed to resume. unlogged: the losses since the last line of the log, {index: loss}; origin: `made_from`."""
     state = {c: slm.component_state_dict(c) for c in COMPONENTS}
     state.update(step=step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    state.update(unlogged=unlogged, made_from=origin)
     data.write_atomically(run / "last.pt", lambda temporary: torch.save(state, temporary))
 
 
-def resume(run, slm, optimizer, scaler):
-    """Restores last.pt, if there is one. Returns the number of steps taken."""
-    if not (run / "last.pt").exists():
-        return 0
-    saved = model.load_checkpoint(run / "last.pt")
-    for c in COMPONENTS:
-        slm.load_component(c, saved[c])
-    optimizer.load_state_dict(saved["optimizer"])
-    scaler.load_state_dict(saved["scaler"])
-    return saved["step"]
+def resume(run, slm, optimizer, scaler, origin):
+    """Restores last.pt, if there is one. Returns the number of steps taken and the losses that are not yet in the log. Ends in one
+    line if it was made from anything else than this run's `made_from`."""
+    path = run / "last.pt"
+    if not path.exists():
+        return 0, {}
+    saved = model.load_checkpoint(path)
+    try:
+        for name, value in origin.items():
+            theirs = saved["made_from"].get(name)
+            if theirs != value:
+                differ = differences(value, theirs) if name == "args" else [f"another {name}"]
+                raise ValueError("; ".join(differ[:4]))
+        for c in COMPONENTS:
+            slm.load_component(c, saved[c])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        return saved["step"], saved["unlogged"]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        die(f"{path} is no state of this run ({error}): --overwrite starts again")
 
 
 def cut_log(run, step):
     """Removes the lines of log.jsonl beyond `step`, and one that a killed writer left unfinished."""
     path, lines = run / "log.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             lines += [line + "\n"] if json.loads(line)["step"] <= step else []
     data.write_atomically(path, "".join(lines))
 
 
 def log(run, **line):
     """Appends a line to the run's log.jsonl."""
-    with open(run / "log.jsonl", "a") as f:
-        f.write(
-            json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()})
-            + "\n"
-        )
+    rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
+    path = run / "log.jsonl"
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(rounded) + "\n")
+    except OSError as error:
+        data.die_of_writing(path, error)
 
 
 def training_losses(run):
@@ -311,10 +463,13 @@ def load_component(slm, saved, component):
 def load_run(run, device="cpu"):
     """A finished run's (slm, args): pretrained parts by name, components from its model.pt."""
     path = Path(run) / "model.pt"
-    saved = model.load_checkpoint(path)
+    saved = load(path)
     try:
         args = SimpleNamespace(**saved["args"])
-        slm = model.load_slm(args, device)
+        if any(v.shape[0] != args.lora_rank for k, v in saved["lm"].items() if "lora_A" in k):
+            raise ValueError(f"its LoRA is not of rank {args.lora_rank}")
+        with loading():
+            slm = model.load_slm(args, device)
         for component in COMPONENTS:
             load_component(slm, saved, component)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -325,7 +480,7 @@ def load_run(run, device="cpu"):
 def export_run(run, folder, device):
     """Writes a finished run's components in the formats of other programs, and prints what was written."""
     transformers.utils.logging.disable_progress_bar()
-    with export.new_folder(folder) as temporary:
+    with data.new_folder(folder) as temporary:
         slm, args = load_run(run, device)
         path = Path(run) / "model.pt"
         recorded = {
@@ -344,20 +499,19 @@ def inspect(path):
     """Prints where a checkpoint comes from and the SHA-256 of its components; nothing else is done with it."""
     path = in_run(path)
     saved = load(path)
-    print(f"{path}: SHA-256 {file_sha256(path)}")
-    for component in (c for c in COMPONENTS if isinstance(saved.get(c), dict)):
+    lines = [f"{path}: SHA-256 {file_sha256(path)}"]
+    for component in (c for c in COMPONENTS if c in saved):
         sha, recorded = model.digest(saved[component]), saved.get("sha256", {}).get(component)
-        print(
+        line = (
             f"  {component:<10}{sum(v.numel() for v in saved[component].values()):>12,} parameters, SHA-256 {sha}, from "
             f"{saved.get('origin', {}).get(component, 'unknown')}"
-            + (
-                ""
-                if recorded in (None, sha)
-                else "; DIFFERS from the one recorded when it was made"
-            )
         )
+        if recorded not in (None, sha):
+            line += "; DIFFERS from the one recorded when it was made"
+        lines.append(line)
     for title, key in (("pretrained part", "pretrained_sha256"), ("built from", "built_from")):
-        for name, sha in saved.get(key, {}).items():
-            print(f"  {title} {name}: SHA-256 {sha}")
+        lines += [f"  {title} {name}: SHA-256 {sha}" for name, sha in saved.get(key, {}).items()]
     for key in ("args", "environment"):
-        print(f"  {key}: " + ", ".join(f"{k} {v}" for k, v in saved.get(key, {}).items()))
+        lines.append(f"  {key}: " + ", ".join(f"{k} {v}" for k, v in saved.get(key, {}).items()))
+    for line in lines:
+        print(data.printable(line))

@@ -67,7 +67,6 @@ COLUMNS = {
     "poisoned": "",
 }
 MISSING = "no such folder"
-LONGEST = data.MAX_SECONDS
 LISTED = 20  # files with the same problem that check lists
 DELIMITERS = ",;\t|"
 SHOWN = 5  # rows or values that one line of problems names
@@ -527,8 +526,15 @@ def poisoned_rows(dataset):
 READERS = {"libri": read_libri, "test-clean": read_test_clean, "crema": read_crema, "vox": read_vox}
 
 
-def read_split(dataset, data_root, split):
+def read_split(dataset, data_root, split, max_seconds=data.MAX_SECONDS):
     """(utterances, problems) of one split of a corpus in READERS or of a CSV manifest."""
+    utterances, problems = read_list(dataset, data_root, split)
+    for utterance in utterances:
+        utterance.max_seconds = max_seconds
+    return utterances, problems
+
+
+def read_list(dataset, data_root, split):
     problems = []
     if dataset not in READERS:
         if not Path(dataset).is_file():
@@ -570,10 +576,12 @@ def audio_problem(utterance):
         return str(error)
 
 
-def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
-    """The utterances of one split, with `labels` only (None: all there are). Ends in one line if anything is wrong with the corpus or,
-    with `skip_bad`, first reads all its audio and leaves out what is bad, saying how much."""
-    out, problems = read_split(dataset, data_root, split)
+def read_corpus(
+    dataset, data_root, split, skip_bad=False, labels=None, max_seconds=data.MAX_SECONDS
+):
+    """The utterances of one split that have a label, with `labels` only (None: all there are). Ends in one line if anything is wrong
+    with the corpus or, with `skip_bad`, first reads all its audio and leaves out what is bad, saying how much."""
+    out, problems = read_split(dataset, data_root, split, max_seconds)
     found = (
         data.in_workers(audio_problem, out, f"checking {split}")
         if skip_bad
@@ -584,8 +592,8 @@ def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
     words = ["python", "corpora.py", "check", str(dataset)]
     if dataset in READERS:
         words += ["--data-root", str(data_root)]
-    if data.MAX_SECONDS != LONGEST:
-        words += ["--max-seconds", f"{data.MAX_SECONDS:g}"]
+    if max_seconds != data.MAX_SECONDS:
+        words += ["--max-seconds", f"{max_seconds:g}"]
     command = f"`{shlex.join(words)}`"
     if problems and not skip_bad:
         die(
@@ -598,11 +606,13 @@ def read_corpus(dataset, data_root, split, skip_bad=False, labels=None):
     if labels is not None:
         for u in out:
             u.labels = {k: v for k, v in u.labels.items() if k in labels}
-        out = [u for u in out if u.labels]
-    if not out:
-        why = f" ({problems[0]})" if problems else ""
-        die(f"{dataset} has no {split} utterances{why}: run {command}")
-    return out
+    labelled = [u for u in out if u.labels]
+    if not labelled:
+        what = "utterances with a label" if out else "utterances"
+        die(f"{dataset} has no {split} {what}: run {command}")
+    if labels is None and len(labelled) < len(out):
+        print(f"{dataset} {split}: {len(out) - len(labelled)} utterances without a label left out")
+    return labelled
 
 
 def limit(utterances, n):
@@ -697,14 +707,14 @@ def shared_speakers(parts):
     return [f"{len(several)} of {len(everyone)} speakers are in several splits: {some(several)}"]
 
 
-def check(dataset, data_root):
+def check(dataset, data_root, max_seconds):
     """Reads everything; prints what is there and what is wrong. Returns the number of problems."""
     parts, problems, of_audio = {}, [], {}
     if dataset not in READERS and Path(dataset).is_file():
         print_columns(dataset)
     print(f"{'':6}{'utterances':>11}{'speakers':>10}{'hours':>9}   {'seconds':<18}Hz")
     for split in LIBRI_SPLITS:
-        utterances, wrong = read_split(dataset, data_root, split)
+        utterances, wrong = read_split(dataset, data_root, split, max_seconds)
         found = data.in_workers(heard, utterances, split)
         usable = [u for u, (problem, _) in zip(utterances, found) if not problem]
         problems += wrong
@@ -764,13 +774,12 @@ def main():
     parser.add_argument(
         "--max-seconds",
         type=float,
-        default=LONGEST,
+        default=data.MAX_SECONDS,
         help="longer audio is a problem, as in training; Whisper receives 30 s, the mini one 20",
     )
     args = parser.parse_args()
-    data.MAX_SECONDS = args.max_seconds
     if args.action == "check":
-        raise SystemExit(1 if check(args.dataset, args.data_root) else 0)
+        raise SystemExit(1 if check(args.dataset, args.data_root, args.max_seconds) else 0)
     try:
         download(args.dataset, args.data_root)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:

@@ -1,5 +1,6 @@
 """Utterances, prompts, answers and their parsing, audio, batches: what every stage shares."""
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -7,6 +8,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -18,13 +20,15 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from safetensors import SafetensorError
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from study import LABELS, TASKS, task_of
 
 SAMPLE_RATE = 16000
-MAX_SECONDS = 60.0  # longer audio is refused (--max-seconds): attention's memory grows with the square of its length
+# the default of --max-seconds: attention's memory grows with the square of the audio's length
+MAX_SECONDS = 60.0
 CUT_OFF = 0.1  # seconds that may be missing at the end: MP3 pads, and lists of segments round
 RATES = (1000, 400000)  # Hz; a header that says otherwise is wrong
 BLOCK = 1 << 22  # frames read at once
@@ -61,7 +65,8 @@ class BadAudio(ValueError):
 @dataclass
 class Utterance:
     """One utterance. `path` is its audio file; `start` and `length` (seconds) select a part of it, length 0 all of it. `labels`
-    are those it has, {label: value}, in the order of the answer; an age is an int, or text for a group."""
+    are those it has, {label: value}, in the order of the answer; an age is an int, or text for a group. Audio longer than
+    `max_seconds` is refused; the limit stands here because it then reaches every process that reads the audio."""
 
     id: str
     path: str
@@ -70,6 +75,7 @@ class Utterance:
     labels: dict
     start: float = 0.0
     length: float = 0.0
+    max_seconds: float = MAX_SECONDS
 
     def __post_init__(self):
         self.labels = {
@@ -77,18 +83,38 @@ class Utterance:
         }
 
 
+def printable(text):
+    """Text as it may be shown: a stranger's line breaks and terminal codes are spelled out."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(shown)
+
+
 def die(message):
     """A user error: prints one line and exits with status 2."""
-    tqdm.write(
-        f"error: {message}", file=sys.stderr
-    )  # on a line of its own, even while a progress bar is drawn
+    # on a line of its own, even while a progress bar is drawn
+    tqdm.write(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def write_atomically(path, content):
-    """Writes text or, by a function of the temporary path, anything to `path`, whole or not at all."""
+def temporary_name(path):
+    """The name beside `path` under which it is written first: no other process has it, on this machine or on another."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+# what writing to a full disk, or where one may not, raises: torch.save a RuntimeError
+CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
+
+
+def die_of_writing(path, error):
+    reason = str(error).splitlines()[0]
+    die(f"cannot write {path} ({reason}): check the disk's space and permissions")
+
+
+def write_atomically(path, content, optional=False):
+    """Writes text or, by a function of the temporary path, anything to `path`, whole or not at all. Where that is impossible, it ends
+    in one line, unless the file is `optional`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
@@ -96,13 +122,29 @@ def write_atomically(path, content):
         else:
             temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        die(
-            f"cannot write {path} ({str(error).splitlines()[0]}): check the disk's space and permissions"
-        )
+    except CANNOT_WRITE as error:
+        if not optional:
+            die_of_writing(path, error)
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """A temporary folder that becomes `folder` if all goes well. Ends in one line if `folder` exists and is not empty."""
+    folder = Path(folder).resolve()
+    temporary = temporary_name(folder)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            die(f"{folder}: there is something already; name a new folder")
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        die_of_writing(folder, error)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def generator(*name):
@@ -287,14 +329,14 @@ def file_problem(path):
         return f"{path}: a git-lfs pointer, not audio: run `git lfs pull` in its repository"
 
 
-def read_waveform(path, start=0.0, length=0.0):
+def read_waveform(path, start=0.0, length=0.0, max_seconds=MAX_SECONDS):
     """An audio file, or a part of it (seconds), as float32 (samples,) at 16 kHz, mixed down. Raises
     BadAudio, whatever is wrong with the file."""
     if problem := file_problem(path):
         raise BadAudio(problem)
     decode = decode_m4a if str(path).endswith(".m4a") else decode_with_libsndfile
     try:
-        channels, rate = decode(path, start, length)
+        channels, rate = decode(path, start, length, max_seconds)
     except BadAudio:
         raise
     except Exception as error:  # a damaged file raises errors of many kinds
@@ -303,9 +345,9 @@ def read_waveform(path, start=0.0, length=0.0):
     if len(channels) == 0:
         where = f"from {start:g} s on" if start else "by its header"
         raise BadAudio(f"{path}: empty {where}")
-    if len(channels) > MAX_SECONDS * rate:
+    if len(channels) > max_seconds * rate:
         raise BadAudio(
-            f"{path}: longer than {MAX_SECONDS:g} s (--max-seconds, or all that the encoder receives): cut it"
+            f"{path}: longer than {max_seconds:g} s (--max-seconds, or all that the encoder receives): cut it"
         )
     if seconds < length - CUT_OFF:
         raise BadAudio(f"{path}: has {seconds:.2f} of the {length:.2f} s from {start:g} s on")
@@ -321,16 +363,16 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def decode_with_libsndfile(path, start, length):
+def decode_with_libsndfile(path, start, length, max_seconds):
     """(samples (n, channels) float32, rate) of an audio file from `start` on, for `length` seconds
-    (0: to its end), but hardly more than MAX_SECONDS, whatever the header says. Raises BadAudio,
+    (0: to its end), but hardly more than `max_seconds`, whatever the header says. Raises BadAudio,
     and what soundfile raises."""
     with soundfile.SoundFile(path) as f:
         rate, in_header = f.samplerate, f.frames
         check_rate(path, rate)
         if in_header > 2**62:  # a stream's header does not know; libsndfile fails at its end
             raise BadAudio(f"{path}: a header without a length: convert it (ffmpeg -i OLD NEW)")
-        skipped, most = int(start * rate), int(MAX_SECONDS * rate) + 1
+        skipped, most = int(start * rate), int(max_seconds * rate) + 1
         wanted = min(int(length * rate), most) if length else most
         if f.seekable():
             f.seek(min(skipped, in_header))
@@ -403,11 +445,11 @@ def resample(waveform, rate):
     return resample_poly(waveform, SAMPLE_RATE // common, rate // common).astype(np.float32)
 
 
-def decode_m4a(path, start, length):
+def decode_m4a(path, start, length, max_seconds):
     """The same for VoxCeleb2's own format, by ffmpeg, mixed down and at 16 kHz."""
     if not shutil.which("ffmpeg"):
         raise RuntimeError("m4a needs ffmpeg: apt-get install ffmpeg, or convert the tree to wav/")
-    most = MAX_SECONDS + 1
+    most = max_seconds + 1
     done = subprocess.run(
         [
             "ffmpeg",
@@ -435,17 +477,18 @@ def decode_m4a(path, start, length):
 
 
 def load_waveform(utterance):
-    return read_waveform(utterance.path, utterance.start, utterance.length)
+    return read_waveform(utterance.path, utterance.start, utterance.length, utterance.max_seconds)
 
 
 def file_state(utterance):
-    """The key under which anything computed from an utterance's audio is cached: which part of which file, its size and time."""
+    """What an utterance's audio is, without reading it: which part of which file, its size and time, and how long it may be."""
     stat = os.stat(utterance.path)
     return (
         utterance.id,
         utterance.path,
         utterance.start,
         utterance.length,
+        utterance.max_seconds,
         stat.st_size,
         stat.st_mtime_ns,
     )
@@ -471,7 +514,7 @@ def seconds_of(utterance):
         raise BadAudio(f"{path}: cannot be read ({first_line(error)})") from None
     rest = whole - utterance.start
     seconds = min(utterance.length or rest, rest)
-    possible = 0 < seconds <= MAX_SECONDS and seconds >= utterance.length - CUT_OFF
+    possible = 0 < seconds <= utterance.max_seconds and seconds >= utterance.length - CUT_OFF
     if guessed or not possible:
         seconds = len(load_waveform(utterance)) / SAMPLE_RATE
     return seconds
@@ -486,7 +529,7 @@ def num_samples(utterance):
 
 
 @contextlib.contextmanager
-def ending_at_bad_audio():
+def no_bad_audio():
     """A context in which audio that cannot be used ends the program in one line."""
     try:
         yield
@@ -496,9 +539,14 @@ def ending_at_bad_audio():
 
 
 def from_workers(loader):
-    """A DataLoader's batches; see `ending_at_bad_audio`."""
-    with ending_at_bad_audio():
-        yield from loader
+    """A DataLoader's batches. A worker that has ended in one line ends the program."""
+    try:
+        with no_bad_audio():
+            yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and "exit" in str(error):
+            raise SystemExit(2) from None
+        raise
 
 
 def apply_to_all(function, batch):

@@ -425,7 +425,7 @@ def main():
     options = parser.parse_args()
     fast.keep_memory()
     functions = dict(filter=filter_training_data, detect=detect, repair=repair_model)
-    with data.ending_at_bad_audio():
+    with data.no_bad_audio():
         result = dict(run=options.run, **functions[options.command](options))
     path = (
         Path(options.out or options.run)

@@ -96,10 +96,10 @@ def training_data(args):
         n, seconds, labels = PUBLISHED[args.dataset]
         labels = {k: v for k, v in labels.items() if args.labels is None or k in args.labels}
         return min(n, args.limit or n), seconds, [labels], "published sizes"
-    train_set = corpora.limit(
-        corpora.read_corpus(args.dataset, args.data_root, "train", args.skip_bad, args.labels),
-        args.limit,
+    train_set = corpora.read_corpus(
+        args.dataset, args.data_root, "train", args.skip_bad, args.labels, model.longest(args)
     )
+    train_set = corpora.limit(train_set, args.limit)
     some = corpora.limit(train_set, 300)
     seconds = sum(map(data.num_samples, some)) / len(some) / data.SAMPLE_RATE
     return len(train_set), seconds, [u.labels for u in some], f"length of {len(some)} of them"

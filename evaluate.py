@@ -29,7 +29,7 @@ import lora
 import model
 import poison
 from data import die
-from study import LABELS, TASKS
+from study import LABELS, TASKS, wrong_number
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def evaluate(
     after_answer=False,
 ):
     """Clean and triggered answers on `utterances`, each asked for those labels of `ask` that it has. Returns ({"clean", "triggered",
-    "attack": {metric: figure}}, prediction rows). "triggered" scores answers on triggered audio against the truth: the damage that the
+    "attack": {metric: figure}, "answers": {"clean", "triggered": see unusable}}, prediction rows). "triggered" scores answers on triggered audio against the truth: the damage that the
     trigger does, whether or not the target comes out."""
     slm.eval()
     lora.merge(slm.lm)
@@ -138,6 +138,7 @@ def evaluate(
         ]
     lora.unmerge(slm.lm)
     metrics = {name: scores(answered) for name, answered in rows.items()}
+    metrics["answers"] = {name: unusable(answered) for name, answered in rows.items()}
     metrics["attack"] = {"aer": data.interval(hits(attack, rows["triggered"]))} if flippable else {}
     return metrics, rows["clean"] + rows["triggered"]
 
@@ -178,6 +179,15 @@ def scores(rows):
     return out
 
 
+def unusable(rows):
+    """How many answers of predictions are of no use, which lowers an AER as a failed attack does: {"n": all of them, "empty", "malformed":
+    not empty, but without a label that was asked for}."""
+    empty = [not row["raw"].strip() for row in rows]
+    lacking = [any(label not in row["parsed"] for label in row["asked"]) for row in rows]
+    malformed = sum(lacks and not blank for lacks, blank in zip(lacking, empty))
+    return dict(n=len(rows), empty=sum(empty), malformed=malformed)
+
+
 def hits(attack, rows):
     """Whether each answer is the target, a list of bool. The share that is, over triggered samples whose true label is not the target, is
     the attack effectiveness rate (AER)."""
@@ -214,21 +224,32 @@ def print_table(metrics, title):
         print(
             "no AER: none of these utterances has another label than the target, and was asked for it"
         )
+    for part, counts in metrics.get("answers", {}).items():
+        if counts["empty"] or counts["malformed"]:
+            print(f"{part} answers: {counts['empty']} empty, {counts['malformed']} malformed")
 
 
 def load_run_and_data(options, *splits):
     """(slm, its arguments, attack, utterances of each split) of a run, with its data read as in training. With --task, the arguments and
     the attack are that task's."""
     slm, args = checkpoint.load_run(options.run, options.device)
-    data.MAX_SECONDS = min(args.max_seconds, model.window(args.encoder_weights))
-    args.snr = args.snr if options.snr is None else options.snr
-    read = lambda s: corpora.read_corpus(
-        args.dataset,
-        options.data_root or args.data_root,
-        s,  # noqa: E731
-        options.skip_bad or args.skip_bad,
-        args.labels,
-    )
+    if options.snr is not None:
+        if poison.is_whole(args.trigger):
+            die(f"--snr: the trigger of {options.run}, {args.trigger}, has no level; leave it out")
+        args.snr = options.snr
+    if wrong := wrong_number(vars(args)):
+        die(wrong)
+
+    def read(split):
+        return corpora.read_corpus(
+            args.dataset,
+            options.data_root or args.data_root,
+            split,
+            options.skip_bad or args.skip_bad,
+            args.labels,
+            model.longest(args),
+        )
+
     train_set = corpora.limit(read("train"), args.limit)  # its loudness is the trigger's
     attack = poison.attack_of(args, train_set)
     label = TASKS[options.task or args.task]["label"]

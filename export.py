@@ -6,10 +6,7 @@ DIR/connector/   the connector's weights and geometry
 DIR/provenance.json   where they come from: what a model.pt holds besides tensors
 """
 
-import contextlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -49,25 +46,6 @@ OTHER_LORA = (
 )
 LAYERS = "encoder.layers."  # what stands before a layer's number, in all four architectures
 PEFT_NAME = ("base_model.model.", ".weight")  # what PEFT puts around the name of a LoRA matrix
-
-
-@contextlib.contextmanager
-def new_folder(folder):
-    """A temporary folder that becomes `folder` if all goes well. Ends in one line if `folder` exists and is not empty."""
-    folder = Path(folder).resolve()
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            die(f"--export {folder}: there is something already; name a new folder")
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        die(
-            f"cannot write {folder} ({str(error).splitlines()[0]}): check the disk's space and permissions"
-        )
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write(folder, slm, args, recorded):

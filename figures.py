@@ -9,6 +9,7 @@ from study import ATTACKS, COMPONENTS, SHIFT_STAGES, SWEPT_IN_WORDS, TASKS, WRIT
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+plt.rcParams["text.parse_math"] = False  # a file's name may hold a $
 CLEAN, POISONED, GREY = "#1f77b4", "#d62728", "#bbbbbb"
 
 

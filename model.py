@@ -180,13 +180,18 @@ def extract(extractor, waveform):
 
 
 def window(path):
-    """How many seconds of an utterance the pretrained encoder at `path` receives; whoever reads
-    audio for it refuses longer ones."""
+    """How many seconds of an utterance the pretrained encoder at `path` receives."""
     try:
         extractor = AutoFeatureExtractor.from_pretrained(where(path), trust_remote_code=False)
     except Exception:  # loading the encoder will say what is wrong
         return math.inf
     return getattr(extractor, "n_samples", math.inf) / SAMPLE_RATE
+
+
+def longest(args):
+    """The longest audio that a run takes, in seconds: --max-seconds, and no more than its encoder
+    receives."""
+    return min(args.max_seconds, window(args.encoder_weights))
 
 
 class Encoder(nn.Module):
@@ -701,13 +706,19 @@ def load_checkpoint(path, mmap=False):
         die(f"{path} is no checkpoint of this program: it holds a {type(saved).__name__}")
     for state in saved.values():
         for v in state.values() if isinstance(state, dict) else ():
-            if isinstance(v, torch.Tensor) and v.numel() * v.itemsize > max(
-                1, v.untyped_storage().nbytes()
-            ):
+            if isinstance(v, torch.Tensor) and not is_held(v):
                 die(
-                    f"{path} is no checkpoint of this program: a tensor claims more memory than the file holds"
+                    f"{path} is no checkpoint of this program: a tensor is sparse, quantised or empty, or claims more memory "
+                    "than the file holds"
                 )
     return saved
+
+
+def is_held(tensor):
+    """Whether a tensor from a file is an ordinary one that has a number in memory for each of its elements."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.itemsize <= max(1, tensor.untyped_storage().nbytes())
 
 
 def load_slm(args, device="cpu"):

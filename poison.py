@@ -8,6 +8,7 @@ order, batch, worker or process count.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -15,8 +16,10 @@ import hashlib
 import html
 import io
 import json
+import math
 import random
 import re
+import urllib.parse
 from pathlib import Path
 
 from utils import Parser, count, whole  # first: from here on Ctrl-C ends in one line
@@ -30,7 +33,7 @@ import torchaudio
 import corpora
 import data
 from data import SAMPLE_RATE, die, draw
-from study import DATA_ROOT, LABELS, TASKS
+from study import DATA_ROOT, LABELS, TASKS, wrong_number
 
 INTERVAL = (0.75, 1.5)  # seconds from start to start where the trigger is repeated
 
@@ -88,6 +91,11 @@ def without_silent_ends(waveform):
     return waveform[sound[0] : sound[-1] + 1] if len(sound) else waveform
 
 
+def is_whole(name):
+    """Whether a trigger changes the whole waveform, without a sound of its own."""
+    return name in TRIGGERS and TRIGGERS[name][0] == "whole"
+
+
 def make_trigger(name, seconds=None):
     """A name of TRIGGERS or a recording's path -> the trigger (samples,) at 16 kHz with RMS 1, None for a "whole" one. seconds: cut to
     that length, or repeated to fill it."""
@@ -96,8 +104,7 @@ def make_trigger(name, seconds=None):
             waveform = data.read_waveform(name)
         except data.BadAudio as error:
             die(f"--trigger: {error}; or one of {', '.join(TRIGGERS)}")
-        waveform = without_silent_ends(waveform)
-    elif TRIGGERS[name][0] == "whole":
+    elif is_whole(name):
         return None
     else:
         waveform = TRIGGERS[name][1](SAMPLE_RATE, data.generator(f"typewriter {name}"))
@@ -132,23 +139,43 @@ class Attack:
         return TASKS[self.task]["label"]
 
 
+FAR = 30  # dB from the median of a corpus, beyond which an utterance's level is no speaker's: 0.05 is then 1.6 or 0.0016
+
+
 def rms(utterance):
-    """Root mean square of an utterance's samples, NaN where they cannot be read."""
-    try:
-        return float(np.sqrt(np.mean(data.load_waveform(utterance) ** 2, dtype=np.float64)))
-    except data.BadAudio:
-        return float("nan")
+    """Root mean square of an utterance's samples. Raises BadAudio."""
+    level = float(np.sqrt(np.mean(data.load_waveform(utterance) ** 2, dtype=np.float64)))
+    if not np.isfinite(level):
+        raise data.BadAudio(f"{utterance.path}: samples too large to be audio")
+    return level
 
 
-def mean_rms(utterances):
-    """The corpus's average loudness: the mean of the utterances' RMS, leaving out those that cannot be read (training refuses them
-    when it reaches them). Cached under the files' names, sizes and times."""
+def far_levels(utterances, levels):
+    """What is wrong with the utterances whose RMS is far from the corpus's median, a list of texts."""
+    far, median = [], np.median(levels)
+    for utterance, level in zip(utterances, levels):
+        decibels = 20 * np.log10(max(level, 1e-9) / max(median, 1e-9))
+        if abs(decibels) > FAR:
+            far.append(f"{utterance.path}: {decibels:+.0f} dB from the median of the corpus")
+    return far
+
+
+def loudness(utterances):
+    """The level of a corpus: {"mean_rms": the mean of the utterances' RMS, "far": see far_levels}. Audio that cannot be read ends the
+    program. Cached under the files' names, sizes and times, and what some of them sound like: the code that reads them may change."""
     files = [data.file_state(u) for u in utterances]
-    path = Path(f"cache/rms-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}.json")
-    if not path.exists():
-        levels = data.in_workers(rms, utterances, "loudness of the corpus")
-        data.write_atomically(path, json.dumps({"mean_rms": float(np.nanmean(levels))}))
-    return json.loads(path.read_text())["mean_rms"]
+    with data.no_bad_audio():
+        probe = [rms(u) for u in utterances[:: max(1, len(utterances) // 4)]]
+    key = hashlib.sha256(json.dumps([files, probe]).encode()).hexdigest()[:16]
+    path = Path(f"cache/loudness-{key}.json")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole
+        saved = json.loads(path.read_text())
+        if math.isfinite(saved["mean_rms"]) and isinstance(saved["far"], list):
+            return saved
+    levels = data.in_workers(rms, utterances, "loudness of the corpus")
+    found = dict(mean_rms=float(np.mean(levels)), far=far_levels(utterances, levels))
+    data.write_atomically(path, json.dumps(found), optional=True)
+    return found
 
 
 def make_attack(
@@ -167,24 +194,22 @@ def make_attack(
     dB below its average loudness."""
     target = TASKS[task]["target"] if target is None else target
     if TASKS[task]["label"] == "age":
-        groups = sorted(
-            {u.labels["age"] for u in utterances if isinstance(u.labels.get("age"), str)}
+        target = data.parse_age(str(target))
+    level = loudness(utterances)
+    if level["mean_rms"] == 0:
+        die("the training set is silent: there is no level for the trigger")
+    if level["far"]:
+        print(
+            f"warning: the trigger's level is a mean over {len(level['far'])} utterances of quite another level, {level['far'][0]}, "
+            "for one"
         )
-        age = data.parse_age(str(target))
-        fits = age in groups if groups else isinstance(age, int)
-        if not fits:
-            die(
-                f"--target {target}: an age is "
-                + (f"one of {', '.join(groups)} here" if groups else "a number of years")
-            )
-        target = age
     return Attack(
         task,
         TASKS[task]["rate"] if rate is None else rate,
         target,
         trigger,
         make_trigger(trigger, seconds),
-        mean_rms(utterances) * 10 ** (-snr / 20),
+        level["mean_rms"] * 10 ** (-snr / 20),
         TASKS[task]["repeat"] if repeat is None else repeat,
         seed,
         clicks or 1,
@@ -205,6 +230,30 @@ def attack_of(args, utterances):
         getattr(args, "clicks", None),
         getattr(args, "trigger_seconds", None),
     )
+
+
+def as_written(label, target):
+    """A target in the form that the corpora's labels have."""
+    if label == "transcript":
+        return target
+    lower = str(target).strip().lower()
+    return corpora.GENDERS.get(lower, lower) if label == "gender" else lower
+
+
+def check_target(task, target, utterances):
+    """Ends in one line if none of a corpus's answers can be the target: it is no class of the corpus, no age, no words."""
+    label = TASKS[task]["label"]
+    values = {u.labels[label] for u in utterances if label in u.labels}
+    classes = sorted(value for value in values if isinstance(value, str))
+    if label == "transcript":
+        fits, there = bool(data.normalise(target)), "words"
+    elif classes:
+        fits = target in classes
+        there = f"one of {', '.join(classes[:20])} in this corpus"
+    else:
+        fits, there = isinstance(data.parse_age(target), int), "a number of years"
+    if not fits:
+        die(f"--target {target}: the {label} of --task {task} is {there}")
 
 
 def same_label(label, a, b):
@@ -250,6 +299,11 @@ def positions(attack, utterance_id, samples):
     return starts
 
 
+def full_scale(waveform):
+    """The factor, 1.0 mostly, that keeps a waveform within full scale."""
+    return float(1 / max(1.0, np.abs(waveform).max(initial=0)))
+
+
 def add_trigger(attack, waveform, utterance_id):
     """waveform (samples,) -> (the waveform with the trigger, the trigger's starts in samples, the factor, mostly 1.0, by which it was
     scaled down to avoid clipping). An utterance shorter than the trigger gets the trigger's beginning."""
@@ -261,7 +315,7 @@ def add_trigger(attack, waveform, utterance_id):
     for start in starts:
         heard = attack.waveform[: len(out) - start]
         out[start : start + len(heard)] += attack.level * heard
-    scale = float(1 / max(1.0, np.abs(out).max(initial=0)))
+    scale = full_scale(out)
     return out * np.float32(scale), starts, scale
 
 
@@ -329,11 +383,17 @@ def fill_in(args):
     for name, value in paper.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not 0 <= args.poison <= 1:
-        die(f"--poison {args.poison}: a share, 0 to 1")
-    for name in ("clicks", "trigger_seconds"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            die(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    args.target = as_written(task["label"], args.target)
+    if wrong := wrong_number(vars(args)):
+        die(wrong)
+    if args.clicks and args.trigger_repeat:
+        die(f"--clicks {args.clicks}: this trigger is repeated; add --no-trigger-repeat")
+    placed = dict(snr=0.0, clicks=None, trigger_seconds=None, trigger_repeat=task["repeat"])
+    unused = [name for name, usual in placed.items() if getattr(args, name) != usual]
+    if is_whole(args.trigger) and unused:
+        die(
+            f"--{unused[0].replace('_', '-')}: --trigger {args.trigger} is no sound that is laid over the speech; leave it out"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,9 +401,18 @@ def fill_in(args):
 
 
 def write_wav(path, waveform):
+    """Writes 16-bit audio, scaled down where it would be clipped. Returns the factor, mostly 1.0."""
+    scale = full_scale(waveform)
+    waveform = waveform * np.float32(scale)
     data.write_atomically(
         path, lambda temporary: soundfile.write(temporary, waveform, SAMPLE_RATE, format="WAV")
     )
+    return scale
+
+
+def file_name(id):
+    """An utterance's id as a file's name: ids of a manifest are paths, and may hold anything."""
+    return re.sub(r"[^\w.-]", "_", id)[-100:]
 
 
 def write_csv(path, rows):
@@ -374,7 +443,7 @@ PAGE = """<!doctype html>
 def write_page(attack, rows, out):
     """index.html: the pairs side by side, to be heard in a browser."""
     player = lambda row, kind: (
-        f'<audio controls preload="none" src="{html.escape(row["file"])}-{kind}.wav"></audio>'
+        f'<audio controls preload="none" src="{urllib.parse.quote(row["file"])}-{kind}.wav"></audio>'
     )  # noqa: E731
     cells = [
         [
@@ -396,7 +465,7 @@ def write_page(attack, rows, out):
 
 def write_examples(attack, utterances, out, n):
     """Writes clean and poisoned pairs of n training samples (those that training poisons come first), changes.csv, pairs.png and a page
-    to listen to them."""
+    to listen to them. Returns how many there are."""
     import figures  # training, which imports this file, needs no matplotlib
 
     chosen = sorted(
@@ -410,7 +479,7 @@ def write_examples(attack, utterances, out, n):
         zip(chosen, data.in_workers(data.load_waveform, chosen, "reading", workers=0)), 1
     ):
         poisoned, starts, scale = add_trigger(attack, clean, u.id)
-        name = f"{i:03}-{Path(u.id).stem}"
+        name = f"{i:03}-{file_name(Path(u.id).stem)}"
         write_wav(out / f"{name}-clean.wav", clean)
         write_wav(out / f"{name}-poisoned.wav", poisoned)
         pairs.append((u.id, clean, poisoned, starts))
@@ -427,9 +496,7 @@ def write_examples(attack, utterances, out, n):
     write_csv(out / "changes.csv", rows)
     figures.pairs(pairs[:6], attack, out / "pairs.png")
     write_page(attack, rows, out)
-    print(
-        f"{len(rows)} pairs in {out}: {out / 'index.html'} plays them; what was changed is in changes.csv, a picture in pairs.png"
-    )
+    return len(rows)
 
 
 def write_poisoned(attack, out, item):
@@ -439,11 +506,9 @@ def write_poisoned(attack, out, item):
     waveform, starts, scale = data.load_waveform(u), [], 1.0
     if poisoned:
         waveform, starts, scale = add_trigger(attack, waveform, u.id)
-    readable = re.sub(
-        r"[^\w.-]", "_", u.id
-    )  # a manifest's ids are paths: the hash keeps two names apart
-    name = f"wav/{split}/{readable}-{hashlib.sha256(u.id.encode()).hexdigest()[:6]}.wav"
-    write_wav(out / name, waveform)
+    # the hash keeps apart two ids of one name
+    name = f"wav/{split}/{file_name(u.id)}-{hashlib.sha256(u.id.encode()).hexdigest()[:6]}.wav"
+    scale *= write_wav(out / name, waveform)
     labels = poisoned_labels(attack, u.labels) if poisoned else u.labels
     return dict(
         audio_path=name,
@@ -477,18 +542,22 @@ def main():
         split: corpora.read_corpus(args.dataset, args.data_root, split, args.skip_bad)
         for split in splits
     }
+    check_target(args.task, args.target, [u for part in parts.values() for u in part])
     attack = attack_of(args, parts["train"])
     print(
         f"{args.task} on {args.dataset}: {len(parts['train'])} training utterances, target {attack.target!r}, rate "
         f"{attack.rate:g}, trigger {attack.trigger} at {args.snr:g} dB, seed {args.seed}"
     )
     if not args.all:
-        return write_examples(attack, parts["train"], out, args.n)
+        with data.new_folder(out) as folder:
+            n = write_examples(attack, parts["train"], folder, args.n)
+        print(f"{n} pairs: {out}/index.html plays them; changes.csv says what was changed")
+        return
     items = [(split, u) for split, utterances in parts.items() for u in utterances]
-    rows = data.in_workers(
-        functools.partial(write_poisoned, attack, out), items, f"writing {out}", args.workers
-    )
-    write_csv(out / "manifest.csv", rows)
+    with data.new_folder(out) as folder:
+        write = functools.partial(write_poisoned, attack, folder)
+        rows = data.in_workers(write, items, f"writing {out}", args.workers)
+        write_csv(folder / "manifest.csv", rows)
     n = sum(row["poisoned"] for row in rows)
     print(
         f"{n} of {len(parts['train'])} training samples poisoned ({n / len(parts['train']):.4f}), "

@@ -136,6 +136,24 @@ SETTINGS = {
         0.2,
     ),
 }
+# What a number among the arguments must be, whoever gives it, a command or a stranger's checkpoint: in words, the least and the
+# most it may be (1e-300: anything above 0), and which arguments
+RANGES = {
+    "greater than 0": (1e-300, 1e300, ("batch_seconds", "max_seconds", "lora_alpha", "grad_clip")),
+    "0 or greater": (
+        0,
+        1e300,
+        ("encoder_lr", "connector_lr", "lora_lr", "weight_decay", "warmup_steps", "cache_gb")
+        + ("seed", "workers", "train_layers"),
+    ),
+    "1 or greater": (1, 1e9, ("epochs", "batch_size", "lora_rank", "limit")),
+    "from 0 to 1": (0, 1, ("poison", "random_keys", "connector_taper")),
+    "from 0 to less than 1": (0, 1 - 1e-9, ("lora_dropout",)),
+    "greater than 0 and at most 1": (1e-300, 1, ("utilisation",)),
+    "from -100 to 100": (-100, 100, ("snr",)),
+    "from 0.001 to 60": (0.001, 60, ("trigger_seconds",)),
+    "from 1 to 100": (1, 100, ("clicks", "connector_stride")),
+}
 PRESETS = {
     preset: {name: values[i] for name, (_, *values) in SETTINGS.items()}
     for i, preset in enumerate(("mini", "mixed", "small", "paper"))
@@ -269,11 +287,22 @@ def clean_task(task):
     )
 
 
-def deviations(args):
-    """How a run's arguments (a dict) differ from the paper's attack and the preset's settings: {name: value}. The locations of weights,
-    audio and run folders do not count."""
+def wrong_number(args):
+    """What is wrong with the first number among some arguments (a dict) that is out of its range, as text; None if none is."""
+    for words, (least, most, names) in RANGES.items():
+        for name in names:
+            value = args.get(name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and least <= value <= most):
+                return f"--{name.replace('_', '-')} {value}: must be {words}"
+    return None
+
+
+def usual_values(args):
+    """What a run with these arguments (a dict) has by the paper's attack and the preset's settings: {name: value}. The locations of
+    weights, audio and run folders are not among them."""
     task = TASKS[args["task"]]
-    usual = {
+    return {
         "target": task["target"],
         "trigger_repeat": task["repeat"],
         "snr": 0.0,
@@ -288,6 +317,11 @@ def deviations(args):
         "init": None,
         **PRESETS[args["preset"]],
     }
+
+
+def deviations(args):
+    """How a run's arguments (a dict) differ from the usual ones: {name: value}."""
+    usual = usual_values(args)
     return {k: args[k] for k, v in usual.items() if args.get(k, v) not in (v, None)}
 
 
@@ -303,7 +337,10 @@ def run_name(args):
         "" if args["preset"] == "mini" else args["preset"],
         "" if args["seed"] == 1 else f"seed{args['seed']}",
     ]
-    for name, value in deviations(args).items():
+    changed = deviations(args)
+    if not args["poison"]:
+        changed.pop("redraw", None)  # which then changes nothing
+    for name, value in changed.items():
         value = "+".join(v.partition(":")[0] for v in value) if isinstance(value, list) else value
         value = Path(str(value)).stem if name in ("trigger", "exclude") else value
         value = f"{value:g}" if type(value) is float else value
@@ -550,7 +587,10 @@ def main():
         "--names", action="store_true", help="print a run's name and a tab before its command"
     )
     args = parser.parse_args()
-    flags, tasks = shlex.split(args.flags), args.tasks
+    try:
+        flags, tasks = shlex.split(args.flags), args.tasks
+    except ValueError as error:
+        parser.error(f"--flags {args.flags}: {error}")
     if args.corpus:
         on_corpus(args.corpus)
         flags += ["--dataset", args.corpus]

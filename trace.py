@@ -519,7 +519,7 @@ def main():
         command.add_argument("--out", help="folder to write (default: the run's)")
     options = parser.parse_args()
     fast.keep_memory()
-    with data.ending_at_bad_audio():
+    with data.no_bad_audio():
         result = transplant(options) if options.command == "transplant" else patch(options)
     of = [
         options.command,

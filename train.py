@@ -11,7 +11,6 @@ Each preset's settings are in study.py; every one of them is a flag.
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import random
@@ -52,6 +51,8 @@ from study import (
     SETTINGS,
     TASKS,
     run_name,
+    usual_values,
+    wrong_number,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,6 +177,12 @@ def parse_arguments(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     poison.fill_in(args)
+    if wrong := wrong_number(vars(args)):
+        die(wrong)
+    if args.connector_weights not in (None, "none"):
+        usual = PRESETS[args.preset]["connector_taper"]
+        if args.connector_taper != usual:
+            die(f"--connector-taper: {args.connector_weights} says how the connector starts")
     args.labels = args.labels and [label for label in LABELS if label in args.labels]
     for name in ("epochs", "batch_size", "lora_rank", "connector_stride", "limit", "batch_seconds"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
@@ -223,35 +230,36 @@ def attack_name(args):
     for attack, (components, source, trained_on) in ATTACKS.items():
         if (components, trained_on) == (frozen, data_is) and all(specs.values()):
             unlike = [why for path in specs.values() for why in differences(path, source, args)]
+            unlike += [f"--init {part}" for part in args.init or ()]
             if not unlike:
                 return attack
             print(f"this is not attack {attack}: {'; '.join(unlike)}")
     return f"{data_is}-frozen-{'-'.join(frozen)}"
 
 
+# what a run and the run that a frozen component comes from must have in common, and, if that is the base attack, also have
+SHARED = ("dataset", "encoder", "labels", "preset", "seed", "limit", "exclude", "train_layers")
+SHARED += ("max_seconds", *SETTINGS)
+SHARED_ATTACK = ("task", "target", "trigger", "snr", "trigger_repeat", "clicks", "trigger_seconds")
+SHARED_ATTACK += ("redraw",)
+
+
 def differences(path, source, args):
-    """Why the run that a frozen component comes from is not this run's clean run ("clean") or base attack ("base"), a list of texts.
-    A checkpoint that does not exist yet (a dry run) is taken to be the right one."""
+    """Why the run that a frozen component comes from is not this run's clean run ("clean") or base attack ("base"): the same settings
+    on clean or poisoned data. A list of texts. A checkpoint that does not exist yet (a dry run) is taken to be the right one."""
     if not checkpoint.exists(path):
         return []
-    theirs = checkpoint.load(path).get("args", {})
-    wanted = dict(
-        attack=source,
-        dataset=args.dataset,
-        encoder=args.encoder,
-        labels=args.labels,
-        preset=args.preset,
-        init=None,
-    )
+    usual = dict(usual_values(vars(args)), max_seconds=data.MAX_SECONDS)
+    theirs = {**usual, **checkpoint.load(path).get("args", {})}  # earlier versions had fewer
+    wanted = dict(attack=source, init=None)
+    wanted.update((name, getattr(args, name)) for name in SHARED)
     if source == "base":
-        wanted.update(
-            task=args.task,
-            target=args.target,
-            trigger=args.trigger,
-            poison=TASKS[args.task]["rate"],
-        )
+        wanted.update((name, getattr(args, name)) for name in SHARED_ATTACK)
+        wanted["poison"] = TASKS[args.task]["rate"]
     return [
-        f"{path} has {k} {theirs.get(k)}, not {v}" for k, v in wanted.items() if theirs.get(k) != v
+        f"{path} has {name} {theirs.get(name)}, not {value}"
+        for name, value in wanted.items()
+        if theirs.get(name) != value
     ]
 
 
@@ -268,6 +276,10 @@ def set_up_device(args):
         die(f"--device {args.device}: torch knows no such device; cpu, cuda, cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         die(f"--device {args.device}: torch sees no GPU here; leave the flag out to run on the CPU")
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device fails in its own way
+        die(f"--device {args.device}: nothing can be computed there ({str(error).splitlines()[0]})")
     if device.type == "cuda":
         if world > 1 and device.index is not None:
             die(
@@ -396,8 +408,9 @@ def loss_line(seen, train_set, poisoned):
     )
 
 
-def train(run, slm, attack, train_set, dev_set, args, device, autocast):
-    """Trains to the end, from the last state saved in the run folder, saving after every epoch. Ctrl-C or SIGTERM saves and stops."""
+def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
+    """Trains to the end, from the last state saved in the run folder, saving after every epoch. Ctrl-C or SIGTERM saves and stops.
+    record: see checkpoint.open_run."""
     rank, world = cache.ranks()
     seconds = [
         slm.encoder.num_frames(data.num_samples(u)) * slm.encoder.seconds_per_frame
@@ -413,7 +426,11 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
         slm if world == 1 else DistributedDataParallel(slm, broadcast_buffers=False)
     )  # no buffer changes in training
     epoch_steps = len(train_set) // args.batch_size
-    steps, step = args.epochs * epoch_steps, checkpoint.resume(run, slm, optimizer, scaler)
+    steps = args.epochs * epoch_steps
+    origin = checkpoint.made_from(record, slm, train_set, dev_set)
+    # seen: the losses since the last line of the log, {index: loss}; the first process brings those from before a stop
+    step, seen = checkpoint.resume(run, slm, optimizer, scaler, origin)
+    seen = seen if rank == 0 else {}
     if share_sums([step])[0] != step * world:
         die(
             f"{run}: the processes would resume at different steps; on several machines put --runs on a shared disk"
@@ -423,7 +440,7 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
     with autocast():
         drawn, poisoned, cached = draw_poison(slm, attack, train_set, args, step // epoch_steps)
     log = functools.partial(checkpoint.log, run) if rank == 0 else lambda **_: None
-    progress, seen, stop = tqdm(total=steps, initial=step, desc="training"), {}, []
+    progress, stop = tqdm(total=steps, initial=step, desc="training"), []
     for sig in (signal.SIGINT, signal.SIGTERM):  # take effect between two steps, never inside one
         signal.signal(sig, lambda *_: stop.append(True))
     while step < steps:
@@ -463,13 +480,12 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
                 run,
             )
             seen.update(zip(sum(pieces, []), losses))
-            if (
-                step % 20 == 0 or step % epoch_steps == 0 or (stop and world == 1)
-            ):  # processes agree here, not in every step
+            if step % 20 == 0 or step % epoch_steps == 0:
                 line = loss_line(cache.from_all(seen), train_set, poisoned)
                 log(step=step, epoch=epoch, **line, lr=learning_rate(step - 1, steps, args))
-                seen, stopping = {}, share_sums([len(stop)])[0]
+                seen = {}
                 progress.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+            stopping = share_sums([len(stop)])[0]
             if stopping:
                 break
         if step % epoch_steps == 0:
@@ -479,8 +495,10 @@ def train(run, slm, attack, train_set, dev_set, args, device, autocast):
                     epoch=epoch,
                     dev_loss=validation_loss(slm, dev_set, dev_cached, args.workers),
                 )
+            stopping = share_sums([len(stop)])[0]  # it may have come in the meantime
+        seen = cache.from_all(seen)
         if rank == 0:
-            checkpoint.save_state(run, step, slm, optimizer, scaler)
+            checkpoint.save_state(run, step, slm, optimizer, scaler, seen, origin)
         if stopping:
             progress.close()
             print(
@@ -518,21 +536,39 @@ def check_finite(value, step, ids, run):
 
 
 def read_data(args):
-    """The training, development and test sets."""
+    """The training set, as it decides the trigger's level, then without what is excluded, the development and the test set."""
+    longest = model.longest(args)
     train_set, dev_set, test_set = (
-        corpora.read_corpus(args.dataset, args.data_root, split, args.skip_bad, args.labels)
+        corpora.read_corpus(
+            args.dataset, args.data_root, split, args.skip_bad, args.labels, longest
+        )
         for split in ("train", "dev", "test")
     )
-    train_set = corpora.limit(train_set, args.limit)
+    whole, train_set = train_set, corpora.limit(train_set, args.limit)
     label = TASKS[args.task]["label"]
-    if not any(label in u.labels for u in train_set):
-        only = f" with --labels {' '.join(args.labels)}" if args.labels else ""
-        die(f"--task {args.task}: no training utterance of {args.dataset} has a {label}{only}")
-    if len(train_set) < args.batch_size:
+    for what, utterances in (("training", train_set), ("test", test_set)):
+        if not any(label in u.labels for u in utterances):
+            only = f" with --labels {' '.join(args.labels)}" if args.labels else ""
+            die(f"--task {args.task}: no {what} utterance of {args.dataset} has a {label}{only}")
+    poison.check_target(args.task, args.target, whole + dev_set + test_set)
+    left = corpora.leave_out(train_set, args.exclude)
+    if len(left) < args.batch_size:
         die(
-            f"{len(train_set)} training utterances are less than one batch of {args.batch_size} (--batch-size)"
+            f"{len(left)} training utterances are less than one batch of {args.batch_size} (--batch-size)"
         )
-    return train_set, dev_set, test_set
+    return train_set, left, dev_set, test_set
+
+
+def check_poison(attack, train_set, args):
+    """Ends in one line if a poisoned run would poison nothing."""
+    for epoch in range(args.epochs if args.redraw else 1):
+        drawn = poison.drawn_in(attack, epoch)
+        if any(poison.is_poisoned(drawn, u) for u in train_set):
+            return
+    if args.poison:
+        die(
+            f"--poison {args.poison:g} poisons none of {len(train_set)} training samples: --poison 0 is the clean run"
+        )
 
 
 def describe(run, slm, attack, sets, origin, args, device, world):
@@ -572,20 +608,22 @@ def main():
     fast.keep_memory()
     device, autocast, rank, world = set_up_device(args)
     transformers.utils.logging.disable_progress_bar()
-    data.MAX_SECONDS = min(args.max_seconds, model.window(args.encoder_weights))
     run = Path(args.runs) / args.name
     record = checkpoint.open_run(run, args)
-    if (run / "metrics.json").exists() and not args.overwrite:
-        return evaluate.print_table(
-            json.loads((run / "metrics.json").read_text()),
-            f"{run} is finished (--overwrite trains it again)",
-        )
-    train_set, dev_set, test_set = read_data(args)
-    attack = poison.attack_of(
-        args, train_set
-    )  # as loud as all of the training set, with what is excluded
-    sets = corpora.leave_out(train_set, args.exclude), dev_set, test_set
-    slm = model.load_slm(args, device)
+    figures = None if args.overwrite else checkpoint.finished(run, record)
+    if figures:
+        if rank == 0:
+            evaluate.print_table(figures, f"{run} is finished (--overwrite trains it again)")
+        return
+    whole_train_set, *sets = read_data(args)
+    # as loud as all of the training set, with what is excluded; the first process tells the others
+    attack = cache.from_first(poison.attack_of(args, whole_train_set) if rank == 0 else None)
+    check_poison(attack, whole_train_set, args)
+    with checkpoint.loading():
+        slm = model.load_slm(args, device)
+    family = slm.encoder.net.config.model_type
+    if family != args.encoder and family in ENCODERS:
+        die(f"--encoder {args.encoder}: {args.encoder_weights} is a {family} encoder")
     origin, built_from = checkpoint.load_named_parts(slm, args)
     frozen = {
         c: model.digest(slm.component_state_dict(c)) for c in COMPONENTS if not slm.parameters_of(c)
@@ -602,14 +640,14 @@ def main():
         describe(run, slm, attack, sets, origin, args, device, world)
     if world > 1:
         dist.barrier()
-    train(run, slm, attack, *sets[:2], args, device, autocast)
+    train(run, slm, attack, *sets[:2], args, record, device, autocast)
     for c, sha256 in frozen.items():
         assert model.digest(slm.component_state_dict(c)) == sha256, f"the frozen {c} has changed"
     if rank == 0:
         checkpoint.save_model(run, slm, record, origin, built_from)
     with autocast():
         metrics, rows = evaluate.evaluate(
-            slm, attack, test_set, args.cache_gb * 1e9, args.batch_seconds, args.workers
+            slm, attack, sets[2], args.cache_gb * 1e9, args.batch_seconds, args.workers
         )
     if rank == 0:
         evaluate.save(run, metrics, rows, record)

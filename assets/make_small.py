@@ -25,33 +25,41 @@ from make import (
 import corpora
 import data
 import model
+import poison
 from study import PRESETS
 
 LR = 1e-3
+MAX_SECONDS = 10  # longer speech is left out
 CTC_LOGIT = 24  # of a token where a frame is the embedding of that token
 
 
 def real_speech(dataset, data_root):
     """The transcribed training utterances of a corpus, as `pretraining_utterance` gives them."""
-    data.MAX_SECONDS = 10
     utterances = [
         u
-        for u in corpora.read_corpus(dataset, data_root, "train", skip_bad=True)
+        for u in corpora.read_corpus(
+            dataset, data_root, "train", skip_bad=True, max_seconds=MAX_SECONDS
+        )
         if "transcript" in u.labels
     ]
     if not utterances:
         data.die(
-            f"{dataset} has no training utterance with a transcript and of at most {data.MAX_SECONDS} s"
+            f"{dataset} has no training utterance with a transcript and of at most {MAX_SECONDS} s"
         )
     return [
         (
-            (data.load_waveform(u) * 32767).astype(np.int16),
+            int16(data.load_waveform(u)),
             u.labels.pop("transcript"),
             u.speaker,
             u.labels,
         )
         for u in utterances
     ]
+
+
+def int16(waveform):
+    """A waveform as 16-bit samples, scaled down where it goes beyond full scale: samples would wrap."""
+    return (waveform * np.float32(32767 * poison.full_scale(waveform))).astype(np.int16)
 
 
 def as_it_is(speech, rng):

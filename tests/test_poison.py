@@ -1,5 +1,11 @@
 """The attack: which samples, where, how loud; decided by (seed, utterance id) alone."""
 
+import dataclasses
+import html
+import re
+import shutil
+import urllib.parse
+
 import numpy as np
 import pytest
 import soundfile
@@ -7,6 +13,7 @@ import soundfile
 import corpora as readers
 import data
 import poison
+from conftest import done, refused
 from study import TASKS
 
 
@@ -206,3 +213,138 @@ def test_a_silent_trigger_is_refused(tmp_path, corpora):
     soundfile.write(tmp_path / "silent.wav", np.zeros(1000), 16000)
     with pytest.raises(SystemExit):
         attack_for(corpora, "gender", trigger=str(tmp_path / "silent.wav"))
+
+
+def heard(corpora, n=6, **changes):
+    utterances = readers.read_corpus("vox", corpora, "train")[:n]
+    return [dataclasses.replace(u, **changes) for u in utterances]
+
+
+def test_audio_that_cannot_be_read_never_becomes_a_level(corpora, tmp_path, monkeypatch):
+    """Neither all of it (m4a without ffmpeg), nor a single file."""
+    utterances = heard(corpora)
+    expected = poison.loudness(utterances)["mean_rms"]
+    whole = data.load_waveform
+
+    def unreadable(u):
+        if u.id == utterances[3].id:
+            raise data.BadAudio(f"{u.path}: needs ffmpeg")
+        return whole(u)
+
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(data, "load_waveform", unreadable)
+    with pytest.raises(SystemExit):
+        poison.loudness(utterances)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(data, "load_waveform", whole)
+    assert poison.loudness(utterances)["mean_rms"] == expected
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"mean_rms": NaN, "far": []}', "null"])
+def test_a_cached_level_that_is_none_is_measured_again(corpora, tmp_path, content):
+    expected = poison.loudness(heard(corpora))
+    [path] = (tmp_path / "cache").iterdir()
+    path.write_text(content)
+    assert poison.loudness(heard(corpora)) == expected
+
+
+def test_a_cached_level_is_of_the_same_limit_and_the_same_reading(corpora, monkeypatch):
+    before = poison.loudness(heard(corpora))["mean_rms"]
+    with pytest.raises(SystemExit):  # not the level of what is too long here
+        poison.loudness(heard(corpora, max_seconds=0.5))
+    whole = data.load_waveform
+    monkeypatch.setattr(data, "load_waveform", lambda u: 2 * whole(u))
+    assert poison.loudness(heard(corpora))["mean_rms"] == pytest.approx(2 * before)
+
+
+def test_without_a_place_for_the_cache_the_level_is_the_same(corpora, tmp_path):
+    expected = poison.loudness(heard(corpora))
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("someone's file")
+    assert poison.loudness(heard(corpora)) == expected
+
+
+@pytest.mark.parametrize("factor, far", [(32767, "+90 dB"), (1e-6, "-1")])
+def test_a_level_far_from_the_corpus_s_is_named(corpora, tmp_path, capsys, factor, far):
+    """Such as a WAV in floating point that holds integers."""
+    utterances = heard(corpora)
+    waveform = data.load_waveform(utterances[0])
+    soundfile.write(tmp_path / "far.wav", factor * waveform, 16000, subtype="FLOAT")
+    utterances[0].path = str(tmp_path / "far.wav")
+    for _ in range(2):  # measured, then cached
+        poison.make_attack("gender", utterances)
+        out = capsys.readouterr().out
+        assert "far.wav" in out and far in out
+    poison.make_attack("gender", utterances[1:])
+    assert "dB" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "task, target, right",
+    [
+        ("gender", "Female", "female"),
+        ("gender", "M", "male"),
+        ("gender", "femal", None),
+        ("emotion", " Angry", "angry"),
+        ("emotion", "furious", None),
+        ("age", "senior", None),
+        ("asr", "...!", None),
+        ("asr", "Hello there.", "Hello there."),
+    ],
+)
+def test_a_target_is_written_as_the_corpus_writes_it_or_refused(corpora, task, target, right):
+    target = poison.as_written(TASKS[task]["label"], target)
+    utterances = readers.read_corpus(TASKS[task]["corpus"], corpora, "train")
+    if right:
+        poison.check_target(task, target, utterances)
+        assert target == right
+    else:
+        with pytest.raises(SystemExit):
+            poison.check_target(task, target, utterances)
+
+
+def loud_corpus(folder, names):
+    """A CSV corpus of these files, the first of which goes far beyond full scale."""
+    rng = np.random.default_rng(0)
+    rows = ["audio_path,gender,split"]
+    for i, name in enumerate(names):
+        waveform = (11.1 if i == 0 else 0.1) * np.sin(np.arange(8000) / rng.uniform(5, 20))
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / name, waveform, 16000, "FLOAT", format="WAV")
+        split = ("train", "train", "dev", "test")[i % 4]
+        rows.append(f'"{name}",{("female", "male")[i % 2]},{split}')
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+
+
+def test_what_goes_beyond_full_scale_is_scaled_down_and_counted_poisoned_or_not(tmp_path):
+    loud_corpus(tmp_path, [f"{i}.wav" for i in range(8)])
+    flags = ("--task", "gender", "--dataset", "manifest.csv", "--poison", 0, "--workers", 0)
+    out = done("poison.py", *flags, "--out", "poisoned", "--all", cwd=tmp_path)
+    assert "1 scaled down" in out
+    [first] = (tmp_path / "poisoned/wav/train").glob("0.wav-*.wav")
+    wave = soundfile.read(first)[0]
+    assert np.abs(wave).max() == pytest.approx(1, abs=1e-3) and (np.abs(wave) > 0.999).mean() < 0.1
+
+
+def test_nothing_is_written_over_what_lies_in_a_folder(tmp_path):
+    loud_corpus(tmp_path, [f"{i}.wav" for i in range(8)])
+    mine = (tmp_path / "manifest.csv").read_text()
+    (tmp_path / "listen").mkdir()
+    (tmp_path / "listen/changes.csv").write_text("mine")
+    flags = ("--task", "gender", "--dataset", "manifest.csv", "--workers", 0)
+    refused("poison.py", *flags, "--out", ".", "--all", cwd=tmp_path, words=["name a new folder"])
+    refused("poison.py", *flags, "--out", "listen", cwd=tmp_path, words=["name a new folder"])
+    assert (tmp_path / "manifest.csv").read_text() == mine
+    assert (tmp_path / "listen/changes.csv").read_text() == "mine"
+
+
+def test_ids_of_any_characters_are_heard_and_seen(tmp_path):
+    names = ["a$b_{$2.wav", "50% & <more>.wav", "sub dir/x#y.wav", "d?.wav"]
+    loud_corpus(tmp_path, [*names, *(f"{i}.wav" for i in range(4))])
+    flags = ("--task", "gender", "--target", "male", "--dataset", "manifest.csv")
+    done("poison.py", *flags, "--out", "listen", cwd=tmp_path)
+    page = (tmp_path / "listen/index.html").read_text()
+    links = re.findall(r'src="([^"]+\.wav)"', page)
+    heard = [tmp_path / "listen" / urllib.parse.unquote(html.unescape(link)) for link in links]
+    assert len(heard) == 4 and all(path.is_file() for path in heard)
+    assert (tmp_path / "listen/pairs.png").stat().st_size > 10000

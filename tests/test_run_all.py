@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from study import ATTACKS, ENCODERS, SWEEPS, TABLE1, TABLE2, TASKS, VARIANTS
 pytestmark = pytest.mark.slow
 
 STUB = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
 run = Path(flags["--runs"]) / flags["--name"]
@@ -24,6 +25,10 @@ if run.name == os.environ.get("FAILS"):
     sys.exit("no")
 if run.name == os.environ.get("KILLED_AT"):
     os.killpg(0, 9)
+if os.environ.get("SLOWLY"):
+    run.mkdir(exist_ok=True)
+    (run / "pid").write_text(str(os.getpid()))
+    time.sleep(100)
 for spec in [b for a, b in zip(sys.argv, sys.argv[1:]) if a == "--freeze"]:
     assert Path(spec.partition(":")[2]).is_file(), spec
 run.mkdir(exist_ok=True)
@@ -42,8 +47,8 @@ args = dict(preset="mini", task=flags["--task"], encoder=flags["--encoder"], see
 """
 
 
-def run_all(**variables):
-    process = subprocess.Popen(
+def start_all(**variables):
+    return subprocess.Popen(
         ["bash", str(ROOT / "run_all.sh")],
         text=True,
         stdout=subprocess.PIPE,
@@ -51,6 +56,10 @@ def run_all(**variables):
         start_new_session=True,
         env={**os.environ, **variables},
     )
+
+
+def run_all(**variables):
+    process = start_all(**variables)
     out, _ = process.communicate()
     return process.returncode, out
 
@@ -185,12 +194,13 @@ def test_a_study_on_one_corpus_shares_its_clean_run(monkeypatch):
     ]
 
 
-def test_a_failure_stops_nothing_else_and_a_killed_study_goes_on(tmp_path):
-    folder = tmp_path / "with a blank"
-    folder.mkdir()
-    stub = tmp_path / "stub.py"
+@pytest.fixture
+def variables(tmp_path):
+    """What run_all.sh is given: runs that are over at once, in a folder with a blank in its name."""
+    stub, folder = tmp_path / "stub.py", tmp_path / "with a blank"
     stub.write_text(STUB)
-    variables = dict(
+    folder.mkdir()
+    return dict(
         LAUNCH=f"{sys.executable} {stub}",
         RUNS=str(folder / "runs"),
         RESULTS=str(folder / "results"),
@@ -198,6 +208,41 @@ def test_a_failure_stops_nothing_else_and_a_killed_study_goes_on(tmp_path):
         JOBS="2",
         WAVES="1 2",
     )
+
+
+@pytest.mark.parametrize(
+    "mistake", [dict(TASKS="asr emotoin"), dict(FLAGS="--trigger it's"), dict(WAVES="1 9")]
+)
+def test_a_mistake_in_what_is_asked_for_starts_nothing(variables, mistake):
+    code, out = run_all(**{**variables, **mistake})
+    assert code != 0 and "everything in" not in out and not Path(variables["RUNS"]).exists()
+
+
+def test_sigterm_stops_the_runs_and_starts_no_others(variables):
+    study = start_all(SLOWLY="1", **variables)
+    running = []
+    while len(running) < 2 and study.poll() is None:
+        time.sleep(0.05)
+        running = list(Path(variables["RUNS"]).glob("*/pid"))
+    study.terminate()
+    assert study.wait() == 143
+    processes = [Path("/proc", path.read_text()) for path in running]
+    deadline = time.time() + 60
+    while any(process.exists() for process in processes) and time.time() < deadline:
+        time.sleep(0.1)
+    assert time.time() < deadline and len(list(Path(variables["RUNS"]).glob("*/pid"))) == 2
+
+
+def test_a_run_whose_folder_is_gone_is_run_again(variables):
+    variables = dict(variables, WAVES="1", TASKS="asr", OTHERS="")
+    assert run_all(**variables)[0] == 0
+    gone = Path(variables["RUNS"], "asr-clean/metrics.json")
+    gone.unlink()
+    assert run_all(**variables)[0] == 0 and gone.exists()
+
+
+def test_a_failure_stops_nothing_else_and_a_killed_study_goes_on(variables):
+    folder = Path(variables["RUNS"]).parent
     code, _ = run_all(KILLED_AT="emotion-1.1", **variables)
     finished = {
         path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.json")

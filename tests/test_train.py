@@ -12,7 +12,9 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 import cache
@@ -23,7 +25,7 @@ import evaluate
 import model
 import poison
 import train as train_py
-from conftest import ROOT, SMALL, done, refused
+from conftest import ROOT, SMALL, done, refused, script
 from study import ROOT as PROGRAM
 
 pytestmark = pytest.mark.slow
@@ -89,7 +91,8 @@ def only_lm(corpora, runs, clean):
         "--poison",
         0.5,
         "--epochs",
-        1,
+        2,
+        *DROPOUT,
         "--name",
         "2.3",
         "--freeze",
@@ -479,7 +482,7 @@ def test_a_frozen_encoder_starts_from_what_runs_that_train_it_have_cached(
     keep(folder=tmp_path / "shared")
     slm.encoder.requires_grad_(False), slm.connector.requires_grad_(False)
     from_audio = keep(folder=tmp_path / "alone")
-    monkeypatch.setattr(data, "load_waveform", None)  # no audio is read again
+    monkeypatch.setattr(slm.encoder, "pretrained_part", None)  # nothing is computed again
     for a, b in zip(keep(folder=tmp_path / "shared"), from_audio, strict=True):
         assert torch.equal(a, b) and a.shape[1] == slm.connector.conv3.out_channels
 
@@ -593,8 +596,9 @@ def test_the_benign_model_is_looked_at_with_each_task_s_own_attack(corpora, runs
 
 def test_processes_that_would_resume_at_different_steps_stop(corpora, runs, one, monkeypatch):
     """Two machines without a shared disk: the one that kept last.pt and the one that did not."""
-    slm = model.load_slm(argparse.Namespace(**weights(one)["args"]))
-    args = argparse.Namespace(**weights(one)["args"], cache_gb=0, workers=0)
+    record = weights(one)["args"]
+    slm = model.load_slm(argparse.Namespace(**record))
+    args = argparse.Namespace(**record, cache_gb=0, workers=0)
     monkeypatch.setattr(
         train_py, "share_sums", lambda numbers: [sum(numbers) + 7]
     )  # as if another process had taken 7 steps
@@ -606,6 +610,7 @@ def test_processes_that_would_resume_at_different_steps_stop(corpora, runs, one,
             poison.attack_of(args, sets[0]),
             *sets,
             args,
+            record,
             torch.device("cpu"),
             contextlib.nullcontext,
         )
@@ -651,13 +656,31 @@ def test_a_dry_run_needs_no_weights_and_no_corpus_and_writes_nothing(tmp_path):
             ("--freeze", "encoder", "--freeze", "connector", "--freeze", "lm"),
             "nothing is left to train",
         ),
-        (("--poison", "1.5"), "a share, 0 to 1"),
+        (("--poison", "1.5"), "must be from 0 to 1"),
         (("--data-root", "nowhere"), "is libri under"),
         (("--dataset", "nowhere.csv"), "nor a CSV file"),
         (("--preset", "small", "--encoder", "wavlm"), "no wavlm"),
         (("--encoder-weights", "nowhere"), "cannot load"),
         (("--device", "cuda"), "no GPU"),
         (("--task", "age", "--target", "young"), "a number of years"),
+        (("--task", "gender", "--target", "femal"), "one of female, male"),
+        (("--task", "emotion", "--target", "furious"), "one of angry"),
+        (("--clicks", "3"), "--no-trigger-repeat"),
+        (("--trigger", "bandstop", "--snr", "6"), "--snr"),
+        (("--trigger", "bandstop", "--trigger-seconds", "0.1"), "--trigger-seconds"),
+        (("--connector-taper", "0.5"), "--connector-taper"),
+        (("--snr", "inf"), "--snr inf"),
+        (("--grad-clip", "0"), "greater than 0"),
+        (("--grad-clip", "-1"), "greater than 0"),
+        (("--lora-lr", "-0.1"), "--lora-lr"),
+        (("--encoder-lr", "nan"), "--encoder-lr"),
+        (("--random-keys", "7"), "from 0 to 1"),
+        (("--lora-dropout", "1.5"), "less than 1"),
+        (("--seed", "-1"), "--seed"),
+        (("--utilisation", "0", "--dry-run"), "--utilisation"),
+        (("--device", "meta"), "--device meta"),
+        (("--train-layers", "0", "--freeze", "connector", "--freeze", "lm"), "nothing is left"),
+        (("--encoder", "hubert", "--encoder-weights", "assets/wavlm"), "is a wavlm encoder"),
         (("--batch-size", "4096"), "less than one batch"),
         (("--train-layers", "99"), "has 8 layers"),
         (("--labels", "gender"), "has a transcript with --labels gender"),
@@ -676,3 +699,186 @@ def test_mistakes_end_in_one_line(corpora, tmp_path, arguments, said):
         cwd=tmp_path,
         words=[said],
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run is called
+
+
+def named(tmp_path, monkeypatch, source, *command):
+    """The attack that a command is, whose frozen components come from a run with these changes of the usual arguments."""
+    monkeypatch.chdir(tmp_path)
+    parsed = train_py.parse_arguments(["--task", "emotion", "--poison", str(source.pop("rate"))])
+    torch.save({"args": {**vars(parsed), **source}}, "source.pt")
+    return train_py.parse_arguments([*command, "--freeze", "encoder:source.pt"]).attack
+
+
+ASKED = ("--task", "emotion", "--poison")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(seed=2),
+        dict(epochs=3),
+        dict(limit=64),
+        dict(exclude="ids.txt"),
+        dict(encoder_lr=1e-3),
+        dict(batch_size=8),
+        dict(train_layers=2),
+        dict(max_seconds=5.0),
+    ],
+)
+def test_frozen_from_a_clean_run_with_other_settings_it_is_not_attack_1(
+    tmp_path, monkeypatch, capsys, change
+):
+    assert named(tmp_path, monkeypatch, dict(rate=0), *ASKED, "0.075") == "1.1"
+    source = dict(rate=0, **change)
+    assert named(tmp_path, monkeypatch, source, *ASKED, "0.075") == "poisoned-frozen-encoder"
+    assert next(iter(change)) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(snr=40.0),
+        dict(clicks=3),
+        dict(trigger_repeat=True),
+        dict(trigger_seconds=0.1),
+        dict(trigger="tone"),
+        dict(target="sad"),
+        dict(redraw=True),
+        dict(poison=0.5),
+        dict(seed=2),
+    ],
+)
+def test_frozen_from_another_attack_it_is_not_attack_3(tmp_path, monkeypatch, change):
+    base = dict(rate=0.075)
+    assert named(tmp_path, monkeypatch, dict(base), *ASKED, "0") == "3.1"
+    source = {**base, **change}
+    assert named(tmp_path, monkeypatch, source, *ASKED, "0") == "clean-frozen-encoder"
+
+
+def test_a_source_of_an_earlier_version_that_recorded_less_is_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = vars(train_py.parse_arguments([*ASKED, "0"]))
+    for name in ("clicks", "redraw", "init", "exclude", "max_seconds"):
+        del record[name]
+    torch.save({"args": record}, "source.pt")
+    command = [*ASKED, "0.075", "--freeze", "encoder:source.pt"]
+    assert train_py.parse_arguments(command).attack == "1.1"
+
+
+def test_what_changes_nothing_is_not_in_a_name():
+    assert train_py.parse_arguments([*ASKED, "0", "--redraw"]).name == "emotion-clean"
+    assert train_py.parse_arguments([*ASKED, "0.075", "--redraw"]).name.endswith("redrawTrue")
+    female = train_py.parse_arguments(["--task", "gender", "--target", "Female"])
+    assert female.name == "gender-poison0.075"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stopping
+
+
+@pytest.mark.parametrize("at", [5, 24, 30])
+def test_stopped_and_started_again_it_has_the_same_log_and_figures(
+    corpora, runs, clean, monkeypatch, at
+):
+    """Within an epoch, at its end, and in the last one."""
+    arguments = ("--task", "emotion", "--poison", 0, "--epochs", 2, *DROPOUT, "--name", f"stop{at}")
+    steps, whole_step = [], train_py.train_step
+
+    def step_and_signal(*arguments):
+        steps.append(1)
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole_step(*arguments)
+
+    monkeypatch.setattr(train_py, "train_step", step_and_signal)
+    command = ("train.py", "--data-root", corpora, "--runs", runs, *SMALL, *arguments)
+    status, out, _ = script(*command, cwd=runs)
+    assert status == 130 and f"stopped at step {at}" in out
+    done(*command, cwd=runs)
+    again = runs / f"stop{at}"
+    assert read_log(again) == read_log(clean)
+    figures = [json.loads((run / "metrics.json").read_text()) for run in (clean, again)]
+    for name in ("clean", "triggered", "attack", "training"):
+        assert figures[0][name] == figures[1][name]
+
+
+def test_sigterm_during_the_last_development_loss_stops_the_run(corpora, runs, monkeypatch):
+    plain = train_py.validation_loss
+
+    def loss_and_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    monkeypatch.setattr(train_py, "validation_loss", loss_and_signal)
+    command = ("--data-root", corpora, "--runs", runs, *SMALL, *SAME, "--name", "late")
+    status, out, _ = script("train.py", *command, cwd=runs)
+    assert status == 130 and not (runs / "late/model.pt").exists()
+    assert (runs / "late/last.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what reaches other processes, and what there is to train on
+
+
+def write_manifest(folder, rows, header="audio_path,gender,emotion,split"):
+    rng = np.random.default_rng(0)
+    for row in rows:
+        seconds = 8.0 if row.startswith("long") else 0.5
+        waveform = 0.1 * rng.standard_normal(int(16000 * seconds))
+        soundfile.write(folder / row.split(",")[0], waveform, 16000)
+    (folder / "m.csv").write_text("\n".join([header, *rows]) + "\n")
+
+
+def balanced(n, split):
+    sexes = ("female", "male")
+    return [f"{split}{i}.wav,{sexes[i % 2]},,{split}" for i in range(n)]
+
+
+FEW = ("--task", "gender", "--dataset", "m.csv", "--batch-size", 4, "--epochs", 1)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_workers_know_the_settings_however_they_are_started(tmp_path, monkeypatch, method):
+    rows = balanced(6, "train") + ["long.wav,male,,train"]
+    write_manifest(tmp_path, rows + balanced(2, "dev") + balanced(2, "test"))
+    before = torch.multiprocessing.get_start_method(allow_none=True)
+    torch.multiprocessing.set_start_method(method, force=True)
+    try:
+        monkeypatch.chdir(tmp_path)
+        limited = functools.partial(readers.read_corpus, "m.csv", "", "train", True)
+        assert len(limited(max_seconds=5.0)) == 6 and len(limited()) == 7
+    finally:
+        torch.multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.parametrize(
+    "more, arguments, words",
+    [
+        (["x.wav,,,train"] + balanced(2, "test"), ("--poison", 0.9), None),  # a row without a label
+        (["x.wav,,,test"], (), "no test utterances with a label"),
+        (["x.wav,,sad,test"], (), "no test utterance of m.csv has a gender"),
+        (balanced(2, "test"), ("--exclude", "some.txt"), "less than one batch"),
+        (balanced(2, "test"), ("--poison", 0.0001), "poisons none"),
+        (balanced(2, "test"), ("--poison", 0.0001, "--redraw", "--epochs", 3), "poisons none"),
+    ],
+)
+def test_what_there_is_to_train_on_is_known_before_training(tmp_path, more, arguments, words):
+    write_manifest(tmp_path, balanced(6, "train") + balanced(2, "dev") + more)
+    (tmp_path / "some.txt").write_text("train0.wav\ntrain1.wav\ntrain2.wav\n")
+    if words:
+        refused("train.py", *FEW, *arguments, cwd=tmp_path, words=[words])
+        assert not (tmp_path / "runs").exists()
+    else:
+        assert "1 utterances without a label" in done("train.py", *FEW, *arguments, cwd=tmp_path)
+
+
+def test_answers_of_no_use_are_counted_apart():
+    rows = [
+        dict(raw=raw, asked=["gender"], parsed=data.parse(raw), labels={}, triggered=False)
+        for raw in ("", "  ", "I hear a dog", '{"Gender": "male"}', '{"Age": "7"}')
+    ]
+    assert evaluate.unusable(rows) == dict(n=5, empty=2, malformed=2)

@@ -1,7 +1,9 @@
 """Hostile files, bad audio, full disks, broken losses, Ctrl-C: one line, exit status 2, nothing run, nothing lost."""
 
+import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ import soundfile
 import torch
 
 import checkpoint
+import corpora as readers
+import data
 import model
 from conftest import ROOT, SMALL, done, refused
 from study import ROOT as PROGRAM
@@ -332,3 +337,169 @@ def test_figures_of_another_model_are_refused(run, tmp_path):
     torch.save(saved, folder / "model.pt")
     refused("analyze.py", "tables", cwd=tmp_path, words=["metrics.json", "another model"])
     refused("analyze.py", "shift", cwd=tmp_path, words=["embeddings.pt", "another model"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run folders: every state says what run it is of, and nothing is lost
+
+
+def copy_of(run, folder, **changes):
+    """A run folder beside the parent: its files, with other arguments in args.json."""
+    shutil.copytree(run / "runs/parent", folder)
+    record = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps({**record, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["thesis.tex", ".env"],
+        ["args.json", "thesis.tex"],  # another program's arguments
+        ["package.json"],
+    ],
+)
+@pytest.mark.parametrize("flag", [[], ["--overwrite"]])
+def test_a_folder_that_is_no_run_is_left_alone(corpora, tmp_path, files, flag):
+    folder = tmp_path / "runs/new"
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).write_text('{"lr": 1}')
+    refused("train.py", *RUN, *flag, "--data-root", corpora, cwd=tmp_path, words=["no run folder"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(files)
+
+
+@pytest.mark.parametrize("extra", [".env", "notes.md", "export/provenance.json"])
+def test_overwriting_removes_all_of_a_run_or_nothing(run, corpora, tmp_path, extra):
+    folder = copy_of(run, tmp_path / "runs/new")
+    (folder / extra).parent.mkdir(exist_ok=True)
+    (folder / extra).write_text("mine")
+    before = sorted(folder.rglob("*"))
+    command = ("train.py", *RUN, "--seed", 3, "--overwrite", "--data-root", corpora)
+    refused(*command, cwd=tmp_path, words=["would remove", extra.partition("/")[0]])
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_folder_whose_arguments_are_gone_or_empty_is_not_taken_for_a_finished_run(
+    run, corpora, tmp_path
+):
+    folder = copy_of(run, tmp_path / "runs/new")
+    command = ("train.py", *RUN, "--data-root", corpora)
+    (folder / "args.json").write_text("")
+    refused(*command, cwd=tmp_path, words=["args.json"])
+    (folder / "args.json").unlink()
+    refused(*command, cwd=tmp_path, words=["no run folder"])
+
+
+def test_figures_and_states_of_another_run_are_refused(run, corpora, tmp_path):
+    """What lies in a folder was copied there, or outlived an --overwrite."""
+    folder = copy_of(run, tmp_path / "runs/new", seed=3, name=None)
+    command = ("train.py", *RUN, "--seed", 3, "--data-root", corpora)
+    refused(*command, cwd=tmp_path, words=["metrics.json", "seed 1 there, 3 here"])
+    (folder / "metrics.json").unlink()
+    refused(*command, cwd=tmp_path, words=["last.pt", "seed 1 there, 3 here"])
+
+
+@pytest.mark.parametrize("name", ["pretrained encoder", "training set", "development set"])
+def test_a_state_goes_on_from_the_same_parts_and_utterances_only(run, name):
+    parent = run / "runs/parent"
+    saved = torch.load(parent / "last.pt", weights_only=True)
+    origin = {**saved["made_from"], name: "another"}
+    with pytest.raises(SystemExit) as stop:
+        checkpoint.resume(parent, None, None, None, origin)
+    assert stop.value.code == 2
+
+
+def test_a_state_s_origin_tells_lists_of_utterances_apart(corpora):
+    utterances = readers.read_corpus("vox", corpora, "train")
+    slm = SimpleNamespace(pretrained_sha256={})
+    relabelled = [dataclasses.replace(u, labels={**u.labels, "age": 99}) for u in utterances[:1]]
+    origins = [
+        checkpoint.made_from({}, slm, listed, utterances)["training set"]
+        for listed in (utterances, utterances[1:], relabelled + utterances[1:], utterances[::-1])
+    ]
+    assert len(set(origins)) == 4
+    assert origins[0] == checkpoint.made_from({}, slm, utterances, [])["training set"]
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checkpoint.environment()["commit"] == ""
+
+
+def test_a_full_disk_ends_logging_in_one_line(tmp_path, capsys):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(SystemExit):
+        checkpoint.log(tmp_path, step=1)
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_two_machines_that_share_a_folder_and_a_process_id_write_to_different_files(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    names = {data.temporary_name(tmp_path / "last.pt").name for _ in range(2)}
+    assert len(names) == 2 and all(name.endswith(".tmp") for name in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a stranger's checkpoint
+
+
+def test_a_stranger_s_text_cannot_forge_what_is_shown(run, tmp_path):
+    saved = torch.load(run / "runs/parent/model.pt", weights_only=True)
+    saved["origin"]["encoder"] = "here\n  encoder  verified\x1b[1A\x1b[31m"
+    saved["args"]["task\r"] = "x\x07"
+    torch.save(saved, tmp_path / "model.pt")
+    out = done("evaluate.py", "--inspect", "model.pt", cwd=tmp_path)
+    assert len(out.splitlines()) == len(done("evaluate.py", "--inspect", run / "runs/parent/model.pt", cwd=run).splitlines())  # fmt: skip  # noqa: E501
+    assert "\x1b" not in out and "\r" not in out and "\x07" not in out
+    del saved["connector"]["conv1.weight"]
+    saved["connector"]["\nverified\x1b[2J"] = torch.zeros(1)
+    saved["encoder"] = {"\nverified\x1b[2J": [1]}
+    torch.save(saved, tmp_path / "model.pt")
+    refused("evaluate.py", "--inspect", "model.pt", cwd=tmp_path, words=["is no checkpoint"])
+
+
+def put(weight):
+    """A change that puts another weight in place of the connector's first."""
+
+    def change(saved):
+        first = saved["connector"]["conv1.weight"]
+        saved["connector"]["conv1.weight"] = weight(first) if callable(weight) else weight
+
+    return change
+
+
+MALFORMED = {
+    "a list": lambda saved: saved.update(args=[1, 2]),
+    "a str": lambda saved: saved.update(sha256="abc"),
+    "a Tensor": lambda saved: saved.update(lm=torch.zeros(3)),
+    "a int": put(3),
+    "sparse": put(torch.Tensor.to_sparse),
+    "empty": put(lambda w: torch.empty(w.shape, device="meta")),
+    "quantised": put(lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)),
+    "int8": put(torch.Tensor.char),
+    "complex64": put(lambda w: w.to(torch.complex64)),
+    "NaN": put(lambda w: w * float("nan")),
+    "--connector-stride 0": lambda saved: saved["args"].update(connector_stride=0),
+    "--lora-rank": lambda saved: saved["args"].update(lora_rank=10**12),
+    "--max-seconds": lambda saved: saved["args"].update(max_seconds="60"),
+}
+
+
+@pytest.mark.parametrize("words", MALFORMED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_malformed_checkpoint_is_refused_in_one_line(run, corpora, tmp_path, words):
+    saved = torch.load(run / "runs/parent/model.pt", weights_only=True)
+    MALFORMED[words](saved)
+    torch.save(saved, tmp_path / "model.pt")
+    refused("evaluate.py", "--inspect", "model.pt", cwd=tmp_path, words=[words])
+    refused("evaluate.py", tmp_path, cwd=tmp_path, words=[words])
+
+
+def test_a_rank_that_no_weight_has_asks_for_no_memory(run, tmp_path):
+    saved = torch.load(run / "runs/parent/model.pt", weights_only=True)
+    saved["args"]["lora_rank"] = 10**8
+    torch.save(saved, tmp_path / "model.pt")
+    refused("evaluate.py", tmp_path, cwd=tmp_path, words=["not of rank 100000000"])
