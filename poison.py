@@ -237,7 +237,9 @@ def as_written(label, target):
     if label == "transcript":
         return target
     lower = str(target).strip().lower()
-    return corpora.GENDERS.get(lower, lower) if label == "gender" else lower
+    if label == "gender":
+        return corpora.known_as(corpora.GENDERS).get(corpora.plain(lower), lower)
+    return lower
 
 
 def check_target(task, target, utterances):
