@@ -238,7 +238,7 @@ def as_written(label, target):
         return target
     lower = str(target).strip().lower()
     if label == "gender":
-        return corpora.known_as(corpora.GENDERS).get(corpora.plain(lower), lower)
+        return corpora.GENDER_OF.get(corpora.plain(lower), lower)
     return lower
 
 
