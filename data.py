@@ -204,8 +204,8 @@ def prompt(tokenizer, labels, rng=None):
     )
 
 
-# templates that ask for today's date get the one that Llama 3's falls back to: a prompt depends on the run alone. In the
-# template's own language, as the sandbox that templates run in takes no functions.
+# templates that ask for today's date get the one that Llama 3's falls back to: a prompt depends on
+# the run alone. In the template's own language, as the sandbox it runs in takes no functions.
 TODAY = datetime.datetime(2024, 7, 26)
 CODES = "aAbBdeHIjmMpSUwWyYZ"
 CALENDAR = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in CODES)
@@ -213,8 +213,8 @@ CLOCK = "{% macro strftime_now(format) %}{{ format" + CALENDAR + " }}{% endmacro
 
 
 def render(tokenizer, turns):
-    """A conversation by the tokenizer's chat template, whatever the day. Raises what the template raises; ValueError where there is none
-    or where it draws at random."""
+    """A conversation by the tokenizer's chat template, the same on every day. Raises what the
+    template raises; ValueError where there is none or where it draws at random."""
     template = tokenizer.get_chat_template()
     if re.search(r"\|\s*random\b|\blipsum\b", template):
         raise ValueError("it draws at random")
@@ -238,7 +238,8 @@ def around_audio(tokenizer, content):
             failed = failed or f" ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     if text.count(AUDIO) != 1:
         die(
-            f"{tokenizer.name_or_path} has no chat template that keeps the user's text{failed}: take another chat or instruct model"
+            f"{tokenizer.name_or_path} has no chat template that keeps the user's text{failed}: take "
+            "another chat or instruct model"
         )
     return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in text.split(AUDIO))
 

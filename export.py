@@ -99,8 +99,9 @@ def write(folder, slm, args, recorded):
 
 
 def read_settings(folder, saved, recorded):
-    """{component: settings} of the components that an export holds: those recorded when it was made, and above them those that stand
-    beside the weights, by which other programs go. Raises ValueError where it is a LoRA of another kind."""
+    """{component: settings} of the components that an export holds: those recorded when it was made,
+    and above them those that stand beside the weights, by which other programs go. Raises
+    ValueError where they make another kind of LoRA."""
     there = {
         name: json.loads((Path(folder) / path).read_text(encoding="utf-8"))
         for name, path in SETTINGS.items()

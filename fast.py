@@ -44,8 +44,9 @@ def fits(slm):
 
 
 def only_answers(slm):
-    """In training, the last LM layer's MLP, queries and output projection, which work token by token, are computed only at the tokens
-    whose logits are needed. LoRA's dropout, if any, then draws other numbers. An LM with other layers is left as it is."""
+    """In training, the last LM layer's MLP, queries and output projection, which work token by
+    token, are computed only at the tokens whose logits are needed. LoRA's dropout, if any, then
+    draws other numbers. An LM with other layers is left as it is."""
 
     def at_answers(plain, x):
         if not slm.training:
@@ -70,8 +71,9 @@ def only_answers(slm):
 
 
 def share_beginning(slm):
-    """In training, the tokens that all rows of a batch begin with (the prompt up to the audio, where prompts do not vary) go through the
-    LM once instead of once per row. An LM that keeps something else than keys and values is left as it is."""
+    """In training, the tokens that all rows of a batch begin with (the prompt up to the audio, where
+    prompts do not vary) go through the LM once instead of once per row. An LM that keeps something
+    else than keys and values is left as it is."""
     plain = slm.logits
 
     def shared(x, wanted):

@@ -70,21 +70,22 @@ def where(path):
 
 
 def read_config(path):
-    """The configuration of a pretrained part. Raises ValueError where its weights are not plainly those of a model: an adapter, or
-    quantised."""
+    """The configuration of a pretrained part. Raises ValueError where its weights are not plainly
+    those of a model: an adapter, or quantised."""
     path = where(path)
-    adapter = (
-        Path(path) / "adapter_config.json"
-    ).is_file()  # the base model's config.json may be missing
+    # an adapter's folder has no config.json; a hub id is looked up only once it is known to exist
+    adapter = (Path(path) / "adapter_config.json").is_file()
     config = None if adapter else AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if adapter or find_adapter_config_file(path):  # a folder, or a hub id
+    if adapter or find_adapter_config_file(path):
         raise ValueError(
-            "it holds an adapter (adapter_config.json): merge it into its base model (peft: merge_and_unload) and save that"
+            "it holds an adapter (adapter_config.json): merge it into its base model "
+            "(peft: merge_and_unload) and save that"
         )
     quantised = getattr(config, "quantization_config", None)
     if quantised:
+        method = dict(quantised).get("quant_method")
         raise ValueError(
-            f"its weights are quantised ({dict(quantised).get('quant_method')}): take the model that they were made from"
+            f"its weights are quantised ({method}): take the model that they were made from"
         )
     if getattr(config, "add_adapter", False):
         config.add_adapter = False  # strided layers after the encoder: the connector's place
@@ -92,9 +93,10 @@ def read_config(path):
 
 
 def load_part(auto, path, config, **kwargs):
-    """A pretrained model of one of transformers' auto classes by its `read_config`, the same in every process. Raises ValueError where the checkpoint lacks
-    weights that the model uses; UNUSED ones are zero. Where torch's default device is "meta" (a dry run) it has shapes only, and the
-    folder needs no weights."""
+    """A pretrained model of one of transformers' auto classes, with its `read_config`; the same in
+    every process: weights that the checkpoint lacks raise ValueError, or, if UNUSED, are zero.
+    Where torch's default device is "meta" (a dry run) it has shapes only, and the folder needs no
+    weights."""
     if torch.get_default_device().type == "meta":
         return auto.from_config(config, **kwargs)
     net, found = auto.from_pretrained(
@@ -111,11 +113,11 @@ def load_part(auto, path, config, **kwargs):
         for k, there, wanted in sorted(found["mismatched_keys"])
     ]
     if lacking:
-        unknown = sorted(found["unexpected_keys"])
+        total, unknown = len(net.state_dict()), sorted(found["unexpected_keys"])
+        others = f"; it has {len(unknown)} others, such as {unknown[0]}" if unknown else ""
         raise ValueError(
-            f"it lacks {len(lacking)} of the {len(net.state_dict())} weights of its {config.model_type} model, such as "
-            + ", ".join(lacking[:3])
-            + (f"; it has {len(unknown)} others, such as {unknown[0]}" if unknown else "")
+            f"it lacks {len(lacking)} of the {total} weights of its {config.model_type} model, "
+            f"such as {', '.join(lacking[:3])}{others}"
         )
     if any("lora_" in k for k in found["unexpected_keys"]):
         raise ValueError("it holds LoRA weights beside the model's: merge them and save that")
@@ -129,21 +131,21 @@ def close(x, y):
     return x.shape == y.shape and bool((x - y).abs().max() <= 1e-3 * (1 + y.abs().max()))
 
 
-# settings of a configuration that do not change what its weights compute in evaluation mode
+# settings that do not change what a part's weights compute in evaluation mode, or belong to heads
+# that this program does not use
 NOT_COMPUTED = re.compile(
-    "drop|mask|spec_augment|_token|version|architectures|path|dtype|cache|init|label|problem_type|output_|return_|loss|ctc_|"
-    "feature_extractor_type|processor_class|padding|gradient|attn_implementation|chunk_size_feed|"
-    "vocab_size|decoder_|codevector|contrastive|negatives|classifier|tdnn|target_positions|median_filter"  # of other heads
+    "drop|mask|spec_augment|_token|version|architectures|path|dtype|cache|init|label|problem_type|"
+    "output_|return_|loss|ctc_|feature_extractor_type|processor_class|padding|gradient|"
+    "attn_implementation|chunk_size_feed|vocab_size|decoder_|codevector|contrastive|negatives|"
+    "classifier|tdnn|target_positions|median_filter"
 )
-
-
-# the same of connector and LoRA: the argument that sets it
+# settings of connector and LoRA that do, and the argument that sets each
 SETTING_OF = {"stride": "connector_stride", "LoRA alpha": "lora_alpha"}
 
 
 def settings_of(config, extractor=None):
-    """Whatever a part's weights do not tell of what it computes, {name: value}: activation, heads, rotary base, epsilon, ..., and the
-    settings of its feature extractor."""
+    """What a part's weights do not tell of what it computes, {name: value}: activation, heads,
+    rotary base, epsilon, ..., and the settings of its feature extractor."""
     settings = config.to_dict()
     if extractor is not None:
         settings["extractor"] = extractor.to_dict()
@@ -206,7 +208,8 @@ class Encoder(nn.Module):
         self.whisper = config.model_type == "whisper"
         if not self.whisper and not hasattr(config, "conv_stride"):
             raise ValueError(
-                f"it holds a {config.model_type} model, not a speech encoder (wav2vec 2.0, HuBERT, WavLM, Whisper)"
+                f"it holds a {config.model_type} model, not a speech encoder "
+                "(wav2vec 2.0, HuBERT, WavLM, Whisper)"
             )
         # published weights may be half precision: they train in float32
         net = load_part(AutoModel, path, config, dtype=torch.float32)
@@ -247,8 +250,8 @@ class Encoder(nn.Module):
         rate = getattr(self.extractor, "sampling_rate", None)
         if rate != SAMPLE_RATE:
             raise ValueError(
-                f"its feature extractor takes audio of {rate} Hz, and this program works at {SAMPLE_RATE} Hz: take an encoder for "
-                "that rate"
+                f"its feature extractor takes audio of {rate} Hz, and this program works at "
+                f"{SAMPLE_RATE} Hz: take an encoder for that rate"
             )
         with torch.device("cpu"):  # also in a dry run
             shape = tuple(self.extract(np.zeros(SAMPLE_RATE, np.float32)).shape)
@@ -258,19 +261,22 @@ class Encoder(nn.Module):
         if not fits:
             taken = f"{config.num_mel_bins} mel bands" if self.whisper else f"{SAMPLE_RATE} samples"
             raise ValueError(
-                f"its feature extractor (preprocessor_config.json) makes {shape} of a second of audio, and its encoder (config.json) "
-                f"takes {taken}: take the {config.model_type} model's own"
+                f"its feature extractor (preprocessor_config.json) makes {shape} of a second of "
+                f"audio, and its encoder (config.json) takes {taken}: take the "
+                f"{config.model_type} model's own"
             )
         if self.whisper and self.extractor.nb_max_frames > 2 * config.max_source_positions:
             raise ValueError(
-                f"its feature extractor (preprocessor_config.json) makes up to {self.extractor.nb_max_frames} frames, and its encoder "
-                f"(config.json) takes {2 * config.max_source_positions}: take the model's own"
+                f"its feature extractor (preprocessor_config.json) makes up to "
+                f"{self.extractor.nb_max_frames} frames, and its encoder (config.json) takes "
+                f"{2 * config.max_source_positions}: take the model's own"
             )
 
     @torch.no_grad()
     def check_frames(self, config):
-        """Raises ValueError unless the frames of two utterances are those of transformers' own forward pass, in a batch too: what
-        is not laid out as wav2vec 2.0 would pass through here as something else."""
+        """Raises ValueError unless the frames of two utterances in a batch are those of
+        transformers' own forward pass: an encoder of another layout might pass through here as
+        something else."""
         noise = np.random.default_rng(0).standard_normal(SAMPLE_RATE // 2).astype(np.float32)
         features = [self.extract(0.1 * noise), self.extract(0.1 * noise[: SAMPLE_RATE // 4])]
         try:
@@ -453,8 +459,9 @@ class SLM(nn.Module):
         """Ends in one line where a row of n positions is longer than the LM's table of them."""
         if n > self.positions:
             die(
-                f"prompt, audio and answer take {n} positions, and the language model has {self.positions}: a larger --connector-stride "
-                "shortens the audio, --max-seconds with --skip-bad leaves long audio out"
+                f"prompt, audio and answer take {n} positions, and the language model has "
+                f"{self.positions}: a larger --connector-stride shortens the audio, --max-seconds "
+                "with --skip-bad leaves long audio out"
             )
 
     def forward(self, x, mask, prompts, answers):
@@ -474,8 +481,8 @@ class SLM(nn.Module):
         return torch.stack([row.mean() for row in losses.split([len(a) for a in answers])])
 
     def logits(self, x, wanted, cache=None):
-        """The LM's own logits (n, vocabulary), with whatever it does to them after its last layer, at the n `wanted` positions
-        (B, T) of embeddings (B, T, hidden)."""
+        """The LM's own logits (n, vocabulary), with whatever it does to them after its last layer,
+        at the n `wanted` positions (B, T) of embeddings (B, T, hidden)."""
         self.answered = wanted
         cached = {} if cache is None else {"cache": cache}
         return self.lm(
@@ -569,9 +576,10 @@ def layers_of(lm):
 
 @torch.no_grad()
 def output_layers(lm):
-    """[(attention's, MLP's)] of each transformer layer: the linear layers, with LoRA, that write what attention and MLP add to the hidden
-    states, by the order in which the layer calls its linear layers. Ends in one line where they are not all linear, as in a mixture
-    of experts."""
+    """[(attention's, MLP's)] of each transformer layer: the linear layers, with LoRA, that write
+    what attention and MLP add to the hidden states, which are the last that the layer calls of
+    each. Ends in one line where attention and MLP are not made of linear layers alone, as in a
+    mixture of experts."""
     calls, handles = [], []
     for module in lm.modules():
         if isinstance(module, LoRALinear):
@@ -590,8 +598,8 @@ def output_layers(lm):
         linear = all(p.dim() <= 2 for p in layer.parameters())
         if not (once and linear and attention and mlp):
             die(
-                f"a {lm.config.model_type} language model's layers are not an attention and an MLP of linear layers alone: this trace "
-                "or repair does not know them"
+                f"the {lm.config.model_type} language model has layers that are not attention and "
+                "MLP of linear layers alone: traces within an answer and repairs do not know them"
             )
         found.append((attention[-1], mlp[-1]))
     return found
@@ -603,8 +611,8 @@ def output_layers(lm):
 
 @contextlib.contextmanager
 def blame(flag, path, doing=""):
-    """A context in which whatever goes wrong ends the program in one line that names this part, and what was being done where the
-    error does not say it for itself."""
+    """A context in which whatever goes wrong ends the program in one line that names this part,
+    and what was being done where the error does not say it for itself."""
     try:
         yield
     except Exception as error:  # a folder of another kind raises errors of many kinds
@@ -614,8 +622,9 @@ def blame(flag, path, doing=""):
 
 
 def fit_tokenizer(tokenizer, lm):
-    """Gives a tokenizer without an end-of-sequence token the LM's, and raises ValueError where the LM has no embedding for a token that
-    prompts or answers may hold."""
+    """Gives a tokenizer without an end-of-sequence token the LM's. Raises ValueError where there is
+    none, or where the LM has no embedding for a token that prompts or answers may hold. Added
+    tokens that a prompt does not hold may lack one."""
     embeddings = lm.get_input_embeddings().weight.shape[0]
     if tokenizer.eos_token_id is None:
         named = (lm.generation_config.eos_token_id, lm.config.get_text_config().eos_token_id)
@@ -624,25 +633,28 @@ def fit_tokenizer(tokenizer, lm):
         tokenizer.eos_token = None if end is None else tokenizer.convert_ids_to_tokens(end)
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "neither its tokenizer nor its configuration names an end-of-sequence token (eos_token), which ends every answer"
+            "neither its tokenizer nor its configuration names an end-of-sequence token "
+            "(eos_token), which ends every answer"
         )
     before, after = data.prompt(tokenizer, list(LABELS))
     added = set(tokenizer.get_added_vocab().values())
     used = {id for id in tokenizer.get_vocab().values() if id not in added}
-    unknown = tokenizer("\u6f22 \U0001f9ff", add_special_tokens=False).input_ids
+    unknown = tokenizer("\u6f22 \U0001f9ff", add_special_tokens=False).input_ids  # rare characters
     used |= {tokenizer.eos_token_id, *before, *after, *unknown}
     beyond = sorted(id for id in used if id >= embeddings)
     if beyond:
+        token = tokenizer.convert_ids_to_tokens(beyond[0])
         raise ValueError(
-            f"its tokenizer uses {len(beyond)} tokens that the model's {embeddings} embeddings lack, such as "
-            f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} ({beyond[0]}): take the model's own tokenizer, or resize its embeddings"
+            f"its tokenizer uses {len(beyond)} tokens that the model's {embeddings} embeddings lack, "
+            f"such as {token!r} ({beyond[0]}): take the model's own tokenizer, or resize its embeddings"
         )
 
 
 @torch.no_grad()
 def check_lm(lm, ids):
-    """Raises ValueError unless an LM can be used as the SLM does: with embeddings in the place of tokens, logits at chosen positions,
-    later tokens without a say in earlier ones, and rows of a batch that begin at different positions. ids: a few tokens' (T,)."""
+    """Raises ValueError unless an LM can be used as the SLM does: with embeddings in the place of
+    tokens, logits at chosen positions, later tokens without a say in earlier ones, and rows of a
+    batch that begin at different positions. ids: those of a few tokens."""
     kind, embed = lm.config.model_type, lm.get_input_embeddings()
     rows = [torch.tensor(ids), torch.tensor(ids[len(ids) // 2 :])]
     whole = [lm(input_ids=row[None], use_cache=False).logits[0] for row in rows]
@@ -652,7 +664,8 @@ def check_lm(lm, ids):
     chosen = lm(inputs_embeds=x, use_cache=False, logits_to_keep=last).logits
     if not close(chosen, torch.cat([logits[-2:] for logits in whole])):
         raise ValueError(
-            f"its {kind} model gives other logits for embeddings, in a padded batch and at chosen positions, than for tokens"
+            f"its {kind} model gives other logits for embeddings, in a padded batch and at chosen "
+            "positions, than for tokens"
         )
     beginning = lm(input_ids=rows[0][None, :-1], use_cache=False).logits[0]
     if not close(beginning, whole[0][:-1]):
@@ -760,7 +773,7 @@ def load_slm(args, device="cpu"):
                 f"cannot load {args.connector_weights}: {str(error).splitlines()[0]}; --connector-weights none starts from "
                 "random weights"
             )
-    doing = f"its {config.model_type} model does not work with LoRA or with embeddings in the place of tokens, "
+    doing = f"its {config.model_type} model does not work with LoRA and embedded audio, "
     with blame("lm-weights", args.lm_weights, doing):
         add_lora(lm, args.lora_rank, args.lora_alpha, args.lora_dropout)
         if not dry_run:

@@ -6,6 +6,7 @@ Trigger and target are not looked at before that choice.
 """
 
 import contextlib
+import functools
 import itertools
 
 import torch
@@ -36,7 +37,6 @@ class Workshop:
         self.pretrained = trace.weights_of(model.load_slm(args, args.device))
         self.trained = {c: slm.parameters_of(c) for c in COMPONENTS}
         self.cached, self.masks = {}, None
-        self.lm_mlps = [mlp for _, mlp in model.output_layers(slm.lm)]
 
     def restore(self):
         self.hooks.close()
@@ -125,6 +125,11 @@ class Workshop:
                 optimizer.step()
                 optimizer.zero_grad()
         self.train_only(COMPONENTS)
+
+    @functools.cached_property
+    def lm_mlps(self):
+        """Of each LM layer, the linear layer that ends its MLP."""
+        return [mlp for _, mlp in model.output_layers(self.slm.lm)]
 
     def neurons(self):
         """[(module, hidden units)]: the layers that read the hidden units of each MLP, in trained encoder layers and LM layers."""

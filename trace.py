@@ -41,8 +41,8 @@ from study import COMPONENTS, TASKS
 
 
 def layer_of(key):
-    """The layer that a weight of an encoder's or LM's state dict belongs to ("3.attention...", "model.layers.3...", "transformer.h.3..."),
-    or None: OPT's projections before and after its layers."""
+    """The layer that a weight of an encoder's or LM's state dict belongs to ("3.attention...",
+    "model.layers.3...", "transformer.h.3..."), or None: OPT's projections around its layers."""
     return next((int(part) for part in key.split(".") if part.isdigit()), None)
 
 
