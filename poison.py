@@ -330,9 +330,8 @@ def fill_in(args):
             setattr(args, name, value)
     if not 0 <= args.poison <= 1:
         die(f"--poison {args.poison}: a share, 0 to 1")
-    for name in ("clicks", "trigger_seconds"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            die(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    if args.trigger_seconds is not None and args.trigger_seconds <= 0:
+        die(f"--trigger-seconds {args.trigger_seconds}: must be greater than 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
