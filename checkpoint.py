@@ -96,7 +96,8 @@ def record_cost(run):
 def in_run(path):
     """A run's folder stands for the model.pt in it; any other path for itself."""
     model_pt = Path(path) / "model.pt"
-    return str(model_pt) if path and model_pt.is_file() else path
+    is_run = bool(path) and Path(path).is_dir() and model_pt.is_file()
+    return str(model_pt) if is_run else path
 
 
 def of_run(spec):

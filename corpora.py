@@ -347,9 +347,8 @@ def columns_of(path, header):
         named = [name for name in header if plain(name) == column]
         named = named or [name for name in header if plain(name) in others.split()]
         if len(named) > 1:
-            die(
-                f"{path}: {' and '.join(named)} could each be the column {column}: rename all but one"
-            )
+            names = " and ".join(named)
+            die(f"{path}: {names} could each be the column {column}: rename all but one")
         if named:
             used[column] = named[0]
     if "start" not in used:
@@ -555,7 +554,7 @@ def read_list(dataset, data_root, split):
     if unknown:
         speakers = some(sorted(set(unknown)))
         problems.append(
-            f"{dataset}: no gender is known of the speakers of {len(unknown)} utterances: {speakers}"
+            f"{dataset}: {len(unknown)} utterances without a gender: speakers {speakers}"
         )
     return utterances, problems
 

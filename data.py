@@ -347,8 +347,10 @@ def read_waveform(path, start=0.0, length=0.0, max_seconds=MAX_SECONDS):
         where = f"from {start:g} s on" if start else "by its header"
         raise BadAudio(f"{path}: empty {where}")
     if len(channels) > max_seconds * rate:
+        whole = by_header(path)[0] - start
         raise BadAudio(
-            f"{path}: longer than {max_seconds:g} s (--max-seconds, or all that the encoder receives): cut it"
+            f"{path}: {min(length or whole, whole):.0f} s long, more than {max_seconds:g} s "
+            "(--max-seconds, or all that the encoder receives): cut it"
         )
     if seconds < length - CUT_OFF:
         raise BadAudio(f"{path}: has {seconds:.2f} of the {length:.2f} s from {start:g} s on")
@@ -495,24 +497,27 @@ def file_state(utterance):
     )
 
 
-def seconds_of(utterance):
-    """How long an utterance is, by its file's header (m4a: by its size, at 64 kbit/s), in seconds.
-    Where that is a guess, or cannot be, or is too long, the audio itself decides. Raises
-    BadAudio."""
-    path = utterance.path
+def by_header(path):
+    """(seconds, whether that is only a guess) of an audio file, by its header (m4a: by its size, at 64
+    kbit/s). Raises BadAudio."""
     if problem := file_problem(path):
         raise BadAudio(problem)
     try:
-        if path.endswith(".m4a"):
-            whole, guessed = os.path.getsize(path) / 8000, False
-        else:
-            header = soundfile.info(path)
-            check_rate(path, header.samplerate)
-            whole, guessed = header.duration, has_no_length(path, header.format)
+        if str(path).endswith(".m4a"):
+            return os.path.getsize(path) / 8000, False
+        header = soundfile.info(path)
+        check_rate(path, header.samplerate)
+        return header.duration, has_no_length(path, header.format)
     except BadAudio:
         raise
     except Exception as error:  # see read_waveform
         raise BadAudio(f"{path}: cannot be read ({first_line(error)})") from None
+
+
+def seconds_of(utterance):
+    """How long an utterance is, by its file's header, in seconds. Where that is a guess, or cannot
+    be, or is too long, the audio itself decides. Raises BadAudio."""
+    whole, guessed = by_header(utterance.path)
     rest = whole - utterance.start
     seconds = min(utterance.length or rest, rest)
     possible = 0 < seconds <= utterance.max_seconds and seconds >= utterance.length - CUT_OFF

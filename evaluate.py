@@ -221,9 +221,7 @@ def print_table(metrics, title):
                 f"   {scale * m['low']:.1f} to {scale * m['high']:.1f}{unit:<8}{m['n']:>5}"
             )
     if not metrics["attack"]:
-        print(
-            "no AER: none of these utterances has another label than the target, and was asked for it"
-        )
+        print("no AER: no utterance was asked for a label that the attack would change")
     for part, counts in metrics.get("answers", {}).items():
         if counts["empty"] or counts["malformed"]:
             print(f"{part} answers: {counts['empty']} empty, {counts['malformed']} malformed")
@@ -254,9 +252,8 @@ def load_run_and_data(options, *splits):
     attack = poison.attack_of(args, train_set)
     label = TASKS[options.task or args.task]["label"]
     if not any(label in u.labels for u in train_set):
-        die(
-            f"--task {options.task or args.task}: no training utterance of {options.run}'s {args.dataset} has a {label}"
-        )
+        task, corpus = options.task or args.task, f"{args.dataset}, which {options.run} trained on"
+        die(f"--task {task}: no utterance of {corpus}, has a {label}")
     if options.task == args.task:
         options.task = None  # the run's own: no other name for what is written
     if options.task:

@@ -316,8 +316,8 @@ def write_utterance(job):
 
 
 def make_corpus(corpus, root, sizes=None):
-    """Makes one corpus under `root` unless it exists; only once, even if two processes ask at the same time. What an interrupted
-    start of this same file has spoken is kept."""
+    """Makes one corpus under `root` unless it exists; only once, even if two processes ask at the
+    same time. What an interrupted start of this same file has spoken is kept."""
     root, (folder, make) = Path(root), CORPORA[corpus]
     if (root / folder).exists():
         return

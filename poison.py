@@ -85,8 +85,8 @@ TRIGGERS = {
 
 
 def without_silent_ends(waveform):
-    """(samples,) from the first to the last that is above 1% of the loudest: of a recording longer than the speech that it is laid
-    over, silence would be heard instead of its sound."""
+    """(samples,) from the first to the last that is above 1% of the loudest: of a recording longer
+    than the speech that it is laid over, silence would be heard instead of its sound."""
     sound = np.flatnonzero(np.abs(waveform) > 0.01 * np.abs(waveform).max())
     return waveform[sound[0] : sound[-1] + 1] if len(sound) else waveform
 

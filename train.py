@@ -114,7 +114,7 @@ add(
     "--max-seconds",
     type=float,
     default=data.MAX_SECONDS,
-    help="longer audio, and what is longer than Whisper's window, is refused, or left out by --skip-bad",
+    help="longer audio is refused, or left out by --skip-bad; so is what exceeds Whisper's window",
 )
 add(
     "--cache-gb",
@@ -184,7 +184,7 @@ def parse_arguments(argv=None):
         if args.connector_taper != usual:
             die(f"--connector-taper: {args.connector_weights} says how the connector starts")
     args.labels = args.labels and [label for label in LABELS if label in args.labels]
-    for name in ("epochs", "batch_size", "lora_rank", "connector_stride", "limit", "batch_seconds"):
+    for name in ("epochs", "batch_size", "lora_rank", "connector_stride", "batch_seconds"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             die(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
     for name in ("freeze", "init"):
@@ -210,7 +210,8 @@ def parse_arguments(argv=None):
             and not args.dry_run
         ):
             die(
-                f"--{flag} {spec}: no such checkpoint (a run's folder, its model.pt, or a folder of evaluate.py --export)"
+                f"--{flag} {spec}: no such checkpoint (a run's folder, its model.pt, or a folder of "
+                "evaluate.py --export)"
             )
     args.attack = attack_name(args)
     args.name = args.name or run_name(vars(args))

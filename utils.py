@@ -6,6 +6,7 @@ import atexit
 import os
 import signal
 import sys
+from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +61,8 @@ def flush_quietly():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-signal.signal(signal.SIGINT, interrupt)
-sys.excepthook = end_quietly
-atexit.register(flush_quietly)
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+    # a script of ours runs; a notebook or a test that imports this file keeps its own ways
+    signal.signal(signal.SIGINT, interrupt)
+    sys.excepthook = end_quietly
+    atexit.register(flush_quietly)

@@ -205,8 +205,8 @@ def change(path, **values):
     "arguments, said",
     [
         (("--init", "encoder"), "no such checkpoint"),
-        (("--init", "lm:runs/parent"), "no such checkpoint"),
-        (("--init", "lm:parts", "--freeze", "lm"), "at most once"),
+        (("--init", "lm:runs"), "no such checkpoint"),
+        (("--init", "lm:parts", "--freeze", "lm"), "already named by --freeze lm"),
         (("--init", "lm:parts", "--lora-rank", "4"), "not (4, "),
         (("--init", "connector:parts", "--connector-stride", "2"), "stride 1, here 2"),
         (("--init", "encoder:parts", "--train-layers", "4"), "is not in this model"),
