@@ -10,6 +10,7 @@ each, to `problems`.
 
 import argparse
 import csv
+import functools
 import hashlib
 import os
 import shutil
@@ -267,7 +268,10 @@ def read_split(dataset, data_root, split):
         str(data_root) == MINI_ROOT
     ):  # the miniature corpora are made when they are first asked for, beside this file
         data_root = Path(os.path.relpath(ROOT / MINI_ROOT))
-        mini.make_corpus("libri" if dataset == "test-clean" else dataset, data_root)
+        try:
+            mini.make_corpus("libri" if dataset == "test-clean" else dataset, data_root)
+        except OSError as error:
+            die(f"cannot make the mini corpora ({error}): name corpora elsewhere by --data-root")
     try:
         utterances = READERS[dataset](data_root, split, problems)
     except FileNotFoundError as error:
@@ -296,6 +300,60 @@ def audio_problem(utterance):
         data.load_waveform(utterance)
     except BadAudio as error:
         return str(error)
+
+
+def heard(utterance):
+    """(what is wrong with an utterance's audio, read whole, or None; its RMS or None)."""
+    try:
+        return None, data.rms(utterance)
+    except BadAudio as error:
+        return str(error), None
+
+
+@functools.lru_cache(100_000)
+def sample_of(path):
+    """SHA-256 of some of a file's bytes: enough to tell apart two recordings of the same size."""
+    size, sha = os.path.getsize(path), hashlib.sha256()
+    with open(path, "rb") as f:
+        for part in (1, 2, 3):
+            f.seek(part * size // 4)
+            sha.update(f.read(4096))
+    return sha.hexdigest()
+
+
+def overlapping(found):
+    """The pairs of utterances of different splits that share audio, [((split, utterance), (split, utterance))]; found: those of the
+    same recording, [(split, utterance)]."""
+    pairs, before = [], []  # before: what has begun and may not have ended
+    for split, u in sorted(found, key=lambda each: each[1].start):
+        before = [(s, v) for s, v in before if not v.length or u.start < v.start + v.length]
+        pairs += [((s, v), (split, u)) for s, v in before if s != split]
+        before.append((split, u))
+    return pairs
+
+
+def shared_audio(parts):
+    """Audio that is in several of {split: utterances}, under one path, under two, or as a copy: a list of problems, one for each two
+    splits that share some."""
+    alike = {}
+    for split, utterances in parts.items():
+        for u in utterances:
+            alike.setdefault(os.path.getsize(u.path), []).append((split, u))
+    recordings = {}
+    for size, found in alike.items():
+        if len({split for split, _ in found}) > 1:
+            for split, u in found:
+                recordings.setdefault((size, sample_of(u.path)), []).append((split, u))
+    shared = {}
+    for found in recordings.values():
+        for (split, u), (other, v) in overlapping(found):
+            shared.setdefault(" and ".join(sorted((split, other))), []).append(
+                f"{u.path} and {v.path}"
+            )
+    return [
+        f"audio that {splits} share: {len(pairs)} recordings, such as {pairs[0]}"
+        for splits, pairs in shared.items()
+    ]
 
 
 def read_corpus(
@@ -357,11 +415,14 @@ def leave_out(utterances, path):
 
 def check(dataset, data_root):
     """Reads everything; prints what is there and what is wrong. Returns the number of problems."""
-    problems = []
+    problems, parts, levels = [], {}, []
     for split in ("train", "dev", "test"):
         utterances, wrong = read_split(dataset, data_root, split)
-        unreadable = data.in_workers(audio_problem, utterances, split)
+        found = data.in_workers(heard, utterances, split)
+        unreadable = [problem for problem, _ in found]
         problems += wrong + [problem for problem in unreadable if problem]
+        parts[split] = [u for u, problem in zip(utterances, unreadable) if not problem]
+        levels += [level for problem, level in found if not problem]
         seconds = [
             data.num_samples(u) / data.SAMPLE_RATE
             for u, problem in zip(utterances, unreadable)
@@ -380,6 +441,8 @@ def check(dataset, data_root):
             )
             if counts:
                 print(f"    {label} {counts.total()} ({few})")
+    problems += shared_audio(parts)
+    problems += data.far_levels([u for own in parts.values() for u in own], levels)
     for problem in problems:
         print(problem)
     print(f"{len(problems)} problem{'s' * (len(problems) != 1)}")
