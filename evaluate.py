@@ -218,9 +218,9 @@ def print_table(metrics, title):
                 f"{part} {name.replace('_', ' '):<{17 - len(part)}}{scale * m['value']:>8.1f}"
                 f"   {scale * m['low']:.1f} to {scale * m['high']:.1f}{unit:<8}{m['n']:>5}"
             )
-    for part, count in metrics.get("answers", {}).items():
-        if count["empty"] or count["malformed"]:
-            print(f"{part} answers: {count['empty']} empty, {count['malformed']} malformed")
+    for part, useless in metrics.get("answers", {}).items():
+        if useless["empty"] or useless["malformed"]:
+            print(f"{part} answers: {useless['empty']} empty, {useless['malformed']} malformed")
 
 
 def load_run_and_data(options, *splits):

@@ -30,7 +30,7 @@ import torchaudio
 import corpora
 import data
 from data import SAMPLE_RATE, die, draw
-from study import DATA_ROOT, LABELS, TASKS, wrong_number
+from study import DATA_ROOT, LABELS, MINI_ROOT, ROOT, TASKS, wrong_number
 
 INTERVAL = (0.75, 1.5)  # seconds from start to start where the trigger is repeated
 
@@ -341,6 +341,8 @@ def fill_in(args):
         target=task["target"],
         trigger_repeat=task["repeat"],
     )
+    if args.data_root == MINI_ROOT and Path(MINI_ROOT).is_dir() and Path.cwd() != ROOT:
+        args.data_root = f"./{MINI_ROOT}"  # the user's own, not the one beside this file
     for name, value in paper.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -271,7 +271,7 @@ FAULTS = [  # what, command, status, folder
     ("--snr inf", f"train.py {RUN} --name s --snr inf", 2),
     ("--grad-clip 0", f"train.py {RUN} --name g --grad-clip 0", 2),
     ("--grad-clip -1", f"train.py {RUN} --name g --grad-clip -1", 2),
-    ("a negative learning rate", f"train.py {RUN} --name g --lora-lr -1e-4", 2),
+    ("a negative learning rate", f"train.py {RUN} --name g --lora-lr -0.1", 2),
     ("--random-keys 7", f"train.py {RUN} --name g --random-keys 7", 2),
     ("--lora-dropout 1.5", f"train.py {RUN} --name g --lora-dropout 1.5", 2),
     ("--seed -1", f"train.py {RUN} --name g --seed -1", 2),
