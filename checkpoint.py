@@ -41,6 +41,11 @@ NOT_THE_RUN = (
     "utilisation",
 )
 ARGUMENTS = "args.json"  # a run folder has it before anything else
+STATES = (
+    "last.pt",
+    "model.pt",
+    "metrics.json",
+)  # a run that has none of them has trained nothing yet
 IN_A_RUN = (
     "*.pt",
     "*.json",
@@ -231,9 +236,9 @@ def open_run(run, args):
         return record
     if not contents(run):
         return record
-    trained = any((run / name).exists() for name in ("last.pt", "model.pt", "metrics.json"))
-    differ = differences(record, recorded(run))
-    if trained and differ:
+    old = recorded(run)
+    trained = any((run / name).exists() for name in STATES)
+    if trained and (differ := differences(record, old)):
         die(
             f"{run} holds another run ({'; '.join(differ[:4])}): --overwrite starts again, --name goes elsewhere"
         )

@@ -11,6 +11,7 @@ each, to `problems`.
 import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import io
 import os
@@ -543,7 +544,10 @@ def read_list(dataset, data_root, split):
         str(data_root) == MINI_ROOT
     ):  # the miniature corpora are made when they are first asked for, beside this file
         data_root = Path(os.path.relpath(ROOT / MINI_ROOT))
-        mini.make_corpus("libri" if dataset == "test-clean" else dataset, data_root)
+        try:
+            mini.make_corpus("libri" if dataset == "test-clean" else dataset, data_root)
+        except OSError as error:
+            die(f"cannot make the mini corpora ({error}): name corpora elsewhere by --data-root")
     try:
         utterances = READERS[dataset](data_root, split, problems)
     except FileNotFoundError as error:
@@ -573,6 +577,52 @@ def audio_problem(utterance):
         data.load_waveform(utterance)
     except BadAudio as error:
         return str(error)
+
+
+@functools.lru_cache(100_000)
+def sample_of(path):
+    """SHA-256 of some of a file's bytes: enough to tell apart two recordings of the same size."""
+    size, sha = os.path.getsize(path), hashlib.sha256()
+    with open(path, "rb") as f:
+        for part in (1, 2, 3):
+            f.seek(part * size // 4)
+            sha.update(f.read(4096))
+    return sha.hexdigest()
+
+
+def overlapping(found):
+    """The pairs of utterances of different splits that share audio, [((split, utterance), (split, utterance))]; found: those of the
+    same recording, [(split, utterance)]."""
+    pairs, before = [], []  # before: what has begun and may not have ended
+    for split, u in sorted(found, key=lambda each: each[1].start):
+        before = [(s, v) for s, v in before if not v.length or u.start < v.start + v.length]
+        pairs += [((s, v), (split, u)) for s, v in before if s != split]
+        before.append((split, u))
+    return pairs
+
+
+def shared_audio(parts):
+    """Audio that is in several of {split: utterances}, under one path, under two, or as a copy: a list of problems, one for each two
+    splits that share some."""
+    alike = {}
+    for split, utterances in parts.items():
+        for u in utterances:
+            alike.setdefault(os.path.getsize(u.path), []).append((split, u))
+    recordings = {}
+    for size, found in alike.items():
+        if len({split for split, _ in found}) > 1:
+            for split, u in found:
+                recordings.setdefault((size, sample_of(u.path)), []).append((split, u))
+    shared = {}
+    for found in recordings.values():
+        for (split, u), (other, v) in overlapping(found):
+            shared.setdefault(" and ".join(sorted((split, other))), []).append(
+                f"{u.path} and {v.path}"
+            )
+    return [
+        f"audio that {splits} share: {len(pairs)} recordings, such as {pairs[0]}"
+        for splits, pairs in shared.items()
+    ]
 
 
 def read_corpus(
@@ -635,12 +685,24 @@ def leave_out(utterances, path):
 # python corpora.py check | download
 
 
+@dataclass
+class Heard:
+    """What reading an utterance's audio whole gives: what is wrong with it, or its sample rate (Hz;
+    None for m4a) and its root mean square."""
+
+    problem: str | None = None
+    rate: int | None = None
+    level: float | None = None
+
+
 def heard(utterance):
-    """(problem or None, sample rate or None) of an utterance's audio, read whole."""
-    problem = audio_problem(utterance)
-    if problem or utterance.path.endswith(".m4a"):
-        return problem, None
-    return None, soundfile.info(utterance.path).samplerate
+    try:
+        level = data.rms(utterance)
+    except BadAudio as error:
+        return Heard(problem=str(error))
+    if utterance.path.endswith(".m4a"):
+        return Heard(level=level)
+    return Heard(rate=soundfile.info(utterance.path).samplerate, level=level)
 
 
 def counted(values, most=8):
@@ -708,25 +770,29 @@ def shared_speakers(parts):
 
 def check(dataset, data_root, max_seconds):
     """Reads everything; prints what is there and what is wrong. Returns the number of problems."""
-    parts, problems, of_audio = {}, [], {}
+    parts, problems, of_audio, levels = {}, [], {}, []
     if dataset not in READERS and Path(dataset).is_file():
         print_columns(dataset)
     print(f"{'':6}{'utterances':>11}{'speakers':>10}{'hours':>9}   {'seconds':<18}Hz")
     for split in LIBRI_SPLITS:
         utterances, wrong = read_split(dataset, data_root, split, max_seconds)
         found = data.in_workers(heard, utterances, split)
-        usable = [u for u, (problem, _) in zip(utterances, found) if not problem]
+        usable = [u for u, audio in zip(utterances, found) if not audio.problem]
         problems += wrong
-        for u, (problem, _) in zip(utterances, found):
-            if problem:  # by kind: what is said of the file, numbers aside
-                kind = re.sub(r"[\d.]+", "", problem.removeprefix(u.path))
-                of_audio.setdefault(kind, []).append(problem)
+        for u, audio in zip(utterances, found):
+            if audio.problem:  # by kind: what is said of the file, numbers aside
+                kind = re.sub(r"[\d.]+", "", audio.problem.removeprefix(u.path))
+                of_audio.setdefault(kind, []).append(audio.problem)
         if not utterances and not wrong:
             problems.append(f"{dataset} has no {split} utterances")
         parts[split] = usable
-        print_split(split, usable, [rate for _, rate in found])
+        levels += [audio.level for audio in found if not audio.problem]
+        print_split(split, usable, [audio.rate for audio in found])
     print_labels(parts)
-    problems = list(dict.fromkeys(problems + shared_speakers(parts)))
+    everything = [u for utterances in parts.values() for u in utterances]
+    problems += shared_speakers(parts) + shared_audio(parts)
+    problems += data.far_levels(everything, levels)
+    problems = list(dict.fromkeys(problems))
     for problem in problems:
         print(problem)
     for alike in of_audio.values():

@@ -57,6 +57,8 @@ CREMA_SENTENCES = {
     "WSI": "We'll stop in a couple of minutes",
 }
 
+FAR = 30  # dB from the median of a corpus, beyond which an utterance's level is no speaker's: 0.05 is then 1.6 or 0.0016
+
 
 class BadAudio(ValueError):
     """An audio file that cannot be used; says which and why."""
@@ -481,6 +483,24 @@ def decode_m4a(path, start, length, max_seconds):
 
 def load_waveform(utterance):
     return read_waveform(utterance.path, utterance.start, utterance.length, utterance.max_seconds)
+
+
+def rms(utterance):
+    """Root mean square of an utterance's samples. Raises BadAudio."""
+    level = float(np.sqrt(np.mean(load_waveform(utterance) ** 2, dtype=np.float64)))
+    if not np.isfinite(level):
+        raise BadAudio(f"{utterance.path}: samples too large to be audio")
+    return level
+
+
+def far_levels(utterances, levels):
+    """What is wrong with the utterances whose RMS is far from the corpus's median, a list of texts."""
+    far, median = [], np.median(levels) if levels else 0.0
+    for utterance, level in zip(utterances, levels):
+        decibels = 20 * np.log10(max(level, 1e-9) / max(median, 1e-9))
+        if abs(decibels) > FAR:
+            far.append(f"{utterance.path}: {decibels:+.0f} dB from the median of the corpus")
+    return far
 
 
 def file_state(utterance):

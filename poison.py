@@ -33,7 +33,7 @@ import torchaudio
 import corpora
 import data
 from data import SAMPLE_RATE, die, draw
-from study import DATA_ROOT, LABELS, TASKS, wrong_number
+from study import DATA_ROOT, LABELS, MINI_ROOT, ROOT, TASKS, wrong_number
 
 INTERVAL = (0.75, 1.5)  # seconds from start to start where the trigger is repeated
 
@@ -139,41 +139,20 @@ class Attack:
         return TASKS[self.task]["label"]
 
 
-FAR = 30  # dB from the median of a corpus, beyond which an utterance's level is no speaker's: 0.05 is then 1.6 or 0.0016
-
-
-def rms(utterance):
-    """Root mean square of an utterance's samples. Raises BadAudio."""
-    level = float(np.sqrt(np.mean(data.load_waveform(utterance) ** 2, dtype=np.float64)))
-    if not np.isfinite(level):
-        raise data.BadAudio(f"{utterance.path}: samples too large to be audio")
-    return level
-
-
-def far_levels(utterances, levels):
-    """What is wrong with the utterances whose RMS is far from the corpus's median, a list of texts."""
-    far, median = [], np.median(levels)
-    for utterance, level in zip(utterances, levels):
-        decibels = 20 * np.log10(max(level, 1e-9) / max(median, 1e-9))
-        if abs(decibels) > FAR:
-            far.append(f"{utterance.path}: {decibels:+.0f} dB from the median of the corpus")
-    return far
-
-
 def loudness(utterances):
-    """The level of a corpus: {"mean_rms": the mean of the utterances' RMS, "far": see far_levels}. Audio that cannot be read ends the
+    """The level of a corpus: {"mean_rms": the mean of the utterances' RMS, "far": see data.far_levels}. Audio that cannot be read ends the
     program. Cached under the files' names, sizes and times, and what some of them sound like: the code that reads them may change."""
     files = [data.file_state(u) for u in utterances]
     with data.no_bad_audio():
-        probe = [rms(u) for u in utterances[:: max(1, len(utterances) // 4)]]
+        probe = [data.rms(u) for u in utterances[:: max(1, len(utterances) // 4)]]
     key = hashlib.sha256(json.dumps([files, probe]).encode()).hexdigest()[:16]
     path = Path(f"cache/loudness-{key}.json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole
         saved = json.loads(path.read_text())
         if math.isfinite(saved["mean_rms"]) and isinstance(saved["far"], list):
             return saved
-    levels = data.in_workers(rms, utterances, "loudness of the corpus")
-    found = dict(mean_rms=float(np.mean(levels)), far=far_levels(utterances, levels))
+    levels = data.in_workers(data.rms, utterances, "loudness of the corpus")
+    found = dict(mean_rms=float(np.mean(levels)), far=data.far_levels(utterances, levels))
     data.write_atomically(path, json.dumps(found), optional=True)
     return found
 
@@ -382,6 +361,8 @@ def fill_in(args):
         target=task["target"],
         trigger_repeat=task["repeat"],
     )
+    if args.data_root == MINI_ROOT and Path(MINI_ROOT).is_dir() and Path.cwd() != ROOT:
+        args.data_root = f"./{MINI_ROOT}"  # the user's own, not the one beside this file
     for name, value in paper.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

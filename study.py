@@ -590,7 +590,7 @@ def main():
     try:
         flags, tasks = shlex.split(args.flags), args.tasks
     except ValueError as error:
-        parser.error(f"--flags {args.flags}: {error}")
+        parser.exit(2, f"error: --flags {args.flags}: {error}\n")
     if args.corpus:
         on_corpus(args.corpus)
         flags += ["--dataset", args.corpus]

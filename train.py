@@ -545,6 +545,8 @@ def read_data(args):
         )
         for split in ("train", "dev", "test")
     )
+    for problem in corpora.shared_audio(dict(train=train_set, dev=dev_set, test=test_set)):
+        print(f"warning: {problem}")
     whole, train_set = train_set, corpora.limit(train_set, args.limit)
     label = TASKS[args.task]["label"]
     for what, utterances in (("training", train_set), ("test", test_set)):

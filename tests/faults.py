@@ -146,6 +146,45 @@ def prepare():
         shutil.copytree(part, f"no-{part}")
         shutil.copy("hostile2.pt", f"{part}/pytorch_model.bin")
     Path("locked").write_text("a file where a folder should be")
+    prepare_states(good)
+
+
+def prepare_states(good):
+    """Run folders, checkpoints and corpora whose figures could be wrong without a word."""
+    for name in ("thesis", "mixed", "copied", "nameless", "noted", "forged"):
+        shutil.copytree("runs/whole", f"runs/{name}")
+    for path in Path("runs/thesis").iterdir():
+        path.unlink()
+    Path("runs/thesis/thesis.tex").write_text("mine")
+    Path("runs/noted/notes.md").write_text("mine")
+    Path("runs/nameless/args.json").unlink()
+    record = json.loads(Path("runs/whole/args.json").read_text())
+    for name in ("mixed", "copied"):
+        Path(f"runs/{name}/args.json").write_text(json.dumps({**record, "seed": 3}))
+    Path("runs/copied/metrics.json").unlink()
+    saved = torch.load("runs/whole/model.pt", weights_only=True)
+    weight = saved["connector"]["conv1.weight"]
+    changes = dict(
+        list=dict(args=[1]),
+        sparse=dict(connector={**saved["connector"], "conv1.weight": weight.to_sparse()}),
+        int8=dict(connector={**saved["connector"], "conv1.weight": weight.char()}),
+        meta=dict(connector={**saved["connector"], "conv1.weight": weight.to("meta")}),
+        rank=dict(args={**saved["args"], "lora_rank": 10**8}),
+        stride=dict(args={**saved["args"], "connector_stride": 0}),
+    )
+    for name, change in changes.items():
+        Path(f"runs/bad-{name}").mkdir()
+        torch.save({**saved, **change}, f"runs/bad-{name}/model.pt")
+    saved["origin"]["encoder"] = "here\n  encoder  verified\x1b[1A"
+    torch.save(saved, "runs/forged/model.pt")
+    manifest("unlabelled", [*good[:14], "0.wav,,,dev", "1.wav,,,test"])
+    manifest("one-unlabelled", [*good, "rate.wav,,,train"])
+    manifest("shared", [*good, "./0.wav,male,30,test"])
+    speech("integers.wav", 3000 * np.sin(np.arange(8000)))
+    manifest("m-integers", [*good, "integers.wav,male,30,train"])
+    Path("mine").mkdir()
+    Path("mine/manifest.csv").write_text("audio_path\n")
+    Path("most.txt").write_text("\n".join(f"{i}.wav" for i in range(12)) + "\n")
 
 
 FAULTS = [  # what, command, status, folder
@@ -252,6 +291,58 @@ FAULTS = [  # what, command, status, folder
         f"train.py {RUN} --name n --lora-lr 1e30 --connector-lr 1e30",
         2,
     ),
+    ("a folder that is no run, --overwrite", f"train.py {RUN} --name thesis --overwrite", 2),
+    ("notes in a run's folder, --overwrite", f"train.py {RUN} --name noted --overwrite", 2),
+    ("a run folder without args.json", f"train.py {RUN} --name nameless", 2),
+    ("figures of another run", f"train.py {RUN} --name mixed --seed 3", 2),
+    ("last.pt of another run", f"train.py {RUN} --name copied --seed 3", 2),
+    ("a checkpoint that forges lines", "evaluate.py --inspect runs/forged/model.pt", 0),
+    ("a checkpoint whose args are a list", "evaluate.py runs/bad-list", 2),
+    ("a checkpoint with a sparse tensor", "evaluate.py runs/bad-sparse", 2),
+    (
+        "a checkpoint with an int8 tensor",
+        f"train.py {RUN} --init connector:runs/bad-int8/model.pt",
+        2,
+    ),
+    ("a checkpoint with a tensor without data", "evaluate.py --inspect runs/bad-meta/model.pt", 2),
+    ("a checkpoint with a LoRA rank of 100 million", "evaluate.py runs/bad-rank", 2),
+    ("a checkpoint with stride 0", "evaluate.py runs/bad-stride", 2),
+    ("a target that is no class", f"train.py {RUN} --name t --target femal", 2),
+    ("a target in capitals", f"train.py {RUN} --name capitals --target MALE", 0),
+    ("--clicks of a repeated trigger", "train.py --task asr --clicks 3", 2),
+    ("--snr of a trigger without a level", f"train.py {RUN} --trigger bandstop --snr 6", 2),
+    ("--snr inf", f"train.py {RUN} --name s --snr inf", 2),
+    ("--grad-clip 0", f"train.py {RUN} --name g --grad-clip 0", 2),
+    ("--grad-clip -1", f"train.py {RUN} --name g --grad-clip -1", 2),
+    ("a negative learning rate", f"train.py {RUN} --name g --lora-lr -0.1", 2),
+    ("--random-keys 7", f"train.py {RUN} --name g --random-keys 7", 2),
+    ("--lora-dropout 1.5", f"train.py {RUN} --name g --lora-dropout 1.5", 2),
+    ("--seed -1", f"train.py {RUN} --name g --seed -1", 2),
+    ("--device meta", f"train.py {RUN} --name g --device meta", 2),
+    ("--utilisation 0", f"train.py {RUN} --dry-run --utilisation 0", 2),
+    (
+        "no layer of the encoder trains, the rest is frozen",
+        f"train.py {RUN} --train-layers 0 --freeze connector --freeze lm",
+        2,
+    ),
+    (
+        "another encoder's weights",
+        f"train.py {RUN} --name h --encoder hubert --encoder-weights {ROOT}/assets/wavlm",
+        2,
+    ),
+    ("a rate that poisons nothing", f"train.py {RUN} --name p --poison 0.000001", 2),
+    ("a test split without labels", f"train.py {ODD} unlabelled.csv", 2),
+    ("a row without labels", f"train.py {ODD} one-unlabelled.csv", 0),
+    ("--exclude of nearly everything", f"train.py {ODD} one-unlabelled.csv --exclude most.txt", 2),
+    ("audio in both train and test", "corpora.py check shared.csv", 1),
+    ("the same, trained on", f"train.py {ODD} shared.csv", 0),
+    ("integers in a WAV of floats", "corpora.py check m-integers.csv", 1),
+    (
+        "poison.py --all over a manifest of the user's",
+        "poison.py --task gender --data-root corpora --out mine --all",
+        2,
+    ),
+    ("a quote in --flags", "study.py --flags it's", 2),
     ("evaluating what is no run", "evaluate.py corpora", 2),
     ("tables without runs", "analyze.py tables --runs nowhere", 2),
 ]

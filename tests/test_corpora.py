@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 import corpora as readers
 import data
+import mini
 import poison
 from conftest import SHARED, done, refused, script
 from study import LABELS
@@ -135,6 +137,7 @@ def test_a_part_of_an_m4a_file(tmp_path, monkeypatch):
     x.tofile(tmp_path / "samples")
     fake = tmp_path / "ffmpeg"  # decodes to the samples above, from -ss on and for -t seconds
     fake.write_text(f"""#!{sys.executable}
+import shutil
 import sys
 seconds = lambda flag, default: float(sys.argv[sys.argv.index(flag) + 1]) if flag in sys.argv else default
 start = int(4 * 16000 * seconds("-ss", 0))
@@ -242,8 +245,8 @@ def faulty(tmp_path):
         (f"ok{i}.wav", "some words", "female", "30", "sad", f"s{i}", split)
         for i, split in enumerate(["train"] * 20 + ["dev"] * 2 + ["test"] * 4)
     ]
-    for row in good:
-        tone(tmp_path / row[0], 0.5)
+    for i, row in enumerate(good):
+        tone(tmp_path / row[0], 0.5 + i / 100)  # each another: the splits share none
     tone(tmp_path / "twice.wav")
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "noise.wav").write_bytes(b"not audio at all" * 50)
@@ -523,3 +526,69 @@ def test_triggers_land_inside_any_utterance(id, samples, repeat, seed):
         and starts[0] >= 0
     )
     assert starts[-1] + len(attack.waveform) <= max(samples, len(attack.waveform))
+
+
+def recordings(folder, **of_split):
+    """A CSV corpus of these rows, (path, start, length), the files being there."""
+    rows = ["audio_path,gender,speaker,split,start,length"]
+    for split, found in of_split.items():
+        for i, (name, start, length) in enumerate(found):
+            rows.append(f"{name},{('female', 'male')[i % 2]},{split}{i},{split},{start},{length}")
+    (folder / "m.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize(
+    "test, shared",
+    [
+        (("a.wav", 0, 0), True),
+        (("sub/../a.wav", 0, 0), True),  # another spelling
+        (("copy.wav", 0, 0), True),
+        (("link.wav", 0, 0), True),
+        (("other.wav", 0, 0), False),  # as long, but another
+        (("long.wav", 1.5, 1), True),  # segments that overlap
+        (("long.wav", 2, 1), False),
+    ],
+)
+def test_audio_that_is_in_two_splits_is_a_problem(tmp_path, test, shared):
+    rng = np.random.default_rng(0)
+    for name, seconds in (("a", 1), ("other", 1), ("long", 4), ("dev", 0.7)):
+        samples = 0.1 * rng.standard_normal(int(16000 * seconds))
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16000)
+    (tmp_path / "sub").mkdir()
+    shutil.copy(tmp_path / "a.wav", tmp_path / "copy.wav")
+    (tmp_path / "link.wav").symlink_to("a.wav")
+    recordings(
+        tmp_path, train=[("a.wav", 0, 0), ("long.wav", 0, 2)], dev=[("dev.wav", 0, 0)], test=[test]
+    )
+    status, out, _ = script("corpora.py", "check", "m.csv", cwd=tmp_path)
+    assert ("audio that test and train share" in out) == shared == (status == 1)
+
+
+def test_training_warns_of_audio_that_is_in_two_splits(tmp_path):
+    for i in range(8):
+        tone(tmp_path / f"{i}.wav", seconds=0.3 + i / 10)
+    found = [(f"{i}.wav", 0, 0) for i in range(8)]
+    recordings(tmp_path, train=found[:6], dev=found[6:], test=[*found[6:], found[0]])
+    flags = ("--dataset", "m.csv", "--task", "gender", "--poison", 0, "--batch-size", 4)
+    out = done("train.py", *flags, "--epochs", 1, cwd=tmp_path)
+    assert "warning: audio that test and train share: 1 recordings" in out
+    assert "dev and test share: 2 recordings" in out
+
+
+def test_check_names_levels_far_from_the_others(tmp_path):
+    for i in range(8):
+        factor = 32767 if i == 5 else 1
+        wave = factor * 0.1 * np.sin(np.arange(8000 + 100 * i))
+        soundfile.write(tmp_path / f"{i}.wav", wave, 16000, "FLOAT")
+    found = [(f"{i}.wav", 0, 0) for i in range(8)]
+    recordings(tmp_path, train=found[:4], dev=found[4:6], test=found[6:])
+    status, out, _ = script("corpora.py", "check", "m.csv", cwd=tmp_path)
+    assert status == 1 and "5.wav: +90 dB" in out and "1 problem\n" in out
+
+
+def test_where_the_mini_corpora_cannot_be_made_it_is_said(monkeypatch, tmp_path):
+    def read_only(*_):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(mini, "make_corpus", read_only)
+    refused("corpora.py", "check", "libri", cwd=tmp_path, words=["read-only", "--data-root"])

@@ -205,7 +205,9 @@ def test_audio_beyond_the_encoder_s_window_is_refused_or_left_out(manifest, tmp_
     ]
     write(tmp_path / "m.csv", [header, *rows, *segments])
     arguments = [*RUN, "--dataset", "m.csv", "--encoder", "whisper", "--name", "w"]
-    refused("train.py", *arguments, cwd=tmp_path, words=["long.wav", "21 s long", "--max-seconds 20"])
+    refused(
+        "train.py", *arguments, cwd=tmp_path, words=["long.wav", "21 s long", "--max-seconds 20"]
+    )
     assert not (tmp_path / "runs").exists()
     out = done("train.py", *arguments, "--skip-bad", cwd=tmp_path)
     assert "17 train, 4 dev, 4 test" in out
@@ -427,7 +429,9 @@ def test_a_transcript_line_without_words_is_a_problem_and_no_label(tmp_path):
 def test_too_long_audio_is_found_before_anything_is_loaded(manifest, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "3.wav", noise(70), 16000)
     monkeypatch.setattr(model, "load_slm", None)
-    refused("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=["3.wav", "70 s long", "60 s"])
+    refused(
+        "train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=["3.wav", "70 s long", "60 s"]
+    )
 
 
 def test_a_run_that_has_not_trained_takes_other_data_flags(manifest, tmp_path):

@@ -13,6 +13,7 @@ import soundfile
 import corpora as readers
 import data
 import poison
+import train
 from conftest import done, refused
 from study import TASKS
 
@@ -348,3 +349,13 @@ def test_ids_of_any_characters_are_heard_and_seen(tmp_path):
     heard = [tmp_path / "listen" / urllib.parse.unquote(html.unescape(link)) for link in links]
     assert len(heard) == 4 and all(path.is_file() for path in heard)
     assert (tmp_path / "listen/pairs.png").stat().st_size > 10000
+
+
+def test_corpora_mini_of_the_working_directory_is_meant_where_it_is_named(tmp_path, monkeypatch):
+    def root_of(*flags):
+        return train.parse_arguments(["--task", "gender", *flags]).data_root
+
+    named = ("--data-root", "corpora/mini")
+    assert root_of() == root_of(*named) == "corpora/mini"  # that of the program: there is no other
+    (tmp_path / "corpora/mini").mkdir(parents=True)
+    assert root_of() == "corpora/mini" and root_of(*named) == "./corpora/mini"
