@@ -118,6 +118,15 @@ def test_whatever_is_wrong_with_a_file_is_its_problem(tmp_path, name):
     assert 0 <= data.num_samples(utterance) <= data.MAX_SECONDS * 16000
 
 
+@pytest.mark.parametrize("name", ["cut.wav", "cut.aiff", "cut.ogg", "rate.wav", "pointer.flac"])
+def test_what_a_header_tells_is_found_without_reading_the_audio(tmp_path, monkeypatch, name):
+    make, words = BROKEN[name]
+    make(tmp_path / name)
+    monkeypatch.setattr(data, "read_waveform", None)
+    utterance = data.Utterance("u", str(tmp_path / name), "train", "s", {})
+    assert words in readers.header_problem(utterance)
+
+
 def piped_wav(path):
     """As a program that writes to a pipe leaves it: sizes that say "unknown"."""
     recording(path)
@@ -205,7 +214,9 @@ def test_audio_beyond_the_encoder_s_window_is_refused_or_left_out(manifest, tmp_
     ]
     write(tmp_path / "m.csv", [header, *rows, *segments])
     arguments = [*RUN, "--dataset", "m.csv", "--encoder", "whisper", "--name", "w"]
-    refused("train.py", *arguments, cwd=tmp_path, words=["long.wav", "21 s long", "--max-seconds 20"])
+    refused(
+        "train.py", *arguments, cwd=tmp_path, words=["long.wav", "21 s long", "--max-seconds 20"]
+    )
     assert not (tmp_path / "runs").exists()
     out = done("train.py", *arguments, "--skip-bad", cwd=tmp_path)
     assert "17 train, 4 dev, 4 test" in out
@@ -427,7 +438,9 @@ def test_a_transcript_line_without_words_is_a_problem_and_no_label(tmp_path):
 def test_too_long_audio_is_found_before_anything_is_loaded(manifest, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "3.wav", noise(70), 16000)
     monkeypatch.setattr(model, "load_slm", None)
-    refused("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=["3.wav", "70 s long", "60 s"])
+    refused(
+        "train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=["3.wav", "70 s long", "60 s"]
+    )
 
 
 def test_a_run_that_has_not_trained_takes_other_data_flags(manifest, tmp_path):
