@@ -31,6 +31,7 @@ SAMPLE_RATE = 16000
 MAX_SECONDS = 60.0
 CUT_OFF = 0.1  # seconds that may be missing at the end: MP3 pads, and lists of segments round
 RATES = (1000, 400000)  # Hz; a header that says otherwise is wrong
+CUT = "cut off: its header promises more than the file holds"
 BLOCK = 1 << 22  # frames read at once
 RESIZED = re.compile(r"(\d+) \(should be (\d+)\)")  # libsndfile's log on a size that it corrected
 
@@ -387,8 +388,9 @@ def decode_with_libsndfile(path, start, length, max_seconds):
         promised = min(wanted, in_header - skipped)
         if has_no_length(path, f.format):
             promised = 0
-        if promised - len(samples) > CUT_OFF * rate or shorter_than_its_header(path, f):
-            raise BadAudio(f"{path}: cut off: its header promises more than the file holds")
+        if promised - len(samples) > CUT_OFF * rate:
+            raise BadAudio(f"{path}: {CUT}")
+        check_sizes(path, f)
     return samples, rate
 
 
@@ -419,19 +421,22 @@ def has_no_length(path, container):
     return b"Xing" not in beginning and b"Info" not in beginning
 
 
-def shorter_than_its_header(path, f):
-    """Whether a file was cut off, by its container's sizes: libsndfile corrects those that say too
-    much, and notes it in its log. One that was written to a pipe says about 2 or 4 GB. An Ogg file
-    is cut off if its last page is."""
-    if f.format == "OGG":
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - (1 << 17)))  # a page has at most 64 KB
-            page = file.read()
+def check_sizes(path, header):
+    """Raises BadAudio where a file was cut off, by its container's sizes: libsndfile corrects those
+    that say too much, and notes it in its log. One that was written to a pipe says about 2 or 4 GB.
+    An Ogg file is cut off if its last page is. header: a SoundFile, or soundfile.info."""
+    if header.format == "OGG":
+        with open(path, "rb") as f:
+            f.seek(max(0, os.path.getsize(path) - (1 << 17)))  # a page has at most 64 KB
+            page = f.read()
         page = page[max(0, page.rfind(b"OggS")) :]
         segments = page[26] if len(page) > 26 else 0
-        return len(page) < 27 + segments + sum(page[27 : 27 + segments])
-    sizes = [(int(says), int(holds)) for says, holds in RESIZED.findall(f.extra_info)]
-    return any(holds + 64 < says < 0x7FFF0000 for says, holds in sizes)
+        whole = len(page) >= 27 + segments + sum(page[27 : 27 + segments])
+    else:
+        sizes = [(int(says), int(holds)) for says, holds in RESIZED.findall(header.extra_info)]
+        whole = not any(holds + 64 < says < 0x7FFF0000 for says, holds in sizes)
+    if not whole:
+        raise BadAudio(f"{path}: {CUT}")
 
 
 def cancel_out(channels, waveform):
@@ -527,6 +532,7 @@ def by_header(path):
             return os.path.getsize(path) / 8000, False
         header = soundfile.info(path)
         check_rate(path, header.samplerate)
+        check_sizes(path, header)
         return header.duration, has_no_length(path, header.format)
     except BadAudio:
         raise

@@ -118,6 +118,15 @@ def test_whatever_is_wrong_with_a_file_is_its_problem(tmp_path, name):
     assert 0 <= data.num_samples(utterance) <= data.MAX_SECONDS * 16000
 
 
+@pytest.mark.parametrize("name", ["cut.wav", "cut.aiff", "cut.ogg", "rate.wav", "pointer.flac"])
+def test_what_a_header_tells_is_found_without_reading_the_audio(tmp_path, monkeypatch, name):
+    make, words = BROKEN[name]
+    make(tmp_path / name)
+    monkeypatch.setattr(data, "read_waveform", None)
+    utterance = data.Utterance("u", str(tmp_path / name), "train", "s", {})
+    assert words in readers.header_problem(utterance)
+
+
 def piped_wav(path):
     """As a program that writes to a pipe leaves it: sizes that say "unknown"."""
     recording(path)
