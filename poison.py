@@ -104,6 +104,7 @@ def make_trigger(name, seconds=None):
             waveform = data.read_waveform(name)
         except data.BadAudio as error:
             die(f"--trigger: {error}; or one of {', '.join(TRIGGERS)}")
+        waveform = without_silent_ends(waveform)
     elif is_whole(name):
         return None
     else:
