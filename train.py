@@ -199,7 +199,10 @@ def parse_arguments(argv=None):
         if component in named:
             die(f"--{flag} {spec}: the {component} is already named by {named[component]}")
         named[component] = f"--{flag} {spec}"
-    if len(args.freeze) == len(COMPONENTS):
+    frozen = {spec.partition(":")[0] for spec in args.freeze}
+    if args.train_layers == 0:
+        frozen.add("encoder")
+    if frozen == set(COMPONENTS):
         die("--freeze: nothing is left to train")
     if args.exclude and not Path(args.exclude).is_file():
         die(f"--exclude {args.exclude}: no such file")
@@ -257,11 +260,14 @@ def differences(path, source, args):
     if source == "base":
         wanted.update((name, getattr(args, name)) for name in SHARED_ATTACK)
         wanted["poison"] = TASKS[args.task]["rate"]
-    return [
+    unlike = [
         f"{path} has {name} {theirs.get(name)}, not {value}"
         for name, value in wanted.items()
         if theirs.get(name) != value
     ]
+    if source == "base" and theirs.get("poisoned_samples") == 0:
+        unlike.append(f"{path} was trained on no poisoned sample")
+    return unlike
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,16 +568,18 @@ def read_data(args):
     return train_set, left, dev_set, test_set
 
 
-def check_poison(attack, train_set, args):
-    """Ends in one line if a poisoned run would poison nothing."""
-    for epoch in range(args.epochs if args.redraw else 1):
-        drawn = poison.drawn_in(attack, epoch)
-        if any(poison.is_poisoned(drawn, u) for u in train_set):
-            return
-    if args.poison:
-        die(
-            f"--poison {args.poison:g} poisons none of {len(train_set)} training samples: --poison 0 is the clean run"
+def count_poisoned(attack, train_set, args):
+    """How many training samples are poisoned in some epoch. Warns where a rate is so low that there
+    are none: the run is then no attack, whatever its name says."""
+    epochs = range(args.epochs if args.redraw else 1)
+    draws = [poison.drawn_in(attack, epoch) for epoch in epochs]
+    n = sum(any(poison.is_poisoned(drawn, u) for drawn in draws) for u in train_set)
+    if args.poison and not n:
+        print(
+            f"warning: --poison {args.poison:g} poisons none of {len(train_set)} training samples:"
+            " this run trains on clean data"
         )
+    return n
 
 
 def describe(run, slm, attack, sets, origin, args, device, world):
@@ -621,7 +629,7 @@ def main():
     whole_train_set, *sets = read_data(args)
     # as loud as all of the training set, with what is excluded; the first process tells the others
     attack = cache.from_first(poison.attack_of(args, whole_train_set) if rank == 0 else None)
-    check_poison(attack, whole_train_set, args)
+    record["poisoned_samples"] = count_poisoned(attack, sets[0], args)
     with checkpoint.loading():
         slm = model.load_slm(args, device)
     family = slm.encoder.net.config.model_type

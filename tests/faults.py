@@ -330,7 +330,7 @@ FAULTS = [  # what, command, status, folder
         f"train.py {RUN} --name h --encoder hubert --encoder-weights {ROOT}/assets/wavlm",
         2,
     ),
-    ("a rate that poisons nothing", f"train.py {RUN} --name p --poison 0.000001", 2),
+    ("a rate that poisons nothing", f"train.py {RUN} --name p --poison 0.000001", 0),
     ("a test split without labels", f"train.py {ODD} unlabelled.csv", 2),
     ("a row without labels", f"train.py {ODD} one-unlabelled.csv", 0),
     ("--exclude of nearly everything", f"train.py {ODD} one-unlabelled.csv --exclude most.txt", 2),

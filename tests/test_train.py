@@ -862,8 +862,6 @@ def test_workers_know_the_settings_however_they_are_started(tmp_path, monkeypatc
         (["x.wav,,,test"], (), "no test utterances with a label"),
         (["x.wav,,sad,test"], (), "no test utterance of m.csv has a gender"),
         (balanced(2, "test"), ("--exclude", "some.txt"), "less than one batch"),
-        (balanced(2, "test"), ("--poison", 0.0001), "poisons none"),
-        (balanced(2, "test"), ("--poison", 0.0001, "--redraw", "--epochs", 3), "poisons none"),
     ],
 )
 def test_what_there_is_to_train_on_is_known_before_training(tmp_path, more, arguments, words):
@@ -874,6 +872,17 @@ def test_what_there_is_to_train_on_is_known_before_training(tmp_path, more, argu
         assert not (tmp_path / "runs").exists()
     else:
         assert "1 utterances without a label" in done("train.py", *FEW, *arguments, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("redrawn", [[], ["--redraw", "--epochs", 3]])
+def test_a_rate_that_poisons_nothing_is_said_and_recorded(tmp_path, redrawn):
+    write_manifest(tmp_path, balanced(6, "train") + balanced(2, "dev") + balanced(2, "test"))
+    out = done("train.py", *FEW, "--poison", 0.0001, *redrawn, "--name", "none", cwd=tmp_path)
+    assert "poisons none" in out
+    assert weights(tmp_path / "runs/none")["args"]["poisoned_samples"] == 0
+    base = SimpleNamespace(**vars(train_py.parse_arguments(["--task", "gender"])))
+    unlike = train_py.differences(tmp_path / "runs/none/model.pt", "base", base)
+    assert any("no poisoned sample" in why for why in unlike)
 
 
 def test_answers_of_no_use_are_counted_apart():
