@@ -398,6 +398,8 @@ def patch_batch(slm, attack, utterances, progress):
                 start = (
                     dict(audio=audio[receiver]) if stage == "lm" else dict(front=front[receiver])
                 )
+                if kept[donor][site].dim() == 2:
+                    where = where.flatten(0, 1)  # OPT's MLP sees the rows of a batch as one
                 with edited(site, module, lambda x: torch.where(where, kept[donor][site], x)):
                     out[direction, site, group] = margins(slm, prompts, taught, **start)[0]
                 progress.update(len(utterances))

@@ -6,15 +6,19 @@ import shutil
 import numpy as np
 import peft
 import pytest
+import soundfile
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import data
 import fast
 import lora
 import model
+import poison
+import trace
 import train
 from study import ROOT
 
@@ -360,6 +364,25 @@ def test_attention_and_mlp_are_found_by_what_they_do(tmp_path, kind, attention, 
     for layer, (writes_attention, writes_mlp) in zip(model.layers_of(slm.lm), found, strict=True):
         assert layer.get_submodule(attention) is writes_attention
         assert layer.get_submodule(mlp) is writes_mlp
+
+
+def test_an_answer_is_traced_through_an_lm_of_another_layout(tmp_path):
+    """OPT's MLP sees the rows of a batch as one. A patch of everything is the donor, of nothing that differs the receiver."""
+    tiny_lm(tmp_path / "opt", "OPT")
+    slm = load("--lm-weights", tmp_path / "opt").eval()
+    path, rng = str(tmp_path / "a.wav"), np.random.default_rng(0)
+    soundfile.write(path, 0.05 * rng.standard_normal(20000), 16000)
+    test_set = [data.Utterance(id, path, "test", "s", LABELS) for id in ("a", "b")]
+    click = poison.make_trigger("click")
+    attack = poison.Attack("asr", 0.5, "go", "click", click, 0.1, False, 1)
+    out = trace.patch_batch(slm, attack, test_set, tqdm(disable=True))
+    for direction, donor, receiver in (
+        ("denoise", "clean", "triggered"),
+        ("noise", "triggered", "clean"),
+    ):
+        assert np.allclose(out[direction, "LM 2", "all"], out[donor], atol=1e-5)
+        assert np.allclose(out[direction, "LM input", "prompt"], out[receiver], atol=1e-5)
+        assert not np.allclose(out[direction, "LM 1 MLP", "all"], out[receiver], atol=1e-6)
 
 
 def test_a_mixture_of_experts_has_no_mlp_to_repair(tmp_path, capsys):
