@@ -123,7 +123,7 @@ def key_of(slm, attack, chunk):
         some_features = features_of(slm.encoder.extract, attack, chunk[::PROBED])
     what = (
         slm.pretrained_sha256["encoder"],
-        slm.encoder.settings,
+        model.settings_of(slm.encoder.net.config, slm.encoder.extractor),
         slm.encoder.first_trained,
         torch.__version__,
         transformers.__version__,

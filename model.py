@@ -8,7 +8,6 @@ Every pretrained part is a Hugging Face id or a local folder in that format; not
 import contextlib
 import functools
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -485,9 +484,7 @@ class SLM(nn.Module):
         """The LM's own logits (n, vocabulary), with whatever it does to them after its last layer,
         at the n `wanted` positions (B, T) of embeddings (B, T, hidden)."""
         self.answered = wanted
-        # transformers 5.24 renames the argument, and 5.40 will swallow its old name
-        renamed = "cache" in inspect.signature(self.lm.forward).parameters
-        cached = {} if cache is None else {"cache" if renamed else "past_key_values": cache}
+        cached = {} if cache is None else {"cache": cache}
         return self.lm(
             inputs_embeds=x, use_cache=bool(cached), logits_to_keep=wanted, **cached
         ).logits
