@@ -340,6 +340,8 @@ def made_from(record, slm, train_set, dev_set):
     state = dict(args=record)
     for component, sha256 in slm.pretrained_sha256.items():
         state[f"pretrained {component}"] = sha256
+    for component, settings in slm.settings.items():
+        state[f"setting of the {component}"] = settings
     for name, utterances in (("training set", train_set), ("development set", dev_set)):
         listed = [(u.id, u.labels, u.start, u.length, os.path.getsize(u.path)) for u in utterances]
         state[name] = hashlib.sha256(repr(listed).encode()).hexdigest()

@@ -658,7 +658,8 @@ def read_corpus(
     labelled = [u for u in out if u.labels]
     if not labelled:
         what = "utterances with a label" if out else "utterances"
-        die(f"{dataset} has no {split} {what}: run {command}")
+        why = f" ({problems[0]})" if problems else ""
+        die(f"{dataset} has no {split} {what}{why}: run {command}")
     if labels is None and len(labelled) < len(out):
         print(f"{dataset} {split}: {len(out) - len(labelled)} utterances without a label left out")
     return labelled

@@ -184,9 +184,6 @@ def parse_arguments(argv=None):
         if args.connector_taper != usual:
             die(f"--connector-taper: {args.connector_weights} says how the connector starts")
     args.labels = args.labels and [label for label in LABELS if label in args.labels]
-    for name in ("epochs", "batch_size", "lora_rank", "connector_stride", "batch_seconds"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            die(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
     for name in ("freeze", "init"):
         specs = getattr(args, name)
         setattr(args, name, specs and [checkpoint.of_run(spec) for spec in specs])
@@ -551,7 +548,8 @@ def read_data(args):
         )
         for split in ("train", "dev", "test")
     )
-    for problem in corpora.shared_audio(dict(train=train_set, dev=dev_set, test=test_set)):
+    parts = dict(train=train_set, dev=dev_set, test=test_set)
+    for problem in corpora.shared_speakers(parts) + corpora.shared_audio(parts):
         print(f"warning: {problem}")
     whole, train_set = train_set, corpora.limit(train_set, args.limit)
     label = TASKS[args.task]["label"]

@@ -412,7 +412,7 @@ def test_a_state_goes_on_from_the_same_parts_and_utterances_only(run, name):
 
 def test_a_state_s_origin_tells_lists_of_utterances_apart(corpora):
     utterances = readers.read_corpus("vox", corpora, "train")
-    slm = SimpleNamespace(pretrained_sha256={})
+    slm = SimpleNamespace(pretrained_sha256={}, settings={})
     relabelled = [dataclasses.replace(u, labels={**u.labels, "age": 99}) for u in utterances[:1]]
     origins = [
         checkpoint.made_from({}, slm, listed, utterances)["training set"]
