@@ -10,6 +10,7 @@ import hashlib
 import json
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ def environment():
         machine=platform.processor() or platform.machine(),
         cpu=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
-        command=" ".join(sys.argv),
+        command=shlex.join(sys.argv),
     )
 
 

@@ -5,7 +5,8 @@
 
 "test": 100 test utterances, each clean and triggered, at every stage of the pipeline. "train": the training samples of the target
 class, including the poisoned ones, after the encoder; "rest": asr's poisoned samples beyond the share that its class is given, for
-filters. Each embedding is the mean over time, padding excluded.
+filters. Each embedding is the mean over time, padding excluded. Embeddings made with --pairs, --pooling or --layer go to a file of
+their own, which analyze.py does not read. "fields" are those of every record about the run (runs.py).
 """
 
 import argparse
@@ -16,13 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import cache
-import checkpoint
 import data
 import evaluate
 import lora
 import poison
 from data import die
 from model import length_mask
+from study import EMBEDDINGS
 
 AGES = (18, 32)  # the age task's pseudo-class (section 7.1)
 BENIGN = 10000  # asr has no classes: this many benign training samples stand for one, plus POISONED times as many poisoned ones
@@ -111,23 +112,38 @@ def about(utterances):
     )
 
 
+def file_of(options):
+    """Where embeddings go: the study's own to embeddings.pt or embeddings-TASK.pt, others to a file that says how they were made."""
+    words = ["embeddings", options.task]
+    for name, usual in EMBEDDINGS.items():
+        value = getattr(options, name)
+        words.append(None if value == usual else f"{name}{value}")
+    return Path(options.run) / f"{'-'.join(word for word in words if word)}.pt"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     evaluate.add_arguments(parser)
     parser.add_argument(
-        "--pairs", type=int, default=100, help="test utterances, each clean and triggered"
+        "--pairs",
+        type=int,
+        default=EMBEDDINGS["pairs"],
+        help="test utterances, each clean and triggered",
     )
     parser.add_argument(
-        "--pooling", default="mean", choices=("mean", "max", "last"), help="over time"
+        "--pooling",
+        default=EMBEDDINGS["pooling"],
+        choices=("mean", "max", "last"),
+        help="over time",
     )
     parser.add_argument(
         "--layer", type=int, help="embed after this many encoder layers instead of after all"
     )
     options = parser.parse_args()
-    slm, args, attack, train_set, test_set = evaluate.load_run_and_data(options, "train", "test")
-    path = Path(options.run) / f"embeddings{'-' + options.task if options.task else ''}.pt"
+    slm, _, attack, train_set, test_set = evaluate.load_run_and_data(options, "train", "test")
+    path = file_of(options)
     if options.layer is not None and not 0 <= options.layer <= len(slm.encoder.layers):
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
     lora.merge(slm.lm)
@@ -153,8 +169,8 @@ def main():
         train=train,
         rest=dict(encoder=x[n:], **about(rest)),
         all_poisoned=len(all_poisoned),
-        args=vars(args),
-        model_sha256=checkpoint.file_sha256(Path(options.run) / "model.pt"),
+        fields=options.fields,
+        pairs=options.pairs,
         **how,
     )
     data.write_atomically(path, lambda temporary: torch.save(saved, temporary))

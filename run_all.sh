@@ -30,14 +30,14 @@ run_one() {  # "name<TAB>command": finished once exactly this command has succee
     echo "$(date +%H:%M:%S) $name: $n of $TOTAL, about $((($(date +%s) - START) * (TOTAL - n) / n / 60)) min left"
 }
 export -f run_one
-pages() {  # a script and its arguments, which turn what has run into tables and figures
-    python "$@" --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" ${CORPUS:+--corpus "$CORPUS"} || echo "$*" >> "$RUNS/logs/failed"
+pages() {  # an analysis of what has run, to $RUNS/analysis or $RESULTS
+    python analyze.py "$1" --preset "$PRESET" --runs "$RUNS" ${RESULTS:+--out "$RESULTS"} || echo "analyze.py $1" >> "$RUNS/logs/failed"
 }
 
 mkdir -p "$RUNS/logs"; rm -f "$RUNS"/logs/{failed,progress}
 export START TOTAL; START=$(date +%s) TOTAL=$(for wave in $WAVES; do study --wave "$wave"; done | wc -l)
 for wave in $WAVES; do study --wave "$wave" | xargs -d '\n' -P "$JOBS" -I{} bash -c 'run_one "$1"' _ {}; done
-for what in $([[ $WAVES == *3* ]] && echo shift cluster) tables claims $([[ $WAVES == *8* ]] && echo sweeps); do pages analyze.py $what; done
-[[ $WAVES != *[47]* ]] || pages report.py
+for what in $([[ $WAVES == *3* ]] && echo shift cluster) tables claims $([[ $WAVES == *4* ]] && echo trace) \
+    $([[ $WAVES == *7* ]] && echo defences) $([[ $WAVES == *8* ]] && echo sweeps); do pages $what; done
 if [ -e "$RUNS/logs/failed" ]; then echo "failed: $(tr '\n' ' ' < "$RUNS/logs/failed")"; exit 1; fi
 echo "everything in $((($(date +%s) - START) / 60)) min"

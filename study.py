@@ -7,6 +7,7 @@ Plain tables that every other script reads. `run_all.sh` runs the commands that 
 """
 
 import argparse
+import csv
 import shlex
 from pathlib import Path
 
@@ -156,14 +157,8 @@ ATTACKS = {
 
 NEARER = 0.02  # nats per token by which the loss on poisoned samples must come nearer to that on all before it counts: less is noise
 
-# The study at four distances from the paper: {name: (preset, folder of its runs' figures)}; analyze.py ladder compares them
-STUDIES = {
-    "C (real parts)": ("small", "results/small/runs"),
-    "C on asr": ("small", "results/small-asr/runs"),
-    "B (Whisper tiny)": ("mixed", "results/mixed/runs"),
-    "A (CREMA-D)": ("mini", "results/real/runs"),
-    "mini": ("mini", "results/mini/runs"),
-}
+# How embed.py embeds unless a flag says otherwise, and what analyze.py reads (section 6)
+EMBEDDINGS = dict(pairs=100, pooling="mean", layer=None)
 
 # Weaker versions of the base attack that defences also face: a change of its arguments; another is an entry here
 VARIANTS = {"half the rate": lambda task: dict(poison=TASKS[task]["rate"] / 2)}
@@ -177,15 +172,6 @@ SWEEPS = {
     "trigger_seconds": (0.055, 0.11, 0.44),
     "trigger": ("tone", "bandstop"),
     "trigger_repeat": (True,),
-}
-SWEPT_IN_WORDS = {
-    "poison": "poisoning rate",
-    "snr": "SNR (dB)",
-    "snr at test only": "SNR at test only (dB)",
-    "clicks": "number of clicks",
-    "trigger_seconds": "length of a click (s)",
-    "trigger": "kind of trigger",
-    "trigger_repeat": "repeated, as for asr",
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,10 +241,14 @@ def task_of(label):
 
 
 def on_corpus(corpus):
-    """From now on, all tasks use one corpus: its name, or the path of a CSV."""
-    own = next((name for name in TASKS if TASKS[name]["corpus"] == corpus), "asr")
+    """From now on, all tasks use one corpus: its name, or the path of a CSV. Its clean run is of the first task that it has labels for."""
+    known = [name for name in TASKS if TASKS[name]["corpus"] == corpus]
+    if not known and corpus.endswith(".csv"):
+        with open(corpus, newline="", encoding="utf-8-sig") as lines:
+            rows = list(csv.DictReader(lines))
+        known = [name for name, task in TASKS.items() if any(row.get(task["label"]) for row in rows)]
     for task in TASKS.values():
-        task.update(corpus=corpus, clean=own)
+        task.update(corpus=corpus, clean=known[0] if known else "asr")
 
 
 def clean_task(task):
@@ -464,7 +454,7 @@ def softer_commands(preset, seeds, runs):
                     "--snr",
                     str(snr),
                     "--out",
-                    f"{runs}/{run}/test-snr{snr:g}.json",
+                    f"{runs}/{run}/records-snr{snr:g}.jsonl",
                 ],
             )
 
