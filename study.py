@@ -7,7 +7,6 @@ Plain tables that every other script reads. `run_all.sh` runs the commands that 
 """
 
 import argparse
-import csv
 import shlex
 from pathlib import Path
 
@@ -240,15 +239,13 @@ def task_of(label):
     return next(name for name, task in TASKS.items() if task["label"] == label)
 
 
-def on_corpus(corpus):
-    """From now on, all tasks use one corpus: its name, or the path of a CSV. Its clean run is of the first task that it has labels for."""
+def on_corpus(corpus, asked):
+    """From now on, all tasks use one corpus: its name, or the path of a CSV. Its clean run is of the task that the corpus is for,
+    or of the first that is asked."""
     known = [name for name in TASKS if TASKS[name]["corpus"] == corpus]
-    if not known and corpus.endswith(".csv"):
-        with open(corpus, newline="", encoding="utf-8-sig") as lines:
-            rows = list(csv.DictReader(lines))
-        known = [name for name, task in TASKS.items() if any(row.get(task["label"]) for row in rows)]
+    clean = (known or [name for name in TASKS if name in asked])[0]
     for task in TASKS.values():
-        task.update(corpus=corpus, clean=known[0] if known else "asr")
+        task.update(corpus=corpus, clean=clean)
 
 
 def clean_task(task):
@@ -543,7 +540,7 @@ def main():
     args = parser.parse_args()
     flags, tasks = shlex.split(args.flags), args.tasks
     if args.corpus:
-        on_corpus(args.corpus)
+        on_corpus(args.corpus, tasks)
         flags += ["--dataset", args.corpus]
     others = [task for task in TASKS if task not in tasks] if args.others is None else args.others
     encoders = args.encoders or [

@@ -532,6 +532,17 @@ def show_patch(records):
             print(f"{direction:<9}{place:<22}{r['position']:<11}{r['value']:+.2f}")
 
 
+def file_of(options):
+    """Where the records go: a file for each task and donor, or other sound."""
+    if options.command == "transplant":
+        other = Path(options.clean).resolve().name
+    else:
+        other = Path(options.trigger or "").stem
+    words = [options.command, options.task, other]
+    name = f"records-{'-'.join(word for word in words if word)}.jsonl"
+    return Path(options.out or options.run) / name
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -562,13 +573,8 @@ def main():
         command.add_argument("--out", help="folder to write (default: the run's)")
     options = parser.parse_args()
     fast.keep_memory()
-    if options.command == "transplant":
-        other, records = Path(options.clean).resolve().name, transplant(options)
-    else:
-        other, records = Path(options.trigger or "").stem, patch(options)
-    words = [options.command, options.task, other]
-    name = f"records-{'-'.join(word for word in words if word)}.jsonl"
-    path = Path(options.out or options.run) / name
+    records = transplant(options) if options.command == "transplant" else patch(options)
+    path = file_of(options)
     runs.write(path, records)
     print()
     (show_transplant if options.command == "transplant" else show_patch)(records)
