@@ -75,7 +75,7 @@ def beside(found, published, form=".1f"):
 def tables(records, out, preset):
     records = select(runs.own(records, preset), source="metrics")
     if not records:
-        die(f"there is no finished run of preset {preset}'s study: train some first")
+        die("none of these runs is of this preset's study: train some first")
     found = [table1(records), table2(records)]
     found += [table3(records, task, preset) for task in runs.tasks_of(records)]
     found.append(other_tasks(records))
@@ -240,16 +240,16 @@ def embeddings_of(folder, preset):
     """Yields (path, saved) of the study's own embeddings, those that embed.py makes without
     --pairs, --pooling and --layer."""
     for path in sorted(Path(folder).glob("*/embeddings*.pt")):
-        make = f"make it again by python embed.py {path.parent}"
+        make = f"python embed.py {path.parent}"
         try:
             saved = torch.load(path, weights_only=True)
             fields, usual = saved["fields"], {name: saved[name] for name in EMBEDDINGS}
         except Exception:  # unpickling a file of another kind raises errors of many kinds
-            die(f"{path} holds no embeddings of this version: {make}")
+            die(f"{path} holds no embeddings: {make}")
         metrics = path.parent / "metrics.json"
         sha256 = runs.load(metrics).get("model_sha256") if metrics.exists() else None
         if sha256 and fields["model_sha256"] not in (None, sha256):
-            die(f"{path} is of another model than metrics.json beside it: {make}")
+            die(f"{path} is of another model: {make}")
         own = usual == EMBEDDINGS and runs.is_own(fields) and fields["preset"] == preset
         if own and fields["encoder"] == DEFAULT_ENCODER[preset]:
             yield path, saved
@@ -357,7 +357,8 @@ def cluster(records, out, preset, ks=(2, 4), folder=None):
     records = select(runs.own(records, preset), source="cluster", encoder=DEFAULT_ENCODER[preset])
     have = [k for k in ks if select(records, k=k)]
     if not have:
-        die(f"no run has clusters of k = {', '.join(map(str, ks))} yet: python embed.py RUN first")
+        missing = ", ".join(map(str, ks))
+        die(f"no clusters of k = {missing}: embed.py first")
     rows, followers = [], []
     for task in runs.tasks_of(records):
         own = select(records, task=task)
@@ -606,7 +607,7 @@ def patch_tables(records, task):
         row["LM layer after which prompt and answer hold more"] = first_text_layer(lm)
         by_seed.append(row)
     return [
-        (f"Share of the trigger's effect by frames ({task})", rows),
+        (f"The effect by frames ({task})", rows),
         (f"Where it spreads, seed by seed ({task})", by_seed),
     ]
 
@@ -750,7 +751,7 @@ def defences(records, out, preset):
                 found.append((f"{source.capitalize()} ({task})", rows_of(chosen, task)))
         relearned = relearning_rows(select(own, source="repair", role="attack"))
         if relearned:
-            title = f"Poisoned samples that bring the AER back to 50%, seed by seed ({task})"
+            title = f"Poisoned samples back to 50% AER ({task})"
             found.append((title, relearned))
     draw_defences(select(defended, role="attack"), out)
     return found
@@ -979,7 +980,7 @@ def sweeps(records, out, preset):
     again = select(chosen, source="evaluate", **whole_test)
     found = points_of(select(chosen, source="metrics") + again)
     if not found:
-        die(f"there is no sweep of {SWEPT} yet: SWEEP=1 bash run_all.sh makes them")
+        die("there is no sweep yet: SWEEP=1 bash run_all.sh makes them")
     metric = TASKS[SWEPT]["metric"]
     rows, curves = [], {}
     for name, points in found.items():
@@ -1003,7 +1004,7 @@ def sweeps(records, out, preset):
                 }
             )
     plots.sweeps(curves, SWEPT, title_of(metric), out / "sweeps.png")
-    return [(f"Sweeps of the base attack ({SWEPT}): one thing changed at a time", rows)]
+    return [(f"Sweeps of the base attack ({SWEPT})", rows)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1118,7 +1119,7 @@ def one_study(what, path, out, args):
 def several_studies(what, paths):
     """The records and tables of several studies, a column each."""
     if not set(what) <= {"tables", "claims"}:
-        die(f"{', '.join(what)}: only tables and claims put several studies side by side")
+        die(f"{', '.join(what)}: for one study at a time")
     studies = {}
     for path in paths:
         records = runs.read(path)

@@ -113,7 +113,7 @@ def shift_pairs(points, tasks, stages, seed, path):
             )
             axis.set_xlabel(f"t-SNE 1 (mean cosine {cosine:.2f})")
     legend_below(fig, *axes.flat)
-    fig.suptitle(f"Clean and triggered test utterances, a line joins each pair (seed {seed})")
+    fig.suptitle(f"Pairs of test utterances, seed {seed}")
     write(fig, path)
 
 
@@ -156,7 +156,7 @@ def cluster_shares(records, k, path):
         axis.set_xticks(range(len(sizes)), [f"{c} ({n})" for c, n in enumerate(sizes)])
     axes[0, 0].set_ylabel("share of the cluster")
     legend_below(fig, axes[0, 0])
-    fig.suptitle(f"What {k} clusters of the target class are made of, first seed")
+    fig.suptitle(f"The target class, {k} clusters (first seed)")
     write(fig, path)
 
 
@@ -229,7 +229,7 @@ def cube(axis, task, mixtures):
         axis.text(x, y, f"{100 * aer:.0f}", ha="center", va="center", color=color, zorder=3)
         name = "+".join(WRITTEN[c] for c in parts) or "clean"
         axis.text(x, y - 0.23, name, ha="center", fontsize=7)
-    axis.set(title=f"{task}: AER (%) by the\ncomponents that are poisoned")
+    axis.set(title=f"{task}: AER (%) by\npoisoned components")
     axis.set(xlim=(-0.4, 1.9), ylim=(-0.4, 1.65))
     axis.axis("off")
 
@@ -440,6 +440,6 @@ def sweeps(curves, task, metric, path):
     for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
     fig.supylabel("%")
-    fig.suptitle(f"The base attack on {task}, one thing changed at a time")
+    fig.suptitle(f"The base attack on {task}, varied")
     legend_below(fig, axes[0, 0])
     write(fig, path)

@@ -73,7 +73,7 @@ def load(path):
     try:
         return json.loads(Path(path).read_text())
     except (ValueError, UnicodeDecodeError):
-        die(f"{path} is not JSON: remove it, and make it again")
+        die(f"{path} is not JSON: make it again")
 
 
 def lines_of(path, text):
@@ -84,7 +84,7 @@ def lines_of(path, text):
             record = json.loads(line)
             [record[field] for field in ("run", "source", "metric")]
         except (ValueError, KeyError, TypeError):
-            die(f"{path}, line {number}, holds no record of this program: make the file again")
+            die(f"{path}:{number} is no record: make it again")
         records.append(record)
     return records
 
@@ -104,7 +104,7 @@ def read_run(folder):
     for path in sorted(folder.glob(PATTERN)):
         for record in lines_of(path, path.read_text()):
             if sha256 and record.get("model_sha256") not in (None, sha256):
-                die(f"{path} and metrics.json beside it are of another model each: make it again")
+                die(f"{path}: of another model than metrics.json")
             records.append(record)
     return records
 
@@ -117,14 +117,14 @@ def read(path):
         try:
             records = lines_of(path, gzip.decompress(path.read_bytes()).decode())
         except (OSError, EOFError, ValueError):
-            die(f"{path} is no packed study: python runs.py RUNS --pack {path} makes one")
+            die(f"{path}: no packed study (runs.py --pack)")
     else:
         folders = sorted(folder for folder in path.glob("*") if folder.is_dir())
         records = []
         for folder in folders:
             records += read_run(folder)
     if not records:
-        die(f"{path} holds no finished run: train some first")
+        die(f"no finished run in {path}: train first")
     return records
 
 
@@ -162,9 +162,9 @@ def preset_of(records, preset=None):
     """The preset asked for or, without one, the only one that the records have."""
     found = distinct(records, "preset")
     if preset is None and len(found) > 1:
-        die(f"these are runs of the presets {', '.join(found)}: choose one by --preset")
+        die(f"--preset: choose one of {', '.join(found)}")
     if preset not in (None, *found):
-        die(f"none of these runs is of preset {preset}, but of {', '.join(found)}")
+        die(f"no run of preset {preset}, only {', '.join(found)}")
     return preset or found[0]
 
 
@@ -189,11 +189,8 @@ def own(records, preset):
     for other in trained[1:]:
         first = trained[0]
         if other["changed"] != first["changed"]:
-            settings = [r["changed"] or "the preset" for r in (first, other)]
-            die(
-                f"{first['run']} and {other['run']} have different settings"
-                f" ({settings[0]}; {settings[1]}): move one of them to another folder"
-            )
+            ours, theirs = (r["changed"] or "preset" for r in (first, other))
+            die(f"{first['run']} ({ours}) and {other['run']} ({theirs}) differ: move one away")
     return chosen
 
 

@@ -385,7 +385,7 @@ def test_positions_are_read_off_the_layers(tmp_path):
     write_run(tmp_path, arguments("asr", "base"), records=patched(SITES))
     found = traced(tmp_path)
     rows = {(r["After encoder layer"], r["Frames"]): r for r in found[
-        "Share of the trigger's effect by frames (asr)"
+        "The effect by frames (asr)"
     ]}  # fmt: skip
     assert rows[1, "under a click"]["Undone (denoise)"] == "0.90"
     (spread,) = found["Where it spreads, seed by seed (asr)"]
@@ -481,7 +481,7 @@ def test_the_page_of_defences_has_each_defence_and_what_each_seed_says(tmp_path)
     repairs = {row["Repair"]: row for row in found["Repair (emotion)"]}
     assert repairs["F"]["Seeds with clean loss beyond its bound"] == "1"
     assert repairs["F"]["AER"] == "20.0 (10.0 to 30.0)" and repairs["none"]["DER"][:4] == "0.50"
-    (back,) = found["Poisoned samples that bring the AER back to 50%, seed by seed (emotion)"]
+    (back,) = found["Poisoned samples back to 50% AER (emotion)"]
     assert (back["Seed 1"], back["Seed 2"]) == (16, "over 16")
     without = {r["Model"]: r["AER"] for r in found["AER without a defence (emotion), %"]}
     assert without == {"attack": "90.0 (90.0 to 90.0)", "half the rate": "50.0"}
