@@ -182,7 +182,8 @@ def flippable(run, attack, utterances):
     found = [u for u in utterances if poison.can_flip(attack, u)]
     if not found:
         die(
-            f"{run}: each utterance has the target {attack.target!r}, or no {attack.label}, already"
+            f"{run}: no utterance has another {attack.label} than the target {attack.target!r},"
+            " so that there is nothing to trigger"
         )
     return found
 

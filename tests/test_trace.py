@@ -265,4 +265,4 @@ def test_where_every_test_utterance_has_the_target_there_is_nothing_to_trigger(
     options.fields = fields("gender", "base")
     with pytest.raises(SystemExit):
         getattr(trace if hasattr(trace, command) else defend, command)(options)
-    assert "already" in capsys.readouterr().err
+    assert "nothing to trigger" in capsys.readouterr().err
