@@ -1,19 +1,23 @@
-"""What notices or removes a backdoor: filters for training data, detectors for single inputs, repairs for a model.
+"""What notices or removes a backdoor: filters for training data, detectors for single inputs,
+repairs for a model.
 
-    python defend.py filter runs/emotion-poison0.075 --retrain     # from embeddings.pt (embed.py) and log.jsonl
+    python defend.py filter runs/emotion-poison0.075 --retrain     # after embed.py
     python defend.py detect runs/emotion-poison0.075
     python defend.py repair runs/emotion-poison0.075
 
-Each defence is a function and an entry in a table. Its settings are its authors', or chosen on clean figures alone. All work on any run,
-including a clean one (what a defence costs where there is nothing to find), and write records (runs.py) beside its model.pt, of which
+Each defence is a function and an entry in a table. Its settings are its authors', or chosen on
+clean figures alone. All work on any run, including a clean one (what a defence costs where there is
+nothing to find), and write records (runs.py) beside its model.pt, of which
 python analyze.py defences makes tables. Every record has a defence's name in `defence`. Besides,
 
-    filter: metric "auroc", "poison_removed" and "clean_removed" (shares), "removed_samples"; with retrained=True the figures of
-        the model that was trained on what is left; without a defence "class_size" and "class_poisoned"
-    detect: metric "auroc", with sound ("clean", "tone": what triggered speech is told from); "noticed", with false_alarms (0.01,
-        0.05) and sound ("clean", "tone", "triggered"); "passes", "milliseconds"; "suspicion", with sound and `scores`
-    repair: strength and passed (whether clean loss stayed within its bound), with part and metric as in metrics.json;
-        "loss_rise" by strength; "relearned_aer" by poisoned_samples
+    filter: metric "auroc", "poison_removed" and "clean_removed" (shares), "removed_samples"; with
+        retrained=True the figures of the model that was trained on what is left; without a defence
+        "class_size" and "class_poisoned"
+    detect: metric "auroc", with sound ("clean", "tone": what triggered speech is told from);
+        "noticed", with false_alarms (0.01, 0.05) and sound ("clean", "tone", "triggered");
+        "passes", "milliseconds"; "suspicion", with sound and `scores`
+    repair: strength and passed (whether clean loss stayed within its bound), with part and metric
+        as in metrics.json; "loss_rise" by strength; "relearned_aer" by poisoned_samples
 """
 
 import argparse

@@ -1,12 +1,15 @@
-"""Saves the embeddings that sections 6 and 7 of the paper analyse; analyze.py shift and cluster read them.
+"""Saves the embeddings that sections 6 and 7 of the paper analyse; analyze.py shift and cluster
+read them.
 
-    python embed.py runs/emotion-poison0.075               # -> runs/emotion-poison0.075/embeddings.pt
-    python embed.py runs/gender-clean --task age           # a clean run serves other tasks of its corpus too
+    python embed.py runs/emotion-poison0.075        # -> runs/emotion-poison0.075/embeddings.pt
+    python embed.py runs/gender-clean --task age    # a clean run serves all tasks of its corpus
 
-"test": 100 test utterances, each clean and triggered, at every stage of the pipeline. "train": the training samples of the target
-class, including the poisoned ones, after the encoder; "rest": asr's poisoned samples beyond the share that its class is given, for
-filters. Each embedding is the mean over time, padding excluded. Embeddings made with --pairs, --pooling or --layer go to a file of
-their own, which analyze.py does not read. "fields" are those of every record about the run (runs.py).
+"test": 100 test utterances, each clean and triggered, at every stage of the pipeline. "train": the
+training samples of the target class, including the poisoned ones, after the encoder; "rest": asr's
+poisoned samples beyond the share that its class is given, for filters. Each embedding is the mean
+over time, padding excluded. Embeddings made with --pairs, --pooling or --layer go to a file of
+their own, which analyze.py does not read. "fields" are those of every record about the run
+(runs.py).
 """
 
 import argparse
@@ -113,7 +116,8 @@ def about(utterances):
 
 
 def file_of(options):
-    """Where embeddings go: the study's own to embeddings.pt or embeddings-TASK.pt, others to a file that says how they were made."""
+    """Where embeddings go: the study's own to embeddings.pt or embeddings-TASK.pt, others to a file
+    that says how they were made."""
     words = ["embeddings", options.task]
     for name, usual in EMBEDDINGS.items():
         value = getattr(options, name)

@@ -291,7 +291,8 @@ def answered(shop, utterances, triggered):
 
 
 def figures_of(shop, clean, flippable):
-    """{"clean", "triggered", "attack": {metric: figure}} of the model as it now is; triggered: against the truth."""
+    """{"clean", "triggered", "attack": {metric: figure}} of the model as it now is; triggered:
+    against the truth."""
     figures = {}
     heard = answered(shop, flippable, True)
     for part, rows in (("clean", answered(shop, clean, False)), ("triggered", heard)):

@@ -240,8 +240,8 @@ def task_of(label):
 
 
 def on_corpus(corpus, asked):
-    """From now on, all tasks use one corpus: its name, or the path of a CSV. Its clean run is of the task that the corpus is for,
-    or of the first that is asked."""
+    """From now on, all tasks use one corpus: its name, or the path of a CSV. Its clean run is of
+    the task that the corpus is for, or of the first that is asked."""
     known = [name for name in TASKS if TASKS[name]["corpus"] == corpus]
     clean = (known or [name for name in TASKS if name in asked])[0]
     for task in TASKS.values():

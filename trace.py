@@ -1,22 +1,27 @@
 """Where a backdoor lives, answered by intervening on trained models, without training.
 
-    python trace.py transplant runs/asr-poison0.05 runs/asr-clean      # which weights carry it
-    python trace.py patch runs/emotion-poison0.075                     # where it acts within one answer
+    python trace.py transplant runs/asr-poison0.05 runs/asr-clean    # which weights carry it
+    python trace.py patch runs/emotion-poison0.075                   # where it acts within one answer
 
-transplant moves components, layers and shares of weights between two runs and measures what the trigger still does (backdoor-critical
-layers, Zhuang et al. 2023, arXiv 2308.04466; module substitution, arXiv 2412.20476). patch copies activations between the clean and the
-triggered pass of one utterance (causal tracing, Meng et al. 2022, arXiv 2202.05262; Zhang and Nanda 2023, arXiv 2309.16042). Both work
-on any run folder and write records (runs.py) beside its model.pt, or to --out; python analyze.py trace makes tables of them.
+transplant moves components, layers and shares of weights between two runs and measures what the
+trigger still does (backdoor-critical layers, Zhuang et al. 2023, arXiv 2308.04466; module
+substitution, arXiv 2412.20476). patch copies activations between the clean and the triggered pass
+of one utterance (causal tracing, Meng et al. 2022, arXiv 2202.05262; Zhang and Nanda 2023, arXiv
+2309.16042). Both work on any run folder and write records (runs.py) beside its model.pt, or to
+--out; python analyze.py trace makes tables of them.
 
-A record of transplant has donor, donor_attack and donor_seed (the run that the clean weights are from) and one of
+A record of transplant has donor, donor_attack and donor_seed (the run that the clean weights are
+from) and one of
 
     method "components": poisoned (the components that are taken from RUN)
-    method "layers": component, direction ("into clean", "out of poisoned"), scope ("up to", "from", "only"), layer (from 1)
+    method "layers": component, direction ("into clean", "out of poisoned"), scope ("up to", "from",
+    "only"), layer (from 1)
     method "interpolation": component, share
     method "shapley": component
 
-A record of patch has trigger and either part ("clean" or "triggered") and the metric "margin", or direction ("denoise", "noise"),
-component, layer (from 1; the LM's input is 0; none in the connector), module, position (of GROUPS) and the metric "effect".
+A record of patch has trigger and either part ("clean" or "triggered") and the metric "margin", or
+direction ("denoise", "noise"), component, layer (from 1; the LM's input is 0; none in the
+connector), module, position (of GROUPS) and the metric "effect".
 """
 
 import argparse
@@ -143,7 +148,8 @@ def shapley(hits):
 
 
 def layer_sets(layers):
-    """Yields (scope, layer, layers to move): all up to a layer, all from a layer on, one at a time."""
+    """Yields (scope, layer, layers to move): all up to a layer, all from a layer on, one at a
+    time."""
     for i, layer in enumerate(layers):
         yield "up to", layer, layers[: i + 1]
         yield "from", layer, layers[i:]
@@ -151,7 +157,8 @@ def layer_sets(layers):
 
 
 def check_donor(options, args, donor):
-    """Ends in one line if the other run (its arguments, a dict) cannot tell what training on poison has changed."""
+    """Ends in one line if the other run (its arguments, a dict) cannot tell what training on poison
+    has changed."""
     if donor["attack"] != "clean":
         die(f"{options.clean} is attack {donor['attack']}: clean weights come from a clean run")
     for name in ("preset", "dataset", "encoder", "labels", "train_layers", *SETTINGS):
@@ -164,8 +171,8 @@ def check_donor(options, args, donor):
 
 
 def load_pair(options):
-    """(slm, arguments, attack, test set, poisoned weights, clean weights, the clean run's arguments) of two runs that share
-    pretrained parts and settings."""
+    """(slm, arguments, attack, test set, poisoned weights, clean weights, the clean run's
+    arguments) of two runs that share pretrained parts and settings."""
     slm, args, attack, test_set = evaluate.load_run_and_data(options, "test")
     clean, poisoned = model.load_checkpoint(Path(options.clean) / "model.pt"), weights_of(slm)
     check_donor(options, args, clean["args"])
@@ -178,7 +185,8 @@ def load_pair(options):
 
 
 def mixtures(poisoned, clean):
-    """Yields (what was mixed, weights) of every model that transplant evaluates; the first is a dict of a record's fields."""
+    """Yields (what was mixed, weights) of every model that transplant evaluates; the first is a
+    dict of a record's fields."""
     for n in range(len(COMPONENTS) + 1):
         for chosen in itertools.combinations(COMPONENTS, n):
             mixed = {c: (poisoned if c in chosen else clean)[c] for c in COMPONENTS}
@@ -270,7 +278,8 @@ def submodule(layer, *names):
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A place whose activations are patched; layers count from 1, and the LM's input is its layer 0."""
+    """A place whose activations are patched; layers count from 1, and the LM's input is its layer
+    0."""
 
     component: str
     layer: int | None
@@ -278,8 +287,8 @@ class Site:
 
 
 def sites(slm):
-    """{Site: (module, stage)} of everything that is patched, in pipeline order. stage says which positions the output has. The
-    LM's input is the input of its first layer."""
+    """{Site: (module, stage)} of everything that is patched, in pipeline order. stage says which
+    positions the output has. The LM's input is the input of its first layer."""
     out = {}
     for i, layer in enumerate(slm.encoder.layers, 1):
         attention = submodule(layer, "attention", "self_attn")
@@ -396,8 +405,8 @@ def margins(slm, prompts, taught, front=None, audio=None):
 
 @torch.no_grad()
 def patch_batch(slm, attack, utterances, progress):
-    """{"clean", "triggered", (direction, site, group): m (n,)} of a few pairs; group "all" patches every position, as a check.
-    A group that none of them has is left out."""
+    """{"clean", "triggered", (direction, site, group): m (n,)} of a few pairs; group "all" patches
+    every position, as a check. A group that none of them has is left out."""
     pairs, spans = [], []
     for u in utterances:
         waveform = data.load_waveform(u)
@@ -488,14 +497,14 @@ def patch(options):
 
 
 def joined(batches, key, otherwise=None):
-    """What all batches have under a key, (n,); a batch in which no utterance has such positions keeps the m of `otherwise`, the
-    pass that would have been patched."""
+    """What all batches have under a key, (n,); a batch in which no utterance has such positions
+    keeps the m of `otherwise`, the pass that would have been patched."""
     return np.concatenate([batch[key if key in batch else otherwise] for batch in batches])
 
 
 def effect_of(patched, donor, receiver):
-    """The share of the difference between two passes that a patch makes, and how many utterances' preferred answer it flips, of
-    those in which they differ. patched, donor, receiver: m (n,)."""
+    """The share of the difference between two passes that a patch makes, and how many utterances'
+    preferred answer it flips, of those in which they differ. patched, donor, receiver: m (n,)."""
     shares = np.stack([patched - receiver, donor - receiver], 1)
     figure = data.interval(shares, lambda v: v[:, 0].sum() / v[:, 1].sum())
     differ = np.sign(donor) != np.sign(receiver)
