@@ -13,6 +13,7 @@ import os
 import platform
 import resource
 import signal
+import shlex
 import subprocess
 import sys
 import time
@@ -76,7 +77,7 @@ def environment():
         machine=platform.processor() or platform.machine(),
         cpu=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
-        command=" ".join(sys.argv),
+        command=shlex.join(sys.argv),
     )
 
 

@@ -1,14 +1,26 @@
-"""What notices or removes a backdoor: filters for training data, detectors for single inputs, repairs for a model.
+"""What notices or removes a backdoor: filters for training data, detectors for single inputs,
+repairs for a model.
 
-    python defend.py filter runs/emotion-poison0.075 --retrain     # from embeddings.pt (embed.py) and log.jsonl
+    python defend.py filter runs/emotion-poison0.075 --retrain     # after embed.py
     python defend.py detect runs/emotion-poison0.075
     python defend.py repair runs/emotion-poison0.075
 
-Each defence is a function and an entry in a table. Its settings are its authors', or chosen on clean figures alone. All work on any run,
-including a clean one (what a defence costs where there is nothing to find), and write defend-*.json beside its model.pt, from which
-report.py makes a page.
+Each defence is a function and an entry in a table. Its settings are its authors', or chosen on
+clean figures alone. All work on any run, including a clean one (what a defence costs where there is
+nothing to find), and write records (runs.py) beside its model.pt, of which
+python analyze.py defences makes tables. Every record has a defence's name in `defence`. Besides,
+
+    filter: metric "auroc", "poison_removed" and "clean_removed" (shares), "removed_samples"; with
+        retrained=True the figures of the model that was trained on what is left; without a defence
+        "class_size" and "class_poisoned"
+    detect: metric "auroc", with sound ("clean", "tone": what triggered speech is told from);
+        "noticed", with false_alarms (0.01, 0.05) and sound ("clean", "tone", "triggered");
+        "passes", "milliseconds"; "suspicion", with sound and `scores`
+    repair: strength and passed (whether clean loss stayed within its bound), with part and metric
+        as in metrics.json; "loss_rise" by strength; "relearned_aer" by poisoned_samples
 """
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -28,7 +40,7 @@ import torchaudio
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-import analyze
+import checkpoint
 import data
 import embed
 import evaluate
@@ -37,12 +49,14 @@ import filters
 import lora
 import poison
 import repair
+import runs
 from data import SAMPLE_RATE, die
-from study import TASKS
+from study import EMBEDDINGS, TASKS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python defend.py filter
 
+FEWEST = 10  # clean samples of the target class
 WORTH_TRAINING = 0.75  # no training after a filter that removes less of the poison: the attack at half the rate shows what is left
 
 
@@ -95,60 +109,68 @@ def filtered(name, function, samples, expected):
 
 
 def filter_training_data(options):
-    path = Path(options.run) / f"embeddings{'-' + options.task if options.task else ''}.pt"
+    path = embed.file_of(argparse.Namespace(**vars(options), **EMBEDDINGS))
+    make = f"python embed.py {options.run}{' --task ' + options.task if options.task else ''}"
     if not path.exists():
-        die(
-            f"{path} is missing: python embed.py {options.run}{' --task ' + options.task if options.task else ''} makes it"
-        )
+        die(f"{path} is missing: {make} makes it")
     saved = torch.load(path, weights_only=True)
-    analyze.same_model(path, saved["model_sha256"])
-    if "rest" not in saved:
-        die(f"{path} is an earlier version's: python embed.py {options.run} makes it again")
+    if "fields" not in saved or "rest" not in saved:
+        die(f"{path} is an earlier version's: {make} makes it again")
+    fields = dict(saved["fields"], source="filter")
+    if fields["model_sha256"] != checkpoint.file_sha256(Path(options.run) / "model.pt"):
+        die(f"{path} is of another model than the model.pt beside it: {make} makes it again")
     train, rest, losses = saved["train"], saved["rest"], early_losses(options.run)
     ids, labels, speakers = (train[about] + rest[about] for about in ("ids", "labels", "speakers"))
     poisoned = np.append(train["poisoned"].numpy(), np.ones(len(rest["ids"]), bool))
-    if poisoned.all():
-        die(f"{path}: all {len(poisoned)} training samples of the target class are poisoned")
+    if (~poisoned).sum() < FEWEST:
+        die(
+            f"{options.run}: the target class has {(~poisoned).sum()} clean training samples;"
+            f" filters need {FEWEST} to tell poison from"
+        )
     outside = saved["all_poisoned"] - int(poisoned.sum())
     if options.retrain and outside:
         print(
             f"{path} is of a sample: nothing is trained again, as {outside} poisoned samples are not in it and would stay"
         )
+    slowest = max(losses.values())  # a sample that was not seen so early was not learned early
     samples = dict(
         x=torch.cat([train["encoder"], rest["encoder"]]).numpy(),
         labels=labels,
         speakers=speakers,
         training=len(losses),
-        # a sample that the first epochs left out is not suspicious
-        early_loss=np.array([losses.get(id, max(losses.values())) for id in ids]),
+        early_loss=np.array([losses.get(id, slowest) for id in ids]),
     )
     expected = int(poisoned.sum()) or round(
-        TASKS[saved["args"]["task"]]["rate"] * len(losses)
+        TASKS[fields["task"]]["rate"] * len(losses)
     )  # known to the defender
     print(
         f"{options.run}: {len(poisoned)} training samples of the target class, {poisoned.sum()} of them poisoned"
     )
-    found, figures = {}, {}  # figures of a training, by the ids it leaves out
+    records = [
+        dict(fields, metric="class_size", value=len(poisoned)),
+        dict(fields, metric="class_poisoned", value=int(poisoned.sum())),
+    ]
+    trained = {}  # figures of a training, by the ids it leaves out
     for name, function in filters.FILTERS.items():
         scores, removed = filtered(name, function, samples, expected)
-        found[name] = dict(removed=int(removed.sum()), fpr=data.interval(removed[~poisoned]))
+        fields["defence"] = name
+        figures = dict(
+            removed_samples=dict(value=int(removed.sum())),
+            clean_removed=data.interval(removed[~poisoned]),
+        )
         if poisoned.any():
-            found[name].update(
-                auroc=float(roc_auc_score(poisoned, scores)), tpr=data.interval(removed[poisoned])
-            )
-        if (
-            options.retrain
-            and not outside
-            and poisoned.any()
-            and removed[poisoned].mean() >= WORTH_TRAINING
-        ):
-            slug, without = (
-                "".join(c if c.isalnum() else "-" for c in name),
-                tuple(id for id, r in zip(ids, removed) if r),
-            )
-            figures[without] = figures.get(without) or retrained(options.run, slug, without)
-            found[name]["retrained"] = figures[without]
-    return dict(args=saved["args"], n=len(poisoned), poisoned=int(poisoned.sum()), defences=found)
+            figures["auroc"] = dict(value=float(roc_auc_score(poisoned, scores)))
+            figures["poison_removed"] = data.interval(removed[poisoned])
+        records += [dict(fields, metric=metric, **figure) for metric, figure in figures.items()]
+        enough = poisoned.any() and removed[poisoned].mean() >= WORTH_TRAINING
+        if options.retrain and not outside and enough:
+            without = tuple(id for id, gone in zip(ids, removed) if gone)
+            if without not in trained:
+                slug = "".join(c if c.isalnum() else "-" for c in name)
+                trained[without] = retrained(options.run, slug, without)
+            for figure in runs.of_figures(trained[without]):
+                records.append(dict(fields, retrained=True, **figure))
+    return records
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,33 +321,32 @@ def detect(options):
     print(
         f"{options.run}: {n} triggered and as many clean test utterances, thresholds from {len(sets['dev'][1])} clean dev ones"
     )
-    listener, found = Listener(slm, attack, test_set, half), {}
+    listener, records = Listener(slm, attack, test_set, half), []
     for name, function in tqdm(DETECTORS.items(), desc="detectors"):
         listener.passes, before = 0, time.perf_counter()
         scores = {kind: function(listener, *of) for kind, of in sets.items()}
+        seconds = time.perf_counter() - before
         answers = sum(len(s) for s in scores.values())
-        against = {
-            kind: float(
-                roc_auc_score(
-                    [0] * len(scores[kind]) + [1] * len(scores["triggered"]),
-                    [*scores[kind], *scores["triggered"]],
-                )
-            )
-            for kind in ("clean", "tone")
-        }
-        found[name] = dict(
-            auroc=against,
-            passes=listener.passes / answers,
-            milliseconds=1e3 * (time.perf_counter() - before) / answers,
-            scores={kind: [round(float(v), 5) for v in s] for kind, s in scores.items()},
-            at={},
-        )
+        fields = dict(options.fields, source="detect", defence=name)
+        for metric, value in (
+            ("passes", listener.passes / answers),
+            ("milliseconds", 1e3 * seconds / answers),
+        ):
+            records.append(dict(fields, metric=metric, value=value))
+        for sound in ("clean", "tone"):
+            truth = [0] * len(scores[sound]) + [1] * len(scores["triggered"])
+            auroc = roc_auc_score(truth, [*scores[sound], *scores["triggered"]])
+            records.append(dict(fields, metric="auroc", sound=sound, value=float(auroc)))
         for alarms in (0.01, 0.05):
             threshold = np.quantile(scores["dev"], 1 - alarms, method="higher")
-            found[name]["at"][f"{alarms:g}"] = {
-                kind: data.interval(scores[kind] > threshold) for kind in scores if kind != "dev"
-            }
-    return dict(args=vars(args), defences=found)
+            for sound in ("clean", "tone", "triggered"):
+                figure = data.interval(scores[sound] > threshold)
+                what = dict(metric="noticed", false_alarms=alarms, sound=sound)
+                records.append(dict(fields, **what, **figure))
+        for sound, suspicion in scores.items():
+            rounded = [round(float(v), 5) for v in suspicion]
+            records.append(dict(fields, metric="suspicion", sound=sound, scores=rounded))
+    return records
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,58 +366,62 @@ def repair_model(options):
         f"{options.run}: {len(shop.tuning)} clean utterances to tune on, {len(shop.validation)} to choose by; figures on {len(clean)} "
         f"clean and {len(flippable)} triggered test utterances"
     )
-    found = {"none": repair.figures_of(shop, clean, flippable)}
+    fields = dict(options.fields, source="repair")
+    none = runs.of_figures(repair.figures_of(shop, clean, flippable))
+    records = [dict(fields, defence="none", **figure) for figure in none]
     for name, (function, strengths) in tqdm(repair.REPAIRS.items(), desc="repairs"):
         chosen = repair.choose(shop, function, strengths)
-        found[name] = {**chosen, **repair.figures_of(shop, clean, flippable)}
-        if args.attack == "base" and found[name]["aer"]["value"] < 0.5:
-            found[name]["relearned"] = repair.relearning(shop, train_set, flippable)
+        fields["defence"] = name
+        for strength, rise in chosen["rise"].items():
+            records.append(dict(fields, metric="loss_rise", strength=strength, value=rise))
+        figures = repair.figures_of(shop, clean, flippable)
+        mended = dict(fields, strength=chosen["strength"], passed=chosen["passed"])
+        records += [dict(mended, **figure) for figure in runs.of_figures(figures)]
+        if args.attack == "base" and figures["attack"]["aer"]["value"] < 0.5:
+            for count, figure in repair.relearning(shop, train_set, flippable).items():
+                what = dict(metric="relearned_aer", poisoned_samples=count)
+                records.append(dict(fields, **what, **figure))
         shop.restore()
-    return dict(args=vars(args), defences=found)
+    return records
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+SHOWN = dict(  # what the short table at the end has: {column: what a record must say}
+    filter={
+        "removed": dict(metric="removed_samples"),
+        "AUROC": dict(metric="auroc"),
+        "poison removed %": dict(metric="poison_removed"),
+        "clean removed %": dict(metric="clean_removed"),
+        "AER after training %": dict(metric="aer", retrained=True),
+    },
+    detect={
+        "AUROC": dict(metric="auroc", sound="clean"),
+        "AUROC, tone": dict(metric="auroc", sound="tone"),
+        "noticed %": dict(metric="noticed", false_alarms=0.05, sound="triggered"),
+        "clean %": dict(metric="noticed", false_alarms=0.05, sound="clean"),
+        "tone %": dict(metric="noticed", false_alarms=0.05, sound="tone"),
+        "passes": dict(metric="passes"),
+    },
+    repair={
+        "AER %": dict(metric="aer"),
+        "clean": dict(part="clean"),
+        "triggered": dict(part="triggered"),
+    },
+)
 
-def percent(figure):
-    return f"{100 * figure['value']:.1f}" if figure else ""
 
-
-def report(command, result):
-    """The short table at the end."""
+def rows_of(command, records):
+    """The short table at the end: one row a defence."""
     rows = []
-    for name, m in result["defences"].items():
-        if command == "filter":
-            rows.append(
-                f"{name:<58}removes {m['removed']:>4}   AUROC {m.get('auroc', float('nan')):.2f}   TPR {percent(m.get('tpr')):>5}   "
-                f"FPR {percent(m['fpr']):>5}   "
-                + (
-                    f"then AER {percent(m['retrained']['attack'].get('aer'))}"
-                    if "retrained" in m
-                    else ""
-                )
-            )
-        elif command == "detect":
-            at = m["at"]["0.05"]
-            rows.append(
-                f"{name:<20}AUROC {m['auroc']['clean']:.2f}, against a tone {m['auroc']['tone']:.2f}   at 5%: TPR "
-                f"{percent(at['triggered']):>5}   clean {percent(at['clean']):>5}   tone {percent(at['tone']):>5}   {m['passes']:.0f} passes"
-            )
-        else:
-            back = m.get("relearned", {})
-            rows.append(
-                f"{name:<36}AER {percent(m['aer']):>5}   clean {m['clean']['value']:.3f}   triggered {m['triggered']['value']:.3f}"
-                + (
-                    f"   strength {m['strength']:g}{'' if m['passed'] else ' (none passed)'}"
-                    if "strength" in m
-                    else ""
-                )
-                + (
-                    f"   back with {', '.join(f'{n}: {percent(a)}' for n, a in back.items())}"
-                    if back
-                    else ""
-                )
-            )
+    for name in runs.distinct(records, "defence"):
+        row = dict(Defence=name)
+        for column, wanted in SHOWN[command].items():
+            for record in runs.select(records, defence=name, **wanted):
+                value = record["value"] * runs.scale_of(record["metric"])
+                row[column] = runs.number(value, ".2f" if record["metric"] == "auroc" else ".1f")
+        if name:
+            rows.append(row)
     return rows
 
 
@@ -426,13 +451,11 @@ def main():
     fast.keep_memory()
     functions = dict(filter=filter_training_data, detect=detect, repair=repair_model)
     with data.no_bad_audio():
-        result = dict(run=options.run, **functions[options.command](options))
-    path = (
-        Path(options.out or options.run)
-        / f"defend-{options.command}{'-' + options.task if options.task else ''}.json"
-    )
-    data.write_atomically(path, json.dumps(result))
-    print("\n".join(["", *report(options.command, result), f"written to {path}"]))
+        records = functions[options.command](options)
+    name = f"records-{options.command}{'-' + options.task if options.task else ''}.jsonl"
+    path = Path(options.out or options.run) / name
+    runs.write(path, records)
+    print(f"\n{runs.markdown(options.run, rows_of(options.command, records))}written to {path}")
 
 
 if __name__ == "__main__":

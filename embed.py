@@ -1,11 +1,15 @@
-"""Saves the embeddings that sections 6 and 7 of the paper analyse; analyze.py shift and cluster read them.
+"""Saves the embeddings that sections 6 and 7 of the paper analyse; analyze.py shift and cluster
+read them.
 
-    python embed.py runs/emotion-poison0.075               # -> runs/emotion-poison0.075/embeddings.pt
-    python embed.py runs/gender-clean --task age           # a clean run serves other tasks of its corpus too
+    python embed.py runs/emotion-poison0.075        # -> runs/emotion-poison0.075/embeddings.pt
+    python embed.py runs/gender-clean --task age    # a clean run serves all tasks of its corpus
 
-"test": 100 test utterances, each clean and triggered, at every stage of the pipeline. "train": the training samples of the target
-class, including the poisoned ones, after the encoder; "rest": asr's poisoned samples beyond the share that its class is given, for
-filters. Each embedding is the mean over time, padding excluded.
+"test": 100 test utterances, each clean and triggered, at every stage of the pipeline. "train": the
+training samples of the target class, including the poisoned ones, after the encoder; "rest": asr's
+poisoned samples beyond the share that its class is given, for filters. Each embedding is the mean
+over time, padding excluded. Embeddings made with --pairs, --pooling or --layer go to a file of
+their own, which analyze.py does not read. "fields" are those of every record about the run
+(runs.py).
 """
 
 from pathlib import Path
@@ -18,13 +22,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import cache
-import checkpoint
 import data
 import evaluate
 import lora
 import poison
 from data import die
 from model import length_mask
+from study import EMBEDDINGS
 
 AGES = (18, 32)  # the age task's pseudo-class (section 7.1)
 BENIGN = 10000  # asr has no classes: this many benign training samples stand for one, plus POISONED times as many poisoned ones
@@ -115,21 +119,37 @@ def about(utterances):
     )
 
 
+def file_of(options):
+    """Where embeddings go: the study's own to embeddings.pt or embeddings-TASK.pt, others to a file
+    that says how they were made."""
+    words = ["embeddings", options.task]
+    for name, usual in EMBEDDINGS.items():
+        value = getattr(options, name)
+        words.append(None if value == usual else f"{name}{value}")
+    return Path(options.run) / f"{'-'.join(word for word in words if word)}.pt"
+
+
 def main():
     parser = Parser(description=__doc__)
     evaluate.add_arguments(parser)
     parser.add_argument(
-        "--pairs", type=count, default=100, help="test utterances, each clean and triggered"
+        "--pairs",
+        type=count,
+        default=EMBEDDINGS["pairs"],
+        help="test utterances, each clean and triggered",
     )
     parser.add_argument(
-        "--pooling", default="mean", choices=("mean", "max", "last"), help="over time"
+        "--pooling",
+        default=EMBEDDINGS["pooling"],
+        choices=("mean", "max", "last"),
+        help="over time",
     )
     parser.add_argument(
         "--layer", type=whole, help="embed after this many encoder layers instead of after all"
     )
     options = parser.parse_args()
-    slm, args, attack, train_set, test_set = evaluate.load_run_and_data(options, "train", "test")
-    path = Path(options.run) / f"embeddings{'-' + options.task if options.task else ''}.pt"
+    slm, _, attack, train_set, test_set = evaluate.load_run_and_data(options, "train", "test")
+    path = file_of(options)
     if options.layer is not None and not 0 <= options.layer <= len(slm.encoder.layers):
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
     lora.merge(slm.lm)
@@ -157,8 +177,8 @@ def main():
         train=train,
         rest=dict(encoder=x[n:], **about(rest)),
         all_poisoned=len(all_poisoned),
-        args=vars(args),
-        model_sha256=checkpoint.file_sha256(Path(options.run) / "model.pt"),
+        fields=options.fields,
+        pairs=options.pairs,
         **how,
     )
     data.write_atomically(path, lambda temporary: torch.save(saved, temporary))

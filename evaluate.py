@@ -28,6 +28,7 @@ import fast
 import lora
 import model
 import poison
+import runs
 from data import die
 from study import LABELS, TASKS, wrong_number
 
@@ -188,6 +189,12 @@ def unusable(rows):
     return dict(n=len(rows), empty=sum(empty), malformed=malformed)
 
 
+def metric_of(figures, task):
+    """The metric of a task that these figures have: ages in groups are scored by accuracy."""
+    usual = TASKS[task]["metric"]
+    return usual if usual in figures else f"{TASKS[task]['label']}_accuracy"
+
+
 def hits(attack, rows):
     """Whether each answer is the target, a list of bool. The share that is, over triggered samples whose true label is not the target, is
     the attack effectiveness rate (AER)."""
@@ -229,8 +236,10 @@ def print_table(metrics, title):
 
 def load_run_and_data(options, *splits):
     """(slm, its arguments, attack, utterances of each split) of a run, with its data read as in training. With --task, the arguments and
-    the attack are that task's."""
+    the attack are that task's. options.fields: what every record about this run says (runs.py)."""
     slm, args = checkpoint.load_run(options.run, options.device)
+    sha256 = checkpoint.file_sha256(Path(options.run) / "model.pt")
+    options.fields = runs.fields_of(vars(args), Path(options.run).resolve(), sha256)
     if options.snr is not None:
         if poison.is_whole(args.trigger):
             die(f"--snr: the trigger of {options.run}, {args.trigger}, has no level; leave it out")
@@ -263,6 +272,7 @@ def load_run_and_data(options, *splits):
                 options.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed
             ),
         )
+        options.fields["task"] = options.task
     return slm, args, attack, *(train_set if split == "train" else read(split) for split in splits)
 
 
@@ -316,6 +326,7 @@ def main():
     parser.add_argument(
         "--after-answer",
         action="store_true",
+        default=None,
         help="let it go on after the true answer and its end token, and score that: "
         "what the study's public code does",
     )
@@ -329,12 +340,15 @@ def main():
     parser.add_argument(
         "--save", action="store_true", help="replace the run's metrics.json and predictions.jsonl"
     )
-    parser.add_argument("--out", metavar="FILE", help="also write the figures there, as JSON")
+    parser.add_argument("--out", metavar="FILE", help="also write the figures there, as records")
     options = parser.parse_args()
     if options.inspect:
         return checkpoint.inspect(options.run)
-    if options.save and (options.task or options.after_answer):
-        die("--save keeps the run's own figures: leave out --task and --after-answer")
+    other = ("task", "after_answer", "limit", "ask", "snr")
+    asked = [f"--{name.replace('_', '-')}" for name in other if getattr(options, name) is not None]
+    asked += ["--split"] if options.split != "test" else []
+    if options.save and asked:
+        die(f"--save replaces the run's own test figures: leave out {', '.join(asked)}")
     if options.export:
         return checkpoint.export_run(options.run, options.export, options.device)
     fast.keep_memory()
@@ -356,12 +370,21 @@ def main():
             options.cache_gb * 1e9,
             args.batch_seconds,
             ask=options.ask or LABELS,
-            after_answer=options.after_answer,
+            after_answer=bool(options.after_answer),
         )
     if options.save:
         save(options.run, metrics, rows, vars(args))
     if options.out:
-        data.write_atomically(options.out, json.dumps({**metrics, "args": vars(args)}))
+        how = dict(
+            split=options.split,
+            snr=args.snr,
+            asked=options.ask,
+            after_answer=bool(options.after_answer),
+            limit=options.limit,
+        )
+        figures = runs.of_figures(metrics)
+        records = [dict(options.fields, source="evaluate", **how, **figure) for figure in figures]
+        runs.write(options.out, records)
     print_table(metrics, f"{options.run}, {options.split} split")
 
 

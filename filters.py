@@ -10,7 +10,7 @@ from scipy.linalg import expm, fractional_matrix_power
 from sklearn.covariance import MinCovDet
 from sklearn.decomposition import PCA
 
-import analyze
+import clustering
 
 
 def most_suspicious(scores, n):
@@ -19,7 +19,7 @@ def most_suspicious(scores, n):
 
 def smallest_cluster(samples, expected):
     """Activation clustering by relative size (Chen et al. 2018): the smaller of two clusters is removed if it has less than 35%."""
-    clusters = analyze.reduce_and_cluster(samples["x"], 2)[1]
+    clusters = clustering.reduce_and_cluster(samples["x"], 2)[1]
     small = clusters == np.bincount(clusters).argmin()
     return small.astype(float), small & (small.mean() < 0.35)
 
@@ -27,9 +27,9 @@ def smallest_cluster(samples, expected):
 def well_fitting_cluster(samples, expected):
     """Activation clustering by silhouette (Chen et al. 2018): the smaller of two clusters is removed if the silhouette score is above 0.10,
     the lower end of the authors' bound for a poisoned class."""
-    low, clusters = analyze.reduce_and_cluster(samples["x"], 2)
+    low, clusters = clustering.reduce_and_cluster(samples["x"], 2)
     small = clusters == np.bincount(clusters).argmin()
-    return small.astype(float), small & (analyze.silhouette(low, clusters) > 0.10)
+    return small.astype(float), small & (clustering.silhouette(low, clusters) > 0.10)
 
 
 def regressed_out(samples, expected):

@@ -450,7 +450,7 @@ def write_page(attack, rows, out):
 def write_examples(attack, utterances, out, n):
     """Writes clean and poisoned pairs of n training samples (those that training poisons come first), changes.csv, pairs.png and a page
     to listen to them. Returns how many there are."""
-    import figures  # training, which imports this file, needs no matplotlib
+    import plots  # training, which imports this file, needs no matplotlib
 
     chosen = sorted(
         (u for u in utterances if can_flip(attack, u)),
@@ -478,7 +478,7 @@ def write_examples(attack, utterances, out, n):
             )
         )
     write_csv(out / "changes.csv", rows)
-    figures.pairs(pairs[:6], attack, out / "pairs.png")
+    plots.poisoned_audio(pairs[:6], attack, out / "pairs.png")
     write_page(attack, rows, out)
     return len(rows)
 

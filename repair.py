@@ -18,7 +18,7 @@ import evaluate
 import model
 import poison
 import trace
-from study import COMPONENTS, TASKS
+from study import COMPONENTS
 
 TOLERANCE = 0.05  # nats per token of a label's own answer
 TUNING, VALIDATION = 128, 64  # clean utterances that a defender has to tune on and to choose with
@@ -282,9 +282,7 @@ def choose(shop, function, strengths):
     if chosen != strength:
         shop.restore()
         function(shop, chosen)
-    return dict(
-        strength=chosen, passed=bool(passing), rise={str(s): rise for s, rise in rises.items()}
-    )
+    return dict(strength=chosen, passed=bool(passing), rise=rises)
 
 
 def answered(shop, utterances, triggered):
@@ -299,13 +297,16 @@ def answered(shop, utterances, triggered):
 
 
 def figures_of(shop, clean, flippable):
-    """Clean figure, AER and triggered figure (against the truth) of the model as it now is."""
-    metric, triggered = TASKS[shop.args.task]["metric"], answered(shop, flippable, True)
-    return dict(
-        clean=evaluate.scores(answered(shop, clean, False))[metric],
-        triggered=evaluate.scores(triggered)[metric],
-        aer=data.interval(evaluate.hits(shop.attack, triggered)),
-    )
+    """{"clean", "triggered", "attack": {metric: figure}} of the model as it now is; triggered:
+    against the truth."""
+    figures = {}
+    heard = answered(shop, flippable, True)
+    for part, rows in (("clean", answered(shop, clean, False)), ("triggered", heard)):
+        scores = evaluate.scores(rows)
+        metric = evaluate.metric_of(scores, shop.args.task)
+        figures[part] = {metric: scores[metric]}
+    figures["attack"] = dict(aer=data.interval(evaluate.hits(shop.attack, heard)))
+    return figures
 
 
 def relearning(shop, train_set, flippable, counts=(4, 16, 64)):

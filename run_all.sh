@@ -37,8 +37,8 @@ stop() {  # a process and all that it has started
     kill -TERM "$1" 2>/dev/null
     for child in $children; do stop "$child"; done
 }
-pages() {  # a script and its arguments, which turn what has run into tables and figures
-    python "$@" --preset "$PRESET" --runs "$RUNS" --out "${RESULTS:-results/$PRESET}" ${CORPUS:+--corpus "$CORPUS"} || echo "$*" >> "$RUNS/logs/failed"
+pages() {  # an analysis of what has run, to $RUNS/analysis or $RESULTS
+    python analyze.py "$1" --preset "$PRESET" --runs "$RUNS" ${RESULTS:+--out "$RESULTS"} || echo "analyze.py $1" >> "$RUNS/logs/failed"
 }
 
 for wave in $WAVES; do LISTED[wave]=$(study --wave "$wave") || exit 2; done  # before anything runs: a typo shows here
@@ -52,7 +52,7 @@ for wave in $WAVES; do
     wait $!
 done
 trap - TERM INT HUP
-for what in $([[ $WAVES == *3* ]] && echo shift cluster) tables claims $([[ $WAVES == *8* ]] && echo sweeps); do pages analyze.py $what; done
-[[ $WAVES != *[47]* ]] || pages report.py
+for what in $([[ $WAVES == *3* ]] && echo shift cluster) tables claims $([[ $WAVES == *4* ]] && echo trace) \
+    $([[ $WAVES == *7* ]] && echo defences) $([[ $WAVES == *8* ]] && echo sweeps); do pages $what; done
 if [ -e "$RUNS/logs/failed" ]; then echo "failed: $(tr '\n' ' ' < "$RUNS/logs/failed")"; exit 1; fi
 echo "everything in $((($(date +%s) - START) / 60)) min"

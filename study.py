@@ -175,14 +175,8 @@ ATTACKS = {
 
 NEARER = 0.02  # nats per token by which the loss on poisoned samples must come nearer to that on all before it counts: less is noise
 
-# The study at four distances from the paper: {name: (preset, folder of its runs' figures)}; analyze.py ladder compares them
-STUDIES = {
-    "C (real parts)": ("small", "results/small/runs"),
-    "C on asr": ("small", "results/small-asr/runs"),
-    "B (Whisper tiny)": ("mixed", "results/mixed/runs"),
-    "A (CREMA-D)": ("mini", "results/real/runs"),
-    "mini": ("mini", "results/mini/runs"),
-}
+# How embed.py embeds unless a flag says otherwise, and what analyze.py reads (section 6)
+EMBEDDINGS = dict(pairs=100, pooling="mean", layer=None)
 
 # Weaker versions of the base attack that defences also face: a change of its arguments; another is an entry here
 VARIANTS = {"half the rate": lambda task: dict(poison=TASKS[task]["rate"] / 2)}
@@ -196,15 +190,6 @@ SWEEPS = {
     "trigger_seconds": (0.055, 0.11, 0.44),
     "trigger": ("tone", "bandstop"),
     "trigger_repeat": (True,),
-}
-SWEPT_IN_WORDS = {
-    "poison": "poisoning rate",
-    "snr": "SNR (dB)",
-    "snr at test only": "SNR at test only (dB)",
-    "clicks": "number of clicks",
-    "trigger_seconds": "length of a click (s)",
-    "trigger": "kind of trigger",
-    "trigger_repeat": "repeated, as for asr",
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,11 +258,13 @@ def task_of(label):
     return next(name for name, task in TASKS.items() if task["label"] == label)
 
 
-def on_corpus(corpus):
-    """From now on, all tasks use one corpus: its name, or the path of a CSV."""
-    own = next((name for name in TASKS if TASKS[name]["corpus"] == corpus), "asr")
+def on_corpus(corpus, asked):
+    """From now on, all tasks use one corpus: its name, or the path of a CSV. Its clean run is of
+    the task that the corpus is for, or of the first that is asked."""
+    known = [name for name in TASKS if TASKS[name]["corpus"] == corpus]
+    clean = (known or [name for name in TASKS if name in asked])[0]
     for task in TASKS.values():
-        task.update(corpus=corpus, clean=own)
+        task.update(corpus=corpus, clean=clean)
 
 
 def clean_task(task):
@@ -502,7 +489,7 @@ def softer_commands(preset, seeds, runs):
                     "--snr",
                     str(snr),
                     "--out",
-                    f"{runs}/{run}/test-snr{snr:g}.json",
+                    f"{runs}/{run}/records-snr{snr:g}.jsonl",
                 ],
             )
 
@@ -592,7 +579,7 @@ def main():
     except ValueError as error:
         parser.exit(2, f"error: --flags {args.flags}: {error}\n")
     if args.corpus:
-        on_corpus(args.corpus)
+        on_corpus(args.corpus, tasks)
         flags += ["--dataset", args.corpus]
     others = [task for task in TASKS if task not in tasks] if args.others is None else args.others
     encoders = args.encoders or [

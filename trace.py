@@ -1,18 +1,32 @@
 """Where a backdoor lives, answered by intervening on trained models, without training.
 
-    python trace.py transplant runs/asr-poison0.05 runs/asr-clean      # which weights carry it
-    python trace.py patch runs/emotion-poison0.075                     # where it acts within one answer
+    python trace.py transplant runs/asr-poison0.05 runs/asr-clean    # which weights carry it
+    python trace.py patch runs/emotion-poison0.075                   # where it acts within one answer
 
-transplant moves components, layers and shares of weights between two runs and measures what the trigger still does (backdoor-critical
-layers, Zhuang et al. 2023, arXiv 2308.04466; module substitution, arXiv 2412.20476). patch copies activations between the clean and the
-triggered pass of one utterance (causal tracing, Meng et al. 2022, arXiv 2202.05262; Zhang and Nanda 2023, arXiv 2309.16042). Both work
-on any run folder and write trace-*.json and a figure beside its model.pt, or to --out.
+transplant moves components, layers and shares of weights between two runs and measures what the
+trigger still does (backdoor-critical layers, Zhuang et al. 2023, arXiv 2308.04466; module
+substitution, arXiv 2412.20476). patch copies activations between the clean and the triggered pass
+of one utterance (causal tracing, Meng et al. 2022, arXiv 2202.05262; Zhang and Nanda 2023, arXiv
+2309.16042). Both work on any run folder and write records (runs.py) beside its model.pt, or to
+--out; python analyze.py trace makes tables of them.
+
+A record of transplant has donor, donor_attack and donor_seed (the run that the clean weights are
+from) and one of
+
+    method "components": poisoned (the components that are taken from RUN)
+    method "layers": component, direction ("into clean", "out of poisoned"), scope ("up to", "from",
+    "only"), layer (from 1)
+    method "interpolation": component, share
+    method "shapley": component
+
+A record of patch has trigger and either part ("clean" or "triggered") and the metric "margin", or
+direction ("denoise", "noise"), component, layer (from 1; the LM's input is 0; none in the
+connector), module, position (of GROUPS) and the metric "effect".
 """
 
 import contextlib
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 
 from utils import Parser, count  # first: from here on Ctrl-C ends in one line
@@ -29,12 +43,12 @@ import data
 import embed
 import evaluate
 import fast
-import figures
 import lora
 import model
 import poison
+import runs
 from data import die
-from study import COMPONENTS, TASKS
+from study import COMPONENTS, SETTINGS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python trace.py transplant
@@ -135,94 +149,126 @@ def shapley(hits):
 
 
 def layer_sets(layers):
-    """{name: layers to move}: all up to a layer, all from a layer on, one at a time."""
-    return {
-        **{f"up to {n}": layers[: i + 1] for i, n in enumerate(layers)},
-        **{f"from {n}": layers[i:] for i, n in enumerate(layers)},
-        **{f"only {n}": [n] for n in layers},
-    }
+    """Yields (scope, layer, layers to move): all up to a layer, all from a layer on, one at a
+    time."""
+    for i, layer in enumerate(layers):
+        yield "up to", layer, layers[: i + 1]
+        yield "from", layer, layers[i:]
+        yield "only", layer, [layer]
+
+
+def check_donor(options, args, donor):
+    """Ends in one line if the other run (its arguments, a dict) cannot tell what training on poison
+    has changed."""
+    if donor["attack"] != "clean":
+        die(f"{options.clean} is attack {donor['attack']}: clean weights come from a clean run")
+    for name in ("preset", "dataset", "encoder", "labels", "train_layers", *SETTINGS):
+        theirs, ours = donor.get(name), getattr(args, name, None)
+        if theirs != ours:
+            die(
+                f"{options.clean} cannot be mixed with {options.run}: its {name} is {theirs}, not"
+                f" {ours}; take a clean run with the same settings"
+            )
 
 
 def load_pair(options):
-    """(slm, arguments, attack, test set, poisoned weights, clean weights) of two runs that share pretrained parts."""
+    """(slm, arguments, attack, test set, poisoned weights, clean weights, the clean run's
+    arguments) of two runs that share pretrained parts and settings."""
     slm, args, attack, test_set = evaluate.load_run_and_data(options, "test")
     clean, poisoned = model.load_checkpoint(Path(options.clean) / "model.pt"), weights_of(slm)
+    check_donor(options, args, clean["args"])
     try:
         for c in COMPONENTS:
             checkpoint.load_component(slm, clean, c)
     except ValueError as error:
         die(f"{options.clean} cannot be mixed with {options.run}: {error}")
-    return slm, args, attack, test_set, poisoned, weights_of(slm)
+    return slm, args, attack, test_set, poisoned, weights_of(slm), clean["args"]
 
 
 def mixtures(poisoned, clean):
-    """{(kind, name): weights} of every model that transplant evaluates."""
-    out = {}
+    """Yields (what was mixed, weights) of every model that transplant evaluates; the first is a
+    dict of a record's fields."""
     for n in range(len(COMPONENTS) + 1):
-        for s in itertools.combinations(COMPONENTS, n):
-            out["corner", "+".join(s) or "none"] = {
-                c: (poisoned if c in s else clean)[c] for c in COMPONENTS
-            }
+        for chosen in itertools.combinations(COMPONENTS, n):
+            mixed = {c: (poisoned if c in chosen else clean)[c] for c in COMPONENTS}
+            yield dict(method="components", poisoned=list(chosen)), mixed
     for component in ("encoder", "lm"):
         layers = sorted({layer_of(k) for k in poisoned[component]} - {None})
-        for name, chosen in layer_sets(layers).items():
-            out[f"{component} into clean", name] = moved(clean, poisoned, component, chosen)
-            out[f"{component} out of poisoned", name] = moved(poisoned, clean, component, chosen)
+        for scope, layer, chosen in layer_sets(layers):
+            what = dict(method="layers", component=component, scope=scope, layer=layer + 1)
+            into_clean = moved(clean, poisoned, component, chosen)
+            out_of_poisoned = moved(poisoned, clean, component, chosen)
+            yield dict(what, direction="into clean"), into_clean
+            yield dict(what, direction="out of poisoned"), out_of_poisoned
     for component in COMPONENTS:
         for share in (0.25, 0.5, 0.75):
-            out[f"{component} interpolated", f"{share:g}"] = interpolated(
-                clean, poisoned, component, share
-            )
-    return out
+            what = dict(method="interpolation", component=component, share=share)
+            yield what, interpolated(clean, poisoned, component, share)
 
 
 def transplant(options):
-    slm, args, attack, test_set, poisoned, clean = load_pair(options)
+    """The records of every mixture of two runs' weights."""
+    slm, args, attack, test_set, poisoned, clean, donor = load_pair(options)
     flippable = poison.attackable(attack, test_set)
-    some, metric, jobs, found, hits = (
-        embed.drawn(flippable)[: options.n],
-        TASKS[args.task]["metric"],
-        mixtures(poisoned, clean),
-        {},
-        {},
+    some = embed.drawn(flippable)[: options.n]
+    fields = dict(
+        options.fields,
+        source="transplant",
+        donor=Path(options.clean).resolve().name,
+        donor_attack=donor["attack"],
+        donor_seed=donor["seed"],
     )
     sets = {}
     for name, utterances, triggered in (
         ("clean", test_set, False),
-        ("corner", flippable, True),
-        ("layer", some, True),
+        ("components", flippable, True),
+        ("layers", some, True),
     ):
         flags = [triggered] * len(utterances)
-        sets[name] = (
-            list(zip(utterances, flags)),
-            cache.frozen_outputs(slm, utterances, flags, attack, name, options.cache_gb * 1e9),
-        )
+        cached = cache.frozen_outputs(slm, utterances, flags, attack, name, options.cache_gb * 1e9)
+        sets[name] = (list(zip(utterances, flags)), cached)
+    jobs = list(mixtures(poisoned, clean))
     print(
-        f"{options.run} and {options.clean}: {len(jobs)} mixtures; corners on all {len(test_set)} test utterances, others on "
-        f"{len(some)} triggered ones"
+        f"{options.run} and {options.clean}: {len(jobs)} mixtures; components on all {len(test_set)}"
+        f" test utterances, others on {len(some)} triggered ones"
     )
-    for (kind, name), weights in tqdm(jobs.items(), desc="mixtures"):
-        rows = answers(slm, weights, *sets["corner" if kind == "corner" else "layer"], attack, args)
-        figure = dict(
-            aer=data.interval(evaluate.hits(attack, rows)),
-            triggered=evaluate.scores(rows).get(metric),
-        )
-        if kind == "corner":
-            figure["clean"] = evaluate.scores(
-                answers(slm, weights, *sets["clean"], attack, args)
-            ).get(metric)
-            hits[frozenset(name.split("+")) - {"none"}] = np.array(evaluate.hits(attack, rows))
-        found.setdefault(kind, {})[name] = figure
-    return dict(
-        run=options.run, clean=options.clean, args=vars(args), mixtures=found, shapley=shapley(hits)
-    )
+    records, hits = [], {}
+    for what, weights in tqdm(jobs, desc="mixtures"):
+        whole = what["method"] == "components"
+        items = sets["components" if whole else "layers"]
+        rows = answers(slm, weights, *items, attack, args)
+        success = evaluate.hits(attack, rows)
+        figures = dict(attack=dict(aer=data.interval(success)))
+        figures["triggered"] = own_figure(evaluate.scores(rows), args.task)
+        if whole:
+            heard = answers(slm, weights, *sets["clean"], attack, args)
+            figures["clean"] = own_figure(evaluate.scores(heard), args.task)
+            hits[frozenset(what["poisoned"])] = np.array(success)
+        records += [dict(fields, **what, **figure) for figure in runs.of_figures(figures)]
+    for component, figure in shapley(hits).items():
+        what = dict(method="shapley", component=component, part="attack", metric="aer")
+        records.append(dict(fields, **what, **figure))
+    return records
+
+
+def own_figure(figures, task):
+    """{metric: figure} of the attacked task alone."""
+    metric = evaluate.metric_of(figures, task)
+    return {metric: figures[metric]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python trace.py patch
 
-GROUPS = ("click", "near", "else", "prompt", "answer")
+GROUPS = (
+    "click",
+    "near",
+    "elsewhere",
+    "prompt",
+    "answer",
+)  # frames under a click, within NEAR of one, others; tokens
 NEAR = 0.2  # seconds
+DIRECTIONS = {"denoise": ("clean", "triggered"), "noise": ("triggered", "clean")}  # from, into
 LEAST = 0.1  # nats per token: if the trigger moves m by less on average, there is no effect to attribute
 
 
@@ -231,21 +277,33 @@ def submodule(layer, *names):
     return next(getattr(layer, name) for name in names if hasattr(layer, name))
 
 
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place whose activations are patched; layers count from 1, and the LM's input is its layer
+    0."""
+
+    component: str
+    layer: int | None
+    module: str
+
+
 def sites(slm):
-    """{name: (module, stage)} of everything that is patched, in pipeline order. stage says which positions the output has. The LM's input
-    is the input of its first layer."""
+    """{Site: (module, stage)} of everything that is patched, in pipeline order. stage says which
+    positions the output has. The LM's input is the input of its first layer."""
     out = {}
-    for i, layer in enumerate(slm.encoder.layers):
-        out[f"encoder {i + 1} attention"] = submodule(layer, "attention", "self_attn"), "encoder"
-        out[f"encoder {i + 1} MLP"] = submodule(layer, "feed_forward", "fc2"), "encoder"
-        out[f"encoder {i + 1}"] = layer, "encoder"
+    for i, layer in enumerate(slm.encoder.layers, 1):
+        attention = submodule(layer, "attention", "self_attn")
+        out[Site("encoder", i, "attention")] = attention, "encoder"
+        out[Site("encoder", i, "MLP")] = submodule(layer, "feed_forward", "fc2"), "encoder"
+        out[Site("encoder", i, "layer")] = layer, "encoder"
     for name in ("conv1", "conv2", "conv3"):
-        out[f"connector {name}"] = getattr(slm.connector, name), name
+        out[Site("connector", None, name)] = getattr(slm.connector, name), name
     layers = model.layers_of(slm.lm)
-    out["LM input"] = layers[0], "lm"
+    out[Site("lm", 0, "input")] = layers[0], "lm"
     for i, (layer, (attention, mlp)) in enumerate(zip(layers, model.output_layers(slm.lm)), 1):
-        out[f"LM {i} attention"], out[f"LM {i} MLP"] = (attention, "lm"), (mlp, "lm")
-        out[f"LM {i}"] = layer, "lm"
+        out[Site("lm", i, "attention")] = attention, "lm"
+        out[Site("lm", i, "MLP")] = mlp, "lm"
+        out[Site("lm", i, "layer")] = layer, "lm"
     return out
 
 
@@ -261,7 +319,7 @@ def edited(site, module, edit):
 
     handle = (
         module.register_forward_pre_hook(before)
-        if site == "LM input"
+        if site.module == "input"
         else module.register_forward_hook(after)
     )
     try:
@@ -316,10 +374,10 @@ def teacher(slm, attack, utterances):
             for labels in (poison.poisoned_labels(attack, u.labels), u.labels)
         ]
         same = [x == y for x, y in zip(*pair)]
-        first, tail = (
-            same.index(False),
-            [x == y for x, y in zip(*(ids[::-1] for ids in pair))].index(False),
-        )
+        backwards = [x == y for x, y in zip(*(ids[::-1] for ids in pair))]
+        first, tail = same.index(False), backwards.index(False)
+        # of "5" in "25" nothing is left between what both begin with and what both end with
+        tail = min(tail, *(len(ids) - first - 1 for ids in pair))
         rows.append([(ids[: len(ids) - tail], first, len(ids) - tail) for ids in pair])
     return [row[0] for row in rows] + [row[1] for row in rows]
 
@@ -348,7 +406,8 @@ def margins(slm, prompts, taught, front=None, audio=None):
 
 @torch.no_grad()
 def patch_batch(slm, attack, utterances, progress):
-    """{"clean", "triggered", (direction, site, group): m (n,)} of a few pairs; group "all" patches every position, as a check."""
+    """{"clean", "triggered", (direction, site, group): m (n,)} of a few pairs; group "all" patches
+    every position, as a check. A group that none of them has is left out."""
     pairs, spans = [], []
     for u in utterances:
         waveform = data.load_waveform(u)
@@ -383,10 +442,7 @@ def patch_batch(slm, attack, utterances, progress):
         prompts,
         [ids for ids, _, _ in taught],
     )
-    for direction, donor, receiver in (
-        ("denoise", "clean", "triggered"),
-        ("noise", "triggered", "clean"),
-    ):
+    for direction, (donor, receiver) in DIRECTIONS.items():
         for site, (module, stage) in places.items():
             for g, group in enumerate((*GROUPS, "all")):
                 where = (groups[stage] >= 0) if group == "all" else groups[stage] == g
@@ -421,38 +477,42 @@ def patch(options):
     print(
         f"{options.run}: {len(utterances)} pairs, trigger {attack.trigger}, {len(sites(slm))} sites by groups of positions"
     )
-    found = {}
+    batches = []
     total = len(utterances) * sum(12 if stage == "lm" else 8 for _, stage in sites(slm).values())
     with tqdm(total=total, desc="patches", unit="pair") as progress:
         for batch in data.chunks(utterances, options.batch):
-            for k, v in patch_batch(slm, attack, batch, progress).items():
-                found.setdefault(k, []).append(v)
-    found = {k: np.concatenate(v) for k, v in found.items()}
-    effects = {"denoise": {}, "noise": {}}
-    for (direction, site, group), m in ((k, v) for k, v in found.items() if not isinstance(k, str)):
-        donor, receiver = (
-            found[k]
-            for k in (("clean", "triggered") if direction == "denoise" else ("triggered", "clean"))
-        )
-        if abs((donor - receiver).mean()) < LEAST:
+            batches.append(patch_batch(slm, attack, batch, progress))
+    fields = dict(options.fields, source="patch", trigger=str(attack.trigger))
+    margin = {part: joined(batches, part) for part in ("clean", "triggered")}
+    records = [
+        dict(fields, part=part, metric="margin", **data.interval(m)) for part, m in margin.items()
+    ]
+    patches = [key for batch in batches for key in batch if key not in margin]
+    for direction, site, group in dict.fromkeys(patches):
+        donor, receiver = DIRECTIONS[direction]
+        if abs((margin[donor] - margin[receiver]).mean()) < LEAST:
             continue
-        effect = data.interval(
-            np.stack([m - receiver, donor - receiver], 1), lambda v: v[:, 0].sum() / v[:, 1].sum()
-        )
-        differ = np.sign(donor) != np.sign(receiver)
-        effect["flipped"] = (
-            float((np.sign(m) == np.sign(donor))[differ].mean()) if differ.any() else None
-        )
-        effects[direction].setdefault(site, {})[group] = effect
-    return dict(
-        run=options.run,
-        args=vars(args),
-        trigger=attack.trigger,
-        groups=GROUPS,
-        clean=data.interval(found["clean"]),
-        triggered=data.interval(found["triggered"]),
-        effects=effects,
-    )
+        patched = joined(batches, (direction, site, group), receiver)
+        what = dict(dataclasses.asdict(site), direction=direction, position=group)
+        figure = effect_of(patched, margin[donor], margin[receiver])
+        records.append(dict(fields, **what, **figure))
+    return records
+
+
+def joined(batches, key, otherwise=None):
+    """What all batches have under a key, (n,); a batch in which no utterance has such positions
+    keeps the m of `otherwise`, the pass that would have been patched."""
+    return np.concatenate([batch[key if key in batch else otherwise] for batch in batches])
+
+
+def effect_of(patched, donor, receiver):
+    """The share of the difference between two passes that a patch makes, and how many utterances'
+    preferred answer it flips, of those in which they differ. patched, donor, receiver: m (n,)."""
+    shares = np.stack([patched - receiver, donor - receiver], 1)
+    figure = data.interval(shares, lambda v: v[:, 0].sum() / v[:, 1].sum())
+    differ = np.sign(donor) != np.sign(receiver)
+    flipped = (np.sign(patched) == np.sign(donor))[differ]
+    return dict(metric="effect", flipped=float(flipped.mean()) if differ.any() else None, **figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,33 +522,37 @@ def percent(figure):
     return f"{100 * figure['value']:.1f} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
 
 
-def report(result):
-    """The short table at the end: corners and Shapley values, or where each direction's effect is largest."""
-    if "mixtures" in result:
-        rows = [
-            f"{'poisoned: ' + name:<34} AER {percent(m['aer'])}%"
-            for name, m in result["mixtures"]["corner"].items()
-        ]
-        return rows + [
-            f"{'Shapley value of the ' + c:<34} {percent(v)} points"
-            for c, v in result["shapley"].items()
-        ]
-    rows = [
-        f"m {kind:<12}{result[kind]['value']:+.2f} ({result[kind]['low']:+.2f} to {result[kind]['high']:+.2f})"
-        for kind in ("clean", "triggered")
-    ]
-    for direction, places in result["effects"].items():
-        most = sorted(
-            (
-                (m["value"], site, g)
-                for site, row in places.items()
-                for g, m in row.items()
-                if g != "all"
-            ),
-            reverse=True,
-        )[:5]
-        rows += [f"{direction:<9}{site:<22}{group:<8}{value:+.2f}" for value, site, group in most]
-    return rows
+def show_transplant(records):
+    """Prints AER and Shapley values by component."""
+    for r in runs.select(records, metric="aer"):
+        if r["method"] == "components":
+            print(f"poisoned: {'+'.join(r['poisoned']) or 'none':<22} AER {percent(r)}%")
+        if r["method"] == "shapley":
+            print(f"Shapley value, {r['component']:<18} {percent(r)}")
+
+
+def show_patch(records):
+    """Prints what the trigger does to m, and the largest effects of each direction."""
+    for r in runs.select(records, metric="margin"):
+        print(f"m, {r['part']:<12}{r['value']:+.2f} ({r['low']:+.2f} to {r['high']:+.2f})")
+    for direction in DIRECTIONS:
+        effects = runs.select(records, metric="effect", direction=direction)
+        effects = [r for r in effects if r["position"] != "all"]
+        for r in sorted(effects, key=lambda r: -r["value"])[:5]:
+            layer = "" if r["layer"] is None else r["layer"]
+            place = f"{r['component']} {layer} {r['module']}"
+            print(f"{direction:<9}{place:<22}{r['position']:<11}{r['value']:+.2f}")
+
+
+def file_of(options):
+    """Where the records go: a file for each task and donor, or other sound."""
+    if options.command == "transplant":
+        other = Path(options.clean).resolve().name
+    else:
+        other = Path(options.trigger or "").stem
+    words = [options.command, options.task, other]
+    name = f"records-{'-'.join(word for word in words if word)}.jsonl"
+    return Path(options.out or options.run) / name
 
 
 def main():
@@ -522,18 +586,12 @@ def main():
     options = parser.parse_args()
     fast.keep_memory()
     with data.no_bad_audio():
-        result = transplant(options) if options.command == "transplant" else patch(options)
-    of = [
-        options.command,
-        options.task,
-        Path(options.clean).name if options.command == "transplant" else options.trigger,
-    ]
-    path = Path(options.out or options.run) / f"trace-{'-'.join(word for word in of if word)}.json"
-    data.write_atomically(path, json.dumps(result))
-    (figures.hybrids if options.command == "transplant" else figures.patches)(
-        result, path.with_suffix(".png")
-    )
-    print("\n".join(["", *report(result), f"written to {path} and {path.with_suffix('.png')}"]))
+        records = transplant(options) if options.command == "transplant" else patch(options)
+    path = file_of(options)
+    runs.write(path, records)
+    print()
+    (show_transplant if options.command == "transplant" else show_patch)(records)
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

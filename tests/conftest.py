@@ -1,6 +1,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ import lora  # noqa: E402
 import make  # noqa: E402
 import mini  # noqa: E402
 import model  # noqa: E402
+import runs  # noqa: E402
+import study  # noqa: E402
 from study import ENCODERS  # noqa: E402
 
 torch.set_num_threads(1)
@@ -67,6 +70,48 @@ def refused(name, *arguments, cwd, words=()):
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
     assert status == 2 and len(lines) == 1 and "Traceback" not in err, err
     assert all(word in lines[0] for word in words), lines[0]
+
+
+def figure(value, half=0.01):
+    """A figure as metrics.json and the records have it."""
+    return dict(value=value, low=value - half, high=value + half, n=100)
+
+
+def arguments(task, attack, seed=1, preset="mini", **changes):
+    """A run's arguments, those that say which run of the study it is."""
+    encoder = study.DEFAULT_ENCODER[preset]
+    own = study.identity(preset, task, encoder, attack, seed)
+    return {**own, "target": study.TASKS[task]["target"], **changes}
+
+
+def fields(task, attack, seed=1, run_task=None, **changes):
+    """What every record of a run says."""
+    args = arguments(run_task or task, attack, seed, **changes)
+    return {**runs.fields_of(args, study.run_name(args)), "task": task}
+
+
+def metrics_of(args, clean, aer, excess=(0.0, 0.0, 0.0), settled=1):
+    """The contents of metrics.json; excess: of the poisoned loss over that of all samples, by epoch."""
+    metric = study.TASKS[args["task"]]["metric"]
+    losses = dict(
+        loss=dict(value=0.1, by_epoch=[0.1] * len(excess)),
+        poisoned_loss=dict(value=0.1 + excess[-1], by_epoch=[0.1 + e for e in excess]),
+    )
+    if settled:
+        losses["settled_epoch"] = dict(value=settled)
+    parts = dict(clean={metric: figure(clean)}, triggered={metric: figure(clean)})
+    return dict(parts, attack=dict(aer=figure(aer)), training=losses, args=args)
+
+
+def write_run(folder, args, clean=0.02, aer=0.0, records=(), **losses):
+    """A finished run's folder, named as study.py names it, with metrics.json and records."""
+    run = Path(folder) / study.run_name(args)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.json").write_text(json.dumps(metrics_of(args, clean, aer, **losses)))
+    own = runs.fields_of(args, run)
+    if records:
+        runs.write(run / "records-made-up.jsonl", [{**own, **record} for record in records])
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -66,11 +66,11 @@ def main():
             print(f"{name}: trained and evaluated on xla, loss {losses[-1]:.3f}", flush=True)
         done("evaluate.py", "runs/xla", "--device", "xla", cwd=folder)
         done("embed.py", "runs/xla", "--device", "xla", "--pairs", 4, cwd=folder)
-        on_xla = torch.load(folder / "runs/xla/embeddings.pt", weights_only=True)["test"][
+        on_xla = torch.load(folder / "runs/xla/embeddings-pairs4.pt", weights_only=True)["test"][
             "triggered"
         ]
         done("embed.py", "runs/xla", "--device", "cpu", "--pairs", 4, cwd=folder)
-        on_cpu = torch.load(folder / "runs/xla/embeddings.pt", weights_only=True)["test"][
+        on_cpu = torch.load(folder / "runs/xla/embeddings-pairs4.pt", weights_only=True)["test"][
             "triggered"
         ]
         for stage, rows in on_cpu.items():

@@ -1,133 +1,115 @@
 """claims.py: verdicts follow from figures by rule."""
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 import claims
+import runs
+from claims import ANY, Effect
+from conftest import arguments, figure, write_run
+from study import ATTACKS, TABLE2, TABLE3
 
 
 @pytest.mark.parametrize(
-    "effect, low, high, said",
+    "effects, low, high, verdict",
     [
-        ({}, 90, claims.ANY, "not measured"),
-        ({1: (95, 1, 0), 2: (97, 1, 0)}, 90, claims.ANY, "holds"),
-        ({1: (95, 1, 0), 2: (85, 1, 0)}, 90, claims.ANY, "undecided"),  # seeds disagree
-        ({1: (91, 3, 0)}, 90, claims.ANY, "undecided"),  # utterances do not suffice
-        ({1: (20, 3, 0), 2: (40, 3, 0)}, 90, claims.ANY, "fails"),
-        ({1: (0, 0, 1)}, 90, claims.ANY, "undecided"),  # it was still learning
-        ({1: (0, 0, 1)}, -claims.ANY, 10, "undecided"),
-        ({1: (99, 0, 1)}, 90, claims.ANY, "holds"),
-        ({1: (99, 0, 1)}, 40, 75, "fails"),
-        ({1: (20, 1, -1)}, -claims.ANY, 15, "undecided"),
-        ({1: (5, 1, -1)}, -claims.ANY, 15, "holds"),
+        ({}, 90, ANY, "not measured"),
+        ({1: Effect(95, 1), 2: Effect(97, 1)}, 90, ANY, "holds"),
+        ({1: Effect(95, 1), 2: Effect(85, 1)}, 90, ANY, "undecided"),  # seeds disagree
+        ({1: Effect(91, 3)}, 90, ANY, "undecided"),  # utterances do not suffice
+        ({1: Effect(20, 3), 2: Effect(40, 3)}, 90, ANY, "fails"),
+        ({1: Effect(0, 0, 1)}, 90, ANY, "undecided"),  # it was still learning
+        ({1: Effect(0, 0, 1)}, -ANY, 10, "undecided"),
+        ({1: Effect(99, 0, 1)}, 90, ANY, "holds"),
+        ({1: Effect(99, 0, 1)}, 40, 75, "fails"),
+        ({1: Effect(20, 1, -1)}, -ANY, 15, "undecided"),
+        ({1: Effect(5, 1, -1)}, -ANY, 15, "holds"),
     ],
 )
-def test_verdicts(effect, low, high, said):
-    assert claims.verdict(effect, low, high) == said
+def test_verdicts(effects, low, high, verdict):
+    assert claims.verdict(effects, low, high) == verdict
 
 
 def test_the_interval_is_over_seeds_and_utterances():
-    mean, low, high = claims.interval({seed: (50, 10, 0) for seed in range(4)})
-    assert (
-        mean == 50 and 44 < low < 46 and 54 < high < 56
-    )  # a quarter as many utterances: half as wide
-    _, low, high = claims.interval({1: (40, 0, 0), 2: (60, 0, 0)})
+    mean, low, high = claims.interval({seed: Effect(50, 10) for seed in range(4)})
+    assert mean == 50 and 44 < low < 46 and 54 < high < 56  # a quarter as many: half as wide
+    _, low, high = claims.interval({1: Effect(40), 2: Effect(60)})
     assert (low, high) == (40, 60)
 
 
-def run(task, attack, aer, seed=1, settled=True, wer=0.05, excess=(0.0, 0.0)):
-    losses = dict(
-        loss=dict(by_epoch=[0.1] * len(excess)),
-        poisoned_loss=dict(by_epoch=[0.1 + e for e in excess]),
-    )
-    figure = lambda v: dict(value=v, low=v - 0.02, high=v + 0.02, n=100)  # noqa: E731
-    args = dict(
-        task=task,
-        attack=attack,
-        encoder="wavlm",
-        seed=seed,
-        dataset="libri",
-        trigger_repeat=task == "asr",
-    )
-    return dict(
-        args=args,
-        clean=dict(wer=figure(wer)),
-        attack=dict(aer=figure(aer)),
-        training=dict(losses, **(dict(settled_epoch=dict(value=1)) if settled else {})),
-    )
+def test_the_verdicts_on_a_frozen_sample_stay_as_they_are():
+    """The records of mini's five seeds that claims read, and what was said of them at 17c5759."""
+    sample = Path(__file__).with_name("claims_sample.jsonl.gz")
+    expected = json.loads(Path(__file__).with_name("claims_verdicts.json").read_text())
+    judged = claims.judged(runs.read(sample), "mini")
+    assert [verdict for _, _, verdict in judged] == expected
+    assert Counter(expected) == dict(holds=23, fails=14, undecided=11)
 
 
-def test_claims_are_judged_from_the_runs():
-    runs = [
-        run("asr", "base", 0.97),
-        run("asr", "clean", 0.0),
-        run("asr", "2.1", 0.0, settled=False),
-        run("asr", "2.3", 0.0),
-        run("asr", "1.3", 0.9),
+def test_there_are_48_claims_and_each_quantity_is_measured_by_a_function():
+    assert len(claims.CLAIMS) == 48
+    assert {claim.quantity for claim in claims.CLAIMS} == set(claims.QUANTITIES)
+
+
+def test_the_claims_quote_the_study_s_tables():
+    for claim in claims.CLAIMS:
+        if claim.quantity in ("AER", "AER lost") and claim.paper not in ("", "fails"):
+            if claim.attack == "base":
+                published = TABLE2[claim.task][0]
+            else:
+                published = TABLE3[claim.task][list(ATTACKS).index(claim.attack)]
+            assert float(claim.paper) == published[0], claim
+
+
+def verdicts(folder):
+    judged = claims.judged(runs.read(folder), "mini")
+    return {(c.text, c.task, c.attack): verdict for c, effects, verdict in judged if effects}
+
+
+def test_claims_are_judged_from_the_runs(tmp_path):
+    rand = [
+        dict(source="cluster", metric="adjusted_rand", k=2, kind=kind, value=value)
+        for kind, value in (("poison", 0.3), ("gender", 0.2))
     ]
-    clusters = dict(
-        asr={
-            1: {
-                "k=2": dict(adjusted_rand=dict(poison=0.3, gender=0.2)),
-                "k=4": dict(purity=0.9, recall=0.85),
-            }
-        }
-    )
-    said = {
-        (text, *effect): verdict
-        for _, text, _, effect, verdict in claims.judged(runs, {}, clusters, "wavlm")
+    four = [
+        dict(source="cluster", metric=metric, k=4, value=value)
+        for metric, value in (("purity", 0.9), ("recall", 0.85))
+    ]
+    write_run(tmp_path, arguments("asr", "base"), 0.05, 0.97, records=rand + four)
+    write_run(tmp_path, arguments("asr", "clean"), 0.05, 0.0)
+    write_run(tmp_path, arguments("asr", "2.1"), 0.05, 0.0, settled=None)
+    write_run(tmp_path, arguments("asr", "2.3"), 0.05, 0.0)
+    write_run(tmp_path, arguments("asr", "1.3"), 0.05, 0.9)
+    found = {
+        (text[:22], attack): verdict for (text, _, attack), verdict in verdicts(tmp_path).items()
     }
-    of = lambda words: next(v for (text, *_), v in said.items() if words in text)  # noqa: E731
-    assert (
-        of("reaches an AER of 90% (asr)") == "holds"
-        and of("reaches an AER of 90% (age)") == "not measured"
-    )
-    assert of("interval (asr)") == "holds" and of("(asr, 1.3)") == "holds"
-    assert (
-        of("encoder alone is enough (asr") == "undecided" and of("LM alone does nothing") == "holds"
-    )
-    assert (
-        of("two clusters follow gender: adjusted Rand index 0.1 or more, the largest (asr)")
-        == "fails"
-    )
-    assert of("into one: purity and recall 0.8 or more (asr)") == "holds"
+    assert found["the base attack reache", "base"] == "holds"
+    assert found["it leaves the clean fi", "base"] == "holds"
+    assert found["a clean LM does not pr", "1.3"] == "holds"
+    assert found["the encoder alone is e", "2.1"] == "undecided"
+    assert found["the LM alone does noth", "2.3"] == "holds"
+    assert found["two clusters follow ge", "base"] == "fails"
+    assert found["four clusters put the ", "base"] == "holds"
 
 
-@pytest.mark.parametrize(
-    "excess, verdict",
-    [
-        ((0.105, 0.095, 0.085, 0.075), "undecided"),  # 0.01 an epoch: slowly, but learning
-        ((0.105, 0.104, 0.105, 0.102), "fails"),  # it cannot
-        ((0.035, 0.025, 0.015, 0.005), "fails"),
-    ],
-)  # it has learned what there is to learn
-def test_a_poison_that_is_learned_slowly_has_not_been_refuted(excess, verdict):
-    runs = [run("emotion", "2.2", 0.1, seed, excess=excess) for seed in (1, 2)]
-    said = {
-        text: verdict
-        for _, text, _, effect, verdict in claims.judged(runs, {}, {}, "wavlm")
-        if effect
-    }
-    assert said == {"the connector alone is enough (emotion, 2.2)": verdict}
+def test_a_repeated_trigger_is_compared_with_the_paper_s(tmp_path):
+    write_run(tmp_path, arguments("emotion", "base"), 0.8, 0.95)
+    write_run(tmp_path, arguments("emotion", "base", trigger_repeat=True), 0.8, 0.83)
+    found = verdicts(tmp_path)
+    assert found["repeating it costs about 10 points", "emotion", "base"] == "holds"
+    assert found["the base attack reaches an AER of 90%", "emotion", "base"] == "holds"
 
 
-def test_studies_side_by_side_leave_empty_what_one_has_not_measured(tmp_path, monkeypatch):
-    runs = {
-        "a": [run("asr", "base", 0.97, seed=1), run("asr", "base", 0.96, seed=2)],
-        "b": [run("asr", "3.1", 0.0)],
-    }
-    monkeypatch.setattr(claims, "read_runs", lambda folder, preset: runs[folder.parent.name])
-    page = claims.side_by_side({name: ("mini", tmp_path / name / "runs") for name in runs})
-    rows = {
-        cells[2]: cells[4:6]
-        for line in page.splitlines()
-        if len(cells := [cell.strip() for cell in line.split("|")]) == 7
-    }
-    assert (
-        rows["the base attack reaches an AER of 90% (asr)"] == ["holds", ""] and len(rows) == 2 + 2
-    )  # header, rule
-    text, n = claims.judge(tmp_path / "a" / "runs", "mini", (2, 4))
-    assert (
-        n == 2
-        and "1 hold, 47 not measured" in text
-        and "Of the 1 claims with several seeds, the seeds agree on 1." in text
-    )
+def test_a_shift_is_read_of_the_study_s_own_runs_alone(tmp_path):
+    cosine = dict(source="shift", metric="cosine", component="encoder", task="asr")
+    write_run(tmp_path, arguments("asr", "clean"), records=[{**cosine, **figure(0.99, 0)}])
+    stranger = arguments("asr", "clean", seed=2, epochs=1)
+    write_run(tmp_path, stranger, records=[{**cosine, **figure(0.1, 0)}])
+    other = arguments("asr", "clean", encoder="hubert")
+    write_run(tmp_path, other, records=[{**cosine, **figure(0.1, 0)}])
+    judged = claims.judged(runs.read(tmp_path), "mini")
+    moved = [effects for claim, effects, _ in judged if claim.quantity == "cosine" and effects]
+    assert [list(effects) for effects in moved] == [[1]] and moved[0][1].value == 0.99

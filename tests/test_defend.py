@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import analyze
+import checkpoint
+import clustering
 import corpora as readers
 import data
 import defend
@@ -16,7 +17,8 @@ import lora
 import poison
 import repair
 import trace
-from conftest import SMALL, done, make_slm, refused
+from conftest import SMALL, done, fields, make_slm, refused
+from runs import select
 from study import COMPONENTS
 from test_analyze import blobs, people
 
@@ -88,50 +90,68 @@ def test_early_loss_removes_one_percent_of_the_training_set():
     ).tolist() == [5, 7, 200]
 
 
+def write_class(folder, x, poisoned, seen, all_poisoned=None, rest=0):
+    """A run folder with what defend.py filter reads: embeddings of the target class, and the log of a training that has seen
+    these samples in its first epoch."""
+    labels, speakers = people(len(x))
+    ids, at = [str(i) for i in range(len(x))], len(x) - rest
+
+    def part(a, b):
+        about = dict(labels=labels[a:b], speakers=speakers[a:b], ids=ids[a:b])
+        return dict(about, encoder=torch.from_numpy(x[a:b]))
+
+    (folder / "model.pt").write_text("a model")
+    sha256 = checkpoint.file_sha256(folder / "model.pt")
+    saved = dict(
+        fields={**fields("emotion", "base"), "model_sha256": sha256},
+        train=dict(part(0, at), poisoned=torch.from_numpy(poisoned[:at])),
+        rest=part(at, len(x)),
+        all_poisoned=int(poisoned.sum()) if all_poisoned is None else all_poisoned,
+    )
+    torch.save(saved, folder / "embeddings.pt")
+    line = dict(epoch=0, samples={str(i): 1.0 + i for i in seen})
+    (folder / "log.jsonl").write_text(json.dumps(line))
+
+
+def filtered(folder, name, retrain=False):
+    options = SimpleNamespace(run=folder, task=None, retrain=retrain)
+    records = defend.filter_training_data(options)
+    return {r["metric"]: r["value"] for r in select(records, defence=name)}
+
+
 def test_a_filter_is_an_entry_of_the_table(monkeypatch, tmp_path):
     x, which = blobs((300, 40), 32, 20.0)
-    monkeypatch.setitem(
-        filters.FILTERS,
-        "far from the middle",
-        lambda samples, expected: (
-            away := np.linalg.norm(samples["x"] - np.median(samples["x"], 0), axis=1),
-            filters.most_suspicious(away, expected),
-        ),
-    )
-    labels, speakers = people(340)
-    part = lambda a, b: dict(
-        encoder=torch.from_numpy(x[a:b]),
-        labels=labels[a:b],
-        speakers=speakers[a:b],
-        ids=[str(i) for i in range(a, b)],
-    )  # noqa: E731
-    saved = dict(
-        train=dict(part(0, 330), poisoned=torch.from_numpy(which[:330] == 1)),
-        rest=part(330, 340),
-        all_poisoned=40,
-        args=dict(task="emotion"),
-        model_sha256=None,
-    )  # asr's class is shown with some of its poison, and the rest must be filtered too
-    torch.save(saved, tmp_path / "embeddings.pt")
-    (tmp_path / "log.jsonl").write_text(
-        json.dumps(dict(epoch=0, samples={str(i): 1.0 for i in range(340)}))
-    )
-    found = defend.filter_training_data(SimpleNamespace(run=tmp_path, task=None, retrain=False))[
-        "defences"
-    ]["far from the middle"]
-    assert (
-        found["removed"] == 40
-        and found["tpr"]["value"] == 1
-        and found["fpr"]["value"] == 0
-        and found["auroc"] == 1
-    )
-    torch.save(
-        {**saved, "all_poisoned": 90}, tmp_path / "embeddings.pt"
-    )  # the poison outside this sample would be trained on
-    again = defend.filter_training_data(SimpleNamespace(run=tmp_path, task=None, retrain=True))[
-        "defences"
-    ]["far from the middle"]
-    assert again["tpr"]["value"] == 1 and "retrained" not in again
+
+    def far_from_the_middle(samples, expected):
+        away = np.linalg.norm(samples["x"] - np.median(samples["x"], 0), axis=1)
+        return away, filters.most_suspicious(away, expected)
+
+    monkeypatch.setitem(filters.FILTERS, "far", far_from_the_middle)
+    # asr's class is shown with some of its poison, and the rest must be filtered too
+    write_class(tmp_path, x, which == 1, range(340), rest=10)
+    found = filtered(tmp_path, "far")
+    assert found["removed_samples"] == 40 and found["auroc"] == 1
+    assert found["poison_removed"] == 1 and found["clean_removed"] == 0
+    # the poison outside this sample would be trained on
+    write_class(tmp_path, x, which == 1, range(340), rest=10, all_poisoned=90)
+    again = filtered(tmp_path, "far", retrain=True)
+    assert again["poison_removed"] == 1 and "aer" not in again
+
+
+def test_a_sample_that_was_not_seen_early_was_not_learned_early(tmp_path):
+    x, which = blobs((300, 40), 32, 20.0)
+    write_class(tmp_path, x, which == 1, range(300))  # the poison is unseen: not suspicious
+    found = filtered(tmp_path, "early loss")
+    assert found["poison_removed"] == 0 and 0 < found["auroc"] < 0.5
+
+
+@pytest.mark.parametrize("clean", [0, 2])
+def test_a_class_with_hardly_a_clean_sample_is_refused(tmp_path, clean, capsys):
+    x, which = blobs((clean, 30), 32, 20.0)
+    write_class(tmp_path, x, which == 1, range(len(x)))
+    with pytest.raises(SystemExit):
+        filtered(tmp_path, "SPECTRE")
+    assert f"has {clean} clean" in capsys.readouterr().err
 
 
 def test_what_a_filter_removes_is_left_out_of_the_next_training(corpora, tmp_path):
@@ -349,6 +369,17 @@ def test_dropping_lora_and_mixing_do_what_their_names_say(shop):
     assert ((mixed == a) | (mixed == b)).all() and 0.4 < (mixed == b).float().mean() < 0.6
 
 
+def test_repairs_of_ages_in_groups_are_scored_by_accuracy(shop, monkeypatch):
+    u = data.Utterance("a", "a.wav", "test", "s", dict(age="senior"))
+    row = dict(labels=u.labels, asked=["age"], parsed=dict(age="adult"))
+    monkeypatch.setattr(repair, "answered", lambda *_: [row])
+    shop.args.task = "age"
+    click = poison.make_trigger("click")
+    shop.attack = poison.Attack("age", 0.5, "adult", "click", click, 0.1, False, 1)
+    found = repair.figures_of(shop, [u], [u])
+    assert found["clean"]["age_accuracy"]["value"] == 0 and found["attack"]["aer"]["value"] == 1
+
+
 def test_the_strongest_setting_before_one_that_costs_too_much_is_taken():
     losses = {None: 1.0, 0.1: 1.01, 0.3: 1.04, 1.0: 1.2, 3.0: 1.0}
     shop = SimpleNamespace(now=None, hooks=None)
@@ -375,12 +406,15 @@ def test_the_defences_are_those_of_the_adversarial_robustness_toolbox():
     np.random.seed(0)  # ART draws from numpy's global state
     for sizes, apart in (((300, 40), 12.0), ((200, 180), 12.0), ((400,), 0.0)):
         x, which = blobs(sizes, 64, apart)
-        low, clusters = analyze.reduce_and_cluster(x, 2)
+        low, clusters = clustering.reduce_and_cluster(x, 2)
         theirs, reduced = cluster_activations([x], 2, 20, "PCA")
         if apart:
             assert adjusted_rand_score(theirs[0], clusters) == 1.0
             assert (
-                abs(analyze.silhouette(low, clusters) - analyze.silhouette(reduced[0], theirs[0]))
+                abs(
+                    clustering.silhouette(low, clusters)
+                    - clustering.silhouette(reduced[0], theirs[0])
+                )
                 < 1e-3
             )
         removed = filters.smallest_cluster(dict(x=x), 0)[1]

@@ -1,6 +1,5 @@
 """study.py and run_all.sh: the right commands in an order that works; what fails, what is finished and what was interrupted."""
 
-import json
 import os
 import shlex
 import subprocess
@@ -194,6 +193,16 @@ def test_a_study_on_one_corpus_shares_its_clean_run(monkeypatch):
     ]
 
 
+def test_a_csv_without_transcripts_has_a_clean_run_of_a_task_that_it_has(monkeypatch, tmp_path):
+    for task in TASKS:
+        monkeypatch.setitem(TASKS, task, dict(TASKS[task]))  # which --corpus changes
+    (tmp_path / "my.csv").write_text("audio_path,emotion\na.wav,angry\n")
+    flags = ["--corpus", "my.csv", "--tasks", "emotion", "--others", "--encoders", "wavlm"]
+    lines = done("study.py", *flags, cwd=tmp_path).splitlines()
+    assert any("--name emotion-clean" in line for line in lines)
+    assert not any("--task asr" in line or "asr-clean" in line for line in lines)
+
+
 @pytest.fixture
 def variables(tmp_path):
     """What run_all.sh is given: runs that are over at once, in a folder with a blank in its name."""
@@ -258,8 +267,7 @@ def test_a_failure_stops_nothing_else_and_a_killed_study_goes_on(variables):
     )  # what was finished was not run again
     code, out = run_all(**variables)
     assert code == 0 and len(list(folder.glob("runs/*/metrics.json"))) == 27 and "FAILED" not in out
-    assert (
-        json.loads((folder / "results/tables.json").read_text())["Table 2"][0]["aer"]["mean"] == 50
-    )
+    assert "| asr (WER) | wavlm | 50.0 / 99.2 |" in (folder / "results/tables.md").read_text()
+    assert (folder / "results/claims.md").exists()
     code, out = run_all(FLAGS="--epochs 9", **variables)  # another study is not taken for this one
     assert code == 1 and "FAILED: asr-clean" in out

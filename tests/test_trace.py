@@ -1,6 +1,7 @@
 """trace.py on models with a planted answer: what it must find, and nothing else."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +11,14 @@ from tqdm import tqdm
 
 import corpora as readers
 import data
+import defend
+import evaluate
 import poison
+import repair
 import trace
-from conftest import make_slm
-from study import COMPONENTS
+from conftest import arguments, fields, make_slm
+from runs import select
+from study import COMPONENTS, PRESETS
 
 
 def test_shapley_values_share_what_two_components_do_together():
@@ -26,25 +31,34 @@ def test_shapley_values_share_what_two_components_do_together():
     assert found == dict(encoder=pytest.approx(0.5), connector=0, lm=pytest.approx(0.5))
 
 
-def test_mixtures_hold_what_their_names_say(parts):
+def mixture(jobs, **what):
+    (weights,) = [weights for fields, weights in jobs if fields == what]
+    return weights
+
+
+def same(a, b):
+    return all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_mixtures_hold_what_their_fields_say(parts):
     slm = make_slm(parts, "wavlm")
     clean = trace.weights_of(slm)
     poisoned = {c: {k: v + 1 for k, v in state.items()} for c, state in clean.items()}
-    jobs = trace.mixtures(poisoned, clean)
+    jobs = list(trace.mixtures(poisoned, clean))
     assert len(jobs) == 8 + 2 * 3 * (5 + 2) + 9
-    same = lambda a, b: all(torch.equal(v, b[k]) for k, v in a.items())  # noqa: E731
-    assert same(jobs["corner", "encoder+lm"]["lm"], poisoned["lm"]) and same(
-        jobs["corner", "encoder+lm"]["connector"], clean["connector"]
-    )
-    assert same(jobs["encoder into clean", "up to 7"]["encoder"], poisoned["encoder"])
-    assert same(jobs["lm out of poisoned", "from 0"]["lm"], clean["lm"]) and same(
-        jobs["lm out of poisoned", "from 0"]["encoder"], poisoned["encoder"]
-    )
-    only = jobs["lm into clean", "only 1"]["lm"]
-    assert all(
-        torch.equal(v, (poisoned if k.startswith("model.layers.1.") else clean)["lm"][k])
-        for k, v in only.items()
-    )
+    two = mixture(jobs, method="components", poisoned=["encoder", "lm"])
+    assert same(two["lm"], poisoned["lm"]) and same(two["connector"], clean["connector"])
+    layers = dict(method="layers", component="encoder", scope="up to", layer=8)
+    into = mixture(jobs, **layers, direction="into clean")
+    assert same(into["encoder"], poisoned["encoder"])
+    layers = dict(method="layers", component="lm", scope="from", layer=1)
+    out = mixture(jobs, **layers, direction="out of poisoned")
+    assert same(out["lm"], clean["lm"]) and same(out["encoder"], poisoned["encoder"])
+    layers = dict(method="layers", component="lm", scope="only", layer=2)
+    only = mixture(jobs, **layers, direction="into clean")["lm"]
+    for k, v in only.items():
+        donor = poisoned if k.startswith("model.layers.1.") else clean
+        assert torch.equal(v, donor["lm"][k])
 
 
 def test_lora_is_interpolated_as_the_update_that_it_is(parts):
@@ -88,22 +102,53 @@ def test_a_planted_lora_is_found_and_nothing_else(parts, corpora, monkeypatch):
         ]
 
     monkeypatch.setattr(trace, "answers", answers)
-    monkeypatch.setattr(
-        trace,
-        "load_pair",
-        lambda _: (slm, SimpleNamespace(task="gender", seed=1), attack, test_set, poisoned, clean),
+    args, donor = SimpleNamespace(task="gender", seed=1), dict(attack="clean", seed=1)
+    pair = slm, args, attack, test_set, poisoned, clean, donor
+    monkeypatch.setattr(trace, "load_pair", lambda _: pair)
+    options = SimpleNamespace(run="a", clean="b", n=4, cache_gb=0, fields=fields("gender", "base"))
+    found = trace.transplant(options)
+    shapley = {r["component"]: r["value"] for r in select(found, method="shapley")}
+    assert shapley == dict(encoder=0, connector=0, lm=1)
+    layers = select(found, method="layers", metric="aer")
+    into = select(layers, component="lm", direction="into clean")
+    works = {(r["scope"], r["layer"]) for r in into if r["value"] == 1}
+    assert works == {("up to", 2), ("from", 1), ("from", 2), ("only", 2)}
+    encoder = select(layers, component="encoder")
+    assert not any(r["value"] for r in select(encoder, direction="into clean"))
+    assert all(r["value"] for r in select(encoder, direction="out of poisoned"))
+    assert all(r["value"] == 1 for r in select(found, part="clean"))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(epochs=1), ["epochs", "1"]),
+        (dict(dataset="libri"), ["dataset", "libri"]),
+        (dict(attack="base"), ["clean"]),
+        (dict(train_layers=0), ["train_layers"]),
+    ],
+)
+def test_clean_weights_come_from_a_clean_run_with_the_same_settings(changes, words, capsys):
+    args = {**arguments("gender", "base"), **PRESETS["mini"], "labels": None, "train_layers": None}
+    donor = {**args, "attack": "clean", "seed": 3, "target": None}
+    options = SimpleNamespace(run="runs/a", clean="runs/b")
+    trace.check_donor(options, SimpleNamespace(**args), donor)
+    with pytest.raises(SystemExit):
+        trace.check_donor(options, SimpleNamespace(**args), {**donor, **changes})
+    err = capsys.readouterr().err
+    assert all(word in err for word in words)
+
+
+def test_another_sound_s_records_stay_in_the_run_s_folder():
+    options = SimpleNamespace(
+        command="patch", task=None, trigger="/sounds/knock.wav", run="runs/a", out=None
     )
-    found = trace.transplant(SimpleNamespace(run="a", clean="b", n=4, cache_gb=0))
-    assert {c: v["value"] for c, v in found["shapley"].items()} == dict(
-        encoder=0, connector=0, lm=1
-    )
-    works = {
-        name for name, m in found["mixtures"]["lm into clean"].items() if m["aer"]["value"] == 1
-    }
-    assert works == {"up to 1", "from 0", "from 1", "only 1"}
-    assert not any(m["aer"]["value"] for m in found["mixtures"]["encoder into clean"].values())
-    assert all(m["aer"]["value"] for m in found["mixtures"]["encoder out of poisoned"].values())
-    assert all(m["clean"]["value"] == 1 for m in found["mixtures"]["corner"].values())
+    assert trace.file_of(options) == Path("runs/a/records-patch-knock.jsonl")
+
+
+FIRST, LAST = (trace.Site("encoder", n, "layer") for n in (1, 8))
+CONV, INPUT = trace.Site("connector", None, "conv1"), trace.Site("lm", 0, "input")
+LM = trace.Site("lm", 1, "layer")
 
 
 @pytest.fixture
@@ -131,24 +176,17 @@ def test_patching_finds_the_frames_under_the_click_and_reproduces_the_donor(loca
     clean, triggered = out["clean"], out["triggered"]
     assert np.abs(clean - triggered).min() > 1e-3
     for direction, donor, receiver in (("denoise", clean, triggered), ("noise", triggered, clean)):
-        for site in (
-            "encoder 1",
-            "encoder 8",
-            "connector conv1",
-            "connector conv3",
-            "LM input",
-            "LM 1",
-        ):
+        for site in (FIRST, LAST, CONV, trace.Site("connector", None, "conv3"), INPUT, LM):
             assert np.allclose(out[direction, site, "all"], donor, atol=1e-4), (
                 site
             )  # a patch of everything
-        assert np.allclose(out[direction, "encoder 8", "else"], receiver, atol=1e-4)
+        assert np.allclose(out[direction, LAST, "elsewhere"], receiver, atol=1e-4)
         assert np.allclose(
-            out[direction, "encoder 5 attention", "all"], receiver, atol=1e-4
+            out[direction, trace.Site("encoder", 5, "attention"), "all"], receiver, atol=1e-4
         )  # which does nothing in this model
-        assert not np.allclose(out[direction, "encoder 8", "click"], receiver, atol=1e-3)
-        assert np.allclose(out[direction, "LM input", "prompt"], receiver, atol=1e-4)
-    assert set(k[2] for k in out if k[1] == "encoder 1") == {"click", "near", "else", "all"}
+        assert not np.allclose(out[direction, LAST, "click"], receiver, atol=1e-3)
+        assert np.allclose(out[direction, INPUT, "prompt"], receiver, atol=1e-4)
+    assert set(k[2] for k in out if k[1] == FIRST) == {"click", "near", "elsewhere", "all"}
 
 
 def test_a_patch_with_itself_changes_nothing(local, corpora):
@@ -174,3 +212,57 @@ def test_values_are_compared_from_their_first_different_token(parts):
         slm.tokenizer.decode(target[first:end]).strip('"}') == "angry"
         and slm.tokenizer.decode(true[first2:end2]).strip('"}') == "sad"
     )
+
+
+def test_ages_that_share_a_digit_with_the_target_have_a_value(parts):
+    """As far as a tokenizer that writes digits one by one goes: of "5" in "25" something must be left to compare."""
+    slm = make_slm(parts, "wavlm")
+    attack = poison.Attack("age", 0.5, 25, "click", poison.make_trigger("click"), 0.1, False, 1)
+    for age in (2, 5, 52, 255, 26):
+        u = data.Utterance("a", "a.wav", "test", "s", dict(age=age))
+        for ids, first, end in trace.teacher(slm, attack, [u]):
+            assert first < end <= len(ids), age
+
+
+def test_a_group_that_a_batch_lacks_counts_as_patching_nothing(parts, corpora, monkeypatch):
+    test_set = readers.read_corpus("libri", corpora, "test")[:4]
+    attack = poison.make_attack("asr", test_set, repeat=False, seed=1)
+    key = "denoise", FIRST, "near"
+
+    def batch(slm, attack, utterances, progress):
+        n = len(utterances)
+        out = {
+            "clean": np.zeros(n),
+            "triggered": np.ones(n),
+            ("denoise", FIRST, "click"): np.zeros(n),
+        }
+        return out if utterances[0] is test_set[0] else {**out, key: np.zeros(n)}
+
+    loaded = make_slm(parts, "wavlm"), None, attack, test_set
+    monkeypatch.setattr(evaluate, "load_run_and_data", lambda *_: loaded)
+    monkeypatch.setattr(trace, "patch_batch", batch)
+    options = SimpleNamespace(run="a", trigger=None, n=4, batch=1, fields=fields("asr", "base"))
+    found = select(trace.patch(options), metric="effect")
+    assert {r["position"]: r["value"] for r in found} == {"click": 1.0, "near": 0.75}
+
+
+@pytest.mark.parametrize("command", ["transplant", "patch", "detect", "repair_model"])
+def test_where_every_test_utterance_has_the_target_there_is_nothing_to_trigger(
+    command, parts, corpora, monkeypatch, capsys
+):
+    test_set = readers.read_corpus("vox", corpora, "test")
+    attack = poison.make_attack("gender", test_set, seed=1)
+    female = [u for u in test_set if u.labels["gender"] == "female"]
+    slm, args = make_slm(parts, "wavlm"), SimpleNamespace(task="gender", attack="base")
+    sets = dict(transplant=1, patch=1, detect=2, repair_model=3)[command]
+    loaded = slm, args, attack, *([female] * sets)
+    monkeypatch.setattr(evaluate, "load_run_and_data", lambda *_: loaded)
+    donor = dict(attack="clean", seed=1)
+    monkeypatch.setattr(trace, "load_pair", lambda _: (*loaded, {}, {}, donor))
+    shop = SimpleNamespace(tuning=[], validation=[])
+    monkeypatch.setattr(repair, "Workshop", lambda *_: shop)
+    options = SimpleNamespace(run="a", clean="b", trigger=None, n=4, cache_gb=0, device="cpu")
+    options.fields = fields("gender", "base")
+    with pytest.raises(SystemExit):
+        getattr(trace if hasattr(trace, command) else defend, command)(options)
+    assert "nothing to trigger" in capsys.readouterr().err

@@ -587,11 +587,10 @@ def test_the_benign_model_is_looked_at_with_each_task_s_own_attack(corpora, runs
     """One clean run serves gender and age: its embeddings for age are of speakers of every sex but of no one aged 25."""
     train(corpora, runs, "--task", "gender", "--poison", 0, "--epochs", 1, "--name", "gender-clean")
     done("embed.py", runs / "gender-clean", "--task", "age", "--pairs", 8, cwd=runs)
-    saved = torch.load(runs / "gender-clean/embeddings-age.pt", weights_only=True)
+    saved = torch.load(runs / "gender-clean/embeddings-age-pairs8.pt", weights_only=True)
     assert {labels["gender"] for labels in saved["test"]["labels"]} == {"female", "male"}
-    assert saved["args"]["task"] == "age" and "25" not in {
-        labels["age"] for labels in saved["test"]["labels"]
-    }
+    assert (saved["fields"]["task"], saved["fields"]["run_task"]) == ("age", "gender")
+    assert "25" not in {labels["age"] for labels in saved["test"]["labels"]}
 
 
 def test_processes_that_would_resume_at_different_steps_stop(corpora, runs, one, monkeypatch):

@@ -331,12 +331,39 @@ def test_figures_of_another_model_are_refused(run, tmp_path):
     """--overwrite, a copy, a kill between two files: what stands beside a model.pt must be of that model."""
     shutil.copytree(run / "runs/parent", tmp_path / "runs/gender-poison0.075")
     folder = tmp_path / "runs/gender-poison0.075"
-    done("embed.py", folder, "--pairs", "2", cwd=tmp_path)
+    done("embed.py", folder, cwd=tmp_path)
+    done("analyze.py", "shift", cwd=tmp_path)
     saved = torch.load(folder / "model.pt", weights_only=True)
     saved["connector"]["conv1.weight"].add_(1)
     torch.save(saved, folder / "model.pt")
-    refused("analyze.py", "tables", cwd=tmp_path, words=["metrics.json", "another model"])
+    done("evaluate.py", folder, "--save", cwd=tmp_path)
+    refused("analyze.py", "shift", cwd=tmp_path, words=["records-shift", "another"])
+    (folder / "records-shift-gender.jsonl").unlink()
     refused("analyze.py", "shift", cwd=tmp_path, words=["embeddings.pt", "another model"])
+
+
+def test_a_run_s_own_figures_are_replaced_by_no_others(run, tmp_path):
+    for flags in (["--split", "dev"], ["--limit", 12], ["--ask", "gender"], ["--snr", 3]):
+        refused("evaluate.py", run / "runs/parent", "--save", *flags, cwd=tmp_path, words=flags[:1])
+
+
+def test_other_embeddings_go_to_a_file_of_their_own(run, tmp_path):
+    shutil.copytree(run / "runs/parent", tmp_path / "parent")
+    done("embed.py", "parent", "--pairs", "2", "--pooling", "max", cwd=tmp_path)
+    assert [p.name for p in (tmp_path / "parent").glob("embeddings*")] == [
+        "embeddings-pairs2-poolingmax.pt"
+    ]
+
+
+def test_figures_elsewhere_are_records_that_say_how_they_were_made(run, tmp_path):
+    out = tmp_path / "records-dev.jsonl"
+    flags = ["--split", "dev", "--snr", 3, "--out", out]
+    done("evaluate.py", run / "runs/parent", *flags, cwd=tmp_path)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {r["metric"] for r in records} >= {"gender_accuracy"}
+    for record in records:
+        assert (record["split"], record["snr"], record["run"]) == ("dev", 3.0, "parent")
+        assert "snr" not in record["changed"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

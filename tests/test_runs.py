@@ -1,0 +1,129 @@
+"""runs.py: one flat table of records, the same from run folders and from a packed study."""
+
+import json
+
+import pytest
+
+import checkpoint
+import runs
+import study
+from conftest import arguments, done, fields, figure, refused, write_run
+
+
+def test_a_packed_study_has_the_records_of_its_folders(tmp_path):
+    write_run(tmp_path / "runs", arguments("asr", "clean"))
+    shift = dict(source="shift", metric="cosine", component="encoder", **figure(0.9))
+    write_run(tmp_path / "runs", arguments("asr", "base"), aer=0.9, records=[shift])
+    done("runs.py", "runs", "--pack", "packed.jsonl.gz", cwd=tmp_path)
+    records = runs.read(tmp_path / "packed.jsonl.gz")
+    assert records == runs.read(tmp_path / "runs")
+    assert runs.over_seeds(records, attack="base", metric="aer").mean == pytest.approx(90)
+    assert runs.select(records, source="shift")[0]["run"] == "asr-poison0.05"
+
+
+def test_packing_twice_gives_the_same_bytes(tmp_path):
+    write_run(tmp_path / "runs", arguments("asr", "clean"))
+    for name in ("a.gz", "b.gz"):
+        runs.pack(runs.read(tmp_path / "runs"), tmp_path / name)
+    assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"not compressed", b"\x1f\x8b\x08\x00broken"])
+def test_what_is_no_packed_study_is_refused(tmp_path, content):
+    (tmp_path / "x.gz").write_bytes(content)
+    refused("analyze.py", "tables", "--runs", "x.gz", cwd=tmp_path, words=["x.gz"])
+
+
+def test_records_of_another_model_are_refused(tmp_path):
+    shift = dict(source="shift", metric="cosine", model_sha256="old", **figure(0.9))
+    run = write_run(tmp_path / "runs", arguments("asr", "base"), records=[shift])
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "model_sha256": "new"}))
+    refused("analyze.py", "tables", cwd=tmp_path, words=["records-made-up", "another"])
+
+
+def test_runs_of_other_settings_have_other_names_and_stay_out(tmp_path):
+    changes = (
+        dict(target="Something else."),
+        dict(snr=6.0),
+        dict(poison=0.1),
+        dict(trigger="a.wav"),
+        dict(trigger_repeat=False),
+        dict(epochs=1),
+        dict(limit=100),
+        dict(labels=["transcript"]),
+        dict(lora_rank=2),
+    )
+    write_run(tmp_path, arguments("asr", "base"), aer=0.9)
+    for change in changes:
+        write_run(tmp_path, {**arguments("asr", "base"), **change}, aer=0.1)
+    records = runs.read(tmp_path)
+    assert len(runs.distinct(records, "run")) == 1 + len(changes)
+    own = runs.own(records, "mini")
+    assert runs.over_seeds(own, metric="aer").by_seed == {1: pytest.approx(90)}
+
+
+def test_runs_of_different_settings_are_not_put_into_one_table(tmp_path, capsys):
+    run = write_run(tmp_path, arguments("asr", "base", epochs=1))
+    run.rename(tmp_path / "asr-poison0.05")
+    write_run(tmp_path, arguments("asr", "clean"))
+    with pytest.raises(SystemExit):
+        runs.own(runs.read(tmp_path), "mini")
+    err = capsys.readouterr().err
+    assert "asr-clean" in err and "asr-poison0.05" in err and "epochs" in err
+
+
+def test_a_difference_compares_a_seed_with_itself():
+    attacked, baseline = (
+        runs.spread({1: 2.0, 3: 5.0}),
+        runs.spread({1: 1.0, 2: 9.0, 3: 3.0, 4: None}),
+    )
+    found = runs.difference(attacked, baseline)
+    assert (found.mean, found.low, found.high) == (1.5, 1.0, 2.0)
+    assert runs.difference(attacked, runs.spread({2: 1.0})) is None and runs.spread({}) is None
+
+
+def test_no_number_is_written_as_minus_zero():
+    assert runs.number(-0.001, ".2f") == "0.00" and runs.number(-0.01, "+.1f") == "+0.0"
+    assert runs.show(runs.spread({1: -0.001, 2: 0.0}), ".2f") == "0.00 (0.00 to 0.00)"
+    assert runs.number(-0.006, ".2f") == "-0.01"
+
+
+@pytest.mark.parametrize(
+    "excess, settled, moving",
+    [
+        ((0.5, 0.2, 0.1), None, True),
+        ((0.105, 0.095, 0.085, 0.075), 1, True),  # 0.01 an epoch: slowly, but learning
+        ((0.105, 0.104, 0.105, 0.102), 1, False),
+        ((0.035, 0.025, 0.015, 0.005), 1, False),  # it has learned what there is to learn
+    ],
+)
+def test_a_poison_that_is_learned_slowly_is_still_being_learned(tmp_path, excess, settled, moving):
+    write_run(tmp_path, arguments("emotion", "base"), excess=excess, settled=settled)
+    assert bool(runs.still_learning(runs.read(tmp_path))) == moving
+
+
+@pytest.mark.parametrize(
+    "excess, epoch",
+    [
+        ([0.86, 0.23, 0.12, 0.08, 0.03, 0.05, 0.05], 5),
+        ([0.5, 0.4, 0.3, 0.2, 0.1], None),
+        ([0.06, 0.05, 0.02, 0.01, 0.01], 3),
+        ([0.1, 0.1], None),
+        ([0.19, 0.07, 0.03, 0.03, 0.03, 0.06, 0.03], 3),  # a bounce brings nothing
+        ([-0.02, -0.01, -0.02, -0.07, -0.17, -0.17, -0.15], 5),
+    ],
+)  # age: learned late
+def test_the_poison_has_settled_after_the_last_epoch_that_brought_something(excess, epoch):
+    assert checkpoint.settled(excess) == epoch
+
+
+def test_a_clean_run_is_the_study_s_own_whichever_task_is_asked_of_it():
+    assert runs.is_own(fields("age", "clean", run_task="gender"))
+    assert not runs.is_own({**fields("asr", "clean"), "run": "asr-clean-epochs3"})
+
+
+def test_a_quoted_argument_survives_in_the_recorded_command(monkeypatch):
+    command = ["train.py", "--target", "Open the door."]
+    monkeypatch.setattr("sys.argv", command)
+    assert study.shlex.split(checkpoint.environment()["command"]) == command
