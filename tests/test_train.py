@@ -312,8 +312,8 @@ def in_two_processes(corpora, runs, *more):
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",  # on a free port
         "--nproc_per_node=2",
-        "--master_port=29611",
     )
     process = start(corpora, runs, *SAME, *more, launch=launch)
     _, err = process.communicate()
