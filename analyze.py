@@ -22,7 +22,6 @@ from collections import Counter
 from pathlib import Path
 
 from utils import Parser, count  # first: from here on Ctrl-C ends in one line
-import installed  # noqa: F401  ends in one line where libraries do not fit
 
 import numpy as np
 import torch

@@ -1,8 +1,8 @@
 """Ends the program in one line where a library is missing or does not fit another one.
 
-Every script imports this before any library: what does not fit would otherwise be a traceback from
-somebody else's code. An installer cannot prevent all of it. torchaudio's wheels, for example, do
-not say which torch they fit, and load with some releases only.
+Scripts that run a model import this before any library: what does not fit would otherwise be a
+traceback from somebody else's code. An installer cannot prevent all of it. torchaudio's wheels, for
+example, do not say which torch they fit, and load with some releases only.
 """
 
 import importlib

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import Parser  # first: from here on Ctrl-C ends in one line
-import installed  # noqa: F401  ends in one line where libraries do not fit
 
 import data
 from data import die
