@@ -12,6 +12,8 @@ from study import ATTACKS, COMPONENTS, WRITTEN
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+plt.rcParams["text.parse_math"] = False  # a file's name may hold a $
+
 CLEAN, POISONED, GREY, PALE = "#1f77b4", "#d62728", "#bbbbbb", "#f2b5b5"
 LINES = ("-", "--", ":", "-.")
 CHANGED = {  # what a sweep changes, in words

@@ -254,7 +254,8 @@ def attackable(attack, utterances):
     """Those utterances whose label the attack can change. Ends in one line where there are none."""
     found = [u for u in utterances if can_flip(attack, u)]
     if not found:
-        die(f"no {utterances[0].split} utterance has a {attack.label} other than {attack.target!r}")
+        what = f"a {attack.label} other than {attack.target!r}"
+        die(f"no {utterances[0].split} utterance has {what}: there is nothing to trigger")
     return found
 
 
