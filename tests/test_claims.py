@@ -1,7 +1,6 @@
 """claims.py: verdicts follow from figures by rule."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -44,13 +43,14 @@ def test_the_verdicts_on_a_frozen_sample_stay_as_they_are():
     """The records of mini's five seeds that claims read, and what was said of them at 17c5759."""
     sample = Path(__file__).with_name("claims_sample.jsonl.gz")
     expected = json.loads(Path(__file__).with_name("claims_verdicts.json").read_text())
-    judged = claims.judged(runs.read(sample), "mini")
-    assert [verdict for _, _, verdict in judged] == expected
-    assert Counter(expected) == dict(holds=23, fails=14, undecided=11)
+    verdicts = {}
+    for claim, _, verdict in claims.judged(runs.read(sample), "mini"):
+        key = " | ".join([claim.task, claim.attack, claim.quantity, claim.text])
+        verdicts[key] = verdict
+    assert verdicts.items() >= expected.items()  # a claim that was added since is none of these
 
 
-def test_there_are_48_claims_and_each_quantity_is_measured_by_a_function():
-    assert len(claims.CLAIMS) == 48
+def test_each_quantity_is_measured_by_a_function():
     assert {claim.quantity for claim in claims.CLAIMS} == set(claims.QUANTITIES)
 
 
