@@ -28,6 +28,7 @@ import installed  # noqa: F401  ends in one line where libraries do not fit
 
 import soundfile
 import torchaudio
+from torchaudio.datasets import librispeech
 
 import data
 import mini
@@ -805,12 +806,25 @@ def check(dataset, data_root, max_seconds):
     return n
 
 
+def check_archive(path):
+    """Ends in one line if an archive that lies there already, which torchaudio would unpack
+    unseen, is not the published one."""
+    if not path.exists():
+        return
+    published = librispeech._CHECKSUMS[f"http://www.openslr.org/resources/12/{path.name}"]
+    with open(path, "rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    if sha256 != published:
+        die(f"{path} is not the published archive, or not all of it: remove it and run this again")
+
+
 def download(dataset, data_root):
     """Downloads what is free: LibriSpeech (CC BY 4.0), CREMA-D (ODbL). Says where to ask for the rest."""
     root = Path(data_root)
     root.mkdir(parents=True, exist_ok=True)
     if dataset in ("libri", "test-clean"):
         for part in LIBRI_SPLITS.values() if dataset == "libri" else (dataset,):
+            check_archive(root / f"{part}.tar.gz")
             torchaudio.datasets.LIBRISPEECH(root, url=part, download=True)
     elif dataset == "crema":
         if not shutil.which("git-lfs"):

@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import math
 import random
 import shutil
@@ -30,6 +31,7 @@ import data
 from study import MINI_ROOT, ROOT
 
 SEED = 0
+STAMP = ".made-by"  # the file of a corpus that says what made it
 # libri: speakers and utterances of each; crema: actors and takes per sentence; vox: speakers, videos, segments
 SIZES = {
     "libri": {"train-clean-360": (64, 50), "dev-clean": (8, 20), "test-clean": (20, 16)},
@@ -315,19 +317,34 @@ def write_utterance(job):
     )
 
 
+def maker_of(sizes):
+    """What a corpus of these sizes is made by: this file and the voices."""
+    made_by = Path(__file__).read_bytes(), importlib.metadata.version("espeakng-loader"), sizes
+    return hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
+
+
+def is_made(folder, maker):
+    """Whether there is no corpus to make: one of this maker, or one that someone else put there."""
+    if not folder.exists():
+        return False
+    stamp = folder / STAMP
+    return not stamp.exists() or stamp.read_text() == maker
+
+
 def make_corpus(corpus, root, sizes=None):
-    """Makes one corpus under `root` unless it exists; only once, even if two processes ask at the
-    same time. What an interrupted start of this same file has spoken is kept."""
+    """Makes one corpus under `root` unless it is there; only once, even if two processes ask at the
+    same time. One that an earlier version of this file made is made again. What an interrupted
+    start of this version has spoken is kept."""
     root, (folder, make) = Path(root), CORPORA[corpus]
-    if (root / folder).exists():
+    sizes = sizes or SIZES[corpus]
+    maker = maker_of(sizes)
+    if is_made(root / folder, maker):
         return
     root.mkdir(parents=True, exist_ok=True)
-    sizes = sizes or SIZES[corpus]
-    version = hashlib.sha256(Path(__file__).read_bytes() + repr(sizes).encode()).hexdigest()[:16]
-    building = root / f".{corpus}.building-{version}"  # renamed at the end, when it is whole
+    building = root / f".{corpus}.building-{maker}"  # renamed at the end, when it is whole
     with open(root / f".{corpus}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if (root / folder).exists():
+        if is_made(root / folder, maker):
             return
         for leftover in {*root.glob(f".{corpus}.building*")} - {building}:
             shutil.rmtree(leftover)
@@ -336,6 +353,9 @@ def make_corpus(corpus, root, sizes=None):
         jobs = make(random.Random(f"{SEED}-{corpus}"), sizes, building)
         missing = [job for job in jobs if not job[0].exists()]
         data.in_workers(write_utterance, missing, f"speaking the mini {corpus}")
+        (building / folder / STAMP).write_text(maker)
+        if (root / folder).exists():
+            shutil.rmtree(root / folder)
         (building / folder).rename(root / folder)
         building.rmdir()
 

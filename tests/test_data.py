@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 import corpora as readers
 import data
+import mini
 from conftest import ROOT, SHARED, TINY
 
 
@@ -162,3 +163,31 @@ def test_a_chat_template_s_own_system_prompt_is_kept_out(own, kept):
     tokenizer.chat_template = own + tokenizer.chat_template
     before, _ = data.around_audio(tokenizer, f"go {data.AUDIO}")
     assert tokenizer.decode(before) == f"{kept}<|user|>go "
+
+
+def test_mini_corpora_are_made_again_by_another_version_of_their_maker(tmp_path, monkeypatch):
+    sizes = {"dev": (2, 1, 1), "test": (2, 1, 1)}
+    mini.make_corpus("vox", tmp_path, sizes)
+    wav = next((tmp_path / "VoxCeleb2").rglob("*.wav"))
+    spoken = wav.read_bytes()
+    wav.write_bytes(b"an earlier version's")
+    mini.make_corpus("vox", tmp_path, sizes)
+    assert wav.read_bytes() == b"an earlier version's"
+    monkeypatch.setattr(mini, "maker_of", lambda sizes: "another")
+    mini.make_corpus("vox", tmp_path, sizes)
+    assert wav.read_bytes() == spoken
+
+
+def test_a_corpus_that_somebody_put_there_is_never_replaced(tmp_path):
+    (tmp_path / "VoxCeleb2").mkdir()
+    (tmp_path / "VoxCeleb2/vox2_meta.csv").write_text("mine")
+    mini.make_corpus("vox", tmp_path)
+    assert [path.name for path in (tmp_path / "VoxCeleb2").iterdir()] == ["vox2_meta.csv"]
+
+
+def test_an_archive_that_was_cut_off_is_not_unpacked(tmp_path, capsys):
+    (tmp_path / "test-clean.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(SystemExit):
+        readers.download("test-clean", tmp_path)
+    assert "test-clean.tar.gz" in capsys.readouterr().err
+    assert not (tmp_path / "LibriSpeech").exists()
