@@ -601,20 +601,30 @@ def overlapping(found):
     return pairs
 
 
+@functools.lru_cache(100_000)
+def sha256_of(path):
+    """SHA-256 of a whole file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def in_several_splits(found, key):
+    """Those of the same `key`, a function of an audio file's path, that are in several splits: a list of lists; found: [(split, utterance)]."""
+    alike = {}
+    for split, u in found:
+        alike.setdefault(key(u.path), []).append((split, u))
+    return [group for group in alike.values() if len({split for split, _ in group}) > 1]
+
+
 def shared_audio(parts):
     """Audio that is in several of {split: utterances}, under one path, under two, or as a copy: a list of problems, one for each two
     splits that share some."""
-    alike = {}
-    for split, utterances in parts.items():
-        for u in utterances:
-            alike.setdefault(os.path.getsize(u.path), []).append((split, u))
-    recordings = {}
-    for size, found in alike.items():
-        if len({split for split, _ in found}) > 1:
-            for split, u in found:
-                recordings.setdefault((size, sample_of(u.path)), []).append((split, u))
+    recordings = [[(split, u) for split, utterances in parts.items() for u in utterances]]
+    # what is cheap to tell first: recordings padded with zeros have their size and much else in common
+    for key in (os.path.getsize, sample_of, sha256_of):
+        recordings = [group for found in recordings for group in in_several_splits(found, key)]
     shared = {}
-    for found in recordings.values():
+    for found in recordings:
         for (split, u), (other, v) in overlapping(found):
             shared.setdefault(" and ".join(sorted((split, other))), []).append(
                 f"{u.path} and {v.path}"
