@@ -710,7 +710,7 @@ def heard(utterance):
         level = data.rms(utterance)
     except BadAudio as error:
         return Heard(problem=str(error))
-    if utterance.path.endswith(".m4a"):
+    if data.is_m4a(utterance.path):
         return Heard(level=level)
     return Heard(rate=soundfile.info(utterance.path).samplerate, level=level)
 

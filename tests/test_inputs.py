@@ -2,6 +2,7 @@
 corpora that are not there."""
 
 import csv
+import os
 import shutil
 import signal
 import subprocess
@@ -91,13 +92,24 @@ def streamed_flac(path):
     patched(path, 21, bytes([path.read_bytes()[21] & 0xF0, 0, 0, 0, 0]))
 
 
+def with_picture(path):
+    """Puts a tag with a picture of 100 kB before an MP3, as music players do."""
+    picture = b"APIC" + (99990).to_bytes(4, "big") + bytes(99992)
+    size = bytes(len(picture) >> shift & 127 for shift in (21, 14, 7, 0))
+    path.write_bytes(b"ID3\x03\0\0" + size + picture + path.read_bytes())
+
+
 BROKEN = {  # name: (what makes it, words of the problem)
     "stream.flac": (streamed_flac, "without a length"),
     "cut.wav": (lambda p: (recording(p), cut(p)), "cut off"),
     "cut.aiff": (lambda p: (recording(p), cut(p)), "cut off"),
     "cut.w64": (lambda p: (recording(p), cut(p, 0.9)), "cut off"),
     "cut.mp3": (lambda p: (recording(p), cut(p)), "cut off"),
+    "picture.mp3": (lambda p: (recording(p), cut(p), with_picture(p)), "cut off"),
     "cut.ogg": (lambda p: (recording(p), cut(p)), "cut off"),
+    "cut.sph": (lambda p: (recording(p, format="NIST"), cut(p)), "cut off"),
+    "fifo.wav": (os.mkfifo, "a pipe"),
+    "capitals.M4A": (lambda p: p.write_bytes(b"x"), "ffmpeg"),
     "cut.flac": (lambda p: (recording(p), cut(p)), "cannot be read"),
     "rate.wav": (lambda p: (recording(p), patched(p, 24, b"\xff\xff\xff\x7f")), "Hz"),
     "opposite.wav": (lambda p: stereo(p, -1), "cancel"),
@@ -146,6 +158,8 @@ def untagged_mp3(path):
 READABLE = {  # name: (what makes it, seconds)
     "pipe.wav": (piped_wav, 2),
     "untagged.mp3": (untagged_mp3, 3),
+    "picture.mp3": (lambda p: (recording(p), with_picture(p)), 2),
+    "whole.sph": (lambda p: recording(p, format="NIST"), 2),
     "call.wav": (lambda p: soundfile.write(p, noise(2, 8000), 8000, subtype="GSM610"), 2),
     "one-sided.wav": (lambda p: stereo(p, 0), 2),
 }
