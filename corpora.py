@@ -67,6 +67,8 @@ COLUMNS = {
     "end": "end_time stop",
     "poisoned": "",
 }
+# words of the names that other tools give to the times of a segment, in units of their own
+TIMES = set("start begin onset offset end stop xmin xmax tmin tmax".split())
 MISSING = "no such folder"
 LISTED = 20  # files with the same problem that check lists
 DELIMITERS = ",;\t|"
@@ -359,6 +361,11 @@ def columns_of(path, header):
         near = difflib.get_close_matches(plain(name), sorted(COLUMNS.keys() - used.keys()), 1, 0.8)
         if near and plain(name) not in COLUMNS:
             problems.append(f"{path}: the column {name} is not used: is it {near[0]}?")
+        elif TIMES & set(re.split(r"[\W_]+", name.lower())):
+            problems.append(
+                f"{path}: the column {name} is not used: segments have start and end, or length, in "
+                "seconds"
+            )
     if not set(LABELS) & set(used):
         problems.append(f"{path}: no column of {', '.join(LABELS)}; not used: {some(unused)}")
     return used, unused, problems

@@ -306,6 +306,16 @@ def test_a_column_whose_name_is_nearly_known_is_a_problem(tmp_path):
     assert len(problems) == 1 and "transcrpt" in problems[0] and "transcript" in problems[0]
 
 
+@pytest.mark.parametrize(
+    "start, end",
+    [("offset", "duration"), ("start_ms", "end_ms"), ("Begin (s)", "Stop (s)"), ("xmin", "xmax")],
+)
+def test_times_of_segments_under_names_that_are_not_known_are_a_problem(tmp_path, start, end):
+    text = f"audio_path,transcript,split,{start},{end}\na.wav,go,train,1,2\n"
+    _, problems = read(tmp_path, text)
+    assert start in problems[0] and "seconds" in problems[0]
+
+
 def test_a_manifest_without_a_label_says_what_is_not_used(tmp_path):
     _, problems = read(tmp_path, "audio_path,label,split\na.wav,angry,train\n")
     assert len(problems) == 1 and "label" in problems[0] and "emotion" in problems[0]
