@@ -254,7 +254,12 @@ class Encoder(nn.Module):
                 f"{SAMPLE_RATE} Hz: take an encoder for that rate"
             )
         with torch.device("cpu"):  # also in a dry run
-            shape = tuple(self.extract(np.zeros(SAMPLE_RATE, np.float32)).shape)
+            features = [self.extract(np.zeros(SAMPLE_RATE, np.float32)) for _ in range(2)]
+        if not torch.equal(*features):
+            raise ValueError(
+                "its feature extractor (preprocessor_config.json) draws at random: set its dither to 0"
+            )
+        shape = tuple(features[0].shape)
         fits = shape == (SAMPLE_RATE,)
         if self.whisper:
             fits = len(shape) == 2 and shape[0] == config.num_mel_bins

@@ -245,6 +245,7 @@ def test_a_part_with_adapters_or_quantised_weights_is_refused(
         ("whisper", {"preprocessor_config.json": {"sampling_rate": 44100}}, ["44100 Hz"]),
         ("whisper", {"preprocessor_config.json": {"feature_size": 128}}, ["128", "80 mel bands"]),
         ("whisper", {"preprocessor_config.json": {"chunk_length": 30}}, ["1500 frames", "1000"]),
+        ("whisper", {"preprocessor_config.json": {"dither": 0.001}}, ["random", "dither"]),
         (
             "wavlm",
             {"preprocessor_config.json": {"feature_extractor_type": "WhisperFeatureExtractor"}},
