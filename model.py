@@ -641,6 +641,11 @@ def fit_tokenizer(tokenizer, lm):
             "neither its tokenizer nor its configuration names an end-of-sequence token "
             "(eos_token), which ends every answer"
         )
+    labels = dict(transcript="it's eleven o'clock", gender="female", age=35, emotion="angry")
+    ids = data.answer_ids(tokenizer, labels)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if data.parse(text) != labels:
+        raise ValueError(f"its tokenizer makes {text!r} of the answer {data.answer(labels)!r}")
     before, after = data.prompt(tokenizer, list(LABELS))
     added = set(tokenizer.get_added_vocab().values())
     used = {id for id in tokenizer.get_vocab().values() if id not in added}
