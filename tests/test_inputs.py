@@ -579,6 +579,15 @@ def test_audio_damaged_since_the_training_ends_in_one_line(finished, tmp_path, c
     refused(name, *arguments, "runs/gender", cwd=folder, words=["infinite", "--skip-bad"])
 
 
+def test_a_manifest_that_is_another_by_now_is_named(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    command = ["evaluate.py", "runs/gender", "--limit", "2"]
+    assert "warning" not in done(*command, cwd=finished)
+    with open(tmp_path / "copy/m.csv", "a") as f:
+        f.write("0.wav,male,test\n")
+    assert "warning: m.csv is another file" in done(*command, cwd=tmp_path / "copy")
+
+
 def test_a_run_s_folder_and_its_model_are_the_same(finished):
     inspected = [
         done("evaluate.py", "--inspect", path, cwd=finished)
