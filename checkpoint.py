@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 
+import corpora
 import data
 import export
 import model
@@ -341,7 +342,9 @@ def made_from(record, slm, train_set, dev_set):
     for component, sha256 in slm.pretrained_sha256.items():
         state[f"pretrained {component}"] = sha256
     for name, utterances in (("training set", train_set), ("development set", dev_set)):
-        listed = [(u.id, u.labels, u.start, u.length, os.path.getsize(u.path)) for u in utterances]
+        listed = [
+            (u.id, u.labels, u.start, u.length, corpora.sample_of(u.path)) for u in utterances
+        ]
         state[name] = hashlib.sha256(repr(listed).encode()).hexdigest()
     return state
 
