@@ -497,6 +497,11 @@ MALFORMED = {
     "--connector-stride 0": lambda saved: saved["args"].update(connector_stride=0),
     "--lora-rank": lambda saved: saved["args"].update(lora_rank=10**12),
     "--max-seconds": lambda saved: saved["args"].update(max_seconds="60"),
+    "its task": lambda saved: saved["args"].update(task="nosuch"),
+    "its labels": lambda saved: saved["args"].update(labels=5),
+    "its trigger": lambda saved: saved["args"].update(trigger=["click"]),
+    "its dataset": lambda saved: saved["args"].update(dataset=[1]),
+    "its amp": lambda saved: saved["args"].update(amp="fp8"),
 }
 
 
