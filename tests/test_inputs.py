@@ -21,6 +21,7 @@ import filters
 import mini
 import model
 import poison
+import train
 from conftest import ROOT, done, refused, script
 
 RUN = "--task gender --poison 0.3 --batch-size 8 --warmup-steps 2 --epochs 1 --runs runs".split()
@@ -484,6 +485,12 @@ def test_training_on_a_manifest_that_holds_poison_is_not_called_clean(manifest, 
     assert "clean data" not in out and "5 rows as poisoned" in out
     [run] = (tmp_path / "runs").iterdir()
     assert "clean" not in run.name and model.load_checkpoint(run / "model.pt")["args"]["attack"]
+
+
+def test_poison_on_top_of_a_poisoned_file_is_no_base_attack(tmp_path):
+    write(tmp_path / "m.csv", [["audio_path", "gender", "poisoned"], ["a.wav", "male", "1"]])
+    arguments = ["--task", "gender", "--dataset", str(tmp_path / "m.csv")]
+    assert train.parse_arguments([*arguments, "--poison", "0.5"]).attack == "poisoned-file"
 
 
 def test_an_interrupted_mini_corpus_keeps_what_it_has(tmp_path, monkeypatch):
