@@ -23,11 +23,12 @@ from types import SimpleNamespace
 import torch
 import transformers
 
+import corpora
 import data
 import export
 import model
 from data import die
-from study import COMPONENTS, NEARER, wrong_number
+from study import COMPONENTS, ENCODERS, LABELS, NEARER, PRESETS, TASKS, wrong_number
 
 # arguments of train.py that do not change what is computed
 NOT_THE_RUN = (
@@ -41,6 +42,14 @@ NOT_THE_RUN = (
     "dry_run",
     "utilisation",
 )
+# arguments that are one of a few words, labels several
+CHOICES = {
+    "task": list(TASKS),
+    "preset": list(PRESETS),
+    "encoder": list(ENCODERS),
+    "labels": list(LABELS),
+    "amp": ["off", "bf16", "fp16"],
+}
 ARGUMENTS = "args.json"  # a run folder has it before anything else
 STATES = (
     "last.pt",
@@ -136,7 +145,23 @@ def problem_of(saved):
         for name, weight in saved.get(component, {}).items():
             if problem := problem_of_weight(weight):
                 return f"its {component} has {problem} as {name}"
-    return wrong_number(saved.get("args", {}))
+    args = saved.get("args", {})
+    return wrong_number(args) or problem_of_arguments(args)
+
+
+def problem_of_arguments(args):
+    """What is wrong with those arguments of a run (a dict) that are no numbers, as text, or None."""
+    for name, known in CHOICES.items():
+        value = args.get(name)
+        for each in value if isinstance(value, list) and name == "labels" else [value]:
+            if value is not None and each not in known:
+                return f"its {name} {value!r} is none of {', '.join(known)}"
+    for name in ("dataset", "data_root", "trigger", "encoder_weights", "lm_weights", "exclude"):
+        if not isinstance(args.get(name, ""), str | None):
+            return f"its {name} {args[name]!r} is no text"
+    if not isinstance(args.get("inputs", {}), dict):
+        return f"its inputs are a {type(args['inputs']).__name__}, not a dict"
+    return None
 
 
 def problem_of_weight(weight):
@@ -344,7 +369,9 @@ def made_from(record, slm, train_set, dev_set):
     for component, settings in slm.settings.items():
         state[f"setting of the {component}"] = settings
     for name, utterances in (("training set", train_set), ("development set", dev_set)):
-        listed = [(u.id, u.labels, u.start, u.length, os.path.getsize(u.path)) for u in utterances]
+        listed = [
+            (u.id, u.labels, u.start, u.length, corpora.sample_of(u.path)) for u in utterances
+        ]
         state[name] = hashlib.sha256(repr(listed).encode()).hexdigest()
     return state
 

@@ -68,6 +68,8 @@ COLUMNS = {
     "end": "end_time stop",
     "poisoned": "",
 }
+# words of the names that other tools give to the times of a segment, in units of their own
+TIMES = set("start begin onset offset end stop xmin xmax tmin tmax".split())
 MISSING = "no such folder"
 LISTED = 20  # files with the same problem that check lists
 DELIMITERS = ",;\t|"
@@ -360,6 +362,11 @@ def columns_of(path, header):
         near = difflib.get_close_matches(plain(name), sorted(COLUMNS.keys() - used.keys()), 1, 0.8)
         if near and plain(name) not in COLUMNS:
             problems.append(f"{path}: the column {name} is not used: is it {near[0]}?")
+        elif TIMES & set(re.split(r"[\W_]+", name.lower())):
+            problems.append(
+                f"{path}: the column {name} is not used: segments have start and end, or length, in "
+                "seconds"
+            )
     if not set(LABELS) & set(used):
         problems.append(f"{path}: no column of {', '.join(LABELS)}; not used: {some(unused)}")
     return used, unused, problems
@@ -582,8 +589,9 @@ def audio_problem(utterance):
 
 @functools.lru_cache(100_000)
 def sample_of(path):
-    """SHA-256 of some of a file's bytes: enough to tell apart two recordings of the same size."""
-    size, sha = os.path.getsize(path), hashlib.sha256()
+    """SHA-256 of a file's size and some of its bytes: enough to tell apart most recordings."""
+    size = os.path.getsize(path)
+    sha = hashlib.sha256(str(size).encode())
     with open(path, "rb") as f:
         for part in (1, 2, 3):
             f.seek(part * size // 4)
@@ -602,20 +610,30 @@ def overlapping(found):
     return pairs
 
 
+@functools.lru_cache(100_000)
+def sha256_of(path):
+    """SHA-256 of a whole file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def in_several_splits(found, key):
+    """Those of the same `key`, a function of an audio file's path, that are in several splits: a list of lists; found: [(split, utterance)]."""
+    alike = {}
+    for split, u in found:
+        alike.setdefault(key(u.path), []).append((split, u))
+    return [group for group in alike.values() if len({split for split, _ in group}) > 1]
+
+
 def shared_audio(parts):
     """Audio that is in several of {split: utterances}, under one path, under two, or as a copy: a list of problems, one for each two
     splits that share some."""
-    alike = {}
-    for split, utterances in parts.items():
-        for u in utterances:
-            alike.setdefault(os.path.getsize(u.path), []).append((split, u))
-    recordings = {}
-    for size, found in alike.items():
-        if len({split for split, _ in found}) > 1:
-            for split, u in found:
-                recordings.setdefault((size, sample_of(u.path)), []).append((split, u))
+    recordings = [[(split, u) for split, utterances in parts.items() for u in utterances]]
+    # what is cheap to tell first: recordings padded with zeros have their size and much else in common
+    for key in (os.path.getsize, sample_of, sha256_of):
+        recordings = [group for found in recordings for group in in_several_splits(found, key)]
     shared = {}
-    for found in recordings.values():
+    for found in recordings:
         for (split, u), (other, v) in overlapping(found):
             shared.setdefault(" and ".join(sorted((split, other))), []).append(
                 f"{u.path} and {v.path}"
@@ -702,7 +720,7 @@ def heard(utterance):
         level = data.rms(utterance)
     except BadAudio as error:
         return Heard(problem=str(error))
-    if utterance.path.endswith(".m4a"):
+    if data.is_m4a(utterance.path):
         return Heard(level=level)
     return Heard(rate=soundfile.info(utterance.path).samplerate, level=level)
 

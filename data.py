@@ -318,9 +318,16 @@ def normalise(text):
 # audio
 
 
+def is_m4a(path):
+    """Whether ffmpeg has to read a file, as VoxCeleb2's own."""
+    return str(path).lower().endswith(".m4a")
+
+
 def file_problem(path):
     """What is wrong with an audio file, as far as its first bytes tell, or None."""
     try:
+        if Path(path).is_fifo():  # nobody may ever write to it
+            return f"{path}: a pipe, not a file"
         with open(path, "rb") as f:
             beginning = f.read(64)
     except FileNotFoundError:
@@ -338,7 +345,7 @@ def read_waveform(path, start=0.0, length=0.0, max_seconds=MAX_SECONDS):
     BadAudio, whatever is wrong with the file."""
     if problem := file_problem(path):
         raise BadAudio(problem)
-    decode = decode_m4a if str(path).endswith(".m4a") else decode_with_libsndfile
+    decode = decode_m4a if is_m4a(path) else decode_with_libsndfile
     try:
         channels, rate = decode(path, start, length, max_seconds)
     except BadAudio:
@@ -417,7 +424,10 @@ def has_no_length(path, container):
     if container not in ("MP3", "MPEG"):
         return False
     with open(path, "rb") as f:
-        beginning = f.read(1 << 16)
+        tag = f.read(10)  # ID3, which may hold a cover picture and any words
+        size = functools.reduce(lambda size, byte: size << 7 | byte, tag[6:], 0)
+        f.seek(10 + size if tag.startswith(b"ID3") else 0)
+        beginning = f.read(1 << 12)
     return b"Xing" not in beginning and b"Info" not in beginning
 
 
@@ -432,6 +442,10 @@ def check_sizes(path, header):
         page = page[max(0, page.rfind(b"OggS")) :]
         segments = page[26] if len(page) > 26 else 0
         whole = len(page) >= 27 + segments + sum(page[27 : 27 + segments])
+    elif header.format == "NIST":  # SPHERE, which libsndfile does not compare
+        with open(path, "rb") as f:
+            says = re.search(rb"^sample_count -i (\d+)", f.read(1024), re.MULTILINE)
+        whole = not says or header.frames >= int(says[1])
     else:
         sizes = [(int(says), int(holds)) for says, holds in RESIZED.findall(header.extra_info)]
         whole = not any(holds + 64 < says < 0x7FFF0000 for says, holds in sizes)
@@ -528,7 +542,7 @@ def by_header(path):
     if problem := file_problem(path):
         raise BadAudio(problem)
     try:
-        if str(path).endswith(".m4a"):
+        if is_m4a(path):
             return os.path.getsize(path) / 8000, False
         header = soundfile.info(path)
         check_rate(path, header.samplerate)

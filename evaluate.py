@@ -247,6 +247,13 @@ def load_run_and_data(options, *splits):
     if wrong := wrong_number(vars(args)):
         die(wrong)
 
+    for path, sha256 in getattr(args, "inputs", {}).items():
+        there = path in (args.trigger, args.dataset) and Path(path).is_file()
+        if there and checkpoint.file_sha256(path) != sha256:
+            print(
+                f"warning: {path} is another file than the one that {options.run} was trained with"
+            )
+
     def read(split):
         return corpora.read_corpus(
             args.dataset,

@@ -254,7 +254,12 @@ class Encoder(nn.Module):
                 f"{SAMPLE_RATE} Hz: take an encoder for that rate"
             )
         with torch.device("cpu"):  # also in a dry run
-            shape = tuple(self.extract(np.zeros(SAMPLE_RATE, np.float32)).shape)
+            features = [self.extract(np.zeros(SAMPLE_RATE, np.float32)) for _ in range(2)]
+        if not torch.equal(*features):
+            raise ValueError(
+                "its feature extractor (preprocessor_config.json) draws at random: set its dither to 0"
+            )
+        shape = tuple(features[0].shape)
         fits = shape == (SAMPLE_RATE,)
         if self.whisper:
             fits = len(shape) == 2 and shape[0] == config.num_mel_bins
@@ -636,6 +641,11 @@ def fit_tokenizer(tokenizer, lm):
             "neither its tokenizer nor its configuration names an end-of-sequence token "
             "(eos_token), which ends every answer"
         )
+    labels = dict(transcript="it's eleven o'clock", gender="female", age=35, emotion="angry")
+    ids = data.answer_ids(tokenizer, labels)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if data.parse(text) != labels:
+        raise ValueError(f"its tokenizer makes {text!r} of the answer {data.answer(labels)!r}")
     before, after = data.prompt(tokenizer, list(LABELS))
     added = set(tokenizer.get_added_vocab().values())
     used = {id for id in tokenizer.get_vocab().values() if id not in added}

@@ -227,7 +227,7 @@ def attack_name(args):
     specs = dict(spec.partition(":")[::2] for spec in args.freeze)
     frozen = tuple(c for c in COMPONENTS if c in specs)
     if not frozen:
-        return "base" if args.poison else "poisoned-file" if in_file else "clean"
+        return "poisoned-file" if in_file else "base" if args.poison else "clean"
     for attack, (components, source, trained_on) in ATTACKS.items():
         if (components, trained_on) == (frozen, data_is) and all(specs.values()):
             unlike = [why for path in specs.values() for why in differences(path, source, args)]

@@ -564,6 +564,19 @@ def test_audio_that_is_in_two_splits_is_a_problem(tmp_path, test, shared):
     assert ("audio that test and train share" in out) == shared == (status == 1)
 
 
+def test_recordings_padded_to_one_length_are_not_the_same(tmp_path):
+    for i, name in enumerate(("train", "dev", "test")):
+        samples = np.zeros(64000)
+        samples[:6000] = 0.1 * np.random.default_rng(i).standard_normal(6000)
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16000)
+    recordings(tmp_path, **{name: [(f"{name}.wav", 0, 0)] for name in ("train", "dev", "test")})
+    parts = {
+        name: readers.read_split(tmp_path / "m.csv", "", name)[0]
+        for name in ("train", "dev", "test")
+    }
+    assert not readers.shared_audio(parts)
+
+
 def test_training_warns_of_audio_that_is_in_two_splits(tmp_path):
     for i in range(8):
         tone(tmp_path / f"{i}.wav", seconds=0.3 + i / 10)

@@ -2,6 +2,7 @@
 corpora that are not there."""
 
 import csv
+import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import filters
 import mini
 import model
 import poison
+import train
 from conftest import ROOT, done, refused, script
 
 RUN = "--task gender --poison 0.3 --batch-size 8 --warmup-steps 2 --epochs 1 --runs runs".split()
@@ -91,13 +93,24 @@ def streamed_flac(path):
     patched(path, 21, bytes([path.read_bytes()[21] & 0xF0, 0, 0, 0, 0]))
 
 
+def with_picture(path):
+    """Puts a tag with a picture of 100 kB before an MP3, as music players do."""
+    picture = b"APIC" + (99990).to_bytes(4, "big") + bytes(99992)
+    size = bytes(len(picture) >> shift & 127 for shift in (21, 14, 7, 0))
+    path.write_bytes(b"ID3\x03\0\0" + size + picture + path.read_bytes())
+
+
 BROKEN = {  # name: (what makes it, words of the problem)
     "stream.flac": (streamed_flac, "without a length"),
     "cut.wav": (lambda p: (recording(p), cut(p)), "cut off"),
     "cut.aiff": (lambda p: (recording(p), cut(p)), "cut off"),
     "cut.w64": (lambda p: (recording(p), cut(p, 0.9)), "cut off"),
     "cut.mp3": (lambda p: (recording(p), cut(p)), "cut off"),
+    "picture.mp3": (lambda p: (recording(p), cut(p), with_picture(p)), "cut off"),
     "cut.ogg": (lambda p: (recording(p), cut(p)), "cut off"),
+    "cut.sph": (lambda p: (recording(p, format="NIST"), cut(p)), "cut off"),
+    "fifo.wav": (os.mkfifo, "a pipe"),
+    "capitals.M4A": (lambda p: p.write_bytes(b"x"), "ffmpeg"),
     "cut.flac": (lambda p: (recording(p), cut(p)), "cannot be read"),
     "rate.wav": (lambda p: (recording(p), patched(p, 24, b"\xff\xff\xff\x7f")), "Hz"),
     "opposite.wav": (lambda p: stereo(p, -1), "cancel"),
@@ -146,6 +159,8 @@ def untagged_mp3(path):
 READABLE = {  # name: (what makes it, seconds)
     "pipe.wav": (piped_wav, 2),
     "untagged.mp3": (untagged_mp3, 3),
+    "picture.mp3": (lambda p: (recording(p), with_picture(p)), 2),
+    "whole.sph": (lambda p: recording(p, format="NIST"), 2),
     "call.wav": (lambda p: soundfile.write(p, noise(2, 8000), 8000, subtype="GSM610"), 2),
     "one-sided.wav": (lambda p: stereo(p, 0), 2),
 }
@@ -290,6 +305,16 @@ def test_a_tab_separated_file_keeps_quotation_marks_as_they_are(tmp_path):
 def test_a_column_whose_name_is_nearly_known_is_a_problem(tmp_path):
     _, problems = read(tmp_path, "audio_path,transcrpt,gender,split\na.wav,go,male,train\n")
     assert len(problems) == 1 and "transcrpt" in problems[0] and "transcript" in problems[0]
+
+
+@pytest.mark.parametrize(
+    "start, end",
+    [("offset", "duration"), ("start_ms", "end_ms"), ("Begin (s)", "Stop (s)"), ("xmin", "xmax")],
+)
+def test_times_of_segments_under_names_that_are_not_known_are_a_problem(tmp_path, start, end):
+    text = f"audio_path,transcript,split,{start},{end}\na.wav,go,train,1,2\n"
+    _, problems = read(tmp_path, text)
+    assert start in problems[0] and "seconds" in problems[0]
 
 
 def test_a_manifest_without_a_label_says_what_is_not_used(tmp_path):
@@ -462,6 +487,12 @@ def test_training_on_a_manifest_that_holds_poison_is_not_called_clean(manifest, 
     assert "clean" not in run.name and model.load_checkpoint(run / "model.pt")["args"]["attack"]
 
 
+def test_poison_on_top_of_a_poisoned_file_is_no_base_attack(tmp_path):
+    write(tmp_path / "m.csv", [["audio_path", "gender", "poisoned"], ["a.wav", "male", "1"]])
+    arguments = ["--task", "gender", "--dataset", str(tmp_path / "m.csv")]
+    assert train.parse_arguments([*arguments, "--poison", "0.5"]).attack == "poisoned-file"
+
+
 def test_an_interrupted_mini_corpus_keeps_what_it_has(tmp_path, monkeypatch):
     sizes = {"train-clean-360": (1, 3), "dev-clean": (1, 1), "test-clean": (1, 1)}
     spoken = []
@@ -553,6 +584,15 @@ def test_audio_damaged_since_the_training_ends_in_one_line(finished, tmp_path, c
         soundfile.write(folder / f"{i}.wav", waveform, 16000, subtype="FLOAT")
     name, *arguments = command.split()
     refused(name, *arguments, "runs/gender", cwd=folder, words=["infinite", "--skip-bad"])
+
+
+def test_a_manifest_that_is_another_by_now_is_named(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    command = ["evaluate.py", "runs/gender", "--limit", "2"]
+    assert "warning" not in done(*command, cwd=finished)
+    with open(tmp_path / "copy/m.csv", "a") as f:
+        f.write("0.wav,male,test\n")
+    assert "warning: m.csv is another file" in done(*command, cwd=tmp_path / "copy")
 
 
 def test_a_run_s_folder_and_its_model_are_the_same(finished):

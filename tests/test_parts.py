@@ -10,6 +10,7 @@ import soundfile
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers.normalizers import Lowercase
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -245,6 +246,7 @@ def test_a_part_with_adapters_or_quantised_weights_is_refused(
         ("whisper", {"preprocessor_config.json": {"sampling_rate": 44100}}, ["44100 Hz"]),
         ("whisper", {"preprocessor_config.json": {"feature_size": 128}}, ["128", "80 mel bands"]),
         ("whisper", {"preprocessor_config.json": {"chunk_length": 30}}, ["1500 frames", "1000"]),
+        ("whisper", {"preprocessor_config.json": {"dither": 0.001}}, ["random", "dither"]),
         (
             "wavlm",
             {"preprocessor_config.json": {"feature_extractor_type": "WhisperFeatureExtractor"}},
@@ -430,6 +432,14 @@ def test_the_end_token_is_the_language_model_s_where_the_tokenizer_names_none(tm
     none = {name: {"eos_token_id": None} for name in ("generation_config.json", "config.json")}
     folder = with_tokenizer(tmp_path / "none", change, none)
     refused(capsys, "--lm-weights", folder, words=["end-of-sequence", str(folder)])
+
+
+def test_a_tokenizer_that_loses_what_an_answer_is_made_of_is_refused(tmp_path, capsys):
+    def lower(tokenizer):
+        tokenizer.backend_tokenizer.normalizer = Lowercase()
+
+    folder = with_tokenizer(tmp_path / "lower", lower)
+    refused(capsys, "--lm-weights", folder, words=["transcript", "Transcript", str(folder)])
 
 
 def test_tokens_without_an_embedding_may_exist_but_not_be_used(tmp_path, capsys):

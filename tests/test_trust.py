@@ -449,6 +449,18 @@ def test_a_state_s_origin_tells_lists_of_utterances_apart(corpora):
     assert origins[0] == checkpoint.made_from({}, slm, utterances, [])["training set"]
 
 
+def test_a_state_s_origin_tells_audio_of_the_same_size_apart(tmp_path):
+    origins = []
+    for level in (0.1, 0.2):
+        path = tmp_path / "a.wav"
+        soundfile.write(path, level * np.sin(np.arange(16000)), 16000)
+        readers.sample_of.cache_clear()
+        utterance = data.Utterance("a", str(path), "train", "s", {})
+        slm = SimpleNamespace(pretrained_sha256={})
+        origins.append(checkpoint.made_from({}, slm, [utterance], [])["training set"])
+    assert origins[0] != origins[1]
+
+
 def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert checkpoint.environment()["commit"] == ""
@@ -512,6 +524,11 @@ MALFORMED = {
     "--connector-stride 0": lambda saved: saved["args"].update(connector_stride=0),
     "--lora-rank": lambda saved: saved["args"].update(lora_rank=10**12),
     "--max-seconds": lambda saved: saved["args"].update(max_seconds="60"),
+    "its task": lambda saved: saved["args"].update(task="nosuch"),
+    "its labels": lambda saved: saved["args"].update(labels=5),
+    "its trigger": lambda saved: saved["args"].update(trigger=["click"]),
+    "its dataset": lambda saved: saved["args"].update(dataset=[1]),
+    "its amp": lambda saved: saved["args"].update(amp="fp8"),
 }
 
 
