@@ -9,7 +9,6 @@ import fcntl
 import fnmatch
 import hashlib
 import json
-import os
 import platform
 import resource
 import signal
