@@ -456,7 +456,7 @@ def test_a_state_s_origin_tells_audio_of_the_same_size_apart(tmp_path):
         soundfile.write(path, level * np.sin(np.arange(16000)), 16000)
         readers.sample_of.cache_clear()
         utterance = data.Utterance("a", str(path), "train", "s", {})
-        slm = SimpleNamespace(pretrained_sha256={})
+        slm = SimpleNamespace(pretrained_sha256={}, settings={})
         origins.append(checkpoint.made_from({}, slm, [utterance], [])["training set"])
     assert origins[0] != origins[1]
 
