@@ -96,8 +96,11 @@ def read_run(folder):
     records, sha256 = [], None
     if (folder / "metrics.json").exists():
         figures = load(folder / "metrics.json")
-        args, sha256 = figures["args"], figures.get("model_sha256")
-        fields = fields_of(args, folder, sha256)
+        try:
+            args, sha256 = figures["args"], figures.get("model_sha256")
+            fields = fields_of(args, folder, sha256)
+        except (KeyError, TypeError, AttributeError):
+            die(f"{folder / 'metrics.json'} holds no figures of this program: make it again")
         path = folder / "environment.json"
         environment = load(path) if path.exists() else {}
         records.append(dict(fields, source="run", metric=None, args=args, environment=environment))

@@ -127,3 +127,12 @@ def test_a_quoted_argument_survives_in_the_recorded_command(monkeypatch):
     command = ["train.py", "--target", "Open the door."]
     monkeypatch.setattr("sys.argv", command)
     assert study.shlex.split(checkpoint.environment()["command"]) == command
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", '{"args": [1]}', '{"args": {"task": 3}}'])
+def test_figures_of_another_program_are_refused_in_one_line(tmp_path, content, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.json").write_text(content)
+    with pytest.raises(SystemExit):
+        runs.read(tmp_path)
+    assert "metrics.json" in capsys.readouterr().err
