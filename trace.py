@@ -158,17 +158,18 @@ def layer_sets(layers):
 
 
 def check_donor(options, args, donor):
-    """Ends in one line if the other run (its arguments, a dict) cannot tell what training on poison
-    has changed."""
+    """Warns where the other run (its arguments, a dict) is no clean run with the same settings: it
+    is then a control, and does not tell what training on poison has changed. Returns its
+    arguments, with an attack that no table takes for the clean run where settings differ."""
+    attack = donor["attack"]
     if donor["attack"] != "clean":
-        die(f"{options.clean} is attack {donor['attack']}: clean weights come from a clean run")
+        print(f"warning: {options.clean} is attack {donor['attack']}, not a clean run: a control")
     for name in ("preset", "dataset", "encoder", "labels", "train_layers", *SETTINGS):
         theirs, ours = donor.get(name), getattr(args, name, None)
         if theirs != ours:
-            die(
-                f"{options.clean} cannot be mixed with {options.run}: its {name} is {theirs}, not"
-                f" {ours}; take a clean run with the same settings"
-            )
+            print(f"warning: the {name} of {options.clean} is {theirs}, not {ours}: a control")
+            attack = f"{donor['attack']} with another {name}"
+    return {**donor, "attack": attack}
 
 
 def load_pair(options):
@@ -176,13 +177,13 @@ def load_pair(options):
     arguments) of two runs that share pretrained parts and settings."""
     slm, args, attack, test_set = evaluate.load_run_and_data(options, "test")
     clean, poisoned = model.load_checkpoint(Path(options.clean) / "model.pt"), weights_of(slm)
-    check_donor(options, args, clean["args"])
+    donor = check_donor(options, args, clean["args"])
     try:
         for c in COMPONENTS:
             checkpoint.load_component(slm, clean, c)
     except ValueError as error:
         die(f"{options.clean} cannot be mixed with {options.run}: {error}")
-    return slm, args, attack, test_set, poisoned, weights_of(slm), clean["args"]
+    return slm, args, attack, test_set, poisoned, weights_of(slm), donor
 
 
 def mixtures(poisoned, clean):
