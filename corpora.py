@@ -543,6 +543,7 @@ def read_split(dataset, data_root, split, max_seconds=data.MAX_SECONDS):
 
 
 def read_list(dataset, data_root, split):
+    """The same, by the corpus's own lists: without a limit to the audio."""
     problems = []
     if dataset not in READERS:
         if not Path(dataset).is_file():

@@ -109,8 +109,7 @@ CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
 
 
 def die_of_writing(path, error):
-    reason = str(error).splitlines()[0]
-    die(f"cannot write {path} ({reason}): check the disk's space and permissions")
+    die(f"cannot write {path} ({first_line(error)}): check the disk's space and permissions")
 
 
 def write_atomically(path, content, optional=False):
@@ -373,6 +372,7 @@ def read_waveform(path, start=0.0, length=0.0, max_seconds=MAX_SECONDS):
 
 
 def first_line(error):
+    """The first line of an error's message, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -52,7 +52,6 @@ from study import (
     TASKS,
     run_name,
     usual_values,
-    wrong_number,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,8 +176,6 @@ def parse_arguments(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     poison.fill_in(args)
-    if wrong := wrong_number(vars(args)):
-        die(wrong)
     if args.connector_weights not in (None, "none"):
         usual = PRESETS[args.preset]["connector_taper"]
         if args.connector_taper != usual:
@@ -283,7 +280,7 @@ def set_up_device(args):
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each kind of device fails in its own way
-        die(f"--device {args.device}: nothing can be computed there ({str(error).splitlines()[0]})")
+        die(f"--device {args.device}: nothing can be computed there ({data.first_line(error)})")
     if device.type == "cuda":
         if world > 1 and device.index is not None:
             die(
