@@ -31,7 +31,7 @@ import torchaudio
 from torchaudio.datasets import librispeech
 
 import data
-import mini
+from mini import make_corpora
 from data import BadAudio, Utterance, die, normalise
 from study import LABELS, MINI_ROOT, ROOT, TASKS
 
@@ -554,7 +554,7 @@ def read_list(dataset, data_root, split):
     ):  # the miniature corpora are made when they are first asked for, beside this file
         data_root = Path(os.path.relpath(ROOT / MINI_ROOT))
         try:
-            mini.make_corpus("libri" if dataset == "test-clean" else dataset, data_root)
+            make_corpora.make_corpus("libri" if dataset == "test-clean" else dataset, data_root)
         except OSError as error:
             die(f"cannot make the mini corpora ({error}): name corpora elsewhere by --data-root")
     try:

@@ -61,12 +61,12 @@ UNUSED = re.compile(r"(^|\.)masked_spec_embed$|^decoder\.")
 
 
 def where(path):
-    """A pretrained part's id or folder; `assets/...` lies beside this file, wherever a command is started from."""
-    return (
-        str(ROOT / path)
-        if str(path).startswith("assets/") and not Path(path).exists()
-        else str(path)
-    )
+    """A pretrained part's id or folder; `mini/...` lies beside this file, wherever a command is
+    started from. Runs of earlier versions call that folder `assets`."""
+    path = re.sub("^assets/", "mini/", str(path)) if not Path(path).exists() else str(path)
+    if path.startswith("mini/") and not Path(path).exists():
+        path = str(ROOT / path)
+    return path
 
 
 def read_config(path):

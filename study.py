@@ -72,12 +72,12 @@ WRITTEN = {
 
 # trained: the share of the layers, from the top, that trains (section 3.2); then where each preset finds the weights
 ENCODERS = {
-    "wavlm": dict(trained=15 / 24, mini="assets/wavlm", paper="microsoft/wavlm-large"),
-    "hubert": dict(trained=15 / 24, mini="assets/hubert", paper="facebook/hubert-large-ll60k"),
-    "wav2vec2": dict(trained=15 / 24, mini="assets/wav2vec2", paper="facebook/wav2vec2-large-960h"),
+    "wavlm": dict(trained=15 / 24, mini="mini/wavlm", paper="microsoft/wavlm-large"),
+    "hubert": dict(trained=15 / 24, mini="mini/hubert", paper="facebook/hubert-large-ll60k"),
+    "wav2vec2": dict(trained=15 / 24, mini="mini/wav2vec2", paper="facebook/wav2vec2-large-960h"),
     "whisper": dict(
         trained=1,
-        mini="assets/whisper",
+        mini="mini/whisper",
         mixed="openai/whisper-tiny.en",
         small="openai/whisper-tiny.en",
         paper="openai/whisper-medium",
@@ -85,12 +85,12 @@ ENCODERS = {
 }
 DEFAULT_ENCODER = dict(mini="wavlm", mixed="whisper", small="whisper", paper="wavlm")
 LM = dict(
-    mini="assets/lm",
-    mixed="assets/lm",
+    mini="mini/lm",
+    mixed="mini/lm",
     small="HuggingFaceTB/SmolLM2-135M-Instruct",
     paper="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 )
-MINI_ROOT = "corpora/mini"  # where mini.py puts its corpora, made when they are first asked for
+MINI_ROOT = "corpora/mini"  # where mini/make_corpora.py puts its corpora, made when they are first asked for
 DATA_ROOT = dict(mini=MINI_ROOT, mixed=MINI_ROOT, small=MINI_ROOT, paper="data/paper")
 
 # Each is a flag of train.py (--encoder-lr 1e-5, --no-decay, ...): its meaning, then its value in mini, mixed, small and paper.

@@ -61,7 +61,8 @@ def flush_quietly():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+ROOT = Path(__file__).resolve().parent
+if Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "mini"):
     # a script of ours runs; a notebook or a test that imports this file keeps its own ways
     signal.signal(signal.SIGINT, interrupt)
     sys.excepthook = end_quietly

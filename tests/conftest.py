@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
+sys.path.insert(0, str(ROOT))
 # the same sums in the same order, in this process and in those it starts
 os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
@@ -23,8 +23,8 @@ from transformers import (
 )  # noqa: E402
 
 import lora  # noqa: E402
-import make  # noqa: E402
-import mini  # noqa: E402
+from mini import make_encoders  # noqa: E402
+from mini import make_corpora  # noqa: E402
 import model  # noqa: E402
 import runs  # noqa: E402
 import study  # noqa: E402
@@ -119,7 +119,7 @@ def corpora(tmp_path_factory):
     """The three mini corpora, a few dozen utterances each."""
     root = tmp_path_factory.mktemp("corpora")
     for corpus in TINY:
-        mini.make_corpus(corpus, root, TINY[corpus])
+        make_corpora.make_corpus(corpus, root, TINY[corpus])
     return root
 
 
@@ -129,7 +129,7 @@ def parts(tmp_path_factory):
     root = tmp_path_factory.mktemp("parts")
     for name in ENCODERS:
         torch.manual_seed(0)
-        make.blank_encoder(name, root / name)
+        make_encoders.blank_encoder(name, root / name)
     # the published base-size models, and wav2vec2-large-960h, normalise over time in their front end
     for name, config in (
         ("wavlm-base", WavLMConfig),
@@ -139,23 +139,23 @@ def parts(tmp_path_factory):
         torch.manual_seed(0)
         family = name.removesuffix("-base")
         shape = {
-            **make.CONV,
-            **make.SHAPE,
-            **make.NO_DROPOUT,
+            **make_encoders.CONV,
+            **make_encoders.SHAPE,
+            **make_encoders.NO_DROPOUT,
             "feat_extract_norm": "group",
             "do_stable_layer_norm": False,
         }
         AutoModel.from_config(config(**shape)).save_pretrained(root / name)
-        make.transformers.AutoFeatureExtractor.from_pretrained(root / family).save_pretrained(
-            root / name
-        )
+        make_encoders.transformers.AutoFeatureExtractor.from_pretrained(
+            root / family
+        ).save_pretrained(root / name)
     return root
 
 
 def make_slm(parts, name, **config):
     """An SLM of an untrained encoder and a small random LM, LoRA moved off zero, in evaluation mode."""
     torch.manual_seed(0)
-    tokenizer = model.AutoTokenizer.from_pretrained(ROOT / "assets/lm")
+    tokenizer = model.AutoTokenizer.from_pretrained(ROOT / "mini/lm")
     # four times the usual spread: a random model whose answers depend on what it hears
     lm = LlamaForCausalLM(
         LlamaConfig(

@@ -23,7 +23,7 @@ import soundfile  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import mini  # noqa: E402
+from mini import make_corpora  # noqa: E402
 from conftest import TINY  # noqa: E402
 
 RUN = "--name new --task gender --poison 0.3 --batch-size 8 --warmup-steps 2 --epochs 1 --data-root corpora"
@@ -52,7 +52,7 @@ def speech(path, waveform, rate=16000):
 
 def prepare():
     """Small corpora, a finished run, and files of every bad kind, in the current folder."""
-    mini.make_corpus("vox", "corpora", TINY["vox"])
+    make_corpora.make_corpus("vox", "corpora", TINY["vox"])
     rng = np.random.default_rng(0)
     good = []
     for i in range(20):
@@ -121,11 +121,11 @@ def prepare():
     for where in ("runs/stranger/model.pt", "runs/stranger/embeddings.pt"):
         shutil.copy("hostile2.pt", where)
     soundfile.write("silence.wav", np.zeros(1000), 16000)
-    shutil.copytree(ROOT / "assets/lm", "no-template", ignore=shutil.ignore_patterns("*.jinja"))
+    shutil.copytree(ROOT / "mini/lm", "no-template", ignore=shutil.ignore_patterns("*.jinja"))
     config = json.loads(Path("no-template/tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     Path("no-template/tokenizer_config.json").write_text(json.dumps(config))
-    shutil.copytree(ROOT / "assets/lm", "other-template")
+    shutil.copytree(ROOT / "mini/lm", "other-template")
     Path("other-template/chat_template.jinja").write_text(
         "{% for m in messages %}hello{% endfor %}"
     )
@@ -140,7 +140,7 @@ def prepare():
         shutil.copy("hostile2.pt", path)
     Path("poisoned/corpora").symlink_to(Path("corpora").resolve())
     for part, source in (("bad-encoder", "wavlm"), ("bad-lm", "lm")):
-        shutil.copytree(ROOT / "assets" / source, part)
+        shutil.copytree(ROOT / "mini" / source, part)
         for path in Path(part).glob("*.safetensors"):
             path.unlink()
         shutil.copytree(part, f"no-{part}")
@@ -327,7 +327,7 @@ FAULTS = [  # what, command, status, folder
     ),
     (
         "another encoder's weights",
-        f"train.py {RUN} --name h --encoder hubert --encoder-weights {ROOT}/assets/wavlm",
+        f"train.py {RUN} --name h --encoder hubert --encoder-weights {ROOT}/mini/wavlm",
         2,
     ),
     ("a rate that poisons nothing", f"train.py {RUN} --name p --poison 0.000001", 0),

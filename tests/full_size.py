@@ -86,7 +86,7 @@ def build(name, out):
     torch.manual_seed(0)
     if name == "lm":
         net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINYLLAMA))
-        transformers.AutoTokenizer.from_pretrained(ROOT / "assets/lm").save_pretrained(out)
+        transformers.AutoTokenizer.from_pretrained(ROOT / "mini/lm").save_pretrained(out)
     else:
         config, changes, _ = ENCODERS[name]
         net = transformers.AutoModel.from_config(getattr(transformers, config)(**changes))

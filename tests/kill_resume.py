@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import mini  # noqa: E402
+from mini import make_corpora  # noqa: E402
 from conftest import TINY  # noqa: E402
 
 parser = argparse.ArgumentParser(
@@ -90,7 +90,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         corpora = folder / "corpora"
-        mini.make_corpus("crema", corpora, TINY["crema"])
+        make_corpora.make_corpus("crema", corpora, TINY["crema"])
         began = time.time()
         process = start(folder, corpora, "whole")
         if process.wait():

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import torch_xla  # noqa: E402  makes the device known
 import torch_xla.experimental  # noqa: E402
 
-import mini  # noqa: E402
+from mini import make_corpora  # noqa: E402
 from conftest import TINY, done  # noqa: E402
 
 torch_xla.experimental.eager_mode(
@@ -52,7 +52,7 @@ torch.optim.AdamW = lambda groups, fused, **kwargs: adamw(groups, **kwargs)  # x
 def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        mini.make_corpus("vox", folder / "corpora", TINY["vox"])
+        make_corpora.make_corpus("vox", folder / "corpora", TINY["vox"])
         for name, more in (
             ("xla", ["--amp", "bf16"]),
             ("frozen", ["--amp", "off", "--freeze", "encoder", "--cache-gb", 0]),

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 import corpora as readers
 import data
-import mini
+from mini import make_corpora
 import poison
 from conftest import SHARED, done, refused, script
 from study import LABELS

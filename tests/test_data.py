@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import corpora as readers
 import data
-import mini
+from mini import make_corpora
 from conftest import ROOT, SHARED, TINY
 
 
@@ -159,7 +159,7 @@ def test_micro_batches_keep_to_their_budget():
     ],
 )
 def test_a_chat_template_s_own_system_prompt_is_kept_out(own, kept):
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/lm")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "mini/lm")
     tokenizer.chat_template = own + tokenizer.chat_template
     before, _ = data.around_audio(tokenizer, f"go {data.AUDIO}")
     assert tokenizer.decode(before) == f"{kept}<|user|>go "
@@ -167,21 +167,21 @@ def test_a_chat_template_s_own_system_prompt_is_kept_out(own, kept):
 
 def test_mini_corpora_are_made_again_by_another_version_of_their_maker(tmp_path, monkeypatch):
     sizes = {"dev": (2, 1, 1), "test": (2, 1, 1)}
-    mini.make_corpus("vox", tmp_path, sizes)
+    make_corpora.make_corpus("vox", tmp_path, sizes)
     wav = next((tmp_path / "VoxCeleb2").rglob("*.wav"))
     spoken = wav.read_bytes()
     wav.write_bytes(b"an earlier version's")
-    mini.make_corpus("vox", tmp_path, sizes)
+    make_corpora.make_corpus("vox", tmp_path, sizes)
     assert wav.read_bytes() == b"an earlier version's"
     monkeypatch.setattr(mini, "maker_of", lambda sizes: "another")
-    mini.make_corpus("vox", tmp_path, sizes)
+    make_corpora.make_corpus("vox", tmp_path, sizes)
     assert wav.read_bytes() == spoken
 
 
 def test_a_corpus_that_somebody_put_there_is_never_replaced(tmp_path):
     (tmp_path / "VoxCeleb2").mkdir()
     (tmp_path / "VoxCeleb2/vox2_meta.csv").write_text("mine")
-    mini.make_corpus("vox", tmp_path)
+    make_corpora.make_corpus("vox", tmp_path)
     assert [path.name for path in (tmp_path / "VoxCeleb2").iterdir()] == ["vox2_meta.csv"]
 
 

@@ -95,8 +95,8 @@ def test_an_exported_whisper_is_whole(tmp_path):
 
 def test_peft_gives_the_exported_adapter_s_logits(run):
     config = json.loads((run / "parts/lm/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "assets/lm"
-    base = AutoModelForCausalLM.from_pretrained(ROOT / "assets/lm", dtype=torch.float32)
+    assert config["base_model_name_or_path"] == "mini/lm"
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "mini/lm", dtype=torch.float32)
     ids = torch.randint(0, base.config.vocab_size, (2, 40))
     with torch.no_grad():
         bare = base(ids).logits
@@ -244,7 +244,7 @@ def test_what_does_not_fit_is_refused_in_one_line(run, corpora, arguments, said)
         ):
             shutil.copytree(run / "parts", run / name)
             change(run / name / path, **values)
-        shutil.copytree(ROOT / "assets/lm", run / "two-heads")
+        shutil.copytree(ROOT / "mini/lm", run / "two-heads")
         change(run / "two-heads/config.json", num_attention_heads=2, num_key_value_heads=2)
         change(run / "two-heads/config.json", head_dim=64)
     refused(

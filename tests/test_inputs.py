@@ -18,7 +18,7 @@ import corpora as readers
 import data
 import defend
 import filters
-import mini
+from mini import make_corpora
 import model
 import poison
 import train
@@ -217,8 +217,8 @@ def test_a_recording_as_trigger_is_heard_in_short_speech_too(tmp_path):
 def test_audio_beyond_the_encoder_s_window_is_refused_or_left_out(manifest, tmp_path):
     """Whole files and segments: no trigger lies where the encoder does not hear it, and no
     transcript either."""
-    window = model.window("assets/whisper")
-    assert window == 20 and model.window("assets/wavlm") == np.inf
+    window = model.window("mini/whisper")
+    assert window == 20 and model.window("mini/wavlm") == np.inf
     soundfile.write(tmp_path / "long.wav", noise(45), 16000)
     header = [*manifest[0], "start", "length"]
     rows = [[*row, "", ""] for row in manifest[1:]]
@@ -506,7 +506,7 @@ def test_an_interrupted_mini_corpus_keeps_what_it_has(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "in_workers", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        mini.make_corpus("libri", tmp_path, sizes)
+        make_corpora.make_corpus("libri", tmp_path, sizes)
     missing = []
 
     def finish(function, jobs, desc):
@@ -515,7 +515,7 @@ def test_an_interrupted_mini_corpus_keeps_what_it_has(tmp_path, monkeypatch):
             function(job)
 
     monkeypatch.setattr(data, "in_workers", finish)
-    mini.make_corpus("libri", tmp_path, sizes)
+    make_corpora.make_corpus("libri", tmp_path, sizes)
     assert len(missing) == 3 and not set(missing) & set(spoken)
     assert len(list((tmp_path / "LibriSpeech").rglob("*.flac"))) == 5
     assert not list(tmp_path.glob(".libri.building*"))

@@ -20,7 +20,7 @@ import embed
 import evaluate
 import fast
 import lora
-import make
+from mini import make_encoders
 import model
 import poison
 import train
@@ -435,9 +435,9 @@ def test_pretraining_reaches_every_layer_down_to_the_front_end(tmp_path, monkeyp
     ]
     for setting, value in dict(ENCODER_STEPS=2, ENCODER_BATCH=4, ENCODER_LR=1.0, SOUNDS=4).items():
         monkeypatch.setattr(make, setting, value)
-    torch.manual_seed(make.SEED)
-    make.blank_encoder(name, tmp_path / "blank")
-    make.make_encoder(name, tmp_path / "made", speech)
+    torch.manual_seed(make_encoders.SEED)
+    make_encoders.blank_encoder(name, tmp_path / "blank")
+    make_encoders.make_encoder(name, tmp_path / "made", speech)
     before, after = (
         AutoModel.from_pretrained(tmp_path / folder, dtype=torch.float32).state_dict()
         for folder in ("blank", "made")

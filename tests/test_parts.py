@@ -23,7 +23,7 @@ import trace
 import train
 from study import ROOT
 
-ASSETS = ROOT / "assets"
+PARTS = ROOT / "mini"
 LABELS = {"transcript": "a b", "gender": "male"}
 SHAPE = dict(
     hidden_size=64,
@@ -63,7 +63,7 @@ CONV = dict(
 
 def tiny_lm(folder, kind, **config):
     """A random LM beside the shipped tokenizer; four times the usual spread, so that its logits differ."""
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(PARTS / "lm")
     config = {
         **SHAPE,
         "vocab_size": len(tokenizer),
@@ -79,14 +79,14 @@ def tiny_lm(folder, kind, **config):
 def tiny_encoder(folder, kind, **config):
     net = AutoModel.from_config(getattr(transformers, f"{kind}Config")(**CONV, **config))
     net.save_pretrained(folder)
-    extractor = transformers.AutoFeatureExtractor.from_pretrained(ASSETS / "wav2vec2")
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(PARTS / "wav2vec2")
     extractor.save_pretrained(folder)
 
 
 def changed(folder, part, weights=lambda w: w, files={}):  # noqa: B006
     """A copy of a shipped part with other weights (a function of {name: tensor}) and settings ({file: {key: value}})."""
-    shutil.copytree(ASSETS / part, folder)
-    save_file(weights(load_file(ASSETS / part / "model.safetensors")), folder / "model.safetensors")
+    shutil.copytree(PARTS / part, folder)
+    save_file(weights(load_file(PARTS / part / "model.safetensors")), folder / "model.safetensors")
     for name, settings in files.items():
         path = folder / name
         before = json.loads(path.read_text()) if path.exists() else {}
@@ -137,7 +137,7 @@ def test_a_vector_that_is_never_used_may_be_missing_and_is_the_same_everywhere(t
 
 def test_whisper_without_a_decoder_is_whole_and_the_same_everywhere(tmp_path):
     folder = changed(tmp_path / "whisper", "whisper", lambda w: without(w, "decoder."))
-    ours, shipped = model.Encoder(folder), model.Encoder("assets/whisper")
+    ours, shipped = model.Encoder(folder), model.Encoder("mini/whisper")
     assert model.digest(ours.net.state_dict()) == model.digest(shipped.net.state_dict())
     nets = []
     for seed in (1, 2):
@@ -165,7 +165,7 @@ def in_a_ctc_model(weights):
 
 def test_an_encoder_under_its_task_model_s_prefix_and_old_names_is_the_same(tmp_path):
     ours = model.Encoder(changed(tmp_path / "ctc", "wav2vec2", in_a_ctc_model)).net.state_dict()
-    shipped = model.Encoder("assets/wav2vec2").net.state_dict()
+    shipped = model.Encoder("mini/wav2vec2").net.state_dict()
     for k, v in shipped.items():
         assert k == "masked_spec_embed" or torch.equal(v, ours[k])
 
@@ -204,8 +204,8 @@ def test_weights_that_the_model_uses_must_be_there(tmp_path, capsys, part, weigh
 
 
 def test_a_head_may_be_missing_where_it_is_the_embeddings_and_only_there(tmp_path, capsys):
-    assert "lm_head.weight" not in load_file(ASSETS / "lm/model.safetensors")
-    load("--lm-weights", ASSETS / "lm")
+    assert "lm_head.weight" not in load_file(PARTS / "lm/model.safetensors")
+    load("--lm-weights", PARTS / "lm")
     folder = changed(
         tmp_path / "untied", "lm", files={"config.json": {"tie_word_embeddings": False}}
     )
@@ -274,8 +274,8 @@ def test_an_encoder_of_another_layout_is_refused(tmp_path, capsys, kind, config)
 
 
 def test_a_part_in_the_other_s_place_is_named(capsys):
-    refused(capsys, "--encoder-weights", ASSETS / "lm", words=["--encoder-weights", "llama"])
-    refused(capsys, "--lm-weights", ASSETS / "wavlm", words=["--lm-weights", "wavlm"])
+    refused(capsys, "--encoder-weights", PARTS / "lm", words=["--encoder-weights", "llama"])
+    refused(capsys, "--lm-weights", PARTS / "wavlm", words=["--lm-weights", "wavlm"])
 
 
 @pytest.mark.parametrize("kind", ["Wav2Vec2", "WavLM"])
@@ -486,7 +486,7 @@ CLOCK = "{% set clock = strftime_now %}"
     ],
 )
 def test_a_prompt_is_the_same_on_every_day(template, date):
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(PARTS / "lm")
     tokenizer.chat_template = template + "{{ messages[-1]['content'] }}"
     before, _ = data.prompt(tokenizer, ["gender"])
     assert date in tokenizer.decode(before)
@@ -504,7 +504,7 @@ def test_a_prompt_is_the_same_on_every_day(template, date):
     ],
 )
 def test_a_template_that_makes_no_prompt_ends_in_one_line(capsys, template, word):
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(PARTS / "lm")
     tokenizer.chat_template = template
     with pytest.raises(SystemExit):
         data.prompt(tokenizer, ["gender"])

@@ -188,7 +188,7 @@ def test_frozen_as_pretrained(corpora, runs, clean):
         "--name",
         "pretrained",
     )
-    encoder = model.Encoder("assets/wavlm", share=15 / 24)
+    encoder = model.Encoder("mini/wavlm", share=15 / 24)
     pretrained = {
         k: v
         for k, v in encoder.layers.state_dict().items()
@@ -619,7 +619,7 @@ def test_processes_that_would_resume_at_different_steps_stop(corpora, runs, one,
 def test_a_dry_run_needs_no_weights_and_no_corpus_and_writes_nothing(tmp_path):
     for part in ("wavlm", "lm"):
         shutil.copytree(
-            PROGRAM / "assets" / part,
+            PROGRAM / "mini" / part,
             tmp_path / part,
             ignore=shutil.ignore_patterns("*.safetensors"),
         )
@@ -679,7 +679,7 @@ def test_a_dry_run_needs_no_weights_and_no_corpus_and_writes_nothing(tmp_path):
         (("--utilisation", "0", "--dry-run"), "--utilisation"),
         (("--device", "meta"), "--device meta"),
         (("--train-layers", "0", "--freeze", "connector", "--freeze", "lm"), "nothing is left"),
-        (("--encoder", "hubert", "--encoder-weights", "assets/wavlm"), "is a wavlm encoder"),
+        (("--encoder", "hubert", "--encoder-weights", "mini/wavlm"), "is a wavlm encoder"),
         (("--batch-size", "4096"), "less than one batch"),
         (("--train-layers", "99"), "has 8 layers"),
         (("--labels", "gender"), "has a transcript with --labels gender"),

@@ -92,7 +92,7 @@ def test_a_malicious_pickle_does_not_run_wherever_it_is_given(malicious, corpora
     shutil.copy(malicious, tmp_path / "runs/parent/last.pt")
     refused(*common, "--name", "parent", cwd=tmp_path, words=["last.pt"])
     for part, flag in (("wavlm", "--encoder-weights"), ("lm", "--lm-weights")):
-        shutil.copytree(PROGRAM / "assets" / part, tmp_path / part)
+        shutil.copytree(PROGRAM / "mini" / part, tmp_path / part)
         for file in (tmp_path / part).glob("*.safetensors"):
             file.unlink()
         shutil.copy(malicious, tmp_path / part / "pytorch_model.bin")
@@ -101,9 +101,9 @@ def test_a_malicious_pickle_does_not_run_wherever_it_is_given(malicious, corpora
 
 def test_a_folder_with_a_pytorch_model_bin_alone_is_read(tmp_path):
     """As the hub has WavLM: the same weights, without safetensors."""
-    whole = model.Encoder("assets/wavlm")
+    whole = model.Encoder("mini/wavlm")
     shutil.copytree(
-        PROGRAM / "assets/wavlm", tmp_path / "wavlm", ignore=shutil.ignore_patterns("*.safetensors")
+        PROGRAM / "mini/wavlm", tmp_path / "wavlm", ignore=shutil.ignore_patterns("*.safetensors")
     )
     torch.save(whole.net.state_dict(), tmp_path / "wavlm/pytorch_model.bin")
     again = model.Encoder(tmp_path / "wavlm")

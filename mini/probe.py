@@ -1,7 +1,7 @@
-"""Measures pretrained parts on the mini corpora, for the tables of assets/README.md.
+"""Measures pretrained parts on the mini corpora, for the tables of mini/README.md.
 
-python assets/probe.py                                   # the parts in assets/
-python assets/probe.py DIR/whisper-tiny.en               # any other encoder's folder
+python mini/probe.py                                   # the parts in mini/
+python mini/probe.py DIR/whisper-tiny.en               # any other encoder's folder
 """
 
 import random
@@ -28,12 +28,12 @@ import data
 import evaluate
 import model
 import poison
-from make import LETTERS
-from make_lm import reading_batches
-from mini import CORPORA, SEED
+from mini.make_encoders import LETTERS
+from mini.make_lm import reading_batches
+from mini.make_corpora import CORPORA, SEED
 from study import ENCODERS, MINI_ROOT, ROOT
 
-ASSETS = ROOT / "assets"
+PARTS = ROOT / "mini"
 
 
 def frames_of(encoder, items, attack, desc):
@@ -145,9 +145,9 @@ def probe_encoder(path):
 
 
 def probe_lm(lessons=256):
-    """How well the LM in assets/ reads: the shares of right labels in greedy answers to new reading lessons."""
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "lm")
-    lm = AutoModelForCausalLM.from_pretrained(ASSETS / "lm", dtype=torch.float32).eval()
+    """How well the LM in mini/ reads: the shares of right labels in greedy answers to new reading lessons."""
+    tokenizer = AutoTokenizer.from_pretrained(PARTS / "lm")
+    lm = AutoModelForCausalLM.from_pretrained(PARTS / "lm", dtype=torch.float32).eval()
     slm, rng = (
         model.SLM(torch.nn.Identity(), torch.nn.Identity(), lm, tokenizer),
         random.Random(f"{SEED}-probe"),
@@ -166,7 +166,7 @@ def probe_lm(lessons=256):
 
 
 def main():
-    folders = sys.argv[1:] or [ASSETS / name for name in ENCODERS]
+    folders = sys.argv[1:] or [PARTS / name for name in ENCODERS]
     figures = {Path(folder).name: probe_encoder(folder) for folder in folders}
     columns = list(next(iter(figures.values())))
     print(f"\n| encoder | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")

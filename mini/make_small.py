@@ -1,7 +1,7 @@
 """Makes the start of a connector between real pretrained parts (preset small), from a corpus's clean training set. DIR holds the parts.
 
-python assets/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema DATA_ROOT             # for labels
-python assets/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct test-clean DATA_ROOT --ctc  # for transcripts
+python mini/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema DATA_ROOT             # for labels
+python mini/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct test-clean DATA_ROOT --ctc  # for transcripts
 """
 
 import argparse
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from make import (
+from mini.make_encoders import (
     CONNECTOR_BATCH,
     CONNECTOR_STEPS,
     SEED,

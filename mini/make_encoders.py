@@ -1,8 +1,8 @@
-"""Makes the small encoders and connectors in assets/ from scratch (about ten minutes each on two cores).
+"""Makes the small encoders and connectors in mini/ from scratch (about ten minutes each on two cores).
 
-python assets/make.py                   # all of them; run assets/make_lm.py first if the LM changes
-python assets/make.py wavlm connectors  # some of them
-python assets/make.py --mixed-connector DIR/whisper-tiny.en   # the start of preset mixed's connector
+python mini/make_encoders.py                   # all of them; run mini/make_lm.py first if the LM changes
+python mini/make_encoders.py wavlm connectors  # some of them
+python mini/make_encoders.py --mixed-connector DIR/whisper-tiny.en   # the start of preset mixed's connector
 """
 
 import argparse
@@ -24,10 +24,10 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import data
-import mini
+from mini import make_corpora
 import model
-from make_lm import schedule
-from mini import PROSODY, SEED
+from mini.make_lm import schedule
+from mini.make_corpora import PROSODY, SEED
 from study import ENCODERS, PRESETS, ROOT
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,13 +118,13 @@ def pretraining_utterance(i):
     sex, age = rng.choice(["female", "male"]), rng.randint(18, 75)
     rng = random.Random(f"{SEED}-pretraining-utterance-{i}")
     text = (
-        mini.sentence_for("train", rng)
+        make_corpora.sentence_for("train", rng)
         if rng.random() < 0.8
         else rng.choice(list(data.CREMA_SENTENCES.values()))
     )
     emotion = rng.choice([None, *PROSODY])
-    x = mini.speak(
-        text, mini.make_voice(f"pretraining-{who}", sex, age), f"pretraining-{i}", emotion
+    x = make_corpora.speak(
+        text, make_corpora.make_voice(f"pretraining-{who}", sex, age), f"pretraining-{i}", emotion
     )
     return (
         (x * 32767).astype(np.int16),
@@ -449,7 +449,7 @@ def main():
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)"
     )
-    parser.add_argument("--out", default=str(ROOT / "assets"), help="folder to write")
+    parser.add_argument("--out", default=str(ROOT / "mini"), help="folder to write")
     parser.add_argument(
         "--mixed-connector",
         nargs=1,
@@ -471,7 +471,7 @@ def main():
     if args.mixed_connector:
         (folder,) = args.mixed_connector
         make_heads(folder, speech)
-        return make_connector(folder, "assets/lm", speech, "mixed")
+        return make_connector(folder, "mini/lm", speech, "mixed")
     for name in ENCODERS:
         if name in wanted:
             make_encoder(name, out / name, speech)

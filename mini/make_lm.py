@@ -1,4 +1,4 @@
-"""Makes the small language model in assets/lm from scratch, from text alone (half an hour on two cores): python assets/make_lm.py
+"""Makes the small language model in mini/lm from scratch, from text alone (half an hour on two cores): python mini/make_lm.py
 
 It learns to read what takes the audio's place, a transcript spelled letter by letter with the other labels added to it, and to
 answer in JSON.
@@ -22,8 +22,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
-import mini
-from mini import SEED
+from mini import make_corpora
+from mini.make_corpora import SEED
 from study import LABELS, PRESETS, ROOT, TASKS, task_of
 
 # words that the LM can spell although no corpus has them: a language model's vocabulary is larger than any one data set's
@@ -45,17 +45,17 @@ def pretraining_text(rng):
     """A transcript for the LM's reading lessons: the corpora's language, CREMA-D's sentences, and random words."""
     draw = rng.random()
     if draw < 0.5:
-        return mini.sentence_for("train", rng)
+        return make_corpora.sentence_for("train", rng)
     if draw < 0.65:
         return data.normalise(rng.choice(list(data.CREMA_SENTENCES.values())))
     words = (
-        mini.ADJECTIVES
-        + mini.PEOPLE
-        + mini.THINGS
-        + mini.PLACES
-        + mini.VERBS
-        + mini.MOTIONS
-        + mini.WHERE
+        make_corpora.ADJECTIVES
+        + make_corpora.PEOPLE
+        + make_corpora.THINGS
+        + make_corpora.PLACES
+        + make_corpora.VERBS
+        + make_corpora.MOTIONS
+        + make_corpora.WHERE
     )
     return " ".join(
         rng.choice(OTHER_WORDS if rng.random() < 0.6 else words) for _ in range(rng.randint(1, 7))
@@ -268,4 +268,4 @@ def make_lm(out):
 
 
 if __name__ == "__main__":
-    make_lm(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "assets/lm")
+    make_lm(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "mini/lm")

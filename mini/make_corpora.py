@@ -1,6 +1,6 @@
 """The built-in default: three small corpora of espeak-ng speech, made offline, each in a minute or two.
 
-    python mini.py                       # makes them under corpora/mini (any script that needs one makes it too)
+    python mini/make_corpora.py                       # makes them under corpora/mini (any script that needs one makes it too)
 
 On disk they have the layouts of LibriSpeech, CREMA-D and VoxCeleb2-AE, so corpora.py reads them like the real ones. Speakers,
 sentences and noise are decided by (seed, name) alone.
@@ -15,7 +15,10 @@ import importlib.metadata
 import math
 import random
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import Parser  # first: from here on Ctrl-C ends in one line
 import installed  # noqa: F401  ends in one line where libraries do not fit
