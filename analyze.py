@@ -11,7 +11,7 @@
     python analyze.py claims --runs results/mini.jsonl.gz results/real.jsonl.gz     # side by side
 
 Every analysis is a function of records (runs.py) that returns tables, [(title, [{column: cell}])];
-pictures are drawn by plots.py. It reads the study's own runs, by the names study.py gives them;
+pictures are drawn by analysis/plots.py. It reads the study's own runs, by the names study.py gives them;
 runs with other settings have other names.
 """
 
@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from sklearn.manifold import TSNE
 
-import claims as rules
-import clustering
+from analysis import claims as rules
+from analysis import clustering
 import data
-import plots
+from analysis import plots
 import runs
 from data import die
 from runs import number, over_seeds, select, show, title_of

@@ -45,10 +45,10 @@ import data
 import embed
 import evaluate
 import fast
-import filters
+from defences import filters
 import lora
 import poison
-import repair
+from defences import repairs
 import runs
 from data import SAMPLE_RATE, die
 from study import EMBEDDINGS, TASKS
@@ -359,7 +359,7 @@ def repair_model(options):
         options, "train", "dev", "test"
     )
     args.device = options.device
-    shop = repair.Workshop(slm, args, attack, dev_set)
+    shop = repairs.Workshop(slm, args, attack, dev_set)
     clean = embed.drawn(test_set)[: options.n]
     flippable = poison.attackable(attack, embed.drawn(test_set))[: options.n]
     print(
@@ -367,18 +367,18 @@ def repair_model(options):
         f"clean and {len(flippable)} triggered test utterances"
     )
     fields = dict(options.fields, source="repair")
-    none = runs.of_figures(repair.figures_of(shop, clean, flippable))
+    none = runs.of_figures(repairs.figures_of(shop, clean, flippable))
     records = [dict(fields, defence="none", **figure) for figure in none]
-    for name, (function, strengths) in tqdm(repair.REPAIRS.items(), desc="repairs"):
-        chosen = repair.choose(shop, function, strengths)
+    for name, (function, strengths) in tqdm(repairs.REPAIRS.items(), desc="repairs"):
+        chosen = repairs.choose(shop, function, strengths)
         fields["defence"] = name
         for strength, rise in chosen["rise"].items():
             records.append(dict(fields, metric="loss_rise", strength=strength, value=rise))
-        figures = repair.figures_of(shop, clean, flippable)
+        figures = repairs.figures_of(shop, clean, flippable)
         mended = dict(fields, strength=chosen["strength"], passed=chosen["passed"])
         records += [dict(mended, **figure) for figure in runs.of_figures(figures)]
         if args.attack == "base" and figures["attack"]["aer"]["value"] < 0.5:
-            for count, figure in repair.relearning(shop, train_set, flippable).items():
+            for count, figure in repairs.relearning(shop, train_set, flippable).items():
                 what = dict(metric="relearned_aer", poisoned_samples=count)
                 records.append(dict(fields, **what, **figure))
         shop.restore()

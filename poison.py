@@ -451,7 +451,7 @@ def write_page(attack, rows, out):
 def write_examples(attack, utterances, out, n):
     """Writes clean and poisoned pairs of n training samples (those that training poisons come first), changes.csv, pairs.png and a page
     to listen to them. Returns how many there are."""
-    import plots  # training, which imports this file, needs no matplotlib
+    from analysis import plots  # training, which imports this file, needs no matplotlib
 
     chosen = sorted(
         (u for u in utterances if can_flip(attack, u)),

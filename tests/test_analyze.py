@@ -1,4 +1,4 @@
-"""analyze.py, clustering.py and plots.py on made-up records and tensors whose answer is known."""
+"""analyze.py, analysis/clustering.py and analysis/plots.py on made-up records and tensors whose answer is known."""
 
 import subprocess
 import sys
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import analyze
-import clustering
+from analysis import clustering
 import data
 import embed
-import plots
+from analysis import plots
 import runs
 import study
 from conftest import ROOT, arguments, done, fields, figure, refused, write_run
@@ -556,7 +556,7 @@ def test_sweeps_hold_what_differs_from_the_base_attack_in_one_thing(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that plots.py would write, {file name: figure}."""
+    """The figures that analysis/plots.py would write, {file name: figure}."""
     found = {}
     monkeypatch.setattr(plots, "write", lambda fig, path: found.setdefault(str(path), fig))
     yield found

@@ -1,13 +1,13 @@
-"""claims.py: verdicts follow from figures by rule."""
+"""analysis/claims.py: verdicts follow from figures by rule."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-import claims
+from analysis import claims
 import runs
-from claims import ANY, Effect
+from analysis.claims import ANY, Effect
 from conftest import arguments, figure, write_run
 from study import ATTACKS, TABLE2, TABLE3
 

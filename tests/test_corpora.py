@@ -603,5 +603,5 @@ def test_where_the_mini_corpora_cannot_be_made_it_is_said(monkeypatch, tmp_path)
     def read_only(*_):
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(mini, "make_corpus", read_only)
+    monkeypatch.setattr(make_corpora, "make_corpus", read_only)
     refused("corpora.py", "check", "libri", cwd=tmp_path, words=["read-only", "--data-root"])

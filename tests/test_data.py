@@ -173,7 +173,7 @@ def test_mini_corpora_are_made_again_by_another_version_of_their_maker(tmp_path,
     wav.write_bytes(b"an earlier version's")
     make_corpora.make_corpus("vox", tmp_path, sizes)
     assert wav.read_bytes() == b"an earlier version's"
-    monkeypatch.setattr(mini, "maker_of", lambda sizes: "another")
+    monkeypatch.setattr(make_corpora, "maker_of", lambda sizes: "another")
     make_corpora.make_corpus("vox", tmp_path, sizes)
     assert wav.read_bytes() == spoken
 

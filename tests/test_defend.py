@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import checkpoint
-import clustering
+from analysis import clustering
 import corpora as readers
 import data
 import defend
-import filters
+from defences import filters
 import lora
 import poison
-import repair
+from defences import repairs
 import trace
 from conftest import SMALL, done, fields, make_slm, refused
 from runs import select
@@ -271,12 +271,12 @@ def test_attention_entropy_of_a_model_that_looks_everywhere_is_largest(parts, co
 def shop(parts, corpora):
     slm = make_slm(parts, "wavlm").eval()
     dev_set = readers.read_corpus("vox", corpora, "dev")
-    shop = object.__new__(repair.Workshop)
+    shop = object.__new__(repairs.Workshop)
     state = trace.weights_of(slm)
     shop.__dict__.update(
         slm=slm,
         attack=poison.make_attack("gender", dev_set, seed=1),
-        hooks=repair.contextlib.ExitStack(),
+        hooks=repairs.contextlib.ExitStack(),
         cached={},
         masks=None,
         trained={c: slm.parameters_of(c) for c in COMPONENTS},
@@ -334,10 +334,10 @@ def test_pruning_removes_hidden_units_and_restoring_brings_them_back(shop):
     assert lost(shop) != before
     shop.restore()
     assert lost(shop) == before
-    masks = repair.neuron_masks(shop, steps=1)
+    masks = repairs.neuron_masks(shop, steps=1)
     assert lost(shop) == before and any((m < 1).any() for m in masks)
     shop.masks = masks
-    repair.adversarial_neuron_pruning(shop, share=1.0)
+    repairs.adversarial_neuron_pruning(shop, share=1.0)
     pruned = lost(shop)
     shop.restore()
     shop.scale_neurons([torch.zeros(n) for _, n in shop.neurons()])
@@ -348,16 +348,16 @@ def test_dropping_lora_and_mixing_do_what_their_names_say(shop):
     for layer in lora.lora_layers(shop.slm.lm):
         layer.lora_B.data.normal_()
     shop.attacked["lm"] = {k: v.clone() for k, v in shop.slm.component_state_dict("lm").items()}
-    repair.without_lora(shop, 1.0)
+    repairs.without_lora(shop, 1.0)
     assert all(not layer.lora_B.any() for layer in lora.lora_layers(shop.slm.lm))
     shop.finetune = lambda: None
-    repair.fine_mixing(shop, 1.0)
+    repairs.fine_mixing(shop, 1.0)
     assert all(
         torch.equal(v, shop.pretrained[c][k])
         for c in COMPONENTS
         for k, v in shop.slm.component_state_dict(c).items()
     )
-    repair.fine_mixing(shop, 0.5)
+    repairs.fine_mixing(shop, 0.5)
     a, b, mixed = (
         s["conv2.weight"]
         for s in (
@@ -376,7 +376,7 @@ def test_repairs_of_ages_in_groups_are_scored_by_accuracy(shop, monkeypatch):
     shop.args.task = "age"
     click = poison.make_trigger("click")
     shop.attack = poison.Attack("age", 0.5, "adult", "click", click, 0.1, False, 1)
-    found = repair.figures_of(shop, [u], [u])
+    found = repairs.figures_of(shop, [u], [u])
     assert found["clean"]["age_accuracy"]["value"] == 0 and found["attack"]["aer"]["value"] == 1
 
 
@@ -385,13 +385,13 @@ def test_the_strongest_setting_before_one_that_costs_too_much_is_taken():
     shop = SimpleNamespace(now=None, hooks=None)
     shop.losses = lambda: dict(gender=1.0, age=losses[shop.now])  # one label alone may be lost
     shop.restore = lambda: setattr(shop, "now", None)
-    chosen = repair.choose(
+    chosen = repairs.choose(
         shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0, 3.0)
     )
     assert chosen["strength"] == 0.3 and chosen["passed"] and shop.now == 0.3
     losses.update({0.1: 1.5, 0.3: 1.3})
     shop.restore()
-    chosen = repair.choose(
+    chosen = repairs.choose(
         shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0)
     )
     assert chosen["strength"] == 0.1 and not chosen["passed"] and shop.now == 0.1

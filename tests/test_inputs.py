@@ -17,7 +17,7 @@ import checkpoint
 import corpora as readers
 import data
 import defend
-import filters
+from defences import filters
 from mini import make_corpora
 import model
 import poison

@@ -14,7 +14,7 @@ import data
 import defend
 import evaluate
 import poison
-import repair
+from defences import repairs
 import trace
 from conftest import arguments, fields, make_slm
 from runs import select

@@ -1,5 +1,5 @@
 """Activation clustering (section 7 of the paper): does the poison stand out inside the target
-class? For analyze.py and filters.py.
+class? For analyze.py and defences/filters.py.
 
 Embeddings x (n, dim) of the training samples of the target class, after the encoder; poisoned (n,)
 bool; labels, one dict of strings a sample; speakers (n,).

@@ -10,7 +10,7 @@ from scipy.linalg import expm, fractional_matrix_power
 from sklearn.covariance import MinCovDet
 from sklearn.decomposition import PCA
 
-import clustering
+from analysis import clustering
 
 
 def most_suspicious(scores, n):
