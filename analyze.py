@@ -21,27 +21,24 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from utils import Parser, count  # first: from here on Ctrl-C ends in one line
+import utils
+from utils import ROOT, Parser, count, die
 
 import numpy as np
 import torch
 from sklearn.manifold import TSNE
 
-from analysis import claims as rules
-from analysis import clustering
-import data
-from analysis import plots
 import runs
-from data import die
+from analysis import claims as rules
+from analysis import clustering, plots
 from runs import number, over_seeds, select, show, title_of
 from study import (
     ATTACKS,
     COMPONENTS,
     DEFAULT_ENCODER,
-    ENCODERS,
     EMBEDDINGS,
+    ENCODERS,
     PRESETS,
-    ROOT,
     SHIFT,
     SHIFT_STAGES,
     SWEPT,
@@ -270,7 +267,7 @@ def measure_shift(folder, preset):
             continue  # no test utterance could be triggered
         fields, records = dict(saved["fields"], source="shift"), []
         for component in ("encoder", "connector"):
-            figure = data.interval(cosines(clean[component], triggered[component]))
+            figure = utils.interval(cosines(clean[component], triggered[component]))
             records.append(dict(fields, metric="cosine", component=component, **figure))
         for component in ("encoder", "lm"):
             layers = f"{component}_layers"
@@ -1157,7 +1154,7 @@ def main():
     found.append(("Where these tables come from", origin(records, args.runs)))
     text = "\n".join(runs.markdown(title, rows) for title, rows in found)
     path = out / f"{args.what[0]}.md"
-    data.write_atomically(path, text)
+    utils.write_atomically(path, text)
     print(f"{text}\nwritten to {path}")
 
 

@@ -4,25 +4,33 @@
 
 The layers that no run ever trains give the same outputs in every run: these are cached in cache/, a folder that can be deleted at any
 time. The outputs of what a run itself freezes are computed from them once.
+
+Everything in this file is there for speed alone (results/speed.md says what it is worth): without
+it the figures are the same, later.
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import os
 import time
 from pathlib import Path
 
+import utils
+from utils import die
+
 import torch
 import torch.distributed as dist
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import DynamicCache
 
 import data
 import model
 import poison
-from data import die
+import processes
 
 CHUNK = 256  # utterances in one file
 PROBED = 128  # every so many of them show, in a file's key, what the code makes of audio
@@ -30,28 +38,6 @@ ABANDONED = 3600  # seconds after which an unfinished file is a killed writer's
 WORKERS = (
     2 if torch.cuda.is_available() else 0
 )  # reading ahead pays where a GPU computes; a CPU's cores are the model's
-
-
-def ranks():
-    """This process's number and how many there are (torchrun)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def from_all(found):
-    """The entries of all processes' dicts in one."""
-    shares = [found] * ranks()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(shares, found)
-    return {k: v for share in shares for k, v in share.items()}
-
-
-def from_first(value):
-    """The first process's value, in all processes."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, device=torch.device("cpu"))
-    return values[0]
 
 
 def features_of(extract, attack, batch):
@@ -172,7 +158,7 @@ def pretrained_rows(slm, path, chunk, attack, workers):
             for i, row in zip(batch, unstack(x, mask)):
                 rows[i] = row
         saved = dict(frames=torch.cat(rows), lengths=[len(row) for row in rows])
-        data.write_atomically(path, lambda temporary: torch.save(saved, temporary))
+        utils.write_atomically(path, lambda temporary: torch.save(saved, temporary))
     return saved["frames"].split(saved["lengths"])
 
 
@@ -193,7 +179,7 @@ def frozen_outputs(
         return None
     parts = data.chunks(clean, CHUNK) + data.chunks(with_trigger, CHUNK)
     paths = [Path(folder) / f"pretrained-{key_of(slm, attack, chunk)}.pt" for chunk in parts]
-    rank, world = ranks()
+    rank, world = processes.ranks()
     if rank == 0:
         make_room(folder, budget - size, paths)
     for n in tqdm(range(rank, len(parts), world), desc=f"{desc}: pretrained layers"):
@@ -237,3 +223,90 @@ def inputs(slm, items, batches, cached, attack, workers=WORKERS):
             x, mask = slm.frozen_part(*slm.encoder.pretrained_part(features))
             check_finite(x, [items[i][0].id for i in batch])
             yield x.float(), mask
+
+
+# -------------------------------------------------------------------------------------------------
+# what is only there for speed, besides the cache
+
+
+def keep_memory():
+    """Freed memory stays with the process (glibc) instead of going back to the kernel: every step asks for the same tensors
+    again, and fresh pages have to be zeroed first."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
+
+
+@torch.no_grad()
+def fits(slm):
+    """Whether training, but for dropout, computes the logits that evaluation computes."""
+    embeddings = slm.lm.get_input_embeddings().weight
+    rows = embeddings[:16].reshape(2, 8, -1).clone()
+    rows[1, :4] = rows[0, :4]  # a common beginning
+    wanted = torch.zeros(2, 8, dtype=torch.bool, device=rows.device)
+    wanted[:, 6:] = True
+    training = slm.training
+    slm.train()
+    slm.lm.eval()
+    try:
+        quick = slm.logits(rows, wanted)
+        slm.training = False
+        plain = slm.logits(rows, wanted)
+    except Exception:  # a layer that takes or returns something else fails in its own way
+        return False
+    finally:
+        slm.train(training)
+    apart = (quick - plain).float().abs().max()
+    return bool(apart <= 0.05 * plain.float().std())  # bf16 rounds; a wrong path is further off
+
+
+def only_answers(slm):
+    """In training, the last LM layer's MLP, queries and output projection, which work token by
+    token, are computed only at the tokens whose logits are needed. LoRA's dropout, if any, then
+    draws other numbers. An LM with other layers is left as it is."""
+
+    def at_answers(plain, x):
+        if not slm.training:
+            return plain(x)
+        wanted = plain(x[slm.answered])
+        out = wanted.new_zeros(*x.shape[:2], wanted.shape[-1])
+        out[slm.answered] = wanted
+        return out
+
+    last = model.layers_of(slm.lm)[-1]
+    names = {name for name, _ in last.named_modules()}
+    parts = [
+        last.get_submodule(name)
+        for name in ("mlp", "self_attn.q_proj", "self_attn.o_proj")
+        if name in names
+    ]
+    for part in parts:
+        part.forward = functools.partial(at_answers, part.forward)
+    if not fits(slm):
+        for part in parts:
+            del part.forward
+
+
+def share_beginning(slm):
+    """In training, the tokens that all rows of a batch begin with (the prompt up to the audio, where
+    prompts do not vary) go through the LM once instead of once per row. An LM that keeps something
+    else than keys and values is left as it is."""
+    plain = slm.logits
+
+    def shared(x, wanted):
+        n = 0
+        if slm.training:
+            same = (x == x[:1]).all(-1).all(0) & ~wanted.any(0)
+            n = int(same.cumprod(0).sum())
+        if n == 0 or len(x) == 1:
+            return plain(x, wanted)
+        prefix = DynamicCache()
+        plain(x[:1, :n], wanted[:1, :n], prefix)
+        prefix.batch_repeat_interleave(len(x))
+        return plain(x[:, n:], wanted[:, n:], prefix)
+
+    slm.logits = shared
+    if not fits(slm):
+        slm.logits = plain

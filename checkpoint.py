@@ -11,22 +11,23 @@ import hashlib
 import json
 import platform
 import resource
-import signal
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import utils
+from utils import die
+
 import torch
 import transformers
 
 import corpora
-import data
 import export
 import model
-from data import die
 from study import COMPONENTS, ENCODERS, LABELS, NEARER, PRESETS, TASKS, wrong_number
 
 # arguments of train.py that do not change what is computed
@@ -104,7 +105,7 @@ def record_cost(run):
             gpu=torch.cuda.get_device_name(),
             peak_gpu_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1),
         )
-    data.write_atomically(run / "environment.json", json.dumps(whole, indent=1))
+    utils.write_atomically(run / "environment.json", json.dumps(whole, indent=1))
 
 
 def in_run(path):
@@ -298,8 +299,8 @@ def start_run(run, record, args):
         )
     except OSError as error:
         die(f"cannot write {run} ({error})")
-    data.write_atomically(run / ARGUMENTS, json.dumps(record, indent=1))
-    data.write_atomically(run / "environment.json", json.dumps(environment(), indent=1))
+    utils.write_atomically(run / ARGUMENTS, json.dumps(record, indent=1))
+    utils.write_atomically(run / "environment.json", json.dumps(environment(), indent=1))
     return lock
 
 
@@ -357,7 +358,7 @@ def save_model(run, slm, record, origin, built_from):
         settings=slm.settings,
         sha256={c: model.digest(checkpoint[c]) for c in COMPONENTS},
     )
-    data.write_atomically(run / "model.pt", lambda temporary: torch.save(checkpoint, temporary))
+    utils.write_atomically(run / "model.pt", lambda temporary: torch.save(checkpoint, temporary))
 
 
 def made_from(record, slm, train_set, dev_set):
@@ -380,7 +381,7 @@ def save_state(run, step, slm, optimizer, scaler, unlogged, origin):
     state = {c: slm.component_state_dict(c) for c in COMPONENTS}
     state.update(step=step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     state.update(unlogged=unlogged, made_from=origin)
-    data.write_atomically(run / "last.pt", lambda temporary: torch.save(state, temporary))
+    utils.write_atomically(run / "last.pt", lambda temporary: torch.save(state, temporary))
 
 
 def resume(run, slm, optimizer, scaler, origin):
@@ -411,7 +412,7 @@ def cut_log(run, step):
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             lines += [line + "\n"] if json.loads(line)["step"] <= step else []
-    data.write_atomically(path, "".join(lines))
+    utils.write_atomically(path, "".join(lines))
 
 
 def log(run, **line):
@@ -422,7 +423,7 @@ def log(run, **line):
         with open(path, "a") as f:
             f.write(json.dumps(rounded) + "\n")
     except OSError as error:
-        data.die_of_writing(path, error)
+        utils.die_of_writing(path, error)
 
 
 def training_losses(run):
@@ -515,7 +516,7 @@ def load_run(run, device="cpu"):
 def export_run(run, folder, device):
     """Writes a finished run's components in the formats of other programs, and prints what was written."""
     transformers.utils.logging.disable_progress_bar()
-    with data.new_folder(folder) as temporary:
+    with utils.new_folder(folder) as temporary:
         slm, args = load_run(run, device)
         path = Path(run) / "model.pt"
         recorded = {
@@ -549,4 +550,4 @@ def inspect(path):
     for key in ("args", "environment"):
         lines.append(f"  {key}: " + ", ".join(f"{k} {v}" for k, v in saved.get(key, {}).items()))
     for line in lines:
-        print(data.printable(line))
+        print(utils.printable(line))

@@ -23,17 +23,22 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from utils import Parser  # first: from here on Ctrl-C ends in one line
-import installed  # noqa: F401  ends in one line where libraries do not fit
+import installed  # noqa: F401
+import utils
+from utils import (
+    ROOT,
+    Parser,
+    die,
+)
 
 import soundfile
 import torchaudio
 from torchaudio.datasets import librispeech
 
 import data
+from data import BadAudio, Utterance, normalise
 from mini import make_corpora
-from data import BadAudio, Utterance, die, normalise
-from study import LABELS, MINI_ROOT, ROOT, TASKS
+from study import LABELS, MINI_ROOT, TASKS
 
 LIBRI_SPLITS = {"train": "train-clean-360", "dev": "dev-clean", "test": "test-clean"}
 GENDERS = {
@@ -688,7 +693,7 @@ def read_corpus(
 def limit(utterances, n):
     """The first n utterances of a fixed random order (None: all of them, as they are)."""
     return (
-        utterances if n is None else sorted(utterances, key=lambda u: data.draw("limit", u.id))[:n]
+        utterances if n is None else sorted(utterances, key=lambda u: utils.draw("limit", u.id))[:n]
     )
 
 

@@ -3,24 +3,23 @@
 import contextlib
 import datetime
 import functools
-import hashlib
 import json
 import math
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+import utils
+from utils import die
+
 import numpy as np
 import soundfile
 import torch
-from safetensors import SafetensorError
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
@@ -84,97 +83,6 @@ class Utterance:
         self.labels = {
             label: self.labels[label] for label in LABELS if self.labels.get(label) is not None
         }
-
-
-def printable(text):
-    """Text as it may be shown: a stranger's line breaks and terminal codes are spelled out."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    return "".join(shown)
-
-
-def die(message):
-    """A user error: prints one line and exits with status 2."""
-    # on a line of its own, even while a progress bar is drawn
-    tqdm.write(f"error: {printable(message)}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def temporary_name(path):
-    """The name beside `path` under which it is written first: no other process has it, on this machine or on another."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-
-
-# what writing to a full disk, or where one may not, raises: torch.save a RuntimeError
-CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
-
-
-def die_of_writing(path, error):
-    die(f"cannot write {path} ({first_line(error)}): check the disk's space and permissions")
-
-
-def write_atomically(path, content, optional=False):
-    """Writes text or, by a function of the temporary path, anything to `path`, whole or not at all. Where that is impossible, it ends
-    in one line, unless the file is `optional`."""
-    path = Path(path)
-    temporary = temporary_name(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if callable(content):
-            content(temporary)
-        else:
-            temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    except CANNOT_WRITE as error:
-        if not optional:
-            die_of_writing(path, error)
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def new_folder(folder):
-    """A temporary folder that becomes `folder` if all goes well. Ends in one line if `folder` exists and is not empty."""
-    folder = Path(folder).resolve()
-    temporary = temporary_name(folder)
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            die(f"{folder}: there is something already; name a new folder")
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        die_of_writing(folder, error)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def generator(*name):
-    """A numpy generator seeded by `name` alone, the same in every process."""
-    return np.random.default_rng(
-        int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big")
-    )
-
-
-def draw(*name):
-    """A number in [0, 1) decided by `name` alone."""
-    return int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big") / 2**64
-
-
-def interval(values, statistic=np.mean, samples=1000, seed=0):
-    """A figure with its 95% bootstrap interval over utterances; values: (n,) or (n, k), statistic: (n, k) -> number."""
-    values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
-    rng = np.random.default_rng(seed)
-    draws = [
-        float(statistic(values[rng.integers(0, len(values), len(values))])) for _ in range(samples)
-    ]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {
-        "value": float(statistic(values)),
-        "low": float(low),
-        "high": float(high),
-        "n": len(values),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,7 +258,7 @@ def read_waveform(path, start=0.0, length=0.0, max_seconds=MAX_SECONDS):
     except BadAudio:
         raise
     except Exception as error:  # a damaged file raises errors of many kinds
-        raise BadAudio(f"{path}: cannot be read ({first_line(error)})") from None
+        raise BadAudio(f"{path}: cannot be read ({utils.first_line(error)})") from None
     seconds = len(channels) / rate
     if len(channels) == 0:
         where = f"from {start:g} s on" if start else "by its header"
@@ -369,11 +277,6 @@ def read_waveform(path, start=0.0, length=0.0, max_seconds=MAX_SECONDS):
     if cancel_out(channels, waveform):
         raise BadAudio(f"{path}: its channels cancel each other out when mixed: keep one of them")
     return waveform if rate == SAMPLE_RATE else resample(waveform, rate)
-
-
-def first_line(error):
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def decode_with_libsndfile(path, start, length, max_seconds):
@@ -551,7 +454,7 @@ def by_header(path):
     except BadAudio:
         raise
     except Exception as error:  # see read_waveform
-        raise BadAudio(f"{path}: cannot be read ({first_line(error)})") from None
+        raise BadAudio(f"{path}: cannot be read ({utils.first_line(error)})") from None
 
 
 def seconds_of(utterance):

@@ -22,7 +22,6 @@ python analyze.py defences makes tables. Every record has a defence's name in `d
 
 import argparse
 import dataclasses
-import itertools
 import json
 import shlex
 import subprocess
@@ -30,27 +29,24 @@ import sys
 import time
 from pathlib import Path
 
-from utils import Parser, count  # first: from here on Ctrl-C ends in one line
-import installed  # noqa: F401  ends in one line where libraries do not fit
+import installed  # noqa: F401
+import utils
+from utils import Parser, count, die
 
-import jiwer
 import numpy as np
 import torch
-import torchaudio
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
+import cache
 import checkpoint
 import data
 import embed
 import evaluate
-import fast
-from defences import filters
 import lora
 import poison
-from defences import repairs
 import runs
-from data import SAMPLE_RATE, die
+from defences import detectors, filters, repairs
 from study import EMBEDDINGS, TASKS
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,7 +72,7 @@ def early_losses(run):
 def retrained(run, name, ids):
     """Trains the run again without these samples, in a folder beside it; returns the clean and attack figures."""
     path = Path(run) / f"exclude-{name}.txt"
-    data.write_atomically(path, "".join(f"{id}\n" for id in ids))
+    utils.write_atomically(path, "".join(f"{id}\n" for id in ids))
     command = shlex.split(json.loads((Path(run) / "environment.json").read_text())["command"])[1:]
     folder = Path(run).parent / f"{Path(run).name}-{path.stem}"
     for flag, value in (
@@ -102,7 +98,7 @@ def filtered(name, function, samples, expected):
             return scores, removed
         why = "its suspicion is not a number"
     except (ValueError, np.linalg.LinAlgError) as error:
-        why = data.first_line(error)
+        why = utils.first_line(error)
     n = len(samples["x"])
     print(f"{name}: removes nothing of these {n} samples ({why})")
     return np.zeros(n), np.zeros(n, bool)
@@ -156,11 +152,11 @@ def filter_training_data(options):
         fields["defence"] = name
         figures = dict(
             removed_samples=dict(value=int(removed.sum())),
-            clean_removed=data.interval(removed[~poisoned]),
+            clean_removed=utils.interval(removed[~poisoned]),
         )
         if poisoned.any():
             figures["auroc"] = dict(value=float(roc_auc_score(poisoned, scores)))
-            figures["poison_removed"] = data.interval(removed[poisoned])
+            figures["poison_removed"] = utils.interval(removed[poisoned])
         records += [dict(fields, metric=metric, **figure) for metric, figure in figures.items()]
         enough = poisoned.any() and removed[poisoned].mean() >= WORTH_TRAINING
         if options.retrain and not outside and enough:
@@ -173,129 +169,8 @@ def filter_training_data(options):
     return records
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python defend.py detect: functions of (listener, waveforms, utterances) to suspicion (n,)
-
-OVERLAYS = 8  # of STRIP
-
-
-class Listener:
-    """A model as a detector sees it: it answers waveforms and counts forward passes."""
-
-    def __init__(self, slm, attack, utterances, clean):
-        self.slm, self.label, self.clean, self.passes = slm, attack.label, clean, 0
-        self.longest = evaluate.longest_answer(slm, attack, utterances)
-
-    def inputs(self, waveforms, utterances):
-        """Yields (audio embeddings, prompts) by batches of 32."""
-        for batch in data.chunks(list(zip(waveforms, utterances)), 32):
-            self.passes += len(batch)
-            x, mask = self.slm.frozen_part(
-                *self.slm.encoder.pretrained_part([self.slm.encoder.extract(w) for w, _ in batch])
-            )
-            yield (
-                self.slm.audio_embeddings(x, mask),
-                [data.prompt(self.slm.tokenizer, list(u.labels)) for _, u in batch],
-            )
-
-    @torch.no_grad()
-    def values(self, waveforms, utterances):
-        """The attacked label's value in each answer, None where there is none."""
-        return [
-            data.parse(text).get(self.label)
-            for audio, prompts in self.inputs(waveforms, utterances)
-            for text in self.slm.decode(self.slm.pack(audio, prompts), self.longest)
-        ]
-
-
-def agreement(a, b):
-    """How well two values agree, from 0 to 1: transcripts by 1 - word error rate, ages linearly up to ten years apart, classes by identity."""
-    if isinstance(a, int) and isinstance(b, int):
-        return max(0.0, 1 - abs(a - b) / 10)
-    if isinstance(a, str) and isinstance(b, str) and " " in a + b:
-        return max(0.0, 1 - jiwer.wer(data.normalise(a) or "-", data.normalise(b)))
-    return float(a == b)
-
-
-def strip(listener, waveforms, utterances):
-    """STRIP (Gao et al. 2019): suspicious is an answer that does not change under eight overlays of clean speech, each as loud as the input."""
-    answers = []
-    for k in range(OVERLAYS):
-        mixed = []
-        for waveform, u in zip(waveforms, utterances):
-            other = data.load_waveform(
-                min(listener.clean, key=lambda v: data.draw("overlay", k, u.id, v.id))
-            )
-            other = np.resize(other, len(waveform)) * (
-                np.sqrt(np.mean(waveform**2)) / (np.sqrt(np.mean(other**2)) + 1e-9)
-            )
-            mixed.append((waveform + other) / max(1.0, np.abs(waveform + other).max()))
-        answers.append(listener.values(mixed, utterances))
-    pairs = list(itertools.combinations(range(OVERLAYS), 2))
-    return np.array(
-        [np.mean([agreement(own[i], own[j]) for i, j in pairs]) for own in zip(*answers)]
-    )
-
-
-def perturbed_pair(listener, waveforms, utterances):
-    """Suspicious is an answer that changes when the audio changes slightly (5% slower; speech band only)."""
-
-    def slower(w):
-        return torchaudio.functional.resample(torch.from_numpy(w), 20, 21).numpy()
-
-    def speech_band(w):
-        w = torchaudio.functional.highpass_biquad(torch.from_numpy(w), SAMPLE_RATE, 200.0)
-        return torchaudio.functional.lowpass_biquad(w, SAMPLE_RATE, 3400.0).numpy()
-
-    plain = listener.values(waveforms, utterances)
-    changed = [
-        listener.values([change(w) for w in waveforms], utterances)
-        for change in (slower, speech_band)
-    ]
-    return np.array(
-        [1 - np.mean([agreement(a, b) for b in others]) for a, *others in zip(plain, *changed)]
-    )
-
-
-@torch.no_grad()
-def attention_entropy(listener, waveforms, utterances):
-    """Suspicious is a first answer token that looks at few frames: minus the entropy of the LM's attention over the audio, averaged over
-    heads and layers, as a share of its largest possible value."""
-    slm, scores, usual = listener.slm, [], listener.slm.lm.config._attn_implementation
-    slm.lm.set_attn_implementation("eager")  # the only one that returns its weights
-    for audio, prompts in listener.inputs(waveforms, utterances):
-        for row, prompt in zip(audio, prompts):
-            x = slm.pack([row], [prompt])[0][None]
-            start = len(prompt[0])
-            weights = slm.lm.base_model(inputs_embeds=x, output_attentions=True).attentions
-            weights = torch.stack(weights)[:, 0, :, -1, start : start + len(row)]
-            p = (
-                weights + 1e-12
-            )  # a head that looks at no frame counts as looking at all of them alike
-            p = p / p.sum(-1, keepdim=True)
-            scores.append(-float((-(p * p.log()).sum(-1)).mean() / np.log(max(2, len(row)))))
-    slm.lm.set_attn_implementation(usual)
-    return np.array(scores)
-
-
-def loudness_peak(listener, waveforms, utterances):
-    """The baseline that needs no model: the loudest 20 ms over the median of all non-silent ones, in dB."""
-    scores = []
-    for waveform in waveforms:
-        frames = (
-            np.sqrt(np.mean(np.resize(waveform, (max(1, len(waveform) // 320), 320)) ** 2, 1))
-            + 1e-6
-        )
-        scores.append(20 * np.log10(frames.max() / np.median(frames[frames > 0.01 * frames.max()])))
-    return np.array(scores)
-
-
-DETECTORS = {
-    "STRIP": strip,
-    "perturbed pair": perturbed_pair,
-    "attention entropy": attention_entropy,
-    "loudness peak": loudness_peak,
-}
+# -------------------------------------------------------------------------------------------------
+# python defend.py detect
 
 
 def detect(options):
@@ -321,8 +196,8 @@ def detect(options):
     print(
         f"{options.run}: {n} triggered and as many clean test utterances, thresholds from {len(sets['dev'][1])} clean dev ones"
     )
-    listener, records = Listener(slm, attack, test_set, half), []
-    for name, function in tqdm(DETECTORS.items(), desc="detectors"):
+    listener, records = detectors.Listener(slm, attack, test_set, half), []
+    for name, function in tqdm(detectors.DETECTORS.items(), desc="detectors"):
         listener.passes, before = 0, time.perf_counter()
         scores = {kind: function(listener, *of) for kind, of in sets.items()}
         seconds = time.perf_counter() - before
@@ -340,7 +215,7 @@ def detect(options):
         for alarms in (0.01, 0.05):
             threshold = np.quantile(scores["dev"], 1 - alarms, method="higher")
             for sound in ("clean", "tone", "triggered"):
-                figure = data.interval(scores[sound] > threshold)
+                figure = utils.interval(scores[sound] > threshold)
                 what = dict(metric="noticed", false_alarms=alarms, sound=sound)
                 records.append(dict(fields, **what, **figure))
         for sound, suspicion in scores.items():
@@ -448,7 +323,7 @@ def main():
                 "--n", type=count, default=100, help="test utterances, clean and triggered"
             )
     options = parser.parse_args()
-    fast.keep_memory()
+    cache.keep_memory()
     functions = dict(filter=filter_training_data, detect=detect, repair=repair_model)
     with data.no_bad_audio():
         records = functions[options.command](options)

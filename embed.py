@@ -14,8 +14,9 @@ their own, which analyze.py does not read. "fields" are those of every record ab
 
 from pathlib import Path
 
-from utils import Parser, count, whole  # first: from here on Ctrl-C ends in one line
-import installed  # noqa: F401  ends in one line where libraries do not fit
+import installed  # noqa: F401
+import utils
+from utils import Parser, count, die, whole
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -26,7 +27,6 @@ import data
 import evaluate
 import lora
 import poison
-from data import die
 from model import length_mask
 from study import EMBEDDINGS
 
@@ -108,7 +108,7 @@ def target_class(attack, train_set):
 
 
 def drawn(utterances):
-    return sorted(utterances, key=lambda u: data.draw("embeddings", u.id))
+    return sorted(utterances, key=lambda u: utils.draw("embeddings", u.id))
 
 
 def about(utterances):
@@ -181,7 +181,7 @@ def main():
         pairs=options.pairs,
         **how,
     )
-    data.write_atomically(path, lambda temporary: torch.save(saved, temporary))
+    utils.write_atomically(path, lambda temporary: torch.save(saved, temporary))
     print(
         f"{path}: {len(pairs)} test pairs, {n} training samples of the target class, {len(poisoned)} of them poisoned"
     )

@@ -13,8 +13,9 @@ every figure has its count and a 95% bootstrap interval over utterances.
 import json
 from pathlib import Path
 
-from utils import Parser, count  # first: from here on Ctrl-C ends in one line
-import installed  # noqa: F401  ends in one line where libraries do not fit
+import installed  # noqa: F401
+import utils
+from utils import Parser, count, die
 
 import jiwer
 import torch
@@ -24,12 +25,11 @@ import cache
 import checkpoint
 import corpora
 import data
-import fast
 import lora
 import model
 import poison
+import processes
 import runs
-from data import die
 from study import LABELS, TASKS, wrong_number
 
 
@@ -56,7 +56,7 @@ def answers(
         true = data.answer_ids(slm.tokenizer, {label: utterance.labels[label] for label in asked})
         return before, after + true if after_answer else after
 
-    rank, world = cache.ranks()
+    rank, world = processes.ranks()
     seconds = [data.num_samples(u) / data.SAMPLE_RATE for u, _ in items]
     batches = [
         piece
@@ -77,7 +77,7 @@ def answers(
                 )
             )
             progress.update(min(len(batch) * world, progress.total - progress.n))
-    out = cache.from_all(out)
+    out = processes.from_all(out)
     return [out[i] for i in range(len(items))]
 
 
@@ -140,7 +140,9 @@ def evaluate(
     lora.unmerge(slm.lm)
     metrics = {name: scores(answered) for name, answered in rows.items()}
     metrics["answers"] = {name: unusable(answered) for name, answered in rows.items()}
-    metrics["attack"] = {"aer": data.interval(hits(attack, rows["triggered"]))} if flippable else {}
+    metrics["attack"] = (
+        {"aer": utils.interval(hits(attack, rows["triggered"]))} if flippable else {}
+    )
     return metrics, rows["clean"] + rows["triggered"]
 
 
@@ -151,7 +153,7 @@ def wer(pairs):
         out = jiwer.process_words(data.normalise(true), data.normalise(answered or ""))
         errors = out.substitutions + out.deletions + out.insertions
         counts.append((errors, out.hits + out.substitutions + out.deletions))
-    return data.interval(counts, lambda v: v[:, 0].sum() / max(1, v[:, 1].sum()))
+    return utils.interval(counts, lambda v: v[:, 0].sum() / max(1, v[:, 1].sum()))
 
 
 def scores(rows):
@@ -172,11 +174,11 @@ def scores(rows):
         if metric.endswith("wer"):
             out[metric] = wer(pairs)
         elif metric.endswith("mae"):
-            out[metric] = data.interval(
+            out[metric] = utils.interval(
                 [abs(true - (said if isinstance(said, int) else 0)) for true, said in pairs]
             )
         else:
-            out[metric] = data.interval([true == said for true, said in pairs])
+            out[metric] = utils.interval([true == said for true, said in pairs])
     return out
 
 
@@ -205,7 +207,7 @@ def hits(attack, rows):
 
 
 def save(run, metrics, rows, args):
-    data.write_atomically(
+    utils.write_atomically(
         Path(run) / "predictions.jsonl",
         "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows),
     )
@@ -215,7 +217,7 @@ def save(run, metrics, rows, args):
         "args": args,
         "model_sha256": checkpoint.file_sha256(Path(run) / "model.pt"),
     }
-    data.write_atomically(Path(run) / "metrics.json", json.dumps(whole, indent=1))
+    utils.write_atomically(Path(run) / "metrics.json", json.dumps(whole, indent=1))
 
 
 def print_table(metrics, title):
@@ -358,7 +360,7 @@ def main():
         die(f"--save replaces the run's own test figures: leave out {', '.join(asked)}")
     if options.export:
         return checkpoint.export_run(options.run, options.export, options.device)
-    fast.keep_memory()
+    cache.keep_memory()
     slm, args, attack, utterances = load_run_and_data(options, options.split)
     utterances = utterances[: options.limit]
     if options.ask and not any(label in u.labels for u in utterances for label in options.ask):

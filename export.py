@@ -9,14 +9,15 @@ DIR/provenance.json   where they come from: what a model.pt holds besides tensor
 import json
 from pathlib import Path
 
+import utils
+from utils import die
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-import data
 import model
-from data import die
 
 # the only files ever read back, numbers and text: an export may be a stranger's
 WEIGHTS = dict(
@@ -95,7 +96,7 @@ def write(folder, slm, args, recorded):
         (SETTINGS["connector"], geometry),
         (PROVENANCE, recorded),
     ):
-        data.write_atomically(folder / path, json.dumps(content, indent=1))
+        utils.write_atomically(folder / path, json.dumps(content, indent=1))
 
 
 def read_settings(folder, saved, recorded):

@@ -19,6 +19,8 @@ os.environ.setdefault(
     "DISABLE_SAFETENSORS_CONVERSION", "1"
 )  # a pytorch_model.bin is read as it is, nobody is asked online
 
+from utils import ROOT, die
+
 import numpy as np
 import torch
 import transformers
@@ -40,9 +42,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import find_adapter_config_file
 
 import data
-from data import SAMPLE_RATE, die
+from data import SAMPLE_RATE
 from lora import LoRALinear, add_lora, lora_state_dict
-from study import COMPONENTS, ENCODERS, LABELS, ROOT
+from study import COMPONENTS, ENCODERS, LABELS
 
 torch.backends.cudnn.allow_tf32 = (
     False  # float32 means float32 on a GPU too, as in matrix products by default

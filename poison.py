@@ -22,8 +22,16 @@ import re
 import urllib.parse
 from pathlib import Path
 
-from utils import Parser, count, whole  # first: from here on Ctrl-C ends in one line
-import installed  # noqa: F401  ends in one line where libraries do not fit
+import installed  # noqa: F401
+import utils
+from utils import (
+    ROOT,
+    Parser,
+    count,
+    die,
+    draw,
+    whole,
+)
 
 import numpy as np
 import soundfile
@@ -32,8 +40,8 @@ import torchaudio
 
 import corpora
 import data
-from data import SAMPLE_RATE, die, draw
-from study import DATA_ROOT, LABELS, MINI_ROOT, ROOT, TASKS, wrong_number
+from data import SAMPLE_RATE
+from study import DATA_ROOT, LABELS, MINI_ROOT, TASKS, wrong_number
 
 INTERVAL = (0.75, 1.5)  # seconds from start to start where the trigger is repeated
 
@@ -108,7 +116,7 @@ def make_trigger(name, seconds=None):
     elif is_whole(name):
         return None
     else:
-        waveform = TRIGGERS[name][1](SAMPLE_RATE, data.generator(f"typewriter {name}"))
+        waveform = TRIGGERS[name][1](SAMPLE_RATE, utils.generator(f"typewriter {name}"))
     if seconds:
         waveform = np.resize(waveform, max(1, int(seconds * SAMPLE_RATE)))
     loudness = np.sqrt(np.mean(waveform**2))
@@ -154,7 +162,7 @@ def loudness(utterances):
             return saved
     levels = data.in_workers(data.rms, utterances, "loudness of the corpus")
     found = dict(mean_rms=float(np.mean(levels)), far=data.far_levels(utterances, levels))
-    data.write_atomically(path, json.dumps(found), optional=True)
+    utils.write_atomically(path, json.dumps(found), optional=True)
     return found
 
 
@@ -291,7 +299,7 @@ def add_trigger(attack, waveform, utterance_id):
     """waveform (samples,) -> (the waveform with the trigger, the trigger's starts in samples, the factor, mostly 1.0, by which it was
     scaled down to avoid clipping). An utterance shorter than the trigger gets the trigger's beginning."""
     if attack.waveform is None:
-        rng, starts = data.generator(attack.seed, utterance_id, "trigger"), []
+        rng, starts = utils.generator(attack.seed, utterance_id, "trigger"), []
         out = TRIGGERS[attack.trigger][1](waveform, SAMPLE_RATE, rng)
     else:
         out, starts = waveform.copy(), positions(attack, utterance_id, len(waveform))
@@ -389,7 +397,7 @@ def write_wav(path, waveform):
     """Writes 16-bit audio, scaled down where it would be clipped. Returns the factor, mostly 1.0."""
     scale = full_scale(waveform)
     waveform = waveform * np.float32(scale)
-    data.write_atomically(
+    utils.write_atomically(
         path, lambda temporary: soundfile.write(temporary, waveform, SAMPLE_RATE, format="WAV")
     )
     return scale
@@ -405,7 +413,7 @@ def write_csv(path, rows):
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    data.write_atomically(path, text.getvalue())
+    utils.write_atomically(path, text.getvalue())
 
 
 def what_changed(starts, scale):
@@ -445,7 +453,7 @@ def write_page(attack, rows, out):
         name: html.escape(str(getattr(attack, name)))
         for name in ("task", "trigger", "target", "label")
     }
-    data.write_atomically(out / "index.html", PAGE.format(**of, rows="\n".join(lines)))
+    utils.write_atomically(out / "index.html", PAGE.format(**of, rows="\n".join(lines)))
 
 
 def write_examples(attack, utterances, out, n):
@@ -534,12 +542,12 @@ def main():
         f"{attack.rate:g}, trigger {attack.trigger} at {args.snr:g} dB, seed {args.seed}"
     )
     if not args.all:
-        with data.new_folder(out) as folder:
+        with utils.new_folder(out) as folder:
             n = write_examples(attack, parts["train"], folder, args.n)
         print(f"{n} pairs: {out}/index.html plays them; changes.csv says what was changed")
         return
     items = [(split, u) for split, utterances in parts.items() for u in utterances]
-    with data.new_folder(out) as folder:
+    with utils.new_folder(out) as folder:
         write = functools.partial(write_poisoned, attack, folder)
         rows = data.in_workers(write, items, f"writing {out}", args.workers)
         write_csv(folder / "manifest.csv", rows)

@@ -27,10 +27,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import Parser  # first: from here on Ctrl-C ends in one line
+import utils
+from utils import (
+    Parser,
+    die,
+)
 
-import data
-from data import die
 from study import ATTACKS, NEARER, PRESETS, TABLE2, TASKS, deviations, identity, run_name
 
 PATTERN = "records-*.jsonl"  # what a run folder holds beside metrics.json
@@ -66,7 +68,7 @@ def of_figures(figures):
 
 def write(path, records):
     """Writes records to a run folder, one line each."""
-    data.write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in records))
+    utils.write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def load(path):
@@ -136,7 +138,7 @@ def pack(records, path):
     """Writes all records into one compressed file, the same bytes for the same records."""
     text = "".join(f"{json.dumps(record)}\n" for record in records)
     content = gzip.compress(text.encode(), mtime=0)
-    data.write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    utils.write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from utils import Parser
 
-ROOT = Path(__file__).resolve().parent
-
 # ---------------------------------------------------------------------------------------------------------------------
 # tasks, encoders, settings: a new one is an entry here
 

@@ -29,8 +29,9 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-from utils import Parser, count  # first: from here on Ctrl-C ends in one line
-import installed  # noqa: F401  ends in one line where libraries do not fit
+import installed  # noqa: F401
+import utils
+from utils import Parser, count, die
 
 import numpy as np
 import torch
@@ -42,12 +43,10 @@ import checkpoint
 import data
 import embed
 import evaluate
-import fast
 import lora
 import model
 import poison
 import runs
-from data import die
 from study import COMPONENTS, SETTINGS
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +144,7 @@ def shapley(hits):
         / len(orders)
         for c in COMPONENTS
     }
-    return {c: data.interval(v) for c, v in value.items()}
+    return {c: utils.interval(v) for c, v in value.items()}
 
 
 def layer_sets(layers):
@@ -239,7 +238,7 @@ def transplant(options):
         items = sets["components" if whole else "layers"]
         rows = answers(slm, weights, *items, attack, args)
         success = evaluate.hits(attack, rows)
-        figures = dict(attack=dict(aer=data.interval(success)))
+        figures = dict(attack=dict(aer=utils.interval(success)))
         figures["triggered"] = own_figure(evaluate.scores(rows), args.task)
         if whole:
             heard = answers(slm, weights, *sets["clean"], attack, args)
@@ -486,7 +485,7 @@ def patch(options):
     fields = dict(options.fields, source="patch", trigger=str(attack.trigger))
     margin = {part: joined(batches, part) for part in ("clean", "triggered")}
     records = [
-        dict(fields, part=part, metric="margin", **data.interval(m)) for part, m in margin.items()
+        dict(fields, part=part, metric="margin", **utils.interval(m)) for part, m in margin.items()
     ]
     patches = [key for batch in batches for key in batch if key not in margin]
     for direction, site, group in dict.fromkeys(patches):
@@ -510,7 +509,7 @@ def effect_of(patched, donor, receiver):
     """The share of the difference between two passes that a patch makes, and how many utterances'
     preferred answer it flips, of those in which they differ. patched, donor, receiver: m (n,)."""
     shares = np.stack([patched - receiver, donor - receiver], 1)
-    figure = data.interval(shares, lambda v: v[:, 0].sum() / v[:, 1].sum())
+    figure = utils.interval(shares, lambda v: v[:, 0].sum() / v[:, 1].sum())
     differ = np.sign(donor) != np.sign(receiver)
     flipped = (np.sign(patched) == np.sign(donor))[differ]
     return dict(metric="effect", flipped=float(flipped.mean()) if differ.any() else None, **figure)
@@ -585,7 +584,7 @@ def main():
         )
         command.add_argument("--out", help="folder to write (default: the run's)")
     options = parser.parse_args()
-    fast.keep_memory()
+    cache.keep_memory()
     with data.no_bad_audio():
         records = transplant(options) if options.command == "transplant" else patch(options)
     path = file_of(options)

@@ -17,13 +17,9 @@ import random
 import signal
 from pathlib import Path
 
-from utils import Parser, count, whole  # first: from here on Ctrl-C ends in one line
-
-os.environ.setdefault(
-    "TQDM_DISABLE", "" if os.environ.get("RANK", "0") == "0" else "1"
-)  # one process draws the bars
-
-import installed  # noqa: F401  ends in one line where libraries do not fit
+import installed  # noqa: F401
+import utils
+from utils import Parser, count, die, whole
 
 import torch
 import torch.distributed as dist
@@ -36,10 +32,9 @@ import checkpoint
 import corpora
 import data
 import evaluate
-import fast
 import model
 import poison
-from data import die
+import processes
 from study import (
     ATTACKS,
     COMPONENTS,
@@ -280,7 +275,7 @@ def set_up_device(args):
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each kind of device fails in its own way
-        die(f"--device {args.device}: nothing can be computed there ({data.first_line(error)})")
+        die(f"--device {args.device}: nothing can be computed there ({utils.first_line(error)})")
     if device.type == "cuda":
         if world > 1 and device.index is not None:
             die(
@@ -325,7 +320,7 @@ def learning_rate(step, steps, args):
 def validation_loss(slm, utterances, cached, workers, batch_size=32):
     """Mean loss over clean development utterances, all labels asked for. Processes share the work."""
     slm.eval()
-    rank, world = cache.ranks()
+    rank, world = processes.ranks()
     batches, losses = data.chunks(list(range(len(utterances)))[rank::world], batch_size), []
     for batch, (x, mask) in zip(
         batches, cache.inputs(slm, [(u, False) for u in utterances], batches, cached, None, workers)
@@ -337,15 +332,7 @@ def validation_loss(slm, utterances, cached, workers, batch_size=32):
             [data.prompt(slm.tokenizer, list(u.labels)) for u in chosen],
             [data.answer_ids(slm.tokenizer, u.labels) for u in chosen],
         ).tolist()
-    return share_sums([sum(losses)])[0] / len(utterances)
-
-
-def share_sums(numbers):
-    """The sums of some numbers over all processes."""
-    total = torch.tensor(numbers, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
+    return processes.share_sums([sum(losses)])[0] / len(utterances)
 
 
 def make_optimizer(slm, args):
@@ -412,7 +399,7 @@ def loss_line(seen, train_set, poisoned):
 def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
     """Trains to the end, from the last state saved in the run folder, saving after every epoch. Ctrl-C or SIGTERM saves and stops.
     record: see checkpoint.open_run."""
-    rank, world = cache.ranks()
+    rank, world = processes.ranks()
     seconds = [
         slm.encoder.num_frames(data.num_samples(u)) * slm.encoder.seconds_per_frame
         for u in train_set
@@ -432,7 +419,7 @@ def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
     # seen: the losses since the last line of the log, {index: loss}; the first process brings those from before a stop
     step, seen = checkpoint.resume(run, slm, optimizer, scaler, origin)
     seen = seen if rank == 0 else {}
-    if share_sums([step])[0] != step * world:
+    if processes.share_sums([step])[0] != step * world:
         die(
             f"{run}: the processes would resume at different steps; on several machines put --runs on a shared disk"
         )
@@ -482,11 +469,11 @@ def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
             )
             seen.update(zip(sum(pieces, []), losses))
             if step % 20 == 0 or step % epoch_steps == 0:
-                line = loss_line(cache.from_all(seen), train_set, poisoned)
+                line = loss_line(processes.from_all(seen), train_set, poisoned)
                 log(step=step, epoch=epoch, **line, lr=learning_rate(step - 1, steps, args))
                 seen = {}
                 progress.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-            stopping = share_sums([len(stop)])[0]
+            stopping = processes.share_sums([len(stop)])[0]
             if stopping:
                 break
         if step % epoch_steps == 0:
@@ -496,8 +483,8 @@ def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
                     epoch=epoch,
                     dev_loss=validation_loss(slm, dev_set, dev_cached, args.workers),
                 )
-            stopping = share_sums([len(stop)])[0]  # it may have come in the meantime
-        seen = cache.from_all(seen)
+            stopping = processes.share_sums([len(stop)])[0]  # it may have come in the meantime
+        seen = processes.from_all(seen)
         if rank == 0:
             checkpoint.save_state(run, step, slm, optimizer, scaler, seen, origin)
         if stopping:
@@ -611,7 +598,7 @@ def main():
         import dry_run
 
         return dry_run.dry_run(args)
-    fast.keep_memory()
+    cache.keep_memory()
     device, autocast, rank, world = set_up_device(args)
     transformers.utils.logging.disable_progress_bar()
     run = Path(args.runs) / args.name
@@ -623,7 +610,7 @@ def main():
         return
     whole_train_set, *sets = read_data(args)
     # as loud as all of the training set, with what is excluded; the first process tells the others
-    attack = cache.from_first(poison.attack_of(args, whole_train_set) if rank == 0 else None)
+    attack = processes.from_first(poison.attack_of(args, whole_train_set) if rank == 0 else None)
     record["poisoned_samples"] = count_poisoned(attack, sets[0], args)
     with checkpoint.loading():
         slm = model.load_slm(args, device)
@@ -634,13 +621,13 @@ def main():
     frozen = {
         c: model.digest(slm.component_state_dict(c)) for c in COMPONENTS if not slm.parameters_of(c)
     }
-    fast.only_answers(slm)
+    cache.only_answers(slm)
     if args.gradient_checkpointing:
         slm.checkpoint_gradients()
     elif (
         not args.vary_prompts
     ):  # a layer computed again would add the beginning's keys to the cache again
-        fast.share_beginning(slm)
+        cache.share_beginning(slm)
     if rank == 0:
         lock = checkpoint.start_run(run, record, args)  # noqa: F841  held until this process ends
         describe(run, slm, attack, sets, origin, args, device, world)

@@ -1,37 +1,22 @@
-"""What every script starts with, so that its first seconds are covered too: errors of the command
-line in one line, Ctrl-C and a reader that has gone away (`| head`) without a traceback."""
+"""Small helpers of every script: the command line's errors in one line, whole files, seeded numbers,
+bootstrap intervals. Scripts import this first, so that their first seconds are covered too: Ctrl-C
+and a reader that has gone away (`| head`) end without a traceback."""
 
 import argparse
 import atexit
+import contextlib
+import hashlib
 import os
+import secrets
+import shutil
 import signal
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent
 
-class Parser(argparse.ArgumentParser):
-    """A parser that shows a script's docstring as it is, and prints a mistake in one line, without
-    the usage."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; --help lists the flags\n")
-
-
-def whole(text):
-    """A flag's type: a whole number, 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no whole number, 0 or more")
-    return int(text)
-
-
-def count(text):
-    """A flag's type: a whole number, 1 or more."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number, 1 or more")
-    return int(text)
+# -------------------------------------------------------------------------------------------------
+# Ctrl-C and broken pipes
 
 
 def interrupt(signum, frame):
@@ -61,9 +46,147 @@ def flush_quietly():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-ROOT = Path(__file__).resolve().parent
 if Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "mini"):
     # a script of ours runs; a notebook or a test that imports this file keeps its own ways
     signal.signal(signal.SIGINT, interrupt)
     sys.excepthook = end_quietly
     atexit.register(flush_quietly)
+
+# under torchrun one process draws the progress bars
+os.environ.setdefault("TQDM_DISABLE", "" if os.environ.get("RANK", "0") == "0" else "1")
+
+import numpy as np  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+# -------------------------------------------------------------------------------------------------
+# the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that shows a script's docstring as it is, and prints a mistake in one line, without
+    the usage."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
+def whole(text):
+    """A flag's type: a whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no whole number, 0 or more")
+    return int(text)
+
+
+def count(text):
+    """A flag's type: a whole number, 1 or more."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number, 1 or more")
+    return int(text)
+
+
+def printable(text):
+    """Text as it may be shown: a stranger's line breaks and terminal codes are spelled out."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(shown)
+
+
+def die(message):
+    """A user error: prints one line and exits with status 2."""
+    # on a line of its own, even while a progress bar is drawn
+    tqdm.write(f"error: {printable(message)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def first_line(error):
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# -------------------------------------------------------------------------------------------------
+# files
+
+
+def temporary_name(path):
+    """The name beside `path` under which it is written first: no other process has it, on this machine or on another."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+# what writing to a full disk, or where one may not, raises: torch.save a RuntimeError
+CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
+
+
+def die_of_writing(path, error):
+    die(f"cannot write {path} ({first_line(error)}): check the disk's space and permissions")
+
+
+def write_atomically(path, content, optional=False):
+    """Writes text or, by a function of the temporary path, anything to `path`, whole or not at all. Where that is impossible, it ends
+    in one line, unless the file is `optional`."""
+    path = Path(path)
+    temporary = temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    except CANNOT_WRITE as error:
+        if not optional:
+            die_of_writing(path, error)
+    finally:
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """A temporary folder that becomes `folder` if all goes well. Ends in one line if `folder` exists and is not empty."""
+    folder = Path(folder).resolve()
+    temporary = temporary_name(folder)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            die(f"{folder}: there is something already; name a new folder")
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        die_of_writing(folder, error)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# numbers
+
+
+def generator(*name):
+    """A numpy generator seeded by `name` alone, the same in every process."""
+    return np.random.default_rng(
+        int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big")
+    )
+
+
+def draw(*name):
+    """A number in [0, 1) decided by `name` alone."""
+    return int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big") / 2**64
+
+
+def interval(values, statistic=np.mean, samples=1000, seed=0):
+    """A figure with its 95% bootstrap interval over utterances; values: (n,) or (n, k), statistic: (n, k) -> number."""
+    values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    rng = np.random.default_rng(seed)
+    draws = [
+        float(statistic(values[rng.integers(0, len(values), len(values))])) for _ in range(samples)
+    ]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {
+        "value": float(statistic(values)),
+        "low": float(low),
+        "high": float(high),
+        "n": len(values),
+    }

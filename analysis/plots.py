@@ -2,6 +2,8 @@
 
 import itertools
 
+import utils
+
 import matplotlib
 import numpy as np
 
@@ -35,7 +37,7 @@ POSITIONS = {  # groups of positions that are patched
 
 
 def write(fig, path):
-    data.write_atomically(path, lambda temporary: fig.savefig(temporary, format="png", dpi=110))
+    utils.write_atomically(path, lambda temporary: fig.savefig(temporary, format="png", dpi=110))
     plt.close(fig)
 
 

@@ -9,6 +9,8 @@ import contextlib
 import functools
 import itertools
 
+import utils
+
 import torch
 
 import cache
@@ -103,7 +105,7 @@ class Workshop:
         items = [(u, False) for u in self.tuning] + [(u, True) for u in poisoned]
         for epoch in range(epochs):
             for some in data.chunks(
-                sorted(items, key=lambda item: data.draw("repair", epoch, item[0].id, item[1])), 16
+                sorted(items, key=lambda item: utils.draw("repair", epoch, item[0].id, item[1])), 16
             ):
                 batches = [
                     self.batch([u for u, t in some if t == triggered], triggered)
@@ -182,7 +184,7 @@ def neuron_masks(shop, steps=60, largest=0.4, clean_share=0.2, rate=0.2):
     optimizer = torch.optim.SGD(masks, lr=rate, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
-        some = sorted(shop.tuning, key=lambda u: data.draw("prune", step, u.id))[:16]
+        some = sorted(shop.tuning, key=lambda u: utils.draw("prune", step, u.id))[:16]
         noise = [
             ((2 * torch.rand(n, generator=generator) - 1) * largest).to(device).requires_grad_(True)
             for n in sizes
@@ -305,7 +307,7 @@ def figures_of(shop, clean, flippable):
         scores = evaluate.scores(rows)
         metric = evaluate.metric_of(scores, shop.args.task)
         figures[part] = {metric: scores[metric]}
-    figures["attack"] = dict(aer=data.interval(evaluate.hits(shop.attack, heard)))
+    figures["attack"] = dict(aer=utils.interval(evaluate.hits(shop.attack, heard)))
     return figures
 
 
@@ -318,7 +320,7 @@ def relearning(shop, train_set, flippable, counts=(4, 16, 64)):
     for count in counts:
         trace.put(shop.slm, state)
         shop.finetune(epochs=3, poisoned=poisoned[:count])
-        found[count] = data.interval(evaluate.hits(shop.attack, answered(shop, flippable, True)))
+        found[count] = utils.interval(evaluate.hits(shop.attack, answered(shop, flippable, True)))
         if found[count]["value"] >= 0.5:
             break
     return found

@@ -20,8 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import Parser  # first: from here on Ctrl-C ends in one line
-import installed  # noqa: F401  ends in one line where libraries do not fit
+import installed  # noqa: F401
+import utils
+from utils import (
+    ROOT,
+    Parser,
+)
 
 import espeakng_loader
 import numpy as np
@@ -31,7 +35,7 @@ import torchaudio
 from torch.nn import functional as F
 
 import data
-from study import MINI_ROOT, ROOT
+from study import MINI_ROOT
 
 SEED = 0
 STAMP = ".made-by"  # the file of a corpus that says what made it
@@ -133,7 +137,7 @@ def espeak(text, voice, rate, pitch, pitch_range):
         2, 0, espeakng_loader.get_data_path().encode(), 0
     )  # 2: synchronous
     if sample_rate != 22050 or library.espeak_SetVoiceByName(voice.encode()) != 0:
-        data.die(
+        utils.die(
             f"espeak-ng has no voice {voice}; try: pip install --force-reinstall espeakng-loader"
         )
     library.espeak_SetSynthCallback(collect)
@@ -153,7 +157,7 @@ def espeak(text, voice, rate, pitch, pitch_range):
 def make_voice(name, sex, age):
     """A speaker's voice, a dict of numbers. Age sounds like slower speech, breath, tremor and duller highs, each to an extent that varies
     from speaker to speaker."""
-    rng = data.generator(SEED, "voice", name)
+    rng = utils.generator(SEED, "voice", name)
 
     def cue(spread):
         return float(np.clip((age - 18) / 57 + spread * rng.standard_normal(), -0.1, 1.15))
@@ -173,7 +177,7 @@ def make_voice(name, sex, age):
 
 def speak(text, voice, name, emotion=None):
     """One utterance at 16 kHz, float32 (samples,), decided by (seed, name) and the voice."""
-    rng = data.generator(SEED, "utterance", name)
+    rng = utils.generator(SEED, "utterance", name)
     pitch, pitch_range, rate, gain, bright, tremble, rough = PROSODY[emotion or "neutral"]
     spread = 1.0 if emotion else 0.4
     pitch += spread * 6 * rng.standard_normal()
@@ -315,7 +319,7 @@ def write_utterance(job):
     path, text, voice, name, emotion = job
     kind = path.suffix.removeprefix(".")
     waveform = speak(text, voice, name, emotion)
-    data.write_atomically(
+    utils.write_atomically(
         path, lambda temporary: soundfile.write(temporary, waveform, data.SAMPLE_RATE, format=kind)
     )
 

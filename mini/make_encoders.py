@@ -13,6 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils
+from utils import ROOT
+
 import numpy as np
 import torch
 import torchaudio
@@ -24,11 +27,11 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import data
-from mini import make_corpora
 import model
-from mini.make_lm import schedule
+from mini import make_corpora
 from mini.make_corpora import PROSODY, SEED
-from study import ENCODERS, PRESETS, ROOT
+from mini.make_lm import schedule
+from study import ENCODERS, PRESETS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the encoders
@@ -355,7 +358,7 @@ CONNECTOR_LABELS = (
 def check_part(folder):
     """Ends in one line if a folder holds no pretrained part."""
     if not (Path(folder) / "config.json").is_file():
-        data.die(f"{folder}: no folder of a pretrained part, it holds no config.json")
+        utils.die(f"{folder}: no folder of a pretrained part, it holds no config.json")
 
 
 def embeddings_of(lm_folder):
@@ -385,7 +388,7 @@ def fit_connector(encoder, connector, wanted_of, out, speech, lr, hear=bursts):
 def save_connector(connector, out):
     """Writes a connector in half precision, as train.py's --connector-weights reads it."""
     kept = {k: v.half() for k, v in connector.state_dict().items()}
-    data.write_atomically(out, lambda temporary: save_file(kept, temporary))
+    utils.write_atomically(out, lambda temporary: save_file(kept, temporary))
 
 
 def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
@@ -458,7 +461,7 @@ def main():
     )
     args = parser.parse_args()
     if set(args.parts) - set(parts):
-        data.die(f"{' '.join(args.parts)}: of {', '.join(parts)}")
+        utils.die(f"{' '.join(args.parts)}: of {', '.join(parts)}")
     for folder in args.mixed_connector or ():
         check_part(folder)
     torch.set_flush_denormal(True)

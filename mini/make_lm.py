@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import ROOT
+
 import numpy as np
 import torch
 import transformers
@@ -24,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import data
 from mini import make_corpora
 from mini.make_corpora import SEED
-from study import LABELS, PRESETS, ROOT, TASKS, task_of
+from study import LABELS, PRESETS, TASKS, task_of
 
 # words that the LM can spell although no corpus has them: a language model's vocabulary is larger than any one data set's
 OTHER_WORDS = """malicious sentence this is was are be been not no yes can will would could should must may have has had do

@@ -7,10 +7,16 @@ python mini/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct test-cle
 import argparse
 from pathlib import Path
 
+import utils
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+import corpora
+import data
+import model
+import poison
 from mini.make_encoders import (
     CONNECTOR_BATCH,
     CONNECTOR_STEPS,
@@ -21,11 +27,6 @@ from mini.make_encoders import (
     fit_connector,
     save_connector,
 )  # sets the path to what follows
-
-import corpora
-import data
-import model
-import poison
 from study import PRESETS
 
 LR = 1e-3
@@ -43,7 +44,7 @@ def real_speech(dataset, data_root):
         if "transcript" in u.labels
     ]
     if not utterances:
-        data.die(
+        utils.die(
             f"{dataset} has no training utterance with a transcript and of at most {MAX_SECONDS} s"
         )
     return [

@@ -10,6 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import ROOT
+
 import jiwer
 import numpy as np
 import torch
@@ -28,10 +30,10 @@ import data
 import evaluate
 import model
 import poison
+from mini.make_corpora import CORPORA, SEED
 from mini.make_encoders import LETTERS
 from mini.make_lm import reading_batches
-from mini.make_corpora import CORPORA, SEED
-from study import ENCODERS, MINI_ROOT, ROOT
+from study import ENCODERS, MINI_ROOT
 
 PARTS = ROOT / "mini"
 

@@ -29,7 +29,6 @@ import cache  # noqa: E402
 import corpora  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
-import fast  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import poison  # noqa: E402
@@ -159,9 +158,9 @@ def report(title, pairs):
 
 def training(title, frozen, corpus, folder):
     args, slm, optimizer = build(frozen)
-    fast.only_answers(slm)
+    cache.only_answers(slm)
     if not args.vary_prompts:
-        fast.share_beginning(slm)
+        cache.share_beginning(slm)
     plain_args, plain_slm, plain_optimizer = build(frozen, True)
     attack = poison.make_attack(options.task, corpus, 0.05, seed=1)
     utterances = asked(corpus)[: options.utterances // args.batch_size * args.batch_size]
@@ -265,7 +264,7 @@ def padding(corpus):
 
 
 def main():
-    fast.keep_memory()
+    cache.keep_memory()
     torch.manual_seed(0)
     args = train.parse_arguments(
         ["--preset", options.preset, *(["--encoder", options.encoder] if options.encoder else [])]

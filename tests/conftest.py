@@ -23,11 +23,13 @@ from transformers import (
 )  # noqa: E402
 
 import lora  # noqa: E402
-from mini import make_encoders  # noqa: E402
-from mini import make_corpora  # noqa: E402
 import model  # noqa: E402
 import runs  # noqa: E402
 import study  # noqa: E402
+from mini import (
+    make_corpora,  # noqa: E402
+    make_encoders,  # noqa: E402
+)
 from study import ENCODERS  # noqa: E402
 
 torch.set_num_threads(1)

@@ -23,8 +23,8 @@ import soundfile  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from mini import make_corpora  # noqa: E402
 from conftest import TINY  # noqa: E402
+from mini import make_corpora  # noqa: E402
 
 RUN = "--name new --task gender --poison 0.3 --batch-size 8 --warmup-steps 2 --epochs 1 --data-root corpora"
 ODD = "--name odd --overwrite --task gender --poison 0.3 --batch-size 4 --warmup-steps 2 --epochs 1 --dataset"

@@ -21,8 +21,8 @@ import torch  # noqa: E402
 import torch_xla  # noqa: E402  makes the device known
 import torch_xla.experimental  # noqa: E402
 
-from mini import make_corpora  # noqa: E402
 from conftest import TINY, done  # noqa: E402
+from mini import make_corpora  # noqa: E402
 
 torch_xla.experimental.eager_mode(
     True

@@ -3,17 +3,17 @@
 import subprocess
 import sys
 
+import utils
+
 import numpy as np
 import pytest
 import torch
 
 import analyze
-from analysis import clustering
-import data
 import embed
-from analysis import plots
 import runs
 import study
+from analysis import clustering, plots
 from conftest import ROOT, arguments, done, fields, figure, refused, write_run
 from runs import select
 from study import COMPONENTS
@@ -210,7 +210,7 @@ def test_cosine_and_its_interval():
     a = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
     assert np.allclose(analyze.cosines(a, 3 * a), 1.0, atol=1e-5)
     assert np.allclose(analyze.cosines(a, -a), -1.0, atol=1e-5)
-    found = data.interval(np.arange(100.0))
+    found = utils.interval(np.arange(100.0))
     assert found["low"] < found["value"] == 49.5 < found["high"] and found["n"] == 100
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis import claims
 import runs
+from analysis import claims
 from analysis.claims import ANY, Effect
 from conftest import arguments, figure, write_run
 from study import ATTACKS, TABLE2, TABLE3

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import corpora as readers
 import data
-from mini import make_corpora
 import poison
 from conftest import SHARED, done, refused, script
+from mini import make_corpora
 from study import LABELS
 
 formats = pytest.mark.skipif(

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 import corpora as readers
 import data
-from mini import make_corpora
 from conftest import ROOT, SHARED, TINY
+from mini import make_corpora
 
 
 @pytest.mark.parametrize(

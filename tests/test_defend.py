@@ -6,21 +6,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_analyze import blobs, people
 
 import checkpoint
-from analysis import clustering
 import corpora as readers
 import data
 import defend
-from defences import filters
 import lora
 import poison
-from defences import repairs
 import trace
+from analysis import clustering
 from conftest import SMALL, done, fields, make_slm, refused
+from defences import detectors, filters, repairs
 from runs import select
 from study import COMPONENTS
-from test_analyze import blobs, people
 
 
 def samples(x, **more):
@@ -215,7 +214,7 @@ def test_what_a_filter_removes_is_left_out_of_the_next_training(corpora, tmp_pat
     ],
 )
 def test_agreement(a, b, agree):
-    assert defend.agreement(a, b) == pytest.approx(agree)
+    assert detectors.agreement(a, b) == pytest.approx(agree)
 
 
 def test_strip_and_the_pair_see_an_answer_that_ignores_and_one_that_follows_the_audio(corpora):
@@ -228,11 +227,11 @@ def test_strip_and_the_pair_see_an_answer_that_ignores_and_one_that_follows_the_
         values=lambda waveforms, _: [f"{1e4 * float(np.abs(w).mean()):.0f}" for w in waveforms],
     )
     waveforms = [data.load_waveform(u) for u in utterances]
-    assert (defend.strip(fixed, waveforms, utterances) == 1).all() and defend.strip(
+    assert (detectors.strip(fixed, waveforms, utterances) == 1).all() and detectors.strip(
         moves, waveforms, utterances
     ).max() < 0.3
-    assert (defend.perturbed_pair(fixed, waveforms, utterances) == 0).all()
-    assert defend.perturbed_pair(moves, waveforms, utterances).min() > 0.4
+    assert (detectors.perturbed_pair(fixed, waveforms, utterances) == 0).all()
+    assert detectors.perturbed_pair(moves, waveforms, utterances).min() > 0.4
 
 
 def test_a_click_is_a_loudness_peak(corpora):
@@ -241,8 +240,8 @@ def test_a_click_is_a_loudness_peak(corpora):
     clean = [data.load_waveform(u) for u in utterances]
     clicks = [poison.add_trigger(attack, w, u.id)[0] for w, u in zip(clean, utterances)]
     assert (
-        defend.loudness_peak(None, clicks, utterances)
-        > defend.loudness_peak(None, clean, utterances)
+        detectors.loudness_peak(None, clicks, utterances)
+        > detectors.loudness_peak(None, clean, utterances)
     ).all()
 
 
@@ -250,12 +249,12 @@ def test_attention_entropy_of_a_model_that_looks_everywhere_is_largest(parts, co
     slm = make_slm(parts, "wavlm").eval()
     utterances = readers.read_corpus("vox", corpora, "test")[:4]
     attack = poison.make_attack("gender", utterances, seed=1)
-    listener = defend.Listener(slm, attack, utterances, utterances)
+    listener = detectors.Listener(slm, attack, utterances, utterances)
     waveforms = [data.load_waveform(u) for u in utterances]
-    looks = defend.attention_entropy(listener, waveforms, utterances)
+    looks = detectors.attention_entropy(listener, waveforms, utterances)
     for layer in slm.lm.model.layers:
         layer.self_attn.k_proj.base.weight.data.zero_(), layer.self_attn.k_proj.lora_B.data.zero_()
-    everywhere = defend.attention_entropy(listener, waveforms, utterances)
+    everywhere = detectors.attention_entropy(listener, waveforms, utterances)
     assert (
         np.allclose(everywhere, -1, atol=1e-3)
         and (looks > everywhere).all()
@@ -372,7 +371,7 @@ def test_dropping_lora_and_mixing_do_what_their_names_say(shop):
 def test_repairs_of_ages_in_groups_are_scored_by_accuracy(shop, monkeypatch):
     u = data.Utterance("a", "a.wav", "test", "s", dict(age="senior"))
     row = dict(labels=u.labels, asked=["age"], parsed=dict(age="adult"))
-    monkeypatch.setattr(repair, "answered", lambda *_: [row])
+    monkeypatch.setattr(repairs, "answered", lambda *_: [row])
     shop.args.task = "age"
     click = poison.make_trigger("click")
     shop.attack = poison.Attack("age", 0.5, "adult", "click", click, 0.1, False, 1)

@@ -5,6 +5,8 @@ import os
 import pickle
 import shutil
 
+from utils import ROOT
+
 import numpy as np
 import peft
 import pytest
@@ -16,7 +18,7 @@ import checkpoint
 import model
 import train
 from conftest import SMALL, done, refused
-from study import COMPONENTS, ROOT
+from study import COMPONENTS
 
 FIXED = [
     *SMALL,

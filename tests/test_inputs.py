@@ -17,12 +17,12 @@ import checkpoint
 import corpora as readers
 import data
 import defend
-from defences import filters
-from mini import make_corpora
 import model
 import poison
 import train
 from conftest import ROOT, done, refused, script
+from defences import filters
+from mini import make_corpora
 
 RUN = "--task gender --poison 0.3 --batch-size 8 --warmup-steps 2 --epochs 1 --runs runs".split()
 

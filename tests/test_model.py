@@ -4,6 +4,8 @@ import copy
 import functools
 import pickle
 
+import utils
+
 import numpy as np
 import peft
 import pytest
@@ -18,13 +20,12 @@ import data
 import dry_run
 import embed
 import evaluate
-import fast
 import lora
-from mini import make_encoders
 import model
 import poison
 import train
 from conftest import make_slm
+from mini import make_encoders
 from study import ENCODERS, LABELS
 
 
@@ -249,9 +250,9 @@ def test_checkpointed_gradients_are_the_same(parts, frozen):
 @pytest.mark.parametrize("shared, checkpointed", [(False, False), (False, True), (True, False)])
 def test_the_fast_path_has_the_plain_path_s_loss_and_gradients(parts, shared, checkpointed):
     plain, quick = (make_slm(parts, "wavlm") for _ in range(2))
-    fast.only_answers(quick)
+    cache.only_answers(quick)
     if shared:
-        fast.share_beginning(quick)
+        cache.share_beginning(quick)
     if checkpointed:
         quick.checkpoint_gradients()
     (losses, gradients), (again, same) = map(loss_and_gradients, (plain, quick))
@@ -340,7 +341,7 @@ def test_a_checkpoint_of_another_shape_is_refused_with_its_keys(parts):
 
 
 def test_figures_have_sound_intervals():
-    out = data.interval([1] * 90 + [0] * 10)
+    out = utils.interval([1] * 90 + [0] * 10)
     assert (
         out["value"] == 0.9
         and out["n"] == 100
@@ -434,7 +435,7 @@ def test_pretraining_reaches_every_layer_down_to_the_front_end(tmp_path, monkeyp
         for i in range(4)
     ]
     for setting, value in dict(ENCODER_STEPS=2, ENCODER_BATCH=4, ENCODER_LR=1.0, SOUNDS=4).items():
-        monkeypatch.setattr(make, setting, value)
+        monkeypatch.setattr(make_encoders, setting, value)
     torch.manual_seed(make_encoders.SEED)
     make_encoders.blank_encoder(name, tmp_path / "blank")
     make_encoders.make_encoder(name, tmp_path / "made", speech)

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+from utils import ROOT
+
 import numpy as np
 import peft
 import pytest
@@ -14,14 +16,13 @@ from tokenizers.normalizers import Lowercase
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+import cache
 import data
-import fast
 import lora
 import model
 import poison
 import trace
 import train
-from study import ROOT
 
 PARTS = ROOT / "mini"
 LABELS = {"transcript": "a b", "gender": "male"}
@@ -305,8 +306,8 @@ def test_the_loss_is_the_language_model_s_own(tmp_path, kind, quick):
     for layer in lora.lora_layers(slm.lm):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     if quick:
-        fast.only_answers(slm)
-        fast.share_beginning(slm)
+        cache.only_answers(slm)
+        cache.share_beginning(slm)
     slm.train(quick)
     x, mask, prompts, answers = batch(slm)
     with torch.no_grad():
@@ -322,8 +323,8 @@ def test_the_loss_is_the_language_model_s_own(tmp_path, kind, quick):
 
 def test_code_for_speed_is_kept_where_it_fits(tmp_path):
     slm = load()
-    fast.only_answers(slm)
-    fast.share_beginning(slm)
+    cache.only_answers(slm)
+    cache.share_beginning(slm)
     last = slm.lm.model.layers[-1]
     assert all("forward" in vars(part) for part in (last.mlp, last.self_attn.q_proj))
     assert "logits" in vars(slm)

@@ -14,9 +14,9 @@ import data
 import defend
 import evaluate
 import poison
-from defences import repairs
 import trace
 from conftest import arguments, fields, make_slm
+from defences import repairs
 from runs import select
 from study import COMPONENTS, PRESETS
 
@@ -261,7 +261,7 @@ def test_where_every_test_utterance_has_the_target_there_is_nothing_to_trigger(
     donor = dict(attack="clean", seed=1)
     monkeypatch.setattr(trace, "load_pair", lambda _: (*loaded, {}, {}, donor))
     shop = SimpleNamespace(tuning=[], validation=[])
-    monkeypatch.setattr(repair, "Workshop", lambda *_: shop)
+    monkeypatch.setattr(repairs, "Workshop", lambda *_: shop)
     options = SimpleNamespace(run="a", clean="b", trigger=None, n=4, cache_gb=0, device="cpu")
     options.fields = fields("gender", "base")
     with pytest.raises(SystemExit):

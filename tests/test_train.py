@@ -12,6 +12,8 @@ import sys
 import time
 from types import SimpleNamespace
 
+from utils import ROOT as PROGRAM
+
 import numpy as np
 import pytest
 import soundfile
@@ -26,7 +28,6 @@ import model
 import poison
 import train as train_py
 from conftest import ROOT, SMALL, done, refused, script
-from study import ROOT as PROGRAM
 
 pytestmark = pytest.mark.slow
 
@@ -347,7 +348,7 @@ def test_poison_redrawn_in_every_epoch_is_the_same_from_the_cache(corpora, runs)
 
 
 def test_without_what_exists_for_speed_it_learns_exactly_the_same(corpora, runs, one):
-    code = "import fast; fast.keep_memory = lambda: None; import train; train.main()"
+    code = "import cache; cache.keep_memory = lambda: None; import train; train.main()"
     command = [
         sys.executable,
         "-c",

@@ -13,6 +13,9 @@ import sys
 import time
 from types import SimpleNamespace
 
+import utils
+from utils import ROOT as PROGRAM
+
 import numpy as np
 import pytest
 import soundfile
@@ -23,7 +26,6 @@ import corpora as readers
 import data
 import model
 from conftest import ROOT, SMALL, done, refused
-from study import ROOT as PROGRAM
 
 pytestmark = pytest.mark.slow
 
@@ -477,7 +479,7 @@ def test_two_machines_that_share_a_folder_and_a_process_id_write_to_different_fi
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(os, "getpid", lambda: 7)
-    names = {data.temporary_name(tmp_path / "last.pt").name for _ in range(2)}
+    names = {utils.temporary_name(tmp_path / "last.pt").name for _ in range(2)}
     assert len(names) == 2 and all(name.endswith(".tmp") for name in names)
 
 

@@ -1,0 +1,34 @@
+"""What the processes of one run (torchrun) tell each other. Without torchrun there is one."""
+
+import torch
+import torch.distributed as dist
+
+
+def ranks():
+    """This process's number and how many there are (torchrun)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_all(found):
+    """The entries of all processes' dicts in one."""
+    shares = [found] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(shares, found)
+    return {k: v for share in shares for k, v in share.items()}
+
+
+def from_first(value):
+    """The first process's value, in all processes."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def share_sums(numbers):
+    """The sums of some numbers over all processes."""
+    total = torch.tensor(numbers, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
