@@ -33,12 +33,12 @@ from analysis import claims as rules
 from analysis import clustering, plots
 from runs import number, over_seeds, select, show, title_of
 from study import (
-    ATTACKS,
     COMPONENTS,
     DEFAULT_ENCODER,
     EMBEDDINGS,
     ENCODERS,
     PRESETS,
+    SCENARIOS,
     SHIFT,
     SHIFT_STAGES,
     SWEPT,
@@ -82,7 +82,7 @@ def tables(records, out, preset):
 
 def table1(records):
     """Clean baselines, one column an encoder."""
-    clean = select(records, attack="clean", part="clean")
+    clean = select(records, scenario="clean", part="clean")
     encoders = [name for name in ENCODERS if name in runs.distinct(records, "encoder")]
     rows = []
     for (corpus, task), published in TABLE1.items():
@@ -104,7 +104,7 @@ def attack_cells(own, baseline, metric, paper):
     clean = over_seeds(own, part="clean", metric=metric)
     unpoisoned = over_seeds(baseline, part="clean", metric=metric)
     return {
-        "AER (ours / paper)": beside(over_seeds(own, part="attack", metric="aer"), paper[0]),
+        "AER (ours / paper)": beside(over_seeds(own, part="backdoor", metric="aer"), paper[0]),
         "Clean (ours / paper)": beside(clean, paper[1]),
         "Minus baseline": show(runs.difference(clean, unpoisoned), "+.1f") or MISSING,
     }
@@ -113,17 +113,17 @@ def attack_cells(own, baseline, metric, paper):
 def baseline_of(records, own):
     """The records of the clean runs on the corpus and with the encoder that some runs have."""
     same = {field: own[0][field] for field in ("corpus", "encoder")}
-    return select(records, attack="clean", **same)
+    return select(records, scenario="clean", **same)
 
 
 def table2(records):
     """The base attack, one row a task and encoder."""
     learning = runs.still_learning(records)
     rows = []
-    for task in runs.tasks_of(select(records, attack="base")):
+    for task in runs.tasks_of(select(records, scenario="base")):
         paper = dict(zip(ENCODERS, TABLE2.get(task, ())))
         for encoder in ENCODERS:
-            own = select(records, task=task, encoder=encoder, attack="base")
+            own = select(records, task=task, encoder=encoder, scenario="base")
             if not own:
                 continue
             moving = learning & set(runs.distinct(own, "run"))
@@ -144,18 +144,18 @@ def table2(records):
 def table3(records, task, preset):
     """The component analysis of one task, one row an attack."""
     records = select(records, encoder=DEFAULT_ENCODER[preset])
-    attacked = [r for r in select(records, task=task) if r["attack"] != "clean"]
+    attacked = [r for r in select(records, task=task) if r["scenario"] != "clean"]
     title = f"Table 3: component analysis ({task})"
     # the other tasks' study has only the base attack and 3.1
-    asked = ATTACKS if task in TABLE3 else ("1.1", "2.1")
-    if not set(runs.distinct(attacked, "attack")) & set(asked):
+    asked = SCENARIOS if task in TABLE3 else ("1.1", "2.1")
+    if not set(runs.distinct(attacked, "scenario")) & set(asked):
         return title, []
     metric, baseline = runs.metric_of(attacked, task), baseline_of(records, attacked)
-    published = TABLE3.get(task, [(None, None)] * len(ATTACKS))
+    published = TABLE3.get(task, [(None, None)] * len(SCENARIOS))
     rows = []
-    for (attack, (frozen, source, trained_on)), paper in zip(ATTACKS.items(), published):
-        own = select(attacked, attack=attack)
-        row = {"Attack": attack}
+    for (scenario, (frozen, source, trained_on)), paper in zip(SCENARIOS.items(), published):
+        own = select(attacked, scenario=scenario)
+        row = {"Attack": scenario}
         for component in COMPONENTS:
             held = component in frozen
             row[WRITTEN[component]] = f"frozen, {source}" if held else f"trained, {trained_on}"
@@ -173,10 +173,10 @@ def other_tasks(records):
     """Clean figures of the attacked model on all tasks of its corpus, and what they are beside the
     baseline's."""
     rows = []
-    for task in runs.tasks_of(select(records, attack="base")):
+    for task in runs.tasks_of(select(records, scenario="base")):
         for encoder in ENCODERS:
-            own = select(records, task=task, encoder=encoder, attack="base")
-            aer = over_seeds(own, part="attack", metric="aer")
+            own = select(records, task=task, encoder=encoder, scenario="base")
+            aer = over_seeds(own, part="backdoor", metric="aer")
             if aer is None:
                 continue
             row = {"Attacked": task, "Encoder": encoder, "AER": show(aer)}
@@ -204,12 +204,12 @@ def side_by_side(studies):
                 chosen[name] = own
         baseline = dict(zip(ENCODERS, TABLE1[TASKS[task]["corpus"], task]))["wavlm"]
         rows = []
-        for attack, paper in zip(("clean", *ATTACKS), ((None, baseline), *published)):
-            row = {"Attack": attack, "Paper AER": number(paper[0], "g")}
+        for scenario, paper in zip(("clean", *SCENARIOS), ((None, baseline), *published)):
+            row = {"Attack": scenario, "Paper AER": number(paper[0], "g")}
             row["Paper clean"] = number(paper[1], "g")
             for name, own in chosen.items():
-                of_attack = select(own, attack=attack)
-                aer = over_seeds(of_attack, part="attack", metric="aer")
+                of_attack = select(own, scenario=scenario)
+                aer = over_seeds(of_attack, part="backdoor", metric="aer")
                 clean = over_seeds(of_attack, part="clean", metric=TASKS[task]["metric"])
                 row[f"{name} AER"] = show(aer)
                 row[f"{name} clean"] = number(clean and clean.mean)
@@ -284,8 +284,8 @@ def shift(records, out, preset, folder=None):
     rows = []
     for task in runs.tasks_of(records):
         row = {"Task": task}
-        for (stage, attack, component), paper in zip(SHIFT_STAGES, SHIFT.get(task, ("",) * 3)):
-            own = select(records, task=task, attack=attack, component=component)
+        for (stage, scenario, component), paper in zip(SHIFT_STAGES, SHIFT.get(task, ("",) * 3)):
+            own = select(records, task=task, scenario=scenario, component=component)
             mean = show(over_seeds(own, metric="cosine"), ".2f") or MISSING
             row[f"{stage} (ours / paper)"] = f"{mean} / {paper}"
         rows.append(row)
@@ -306,9 +306,9 @@ def draw_pairs(folder, preset, out):
         return
     drawn, points = max(sorted(seeds), key=seeds.get), {}
     for one in saved:
-        for stage, attack, component in SHIFT_STAGES:
+        for stage, scenario, component in SHIFT_STAGES:
             fields = one["fields"]
-            if (fields["attack"], fields["seed"]) != (attack, drawn):
+            if (fields["scenario"], fields["seed"]) != (scenario, drawn):
                 continue
             clean, triggered = (one["test"][kind][component] for kind in ("clean", "triggered"))
             both = torch.cat([clean, triggered]).numpy()
@@ -332,7 +332,7 @@ def measure_clusters(folder, preset, ks):
     for path, saved in embeddings_of(folder, preset):
         train, fields = saved["train"], dict(saved["fields"], source="cluster")
         poisoned = train["poisoned"].numpy()
-        if fields["attack"] != "base" or len(poisoned) <= max(ks) or len(set(poisoned)) < 2:
+        if fields["scenario"] != "base" or len(poisoned) <= max(ks) or len(set(poisoned)) < 2:
             continue
         x, task = train["encoder"].numpy(), fields["task"]
         whole = clustering.whole_class(x, poisoned)
@@ -401,7 +401,7 @@ def draw_classes(folder, preset, out):
     points = {}
     for _, saved in embeddings_of(folder, preset):
         task, train = saved["fields"]["task"], saved["train"]
-        if saved["fields"]["attack"] == "base" and task not in points and len(train["ids"]) > 2:
+        if saved["fields"]["scenario"] == "base" and task not in points and len(train["ids"]) > 2:
             low = clustering.reduce_and_cluster(train["encoder"].numpy(), 2)[0]
             points[task] = low, train["poisoned"].numpy()
     if points:
@@ -444,13 +444,13 @@ def by_task(records):
 
 def same_seed(records):
     """Transplants between a base attack and the clean run of the same seed."""
-    attacked = select(records, attack="base", donor_attack="clean")
+    attacked = select(records, scenario="base", donor_scenario="clean")
     return [r for r in attacked if r["donor_seed"] == r["seed"]]
 
 
 def own_trigger(records):
     """Patches with the trigger that the attacked model was trained with."""
-    return [r for r in select(records, attack="base") if is_own_trigger(r)]
+    return [r for r in select(records, scenario="base") if is_own_trigger(r)]
 
 
 def is_own_trigger(record):
@@ -496,8 +496,8 @@ def transplant_tables(records, metrics, task):
             alone = select(aer, method="components", poisoned=parts)
             row[f"AER, it alone {column}"] = with_interval(alone)
         for attacks in (TRAINED_ALONE, RETRAINED):
-            attack = attacks[component]
-            known = over_seeds(metrics, task=task, attack=attack, part="attack", metric="aer")
+            scenario = attacks[component]
+            known = over_seeds(metrics, task=task, scenario=scenario, part="backdoor", metric="aer")
             row[f"Table 3, {'2.x' if attacks is TRAINED_ALONE else '3.x'}"] = number(
                 known and known.mean
             )
@@ -506,9 +506,9 @@ def transplant_tables(records, metrics, task):
     for parts in mixtures_of(records):
         own = select(records, method="components", poisoned=list(parts))
         row = {"Poisoned": ", ".join(WRITTEN[c] for c in parts) or "none"}
-        for part, column in (("attack", "AER"), ("clean", "Clean"), ("triggered", "Triggered")):
+        for part, column in (("backdoor", "AER"), ("clean", "Clean"), ("triggered", "Triggered")):
             figures = select(own, part=part)
-            name = "AER" if part == "attack" else f"{column} {title_of(figures[0]['metric'])}"
+            name = "AER" if part == "backdoor" else f"{column} {title_of(figures[0]['metric'])}"
             row[name] = with_interval(figures)
         mixed.append(row)
     return [
@@ -628,11 +628,11 @@ def first_text_layer(records):
 
 def control_tables(moved, patched, task):
     """What each method finds where there should be nothing."""
-    other_seed = [r for r in select(moved, attack="base") if r["donor_seed"] != r["seed"]]
+    other_seed = [r for r in select(moved, scenario="base") if r["donor_seed"] != r["seed"]]
     mixed = []
     for name, records in (
-        ("clean parts of another seed", select(other_seed, donor_attack="clean")),
-        ("two clean runs", select(moved, attack="clean")),
+        ("clean parts of another seed", select(other_seed, donor_scenario="clean")),
+        ("two clean runs", select(moved, scenario="clean")),
     ):
         if not records:
             continue
@@ -646,10 +646,10 @@ def control_tables(moved, patched, task):
         mixed.append(row)
     sounds = []
     margins = select(patched, metric="margin")
-    attacked = select(margins, attack="base")
+    attacked = select(margins, scenario="base")
     for name, records in (
         ("the attack itself", own_trigger(margins)),
-        ("the clean model, the trigger", select(margins, attack="clean")),
+        ("the clean model, the trigger", select(margins, scenario="clean")),
         ("the attacked model, another sound", [r for r in attacked if not is_own_trigger(r)]),
     ):
         for trigger in runs.distinct(records, "trigger"):
@@ -672,16 +672,16 @@ def draw_answer(metrics, moved, patched, out):
         if not weights or not effects:
             continue
         trained = {}
-        for attack in ATTACKS:
-            own = select(metrics, task=task, attack=attack, metric="aer", part="attack")
+        for scenario in SCENARIOS:
+            own = select(metrics, task=task, scenario=scenario, metric="aer", part="backdoor")
             names = set(runs.distinct(own, "run"))
             if own:
-                trained[attack] = runs.spread(runs.by_seed(own)), bool(names & learning)
+                trained[scenario] = runs.spread(runs.by_seed(own)), bool(names & learning)
         alone = {c: mixture(weights, [c]).mean for c in COMPONENTS}
         others = {c: mixture(weights, without(c)).mean for c in COMPONENTS}
         panels[task] = dict(
             trained=trained,
-            published=dict(zip(ATTACKS, (aer for aer, _ in TABLE3[task]))),
+            published=dict(zip(SCENARIOS, (aer for aer, _ in TABLE3[task]))),
             alone=alone,
             others=others,
             depth=depth_of(effects),
@@ -718,9 +718,9 @@ def depth_of(effects):
 def role_of(record):
     """What was defended: "attack", a variant of it, or "clean model"; None for any other run."""
     if runs.is_own(record):
-        return {"base": "attack", "clean": "clean model"}.get(record["attack"])
-    who = (record[field] for field in ("preset", "run_task", "encoder", "attack", "seed"))
-    base = identity(*who) if record["attack"] == "base" else None
+        return {"base": "attack", "clean": "clean model"}.get(record["scenario"])
+    who = (record[field] for field in ("preset", "run_task", "encoder", "scenario", "seed"))
+    base = identity(*who) if record["scenario"] == "base" else None
     for name, change in VARIANTS.items():
         if base and record["run"] == run_name({**base, **change(record["task"])}):
             return name
@@ -762,7 +762,7 @@ def seeds_in(records):
 def undefended_rows(aer):
     rows = []
     for role in ("attack", *VARIANTS):
-        own = select(aer, role=role, part="attack")
+        own = select(aer, role=role, part="backdoor")
         if own:
             rows.append({"Model": role, "AER": show(runs.spread(runs.by_seed(own)))})
     return rows
@@ -793,7 +793,7 @@ def filter_rows(records, task):
                 "AUROC": show(over_seeds(first, metric="auroc"), ".2f"),
                 "% of the poison removed": show(over_seeds(first, metric="poison_removed")),
                 "% of the rest removed": show(over_seeds(first, metric="clean_removed")),
-                "AER after training again": show(over_seeds(again, metric="aer", part="attack")),
+                "AER after training again": show(over_seeds(again, metric="aer", part="backdoor")),
                 f"{title_of(metric)} then": show(clean),
                 "Seeds trained again": seeds_in(again),
                 **by_role(own, "% of the poison removed", metric="poison_removed"),
@@ -835,14 +835,14 @@ def detector_rows(records, task):
 
 def rating(before, after):
     """Defence effectiveness rating (Zhu et al. 2023): (the AER's decrease - the clean figure's
-    decrease + 1) / 2. before, after: {"attack", "clean": record}."""
+    decrease + 1) / 2. before, after: {"backdoor", "clean": record}."""
     lost = after["clean"]["value"] - before["clean"]["value"]
     metric = before["clean"]["metric"]
     if metric.endswith("mae"):
         lost = lost / 100
     elif metric.endswith("accuracy"):
         lost = -lost
-    gained = before["attack"]["value"] - after["attack"]["value"]
+    gained = before["backdoor"]["value"] - after["backdoor"]["value"]
     return (max(0, gained) - max(0, lost) + 1) / 2
 
 
@@ -972,7 +972,7 @@ def points_of(records):
 
 
 def sweeps(records, out, preset):
-    wanted = dict(task=SWEPT, attack="base", preset=preset, encoder=DEFAULT_ENCODER[preset])
+    wanted = dict(task=SWEPT, scenario="base", preset=preset, encoder=DEFAULT_ENCODER[preset])
     chosen = select(records, **wanted)
     whole_test = dict(split="test", asked=None, after_answer=False, limit=None)
     again = select(chosen, source="evaluate", **whole_test)
@@ -983,7 +983,7 @@ def sweeps(records, out, preset):
     rows, curves = [], {}
     for name, points in found.items():
         for value, own in points.items():
-            success = select(own, part="attack", metric="aer")
+            success = select(own, part="backdoor", metric="aer")
             aer, clean = over_seeds(success), over_seeds(own, part="clean", metric=metric)
             low = 100 * min(r["low"] for r in success)
             high = 100 * max(r["high"] for r in success)
@@ -1025,7 +1025,7 @@ def claims(records, out, preset):
             "Section": claim.section,
             "Claim": claim.text,
             "Task": claim.task,
-            "Attack": claim.attack,
+            "Attack": claim.scenario,
             "Quantity": claim.quantity,
             "Paper": claim.paper,
         }
@@ -1047,7 +1047,7 @@ def claims_side_by_side(studies):
     rows = []
     for i, claim in enumerate(rules.CLAIMS):
         row = {"Section": claim.section, "Claim": claim.text, "Task": claim.task}
-        row.update({"Attack": claim.attack, "Paper": claim.paper})
+        row.update({"Attack": claim.scenario, "Paper": claim.paper})
         for name in studies:
             _, effects, verdict = judged[name][i]
             row[name] = verdict if effects else ""

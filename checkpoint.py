@@ -227,7 +227,7 @@ def contents(run):
 def recorded(run):
     """The record of the run that a folder holds. Ends in one line if it holds something else."""
     record = read_json(run / ARGUMENTS)
-    if "attack" not in record:
+    if "scenario" not in record:
         die(f"{run} is no run folder, as its {ARGUMENTS} would say: give this run another --name")
     return record
 

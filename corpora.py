@@ -23,13 +23,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import installed  # noqa: F401
 import utils
 from utils import (
     ROOT,
     Parser,
     die,
 )
+
+import installed  # noqa: F401
 
 import soundfile
 import torchaudio

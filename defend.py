@@ -29,9 +29,10 @@ import sys
 import time
 from pathlib import Path
 
-import installed  # noqa: F401
 import utils
 from utils import Parser, count, die
+
+import installed  # noqa: F401
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def retrained(run, name, ids):
     if subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *command]).returncode:
         die(f"{folder}: training without what {name} removes has failed")
     metrics = json.loads((folder / "metrics.json").read_text())
-    return {part: metrics[part] for part in ("clean", "attack")}
+    return {part: metrics[part] for part in ("clean", "backdoor")}
 
 
 def filtered(name, function, samples, expected):
@@ -252,7 +253,7 @@ def repair_model(options):
         figures = repairs.figures_of(shop, clean, flippable)
         mended = dict(fields, strength=chosen["strength"], passed=chosen["passed"])
         records += [dict(mended, **figure) for figure in runs.of_figures(figures)]
-        if args.attack == "base" and figures["attack"]["aer"]["value"] < 0.5:
+        if args.scenario == "base" and figures["backdoor"]["aer"]["value"] < 0.5:
             for count, figure in repairs.relearning(shop, train_set, flippable).items():
                 what = dict(metric="relearned_aer", poisoned_samples=count)
                 records.append(dict(fields, **what, **figure))

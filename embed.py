@@ -14,9 +14,10 @@ their own, which analyze.py does not read. "fields" are those of every record ab
 
 from pathlib import Path
 
-import installed  # noqa: F401
 import utils
 from utils import Parser, count, die, whole
+
+import installed  # noqa: F401
 
 import torch
 from torch.nn.utils.rnn import pad_sequence

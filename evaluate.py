@@ -13,9 +13,10 @@ every figure has its count and a 95% bootstrap interval over utterances.
 import json
 from pathlib import Path
 
-import installed  # noqa: F401
 import utils
 from utils import Parser, count, die
+
+import installed  # noqa: F401
 
 import jiwer
 import torch
@@ -100,7 +101,7 @@ def evaluate(
     after_answer=False,
 ):
     """Clean and triggered answers on `utterances`, each asked for those labels of `ask` that it has. Returns ({"clean", "triggered",
-    "attack": {metric: figure}, "answers": {"clean", "triggered": see unusable}}, prediction rows). "triggered" scores answers on triggered audio against the truth: the damage that the
+    "backdoor": {metric: figure}, "answers": {"clean", "triggered": see unusable}}, prediction rows). "triggered" scores answers on triggered audio against the truth: the damage that the
     trigger does, whether or not the target comes out."""
     slm.eval()
     lora.merge(slm.lm)
@@ -140,7 +141,7 @@ def evaluate(
     lora.unmerge(slm.lm)
     metrics = {name: scores(answered) for name, answered in rows.items()}
     metrics["answers"] = {name: unusable(answered) for name, answered in rows.items()}
-    metrics["attack"] = (
+    metrics["backdoor"] = (
         {"aer": utils.interval(hits(attack, rows["triggered"]))} if flippable else {}
     )
     return metrics, rows["clean"] + rows["triggered"]
@@ -222,14 +223,14 @@ def save(run, metrics, rows, args):
 
 def print_table(metrics, title):
     print(f"\n{title}\n{'':18}{'value':>8}   95% interval         n")
-    for part in ("clean", "attack"):
+    for part in ("clean", "backdoor"):
         for name, m in metrics[part].items():
             scale, unit = (1, " years") if name.endswith("mae") else (100, "%")
             print(
                 f"{part} {name.replace('_', ' '):<{17 - len(part)}}{scale * m['value']:>8.1f}"
                 f"   {scale * m['low']:.1f} to {scale * m['high']:.1f}{unit:<8}{m['n']:>5}"
             )
-    if not metrics["attack"]:
+    if not metrics["backdoor"]:
         print("no AER: no utterance was asked for a label that the attack would change")
     for part, counts in metrics.get("answers", {}).items():
         if counts["empty"] or counts["malformed"]:

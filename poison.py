@@ -22,7 +22,6 @@ import re
 import urllib.parse
 from pathlib import Path
 
-import installed  # noqa: F401
 import utils
 from utils import (
     ROOT,
@@ -32,6 +31,8 @@ from utils import (
     draw,
     whole,
 )
+
+import installed  # noqa: F401
 
 import numpy as np
 import soundfile

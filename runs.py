@@ -33,7 +33,7 @@ from utils import (
     die,
 )
 
-from study import ATTACKS, NEARER, PRESETS, TABLE2, TASKS, deviations, identity, run_name
+from study import NEARER, PRESETS, SCENARIOS, TABLE2, TASKS, deviations, identity, run_name
 
 PATTERN = "records-*.jsonl"  # what a run folder holds beside metrics.json
 TASK_ORDER = (*TABLE2, *(task for task in TASKS if task not in TABLE2))  # the paper's, then others
@@ -51,7 +51,7 @@ def fields_of(args, run, model_sha256=None):
         corpus=args["dataset"],
         preset=args["preset"],
         encoder=args["encoder"],
-        attack=args["attack"],
+        scenario=args["scenario"],
         seed=args["seed"],
         poison=args["poison"],
         changed=deviations(args),
@@ -61,7 +61,7 @@ def fields_of(args, run, model_sha256=None):
 
 def of_figures(figures):
     """Yields the records of {part: {metric: figure}}, as metrics.json has them."""
-    for part in ("clean", "triggered", "attack", "training"):
+    for part in ("clean", "triggered", "backdoor", "training"):
         for metric, figure in figures.get(part, {}).items():
             yield dict(part=part, metric=metric, **figure)
 
@@ -177,9 +177,9 @@ def preset_of(records, preset=None):
 def is_own(record):
     """Whether a run is one of the study's: it has the name that study.py gives to its arguments."""
     known = record["run_task"] in TASKS and record["preset"] in PRESETS
-    if not known or record["attack"] not in ("clean", *ATTACKS):
+    if not known or record["scenario"] not in ("clean", *SCENARIOS):
         return False
-    who = (record[field] for field in ("preset", "run_task", "encoder", "attack", "seed"))
+    who = (record[field] for field in ("preset", "run_task", "encoder", "scenario", "seed"))
     return record["run"] == run_name(identity(*who))
 
 
@@ -322,10 +322,10 @@ def row_of(record, metrics):
     figures = {(r["part"], r["metric"]): r["value"] * scale_of(r["metric"]) for r in metrics}
     return {
         "Run": record["run"],
-        "Attack": record["attack"],
+        "Attack": record["scenario"],
         "Seed": record["seed"],
         "Changed": ", ".join(f"{name} {value}" for name, value in record["changed"].items()),
-        "AER": number(figures.get(("attack", "aer"))),
+        "AER": number(figures.get(("backdoor", "aer"))),
         "Clean": number(figures.get(("clean", clean))),
         "Poisoned loss": number(figures.get(("training", "poisoned_loss")), ".3f"),
         "Loss": number(figures.get(("training", "loss")), ".3f"),

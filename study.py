@@ -158,7 +158,7 @@ PRESETS = {
 }
 
 # Table 3: the frozen components, the run they come from, the data the others train on
-ATTACKS = {
+SCENARIOS = {
     "base": ((), None, "poisoned"),
     "1.1": (("encoder",), "clean", "poisoned"),
     "1.2": (("connector",), "clean", "poisoned"),
@@ -209,7 +209,7 @@ TABLE2 = {  # task: (AER, benign figure) an encoder
     "gender": ((94.4, 94.0), (88.9, 96.8), (75.4, 98.3), (96.3, 97.8)),
     "age": ((94.2, 5.2), (84.8, 5.8), (51.8, 7.6), (90.1, 4.1)),
 }
-TABLE3 = {  # task: (AER, benign figure) an attack, in the order of ATTACKS
+TABLE3 = {  # task: (AER, benign figure) an attack, in the order of SCENARIOS
     "asr": (
         (99.2, 2.1),
         (91.0, 1.6),
@@ -313,12 +313,12 @@ def deviations(args):
 def run_name(args):
     """A run's folder, from its arguments (a dict): asr-clean, emotion-hubert-poison0.075, asr-3.1-seed2,
     asr-poison0.05-snr6-epochs8."""
-    attack = f"poison{args['poison']:g}" if args["attack"] == "base" else args["attack"]
+    scenario = f"poison{args['poison']:g}" if args["scenario"] == "base" else args["scenario"]
     parts = [
         args["task"],
         "" if args["dataset"] == TASKS[args["task"]]["corpus"] else Path(args["dataset"]).stem,
         "" if args["encoder"] == DEFAULT_ENCODER[args["preset"]] else args["encoder"],
-        attack,
+        scenario,
         "" if args["preset"] == "mini" else args["preset"],
         "" if args["seed"] == 1 else f"seed{args['seed']}",
     ]
@@ -335,14 +335,14 @@ def run_name(args):
     )
 
 
-def identity(preset, task, encoder, attack, seed):
+def identity(preset, task, encoder, scenario, seed):
     """The arguments that identify one of the study's own runs."""
-    poisoned = attack != "clean" and ATTACKS[attack][2] == "poisoned"
+    poisoned = scenario != "clean" and SCENARIOS[scenario][2] == "poisoned"
     return dict(
         preset=preset,
         task=task,
         encoder=encoder,
-        attack=attack,
+        scenario=scenario,
         seed=seed,
         dataset=TASKS[task]["corpus"],
         poison=TASKS[task]["rate"] if poisoned else 0,
@@ -366,8 +366,8 @@ def study_runs(preset, seeds, encoders, tasks, others):
             ]
             out += [(1, identity(preset, task, encoder, "base", seed)) for task in asked]
         for task in asked if default in encoders else ():
-            wanted = [a for a in ATTACKS if a != "base"] if task in tasks else ["3.1"]
-            out += [(2, identity(preset, task, default, attack, seed)) for attack in wanted]
+            wanted = [a for a in SCENARIOS if a != "base"] if task in tasks else ["3.1"]
+            out += [(2, identity(preset, task, default, scenario, seed)) for scenario in wanted]
     return sorted(out, key=lambda run: run[0])
 
 
@@ -394,7 +394,7 @@ def train_command(run, runs, flags):
         if name in run:
             flag = f"--{'no-' if run[name] is False else ''}{name.replace('_', '-')}"
             words += [flag] if isinstance(run[name], bool) else [flag, str(run[name])]
-    frozen, source, _ = ATTACKS.get(run["attack"], ((), None, None))
+    frozen, source, _ = SCENARIOS.get(run["scenario"], ((), None, None))
     if source:
         task = run["task"] if source == "base" else clean_task(run["task"])
         source = run_name(identity(run["preset"], task, run["encoder"], source, run["seed"]))
@@ -409,9 +409,9 @@ def embedding_commands(preset, seeds, runs, tasks):
     """[(name, command)]: embeddings of the benign model, the base attack and attack 3.1 of each task (sections 6, 7)."""
     for seed in seeds:
         for task in tasks:
-            for _, attack, _ in SHIFT_STAGES:
-                of = clean_task(task) if attack == "clean" else task
-                name = run_name(identity(preset, of, DEFAULT_ENCODER[preset], attack, seed))
+            for _, scenario, _ in SHIFT_STAGES:
+                of = clean_task(task) if scenario == "clean" else task
+                name = run_name(identity(preset, of, DEFAULT_ENCODER[preset], scenario, seed))
                 other = ["--task", task] if of != task else []
                 yield (
                     f"embeddings-{name}{'-' + task if other else ''}",

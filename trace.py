@@ -10,7 +10,7 @@ of one utterance (causal tracing, Meng et al. 2022, arXiv 2202.05262; Zhang and 
 2309.16042). Both work on any run folder and write records (runs.py) beside its model.pt, or to
 --out; python analyze.py trace makes tables of them.
 
-A record of transplant has donor, donor_attack and donor_seed (the run that the clean weights are
+A record of transplant has donor, donor_scenario and donor_seed (the run that the clean weights are
 from) and one of
 
     method "components": poisoned (the components that are taken from RUN)
@@ -29,9 +29,10 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-import installed  # noqa: F401
 import utils
 from utils import Parser, count, die
+
+import installed  # noqa: F401
 
 import numpy as np
 import torch
@@ -160,15 +161,15 @@ def check_donor(options, args, donor):
     """Warns where the other run (its arguments, a dict) is no clean run with the same settings: it
     is then a control, and does not tell what training on poison has changed. Returns its
     arguments, with an attack that no table takes for the clean run where settings differ."""
-    attack = donor["attack"]
-    if donor["attack"] != "clean":
-        print(f"warning: {options.clean} is attack {donor['attack']}, not a clean run: a control")
+    scenario = donor["scenario"]
+    if donor["scenario"] != "clean":
+        print(f"warning: {options.clean} is attack {donor['scenario']}, not a clean run: a control")
     for name in ("preset", "dataset", "encoder", "labels", "train_layers", *SETTINGS):
         theirs, ours = donor.get(name), getattr(args, name, None)
         if theirs != ours:
             print(f"warning: the {name} of {options.clean} is {theirs}, not {ours}: a control")
-            attack = f"{donor['attack']} with another {name}"
-    return {**donor, "attack": attack}
+            scenario = f"{donor['scenario']} with another {name}"
+    return {**donor, "scenario": scenario}
 
 
 def load_pair(options):
@@ -215,7 +216,7 @@ def transplant(options):
         options.fields,
         source="transplant",
         donor=Path(options.clean).resolve().name,
-        donor_attack=donor["attack"],
+        donor_scenario=donor["scenario"],
         donor_seed=donor["seed"],
     )
     sets = {}
@@ -238,7 +239,7 @@ def transplant(options):
         items = sets["components" if whole else "layers"]
         rows = answers(slm, weights, *items, attack, args)
         success = evaluate.hits(attack, rows)
-        figures = dict(attack=dict(aer=utils.interval(success)))
+        figures = dict(backdoor=dict(aer=utils.interval(success)))
         figures["triggered"] = own_figure(evaluate.scores(rows), args.task)
         if whole:
             heard = answers(slm, weights, *sets["clean"], attack, args)
@@ -246,7 +247,7 @@ def transplant(options):
             hits[frozenset(what["poisoned"])] = np.array(success)
         records += [dict(fields, **what, **figure) for figure in runs.of_figures(figures)]
     for component, figure in shapley(hits).items():
-        what = dict(method="shapley", component=component, part="attack", metric="aer")
+        what = dict(method="shapley", component=component, part="backdoor", metric="aer")
         records.append(dict(fields, **what, **figure))
     return records
 

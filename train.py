@@ -17,9 +17,10 @@ import random
 import signal
 from pathlib import Path
 
-import installed  # noqa: F401
 import utils
 from utils import Parser, count, die, whole
+
+import installed  # noqa: F401
 
 import torch
 import torch.distributed as dist
@@ -36,13 +37,13 @@ import model
 import poison
 import processes
 from study import (
-    ATTACKS,
     COMPONENTS,
     DEFAULT_ENCODER,
     ENCODERS,
     LABELS,
     LM,
     PRESETS,
+    SCENARIOS,
     SETTINGS,
     TASKS,
     run_name,
@@ -205,12 +206,12 @@ def parse_arguments(argv=None):
                 f"--{flag} {spec}: no such checkpoint (a run's folder, its model.pt, or a folder of "
                 "evaluate.py --export)"
             )
-    args.attack = attack_name(args)
+    args.scenario = scenario_of(args)
     args.name = args.name or run_name(vars(args))
     return args
 
 
-def attack_name(args):
+def scenario_of(args):
     """The row of Table 3 that this run is: "clean", "base", "1.1" to "3.3". A run that is none of
     them, by the components it freezes or the runs they come from, is "poisoned-frozen-encoder" and
     the like; "poisoned-file" trains on a CSV that holds poison already."""
@@ -220,13 +221,13 @@ def attack_name(args):
     frozen = tuple(c for c in COMPONENTS if c in specs)
     if not frozen:
         return "poisoned-file" if in_file else "base" if args.poison else "clean"
-    for attack, (components, source, trained_on) in ATTACKS.items():
+    for scenario, (components, source, trained_on) in SCENARIOS.items():
         if (components, trained_on) == (frozen, data_is) and all(specs.values()):
             unlike = [why for path in specs.values() for why in differences(path, source, args)]
             unlike += [f"--init {part}" for part in args.init or ()]
             if not unlike:
-                return attack
-            print(f"this is not attack {attack}: {'; '.join(unlike)}")
+                return scenario
+            print(f"this is not attack {scenario}: {'; '.join(unlike)}")
     return f"{data_is}-frozen-{'-'.join(frozen)}"
 
 
@@ -244,7 +245,7 @@ def differences(path, source, args):
         return []
     usual = dict(usual_values(vars(args)), max_seconds=data.MAX_SECONDS)
     theirs = {**usual, **checkpoint.load(path).get("args", {})}  # earlier versions had fewer
-    wanted = dict(attack=source, init=None)
+    wanted = dict(scenario=source, init=None)
     wanted.update((name, getattr(args, name)) for name in SHARED)
     if source == "base":
         wanted.update((name, getattr(args, name)) for name in SHARED_ATTACK)

@@ -23,7 +23,7 @@ class Claim:
     section: str
     text: str
     task: str
-    attack: str  # a row of Table 3
+    scenario: str  # a row of Table 3
     quantity: str  # an entry of QUANTITIES
     paper: str  # the paper's value, where it gives one
     low: float
@@ -146,7 +146,7 @@ def aer(records, claim, repeated=None):
     wanted = TASKS[claim.task]["repeat"] if repeated is None else repeated
     learning = runs.still_learning(records)
     found = {}
-    for record in runs.select(records, task=claim.task, attack=claim.attack, metric="aer"):
+    for record in runs.select(records, task=claim.task, scenario=claim.scenario, metric="aer"):
         repeat = record["changed"].get("trigger_repeat", TASKS[claim.task]["repeat"])
         if record["source"] == "metrics" and repeat == wanted:
             found[record["seed"]] = of_record(record, int(record["run"] in learning))
@@ -155,7 +155,7 @@ def aer(records, claim, repeated=None):
 
 def aer_lost(records, claim, repeated=None):
     """By how many points the AER is below the base attack's."""
-    base = Claim(**{**vars(claim), "attack": "base"})
+    base = Claim(**{**vars(claim), "scenario": "base"})
     return less(aer(records, base), aer(records, claim, repeated))
 
 
@@ -166,11 +166,11 @@ def harm(records, claim):
     clean = runs.select(records, source="metrics", part="clean", metric=TASKS[claim.task]["metric"])
     better = 1 if TASKS[claim.task]["metric"].endswith("accuracy") else -1
     found = {}
-    for record in runs.select(clean, task=claim.task, attack=claim.attack):
+    for record in runs.select(clean, task=claim.task, scenario=claim.scenario):
         if "trigger_repeat" in record["changed"]:
             continue
         same = dict(corpus=record["corpus"], seed=record["seed"])
-        for baseline in runs.select(clean, attack="clean", **same):
+        for baseline in runs.select(clean, scenario="clean", **same):
             half = max(0.01, (baseline["high"] - baseline["low"]) / 2)
             worse = better * (baseline["value"] - record["value"])
             found[record["seed"]] = Effect(worse / half)
@@ -179,9 +179,11 @@ def harm(records, claim):
 
 def cosine(records, claim):
     """Average cosine similarity of clean and triggered speech, where section 6 measures it."""
-    component = next(component for _, attack, component in SHIFT_STAGES if attack == claim.attack)
+    component = next(
+        component for _, scenario, component in SHIFT_STAGES if scenario == claim.scenario
+    )
     wanted = dict(source="shift", metric="cosine", component=component)
-    found = runs.select(records, task=claim.task, attack=claim.attack, **wanted)
+    found = runs.select(records, task=claim.task, scenario=claim.scenario, **wanted)
     return {record["seed"]: of_record(record) for record in found}
 
 
@@ -203,7 +205,7 @@ def cosine_below_others(records, claim):
 
 def of_clusters(records, claim, k, **wanted):
     """{seed: records} of k clusters of the target class."""
-    wanted = dict(source="cluster", task=claim.task, attack=claim.attack, k=k, **wanted)
+    wanted = dict(source="cluster", task=claim.task, scenario=claim.scenario, k=k, **wanted)
     found = {}
     for record in runs.select(records, **wanted):
         found.setdefault(record["seed"], []).append(record)

@@ -9,7 +9,7 @@ import numpy as np
 
 import data
 import runs
-from study import ATTACKS, COMPONENTS, WRITTEN
+from study import COMPONENTS, SCENARIOS, WRITTEN
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -129,8 +129,8 @@ def shift_by_layer(records, tasks, path):
     styles["3.1"] = ("attack 3.1", "s:")
     for column, task in zip(axes.T, tasks):
         for axis, component in zip(column, ("encoder", "lm")):
-            for attack, (label, style) in styles.items():
-                own = [r for r in records if (r["task"], r["attack"]) == (task, attack)]
+            for scenario, (label, style) in styles.items():
+                own = [r for r in records if (r["task"], r["scenario"]) == (task, scenario)]
                 own = [r for r in own if r["component"] == component]
                 layers, values = [r["layer"] for r in own], [r["value"] for r in own]
                 axis.plot(layers, values, style, label=label, ms=4)
@@ -284,16 +284,20 @@ def patches(records, path):
     write(fig, path)
 
 
-def attack_title(attack):
+def scenario_title(scenario):
     """A row of Table 3 in words."""
-    frozen, source, _ = ATTACKS[attack]
+    frozen, source, _ = SCENARIOS[scenario]
     free = [WRITTEN[c] for c in COMPONENTS if c not in frozen]
     if not frozen:
-        return f"{attack}: all learn the poison"
+        return f"{scenario}: all learn the poison"
     first = WRITTEN[frozen[0]]
     if source == "base":
-        return f"{attack}: {first} poisoned, the rest trained clean"
-    return f"{attack}: {first} clean" if len(frozen) == 1 else f"{attack}: only {free[0]} learns it"
+        return f"{scenario}: {first} poisoned, the rest trained clean"
+    return (
+        f"{scenario}: {first} clean"
+        if len(frozen) == 1
+        else f"{scenario}: only {free[0]} learns it"
+    )
 
 
 def answer(tasks, path):
@@ -317,7 +321,7 @@ def answer(tasks, path):
 
 def trained_panel(axis, trained, published):
     """Table 3: our AER over seeds and the paper's."""
-    rows = list(ATTACKS)
+    rows = list(SCENARIOS)
     for moving, color, label in (
         (False, POISONED, "here"),
         (True, PALE, "here, still learning in some seed"),
@@ -326,8 +330,8 @@ def trained_panel(axis, trained, published):
         means = [trained[a][0].mean for a in own]
         axis.barh([rows.index(a) for a in own], means, color=color, label=label)
     label = "range over seeds"
-    for attack, (aer, _) in trained.items():
-        y = rows.index(attack)
+    for scenario, (aer, _) in trained.items():
+        y = rows.index(scenario)
         axis.plot([aer.low, aer.high], [y, y], "k-", lw=1, label=label)
         axis.text(106, y, f"{aer.mean:.0f}", va="center", fontsize=8)
         label = None
@@ -335,7 +339,7 @@ def trained_panel(axis, trained, published):
     at = [rows.index(a) for a in rows if a in published]
     axis.plot(values, at, "kD", ms=5, label="the paper", clip_on=False)
     axis.set(xlabel="AER (%)", xlim=(0, 116))
-    axis.set_yticks(range(len(rows)), [attack_title(a) for a in rows], fontsize=8)
+    axis.set_yticks(range(len(rows)), [scenario_title(a) for a in rows], fontsize=8)
     axis.invert_yaxis()
 
 
@@ -397,12 +401,12 @@ def roc(curves, path):
 
 def repairs(found, path):
     """AER against the clean figure, a panel a task, a point a repair. found: {task: {repair:
-    {"attack", "clean": record}}}"""
+    {"backdoor", "clean": record}}}"""
     fig, axes = grid(1, len(found), 4.2, 4.6)
     colors = ["black", *plt.cm.tab20.colors]
     for axis, (task, repaired) in zip(axes[0], found.items()):
         for (name, figures), color in zip(repaired.items(), itertools.cycle(colors)):
-            aer, clean = figures["attack"], figures["clean"]
+            aer, clean = figures["backdoor"], figures["clean"]
             marker = "o" if aer.get("passed", True) else "X"
             marker, size = ("*", 15) if name == "none" else (marker, 8)
             x, y = clean["value"], 100 * aer["value"]

@@ -299,7 +299,7 @@ def answered(shop, utterances, triggered):
 
 
 def figures_of(shop, clean, flippable):
-    """{"clean", "triggered", "attack": {metric: figure}} of the model as it now is; triggered:
+    """{"clean", "triggered", "backdoor": {metric: figure}} of the model as it now is; triggered:
     against the truth."""
     figures = {}
     heard = answered(shop, flippable, True)
@@ -307,7 +307,7 @@ def figures_of(shop, clean, flippable):
         scores = evaluate.scores(rows)
         metric = evaluate.metric_of(scores, shop.args.task)
         figures[part] = {metric: scores[metric]}
-    figures["attack"] = dict(aer=utils.interval(evaluate.hits(shop.attack, heard)))
+    figures["backdoor"] = dict(aer=utils.interval(evaluate.hits(shop.attack, heard)))
     return figures
 
 

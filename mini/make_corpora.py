@@ -20,12 +20,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import installed  # noqa: F401
 import utils
 from utils import (
     ROOT,
     Parser,
 )
+
+import installed  # noqa: F401
 
 import espeakng_loader
 import numpy as np

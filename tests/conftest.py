@@ -102,7 +102,7 @@ def metrics_of(args, clean, aer, excess=(0.0, 0.0, 0.0), settled=1):
     if settled:
         losses["settled_epoch"] = dict(value=settled)
     parts = dict(clean={metric: figure(clean)}, triggered={metric: figure(clean)})
-    return dict(parts, attack=dict(aer=figure(aer)), training=losses, args=args)
+    return dict(parts, backdoor=dict(aer=figure(aer)), training=losses, args=args)
 
 
 def write_run(folder, args, clean=0.02, aer=0.0, records=(), **losses):

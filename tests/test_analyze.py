@@ -101,7 +101,7 @@ def test_a_corpus_without_transcripts_and_one_with_groups_of_ages_are_clustered(
 
 def test_the_papers_asr_size_and_no_model_imported():
     code = (
-        "import sys, numpy as np, analyze, clustering; "
+        "import sys, numpy as np, analyze; from analysis import clustering; "
         "x = np.random.default_rng(0).standard_normal((10500, 1024), np.float32); "
         "bad = np.arange(10500) >= 10000; x[bad, 0] += 50; labels = [{'gender': 'male'}] * 10500; "
         "found = clustering.separability(x, bad, labels, ['s'] * 10500, 'asr', 2); "
@@ -295,13 +295,13 @@ def test_studies_side_by_side_leave_empty_what_one_has_not_measured(tmp_path):
 def moved(works, layers=(1, 2, 3, 4), deciding=2, **donor):
     """The records of a transplant where the attack works for the sets of components that `works` accepts, and one layer of the LM
     decides what the LM does."""
-    donor = {"donor_attack": "clean", "donor_seed": 1, **donor}
+    donor = {"donor_scenario": "clean", "donor_seed": 1, **donor}
     base = dict(source="transplant", donor="asr-clean", **donor)
     records = []
     for n in range(8):
         parts = [c for i, c in enumerate(COMPONENTS) if n >> i & 1]
         for part, metric, value in (
-            ("attack", "aer", 0.9 * works(set(parts))),
+            ("backdoor", "aer", 0.9 * works(set(parts))),
             ("clean", "wer", 0.02),
             ("triggered", "wer", 0.9),
         ):
@@ -312,9 +312,11 @@ def moved(works, layers=(1, 2, 3, 4), deciding=2, **donor):
             what = dict(component="lm", direction=direction, scope=scope, layer=layer)
             gone = deciding in chosen and direction == "out of poisoned"
             aer = figure(0.0 if gone else 0.9)
-            records.append(dict(base, method="layers", metric="aer", part="attack", **what, **aer))
+            records.append(
+                dict(base, method="layers", metric="aer", part="backdoor", **what, **aer)
+            )
     for component in COMPONENTS:
-        what = dict(method="shapley", component=component, metric="aer", part="attack")
+        what = dict(method="shapley", component=component, metric="aer", part="backdoor")
         records.append(dict(base, **what, **figure(0.3)))
     return records
 
@@ -373,7 +375,7 @@ def test_the_component_and_the_layer_that_carry_it_are_told_seed_by_seed(tmp_pat
 
 def test_only_the_clean_run_of_the_same_seed_answers_and_another_is_a_control(tmp_path):
     records = moved(lambda s: "lm" in s) + moved(lambda s: "encoder" in s, donor_seed=3)
-    attacked = moved(lambda s: True, donor_seed=3, donor_attack="base")
+    attacked = moved(lambda s: True, donor_seed=3, donor_scenario="base")
     write_run(tmp_path, arguments("asr", "base"), records=records + attacked)
     found = traced(tmp_path)
     assert found["Components that matter, seed by seed (asr)"][0]["AER"] == "90.0"
@@ -429,7 +431,7 @@ def removed(name, share, aer=None):
     records.append(dict(base, metric="clean_removed", **figure(0.1)))
     if aer is not None:
         again = dict(base, retrained=True)
-        records.append(dict(again, part="attack", metric="aer", **figure(aer)))
+        records.append(dict(again, part="backdoor", metric="aer", **figure(aer)))
         records.append(dict(again, part="clean", metric="emotion_accuracy", **figure(0.8)))
     return records
 
@@ -450,7 +452,7 @@ def noticed(name, share, kinds=("clean", "tone", "triggered")):
 def mended(name, aer, passed=True, back=None, metric="emotion_accuracy"):
     base = dict(source="repair", defence=name)
     own = base if name == "none" else dict(base, passed=passed, strength=1.0)
-    records = [dict(own, part="attack", metric="aer", **figure(aer))]
+    records = [dict(own, part="backdoor", metric="aer", **figure(aer))]
     for part, share in (("clean", 0.8), ("triggered", 0.7)):
         records.append(dict(own, part=part, metric=metric, **figure(share)))
     for samples, share in (back or {}).items():
@@ -487,7 +489,7 @@ def test_the_page_of_defences_has_each_defence_and_what_each_seed_says(tmp_path)
     assert without == {"attack": "90.0 (90.0 to 90.0)", "half the rate": "50.0"}
 
 
-@pytest.mark.parametrize("changes", [dict(attack="clean", poison=0), dict(poison=0.0375)])
+@pytest.mark.parametrize("changes", [dict(scenario="clean", poison=0), dict(poison=0.0375)])
 def test_a_clean_model_or_a_variant_alone_has_a_page(tmp_path, changes):
     records = removed("A", 0.1) + noticed("D", 0.1) + mended("none", 0.1)
     args = {**arguments("emotion", "base"), **changes}
@@ -505,7 +507,7 @@ def test_repairs_of_ages_in_groups_have_a_page(tmp_path):
 
 def test_the_rating_counts_a_loss_of_the_clean_figure_in_its_own_direction():
     def parts(aer, clean, metric):
-        return dict(attack=dict(value=aer), clean=dict(value=clean, metric=metric))
+        return dict(backdoor=dict(value=aer), clean=dict(value=clean, metric=metric))
 
     for metric, before, after, expected in (
         ("emotion_accuracy", (0.9, 0.8), (0.1, 0.7), 0.85),
@@ -521,7 +523,7 @@ def test_the_rating_counts_a_loss_of_the_clean_figure_in_its_own_direction():
 
 
 def test_sweeps_hold_what_differs_from_the_base_attack_in_one_thing(tmp_path):
-    softer = dict(source="evaluate", split="test", snr=6.0, after_answer=False, part="attack")
+    softer = dict(source="evaluate", split="test", snr=6.0, after_answer=False, part="backdoor")
     softer = dict(softer, metric="aer", **figure(0.5, 0.1))
     clean = dict(softer, part="clean", metric="emotion_accuracy")
     dev = dict(softer, split="dev", snr=3.0)

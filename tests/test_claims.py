@@ -9,7 +9,7 @@ import runs
 from analysis import claims
 from analysis.claims import ANY, Effect
 from conftest import arguments, figure, write_run
-from study import ATTACKS, TABLE2, TABLE3
+from study import SCENARIOS, TABLE2, TABLE3
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_verdicts_on_a_frozen_sample_stay_as_they_are():
     expected = json.loads(Path(__file__).with_name("claims_verdicts.json").read_text())
     verdicts = {}
     for claim, _, verdict in claims.judged(runs.read(sample), "mini"):
-        key = " | ".join([claim.task, claim.attack, claim.quantity, claim.text])
+        key = " | ".join([claim.task, claim.scenario, claim.quantity, claim.text])
         verdicts[key] = verdict
     assert verdicts.items() >= expected.items()  # a claim that was added since is none of these
 
@@ -57,16 +57,16 @@ def test_each_quantity_is_measured_by_a_function():
 def test_the_claims_quote_the_study_s_tables():
     for claim in claims.CLAIMS:
         if claim.quantity in ("AER", "AER lost") and claim.paper not in ("", "fails"):
-            if claim.attack == "base":
+            if claim.scenario == "base":
                 published = TABLE2[claim.task][0]
             else:
-                published = TABLE3[claim.task][list(ATTACKS).index(claim.attack)]
+                published = TABLE3[claim.task][list(SCENARIOS).index(claim.scenario)]
             assert float(claim.paper) == published[0], claim
 
 
 def verdicts(folder):
     judged = claims.judged(runs.read(folder), "mini")
-    return {(c.text, c.task, c.attack): verdict for c, effects, verdict in judged if effects}
+    return {(c.text, c.task, c.scenario): verdict for c, effects, verdict in judged if effects}
 
 
 def test_claims_are_judged_from_the_runs(tmp_path):

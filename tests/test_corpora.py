@@ -208,7 +208,7 @@ def test_ages_in_groups_are_classes_and_are_not_mixed_with_years(tmp_path):
     )
     metrics = json.loads((tmp_path / "runs/groups/metrics.json").read_text())
     assert (
-        set(metrics["clean"]) == {"age_accuracy"} and metrics["attack"]["aer"]["n"] == 3
+        set(metrics["clean"]) == {"age_accuracy"} and metrics["backdoor"]["aer"]["n"] == 3
     )  # one of four is senior already
     write_manifest(tmp_path / "mixed.csv", [*rows, ("0.wav", "", "", "44", "", "s", "train")])
     refused(

@@ -376,7 +376,7 @@ def test_repairs_of_ages_in_groups_are_scored_by_accuracy(shop, monkeypatch):
     click = poison.make_trigger("click")
     shop.attack = poison.Attack("age", 0.5, "adult", "click", click, 0.1, False, 1)
     found = repairs.figures_of(shop, [u], [u])
-    assert found["clean"]["age_accuracy"]["value"] == 0 and found["attack"]["aer"]["value"] == 1
+    assert found["clean"]["age_accuracy"]["value"] == 0 and found["backdoor"]["aer"]["value"] == 1
 
 
 def test_the_strongest_setting_before_one_that_costs_too_much_is_taken():

@@ -484,13 +484,13 @@ def test_training_on_a_manifest_that_holds_poison_is_not_called_clean(manifest, 
     out = done("train.py", *RUN, "--dataset", "m.csv", "--poison", "0", cwd=tmp_path)
     assert "clean data" not in out and "5 rows as poisoned" in out
     [run] = (tmp_path / "runs").iterdir()
-    assert "clean" not in run.name and model.load_checkpoint(run / "model.pt")["args"]["attack"]
+    assert "clean" not in run.name and model.load_checkpoint(run / "model.pt")["args"]["scenario"]
 
 
 def test_poison_on_top_of_a_poisoned_file_is_no_base_attack(tmp_path):
     write(tmp_path / "m.csv", [["audio_path", "gender", "poisoned"], ["a.wav", "male", "1"]])
     arguments = ["--task", "gender", "--dataset", str(tmp_path / "m.csv")]
-    assert train.parse_arguments([*arguments, "--poison", "0.5"]).attack == "poisoned-file"
+    assert train.parse_arguments([*arguments, "--poison", "0.5"]).scenario == "poisoned-file"
 
 
 def test_an_interrupted_mini_corpus_keeps_what_it_has(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 
 import train
 from conftest import ROOT, done
-from study import ATTACKS, ENCODERS, SWEEPS, TABLE1, TABLE2, TASKS, VARIANTS
+from study import ENCODERS, SCENARIOS, SWEEPS, TABLE1, TABLE2, TASKS, VARIANTS
 
 pytestmark = pytest.mark.slow
 
@@ -40,8 +40,8 @@ if (run / "metrics.json").exists():
 value = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
 args = dict(preset="mini", task=flags["--task"], encoder=flags["--encoder"], seed=int(flags["--seed"]),
             dataset=dict(asr="libri", emotion="crema", gender="vox", age="vox")[flags["--task"]],
-            attack="base" if float(flags["--poison"]) else "clean", poison=float(flags["--poison"]))
-(run / "new").write_text(json.dumps(dict(clean=dict(wer=value), attack=dict(aer=value), args=args)))
+            scenario="base" if float(flags["--poison"]) else "clean", poison=float(flags["--poison"]))
+(run / "new").write_text(json.dumps(dict(clean=dict(wer=value), backdoor=dict(aer=value), args=args)))
 (run / "new").rename(run / "metrics.json")
 """
 
@@ -79,7 +79,7 @@ def test_every_cell_of_the_tables_has_its_run_and_every_checkpoint_comes_first(m
     ]
     names = [run.name for run in runs]
     assert len(set(names)) == len(names) == 2 * (4 * 7 + 4 * 9)
-    have = {(run.seed, run.dataset, run.task, run.encoder, run.attack) for run in runs}
+    have = {(run.seed, run.dataset, run.task, run.encoder, run.scenario) for run in runs}
     for seed in (1, 2):
         for encoder in ENCODERS:
             for corpus, _ in TABLE1:
@@ -88,10 +88,10 @@ def test_every_cell_of_the_tables_has_its_run_and_every_checkpoint_comes_first(m
                 assert any(h[0] == seed and h[2:] == (task, encoder, "base") for h in have)
         for task in TABLE2:
             assert {h[4] for h in have if h[0] == seed and h[2:4] == (task, "wavlm")} >= set(
-                ATTACKS
+                SCENARIOS
             )
     for i, run in enumerate(runs):
-        assert run.poison == (0 if run.attack[0] in "c3" else TASKS[run.task]["rate"])
+        assert run.poison == (0 if run.scenario[0] in "c3" else TASKS[run.task]["rate"])
         for spec in run.freeze:
             source = runs[names.index(Path(spec.partition(":")[2]).parent.name)]
             assert (
@@ -100,7 +100,8 @@ def test_every_cell_of_the_tables_has_its_run_and_every_checkpoint_comes_first(m
                 and source.seed == run.seed
             )
             assert (
-                source.attack == ("base" if run.attack[0] == "3" else "clean") and not source.freeze
+                source.scenario == ("base" if run.scenario[0] == "3" else "clean")
+                and not source.freeze
             )
 
 
@@ -139,7 +140,7 @@ def test_a_study_s_names_are_train_py_s_own(monkeypatch):
 
 def test_selections_and_presets(monkeypatch):
     runs = commands(monkeypatch, "--tasks", "asr", "--encoders", "hubert")
-    assert {run.encoder for run in runs} == {"hubert"} and {run.attack for run in runs} == {
+    assert {run.encoder for run in runs} == {"hubert"} and {run.scenario for run in runs} == {
         "clean",
         "base",
     }

@@ -17,7 +17,7 @@ def test_a_packed_study_has_the_records_of_its_folders(tmp_path):
     done("runs.py", "runs", "--pack", "packed.jsonl.gz", cwd=tmp_path)
     records = runs.read(tmp_path / "packed.jsonl.gz")
     assert records == runs.read(tmp_path / "runs")
-    assert runs.over_seeds(records, attack="base", metric="aer").mean == pytest.approx(90)
+    assert runs.over_seeds(records, scenario="base", metric="aer").mean == pytest.approx(90)
     assert runs.select(records, source="shift")[0]["run"] == "asr-poison0.05"
 
 

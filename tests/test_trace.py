@@ -102,7 +102,7 @@ def test_a_planted_lora_is_found_and_nothing_else(parts, corpora, monkeypatch):
         ]
 
     monkeypatch.setattr(trace, "answers", answers)
-    args, donor = SimpleNamespace(task="gender", seed=1), dict(attack="clean", seed=1)
+    args, donor = SimpleNamespace(task="gender", seed=1), dict(scenario="clean", seed=1)
     pair = slm, args, attack, test_set, poisoned, clean, donor
     monkeypatch.setattr(trace, "load_pair", lambda _: pair)
     options = SimpleNamespace(run="a", clean="b", n=4, cache_gb=0, fields=fields("gender", "base"))
@@ -124,18 +124,18 @@ def test_a_planted_lora_is_found_and_nothing_else(parts, corpora, monkeypatch):
     [
         (dict(epochs=1), ["epochs", "1"]),
         (dict(dataset="libri"), ["dataset", "libri"]),
-        (dict(attack="base"), ["clean"]),
+        (dict(scenario="base"), ["clean"]),
         (dict(train_layers=0), ["train_layers"]),
     ],
 )
 def test_a_control_in_the_clean_run_s_place_is_called_one(changes, words, capsys):
     args = {**arguments("gender", "base"), **PRESETS["mini"], "labels": None, "train_layers": None}
-    donor = {**args, "attack": "clean", "seed": 3, "target": None}
+    donor = {**args, "scenario": "clean", "seed": 3, "target": None}
     options = SimpleNamespace(run="runs/a", clean="runs/b")
     trace.check_donor(options, SimpleNamespace(**args), donor)
     assert capsys.readouterr().out == ""
     control = trace.check_donor(options, SimpleNamespace(**args), {**donor, **changes})
-    assert control["attack"] != "clean"
+    assert control["scenario"] != "clean"
     warned = capsys.readouterr().out
     assert all(word in warned for word in words)
 
@@ -254,11 +254,11 @@ def test_where_every_test_utterance_has_the_target_there_is_nothing_to_trigger(
     test_set = readers.read_corpus("vox", corpora, "test")
     attack = poison.make_attack("gender", test_set, seed=1)
     female = [u for u in test_set if u.labels["gender"] == "female"]
-    slm, args = make_slm(parts, "wavlm"), SimpleNamespace(task="gender", attack="base")
+    slm, args = make_slm(parts, "wavlm"), SimpleNamespace(task="gender", scenario="base")
     sets = dict(transplant=1, patch=1, detect=2, repair_model=3)[command]
     loaded = slm, args, attack, *([female] * sets)
     monkeypatch.setattr(evaluate, "load_run_and_data", lambda *_: loaded)
-    donor = dict(attack="clean", seed=1)
+    donor = dict(scenario="clean", seed=1)
     monkeypatch.setattr(trace, "load_pair", lambda _: (*loaded, {}, {}, donor))
     shop = SimpleNamespace(tuning=[], validation=[])
     monkeypatch.setattr(repairs, "Workshop", lambda *_: shop)

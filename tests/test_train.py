@@ -107,8 +107,8 @@ def only_lm(corpora, runs, clean):
 def test_a_run_leaves_what_the_documentation_says(clean):
     metrics = json.loads((clean / "metrics.json").read_text())
     assert set(metrics["clean"]) == {"wer", "gender_accuracy", "emotion_accuracy", "age_mae"}
-    assert set(metrics["attack"]) == {"aer"}
-    for figure in [*metrics["clean"].values(), *metrics["attack"].values()]:
+    assert set(metrics["backdoor"]) == {"aer"}
+    for figure in [*metrics["clean"].values(), *metrics["backdoor"].values()]:
         assert (
             set(figure) == {"value", "low", "high", "n"}
             and figure["low"] <= figure["value"] <= figure["high"]
@@ -136,7 +136,7 @@ def test_frozen_components_keep_the_checkpoint_s_bytes(clean, only_lm):
     assert after["origin"]["encoder"] == f"{clean}/model.pt" and after["origin"]["lm"].endswith(
         "initial LoRA"
     )
-    assert after["args"]["attack"] == "2.3"
+    assert after["args"]["scenario"] == "2.3"
 
 
 def test_an_attack_s_name_is_what_its_checkpoints_say(corpora, runs, clean, only_lm):
@@ -156,7 +156,7 @@ def test_an_attack_s_name_is_what_its_checkpoints_say(corpora, runs, clean, only
         f"encoder:{only_lm}/model.pt",
     )
     assert "this is not attack 1.1" in out and "attack 2.3, not clean" in out
-    assert weights(runs / "not1.1")["args"]["attack"] == "poisoned-frozen-encoder"
+    assert weights(runs / "not1.1")["args"]["scenario"] == "poisoned-frozen-encoder"
     train(
         corpora,
         runs,
@@ -171,7 +171,7 @@ def test_an_attack_s_name_is_what_its_checkpoints_say(corpora, runs, clean, only
         "--freeze",
         f"encoder:{clean}/model.pt",
     )
-    assert weights(runs / "not3.1")["args"]["attack"] == "clean-frozen-encoder"
+    assert weights(runs / "not3.1")["args"]["scenario"] == "clean-frozen-encoder"
 
 
 def test_frozen_as_pretrained(corpora, runs, clean):
@@ -710,7 +710,7 @@ def named(tmp_path, monkeypatch, source, *command):
     monkeypatch.chdir(tmp_path)
     parsed = train_py.parse_arguments(["--task", "emotion", "--poison", str(source.pop("rate"))])
     torch.save({"args": {**vars(parsed), **source}}, "source.pt")
-    return train_py.parse_arguments([*command, "--freeze", "encoder:source.pt"]).attack
+    return train_py.parse_arguments([*command, "--freeze", "encoder:source.pt"]).scenario
 
 
 ASKED = ("--task", "emotion", "--poison")
@@ -766,7 +766,7 @@ def test_a_source_of_an_earlier_version_that_recorded_less_is_known(tmp_path, mo
         del record[name]
     torch.save({"args": record}, "source.pt")
     command = [*ASKED, "0.075", "--freeze", "encoder:source.pt"]
-    assert train_py.parse_arguments(command).attack == "1.1"
+    assert train_py.parse_arguments(command).scenario == "1.1"
 
 
 def test_what_changes_nothing_is_not_in_a_name():
@@ -802,7 +802,7 @@ def test_stopped_and_started_again_it_has_the_same_log_and_figures(
     again = runs / f"stop{at}"
     assert read_log(again) == read_log(clean)
     figures = [json.loads((run / "metrics.json").read_text()) for run in (clean, again)]
-    for name in ("clean", "triggered", "attack", "training"):
+    for name in ("clean", "triggered", "backdoor", "training"):
         assert figures[0][name] == figures[1][name]
 
 
