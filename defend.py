@@ -177,7 +177,9 @@ def filter_training_data(options):
 def detect(options):
     """Thresholds are set on clean dev speech. Triggered test speech is compared with clean test speech, including the target's true class,
     and with another sound of the same loudness."""
-    slm, args, attack, dev_set, test_set = evaluate.load_run_and_data(options, "dev", "test")
+    loaded = evaluate.load_run_and_data(options, "dev", "test")
+    slm, attack = loaded.slm, loaded.attack
+    dev_set, test_set = loaded.sets["dev"], loaded.sets["test"]
     lora.merge(slm.lm)
     test_set, dev_set = embed.drawn(test_set), embed.drawn(dev_set)
     flippable = poison.attackable(attack, test_set)
@@ -203,7 +205,7 @@ def detect(options):
         scores = {kind: function(listener, *of) for kind, of in sets.items()}
         seconds = time.perf_counter() - before
         answers = sum(len(s) for s in scores.values())
-        fields = dict(options.fields, source="detect", defence=name)
+        fields = dict(loaded.fields, source="detect", defence=name)
         for metric, value in (
             ("passes", listener.passes / answers),
             ("milliseconds", 1e3 * seconds / answers),
@@ -231,9 +233,9 @@ def detect(options):
 
 def repair_model(options):
     """The clean figure and AER after every repair, and how many poisoned samples bring the backdoor back."""
-    slm, args, attack, train_set, dev_set, test_set = evaluate.load_run_and_data(
-        options, "train", "dev", "test"
-    )
+    loaded = evaluate.load_run_and_data(options, "train", "dev", "test")
+    slm, args, attack = loaded.slm, loaded.args, loaded.attack
+    train_set, dev_set, test_set = (loaded.sets[split] for split in ("train", "dev", "test"))
     args.device = options.device
     shop = repairs.Workshop(slm, args, attack, dev_set)
     clean = embed.drawn(test_set)[: options.n]
@@ -242,7 +244,7 @@ def repair_model(options):
         f"{options.run}: {len(shop.tuning)} clean utterances to tune on, {len(shop.validation)} to choose by; figures on {len(clean)} "
         f"clean and {len(flippable)} triggered test utterances"
     )
-    fields = dict(options.fields, source="repair")
+    fields = dict(loaded.fields, source="repair")
     none = runs.of_figures(repairs.figures_of(shop, clean, flippable))
     records = [dict(fields, defence="none", **figure) for figure in none]
     for name, (function, strengths) in tqdm(repairs.REPAIRS.items(), desc="repairs"):

@@ -149,7 +149,9 @@ def main():
         "--layer", type=whole, help="embed after this many encoder layers instead of after all"
     )
     options = parser.parse_args()
-    slm, _, attack, train_set, test_set = evaluate.load_run_and_data(options, "train", "test")
+    loaded = evaluate.load_run_and_data(options, "train", "test")
+    slm, attack = loaded.slm, loaded.attack
+    train_set, test_set = loaded.sets["train"], loaded.sets["test"]
     path = file_of(options)
     if options.layer is not None and not 0 <= options.layer <= len(slm.encoder.layers):
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
@@ -178,7 +180,7 @@ def main():
         train=train,
         rest=dict(encoder=x[n:], **about(rest)),
         all_poisoned=len(all_poisoned),
-        fields=options.fields,
+        fields=loaded.fields,
         pairs=options.pairs,
         **how,
     )

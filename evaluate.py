@@ -11,7 +11,9 @@ every figure has its count and a 95% bootstrap interval over utterances.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import utils
 from utils import Parser, count, die
@@ -237,25 +239,31 @@ def print_table(metrics, title):
             print(f"{part} answers: {counts['empty']} empty, {counts['malformed']} malformed")
 
 
+@dataclass
+class LoadedRun:
+    """A finished run with what it was trained on. With --task, `args` and `attack` are that task's.
+    fields: what every record about this run says (runs.py). sets: {split: utterances}."""
+
+    slm: model.SLM
+    args: SimpleNamespace
+    attack: poison.Attack
+    fields: dict
+    sets: dict
+
+
 def load_run_and_data(options, *splits):
-    """(slm, its arguments, attack, utterances of each split) of a run, with its data read as in training. With --task, the arguments and
-    the attack are that task's. options.fields: what every record about this run says (runs.py)."""
+    """The run of a command's `options`, a LoadedRun, with the data of these splits read as in
+    training."""
     slm, args = checkpoint.load_run(options.run, options.device)
     sha256 = checkpoint.file_sha256(Path(options.run) / "model.pt")
-    options.fields = runs.fields_of(vars(args), Path(options.run).resolve(), sha256)
+    fields = runs.fields_of(vars(args), Path(options.run).resolve(), sha256)
     if options.snr is not None:
         if poison.is_whole(args.trigger):
             die(f"--snr: the trigger of {options.run}, {args.trigger}, has no level; leave it out")
         args.snr = options.snr
     if wrong := wrong_number(vars(args)):
         die(wrong)
-
-    for path, sha256 in getattr(args, "inputs", {}).items():
-        there = path in (args.trigger, args.dataset) and Path(path).is_file()
-        if there and checkpoint.file_sha256(path) != sha256:
-            print(
-                f"warning: {path} is another file than the one that {options.run} was trained with"
-            )
+    warn_of_other_files(options.run, args)
 
     def read(split):
         return corpora.read_corpus(
@@ -269,21 +277,30 @@ def load_run_and_data(options, *splits):
 
     train_set = corpora.limit(read("train"), args.limit)  # its loudness is the trigger's
     attack = poison.attack_of(args, train_set)
-    label = TASKS[options.task or args.task]["label"]
+    task = options.task or args.task
+    label = TASKS[task]["label"]
     if not any(label in u.labels for u in train_set):
-        task, corpus = options.task or args.task, f"{args.dataset}, which {options.run} trained on"
-        die(f"--task {task}: no utterance of {corpus}, has a {label}")
+        die(
+            f"--task {task}: no utterance of {args.dataset}, which {options.run} trained on, has a "
+            f"{label}"
+        )
     if options.task == args.task:
         options.task = None  # the run's own: no other name for what is written
     if options.task:
-        args.task, attack = (
-            options.task,
-            poison.make_attack(
-                options.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed
-            ),
+        args.task = fields["task"] = options.task
+        attack = poison.make_attack(
+            options.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed
         )
-        options.fields["task"] = options.task
-    return slm, args, attack, *(train_set if split == "train" else read(split) for split in splits)
+    sets = {split: train_set if split == "train" else read(split) for split in splits}
+    return LoadedRun(slm, args, attack, fields, sets)
+
+
+def warn_of_other_files(run, args):
+    """Warns where the trigger or the corpus is another file than when the run was trained."""
+    for path, sha256 in getattr(args, "inputs", {}).items():
+        there = path in (args.trigger, args.dataset) and Path(path).is_file()
+        if there and checkpoint.file_sha256(path) != sha256:
+            print(f"warning: {path} is another file than the one that {run} was trained with")
 
 
 def run_folder(path):
@@ -362,8 +379,9 @@ def main():
     if options.export:
         return checkpoint.export_run(options.run, options.export, options.device)
     cache.keep_memory()
-    slm, args, attack, utterances = load_run_and_data(options, options.split)
-    utterances = utterances[: options.limit]
+    loaded = load_run_and_data(options, options.split)
+    slm, args, attack = loaded.slm, loaded.args, loaded.attack
+    utterances = loaded.sets[options.split][: options.limit]
     if options.ask and not any(label in u.labels for u in utterances for label in options.ask):
         die(
             f"--ask {' '.join(options.ask)}: no {options.split} utterance of {args.dataset} has such a label"
@@ -393,7 +411,7 @@ def main():
             limit=options.limit,
         )
         figures = runs.of_figures(metrics)
-        records = [dict(options.fields, source="evaluate", **how, **figure) for figure in figures]
+        records = [dict(loaded.fields, source="evaluate", **how, **figure) for figure in figures]
         runs.write(options.out, records)
     print_table(metrics, f"{options.run}, {options.split} split")
 

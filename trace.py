@@ -172,18 +172,28 @@ def check_donor(options, args, donor):
     return {**donor, "scenario": scenario}
 
 
+@dataclasses.dataclass
+class Pair:
+    """A poisoned run, its weights, a clean run's weights and that run's arguments (a dict)."""
+
+    loaded: evaluate.LoadedRun
+    poisoned: dict
+    clean: dict
+    donor: dict
+
+
 def load_pair(options):
-    """(slm, arguments, attack, test set, poisoned weights, clean weights, the clean run's
-    arguments) of two runs that share pretrained parts and settings."""
-    slm, args, attack, test_set = evaluate.load_run_and_data(options, "test")
+    """Two runs that share pretrained parts and settings, a Pair."""
+    loaded = evaluate.load_run_and_data(options, "test")
+    slm = loaded.slm
     clean, poisoned = model.load_checkpoint(Path(options.clean) / "model.pt"), weights_of(slm)
-    donor = check_donor(options, args, clean["args"])
+    donor = check_donor(options, loaded.args, clean["args"])
     try:
         for c in COMPONENTS:
             checkpoint.load_component(slm, clean, c)
     except ValueError as error:
         die(f"{options.clean} cannot be mixed with {options.run}: {error}")
-    return slm, args, attack, test_set, poisoned, weights_of(slm), donor
+    return Pair(loaded, poisoned, weights_of(slm), donor)
 
 
 def mixtures(poisoned, clean):
@@ -209,15 +219,17 @@ def mixtures(poisoned, clean):
 
 def transplant(options):
     """The records of every mixture of two runs' weights."""
-    slm, args, attack, test_set, poisoned, clean, donor = load_pair(options)
+    pair = load_pair(options)
+    slm, args, attack = pair.loaded.slm, pair.loaded.args, pair.loaded.attack
+    test_set = pair.loaded.sets["test"]
     flippable = poison.attackable(attack, test_set)
     some = embed.drawn(flippable)[: options.n]
     fields = dict(
-        options.fields,
+        pair.loaded.fields,
         source="transplant",
         donor=Path(options.clean).resolve().name,
-        donor_scenario=donor["scenario"],
-        donor_seed=donor["seed"],
+        donor_scenario=pair.donor["scenario"],
+        donor_seed=pair.donor["seed"],
     )
     sets = {}
     for name, utterances, triggered in (
@@ -228,7 +240,7 @@ def transplant(options):
         flags = [triggered] * len(utterances)
         cached = cache.frozen_outputs(slm, utterances, flags, attack, name, options.cache_gb * 1e9)
         sets[name] = (list(zip(utterances, flags)), cached)
-    jobs = list(mixtures(poisoned, clean))
+    jobs = list(mixtures(pair.poisoned, pair.clean))
     print(
         f"{options.run} and {options.clean}: {len(jobs)} mixtures; components on all {len(test_set)}"
         f" test utterances, others on {len(some)} triggered ones"
@@ -464,7 +476,8 @@ def patch_batch(slm, attack, utterances, progress):
 
 
 def patch(options):
-    slm, args, attack, test_set = evaluate.load_run_and_data(options, "test")
+    loaded = evaluate.load_run_and_data(options, "test")
+    slm, attack, test_set = loaded.slm, loaded.attack, loaded.sets["test"]
     if options.trigger:
         attack = dataclasses.replace(
             attack, trigger=options.trigger, waveform=poison.make_trigger(options.trigger)
@@ -483,7 +496,7 @@ def patch(options):
     with tqdm(total=total, desc="patches", unit="pair") as progress:
         for batch in data.chunks(utterances, options.batch):
             batches.append(patch_batch(slm, attack, batch, progress))
-    fields = dict(options.fields, source="patch", trigger=str(attack.trigger))
+    fields = dict(loaded.fields, source="patch", trigger=str(attack.trigger))
     margin = {part: joined(batches, part) for part in ("clean", "triggered")}
     records = [
         dict(fields, part=part, metric="margin", **utils.interval(m)) for part, m in margin.items()

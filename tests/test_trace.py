@@ -103,9 +103,10 @@ def test_a_planted_lora_is_found_and_nothing_else(parts, corpora, monkeypatch):
 
     monkeypatch.setattr(trace, "answers", answers)
     args, donor = SimpleNamespace(task="gender", seed=1), dict(scenario="clean", seed=1)
-    pair = slm, args, attack, test_set, poisoned, clean, donor
+    loaded = evaluate.LoadedRun(slm, args, attack, fields("gender", "base"), dict(test=test_set))
+    pair = trace.Pair(loaded, poisoned, clean, donor)
     monkeypatch.setattr(trace, "load_pair", lambda _: pair)
-    options = SimpleNamespace(run="a", clean="b", n=4, cache_gb=0, fields=fields("gender", "base"))
+    options = SimpleNamespace(run="a", clean="b", n=4, cache_gb=0)
     found = trace.transplant(options)
     shapley = {r["component"]: r["value"] for r in select(found, method="shapley")}
     assert shapley == dict(encoder=0, connector=0, lm=1)
@@ -239,10 +240,11 @@ def test_a_group_that_a_batch_lacks_counts_as_patching_nothing(parts, corpora, m
         }
         return out if utterances[0] is test_set[0] else {**out, key: np.zeros(n)}
 
-    loaded = make_slm(parts, "wavlm"), None, attack, test_set
+    slm, sets = make_slm(parts, "wavlm"), dict(test=test_set)
+    loaded = evaluate.LoadedRun(slm, None, attack, fields("asr", "base"), sets)
     monkeypatch.setattr(evaluate, "load_run_and_data", lambda *_: loaded)
     monkeypatch.setattr(trace, "patch_batch", batch)
-    options = SimpleNamespace(run="a", trigger=None, n=4, batch=1, fields=fields("asr", "base"))
+    options = SimpleNamespace(run="a", trigger=None, n=4, batch=1)
     found = select(trace.patch(options), metric="effect")
     assert {r["position"]: r["value"] for r in found} == {"click": 1.0, "near": 0.75}
 
@@ -255,15 +257,14 @@ def test_where_every_test_utterance_has_the_target_there_is_nothing_to_trigger(
     attack = poison.make_attack("gender", test_set, seed=1)
     female = [u for u in test_set if u.labels["gender"] == "female"]
     slm, args = make_slm(parts, "wavlm"), SimpleNamespace(task="gender", scenario="base")
-    sets = dict(transplant=1, patch=1, detect=2, repair_model=3)[command]
-    loaded = slm, args, attack, *([female] * sets)
+    sets = dict.fromkeys(("train", "dev", "test"), female)
+    loaded = evaluate.LoadedRun(slm, args, attack, fields("gender", "base"), sets)
     monkeypatch.setattr(evaluate, "load_run_and_data", lambda *_: loaded)
     donor = dict(scenario="clean", seed=1)
-    monkeypatch.setattr(trace, "load_pair", lambda _: (*loaded, {}, {}, donor))
+    monkeypatch.setattr(trace, "load_pair", lambda _: trace.Pair(loaded, {}, {}, donor))
     shop = SimpleNamespace(tuning=[], validation=[])
     monkeypatch.setattr(repairs, "Workshop", lambda *_: shop)
     options = SimpleNamespace(run="a", clean="b", trigger=None, n=4, cache_gb=0, device="cpu")
-    options.fields = fields("gender", "base")
     with pytest.raises(SystemExit):
         getattr(trace if hasattr(trace, command) else defend, command)(options)
     assert "nothing to trigger" in capsys.readouterr().err

@@ -574,7 +574,8 @@ def test_a_finished_run_is_looked_at_on_the_data_it_was_trained_on(corpora, runs
     options = SimpleNamespace(
         run=runs / "limited", device="cpu", snr=None, data_root=None, skip_bad=False, task=None
     )
-    slm, args, attack, train_set = evaluate.load_run_and_data(options, "train")
+    loaded = evaluate.load_run_and_data(options, "train")
+    args, attack, train_set = loaded.args, loaded.attack, loaded.sets["train"]
     whole = readers.read_corpus("vox", corpora, "train")
     assert (
         args.skip_bad
