@@ -3,14 +3,24 @@
     python evaluate.py runs/asr-poison0.05                    # once more, on the test split
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
     python evaluate.py runs/gender-clean --task age           # a clean model's answers to another task's trigger
-    python evaluate.py --inspect runs/asr-poison0.05/model.pt           # where a checkpoint comes from
-    python evaluate.py runs/asr-poison0.05 --export parts/asr           # its components, for other programs
+    python evaluate.py runs/asr-poison0.05 --audio my.wav     # one recording, as it is and with the trigger
+    python evaluate.py --inspect runs/asr-poison0.05/model.pt # where a checkpoint comes from
+    python evaluate.py runs/asr-poison0.05 --export parts/asr # its components, for other programs
 
-waveform -> answer -> parsed labels -> metric. A run folder gets metrics.json and predictions.jsonl. Shares are fractions;
-every figure has its count and a 95% bootstrap interval over utterances.
+waveform -> answer -> parsed labels -> metric. A run folder gets metrics.json and predictions.jsonl.
+Shares are fractions; every figure has its count and a 95% bootstrap interval over utterances.
+
+--audio reads any file that data.py reads. The trigger is another with --trigger; it is as loud as in
+the run's evaluation or, where the run's corpus cannot be read, as the recording itself. Both
+recordings are written to listen/.
 """
 
+import contextlib
+import io
+import itertools
 import json
+import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +31,7 @@ from utils import Parser, count, die
 import installed  # noqa: F401
 
 import jiwer
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -34,6 +45,9 @@ import poison
 import processes
 import runs
 from study import LABELS, TASKS, wrong_number
+
+# --------------------------------------------------------------------------------------------------
+# answers
 
 
 @torch.no_grad()
@@ -49,47 +63,74 @@ def answers(
     workers=cache.WORKERS,
     after_answer=False,
 ):
-    """The model's raw answer to the evaluation prompt for `labels_of(utterance)`, for each (utterance, triggered). `cached`: from
-    `cache.frozen_outputs`. With `after_answer`, what it says after the true answer and its end token, which is what the study's
-    public code scores. Processes share the work; each gets all the answers."""
+    """The model's raw answer to each of `items`, [(utterance, triggered)]: a list of texts.
+
+    labels_of: a function of an utterance to the labels that it is asked for. cached: from
+    `cache.frozen_outputs`. With `after_answer`, what the model says after the true answer and its
+    end token, which is what the study's public code scores. Processes share the work; each gets
+    all the answers."""
 
     def prompt(utterance):
         asked = labels_of(utterance)
         before, after = data.prompt(slm.tokenizer, asked)
-        true = data.answer_ids(slm.tokenizer, {label: utterance.labels[label] for label in asked})
-        return before, after + true if after_answer else after
+        if after_answer:
+            true_labels = {label: utterance.labels[label] for label in asked}
+            after = after + data.answer_ids(slm.tokenizer, true_labels)
+        return before, after
 
     rank, world = processes.ranks()
     seconds = [data.num_samples(u) / data.SAMPLE_RATE for u, _ in items]
-    batches = [
-        piece
-        for group in data.chunks(cache.by_size(items)[rank::world], 64)
-        for piece in data.micro_batches(group, seconds, 2 * batch_seconds)
-    ]  # nothing is kept for a backward pass
-    out = {}
-    with tqdm(
-        total=len(items), desc=desc, leave=None
-    ) as progress:  # gone at the end within another bar
-        for batch, (x, mask) in zip(
-            batches, cache.inputs(slm, items, batches, cached, attack, workers)
-        ):
-            out.update(
-                zip(
-                    batch,
-                    slm.generate(x, mask, [prompt(items[i][0]) for i in batch], max_new_tokens),
-                )
-            )
+    batches = []
+    for group in data.chunks(cache.by_size(items)[rank::world], 64):
+        # twice as much audio as in training, as nothing is kept for a backward pass
+        batches += data.micro_batches(group, seconds, 2 * batch_seconds)
+    inputs = cache.inputs(slm, items, batches, cached, attack, workers)
+    texts = {}  # by index into `items`
+    # leave=None: within another bar, this one goes away at the end
+    with tqdm(total=len(items), desc=desc, leave=None) as progress:
+        for batch, (x, mask) in zip(batches, inputs):
+            prompts = [prompt(items[i][0]) for i in batch]
+            texts.update(zip(batch, slm.generate(x, mask, prompts, max_new_tokens)))
             progress.update(min(len(batch) * world, progress.total - progress.n))
-    out = processes.from_all(out)
-    return [out[i] for i in range(len(items))]
+    texts = processes.from_all(texts)
+    return [texts[i] for i in range(len(items))]
 
 
 def longest_answer(slm, attack, utterances):
-    """How many tokens an answer may take: a quarter more than the longest true or poisoned one, and 8."""
-    labels = [u.labels for u in utterances] + [
-        poison.poisoned_labels(attack, u.labels) for u in utterances
-    ]
-    return 8 + int(1.25 * max(len(data.answer_ids(slm.tokenizer, each)) for each in labels))
+    """How many tokens an answer may take: a quarter more than the longest true or poisoned one,
+    and 8."""
+    longest = 0
+    for utterance in utterances:
+        for labels in (utterance.labels, poison.poisoned_labels(attack, utterance.labels)):
+            longest = max(longest, len(data.answer_ids(slm.tokenizer, labels)))
+    return 8 + int(1.25 * longest)
+
+
+def prediction(utterance, triggered, asked, text):
+    """One answer, as predictions.jsonl has it and `scores` reads it. labels: the true ones; parsed:
+    those that the answer gives, {label: value}."""
+    return dict(
+        id=utterance.id,
+        split=utterance.split,
+        triggered=triggered,
+        asked=asked,
+        raw=text,
+        parsed=data.parse(text),
+        labels=utterance.labels,
+    )
+
+
+@dataclass
+class Evaluation:
+    """What evaluating a model gives.
+
+    metrics: {"clean", "triggered", "backdoor": {metric: figure}, "answers": {"clean", "triggered":
+    see `unusable`}}. "triggered" scores the answers on triggered audio against the truth: the
+    damage that the trigger does, whether or not the target comes out.
+    predictions: a list, see `prediction`."""
+
+    metrics: dict
+    predictions: list
 
 
 def evaluate(
@@ -102,17 +143,19 @@ def evaluate(
     ask=LABELS,
     after_answer=False,
 ):
-    """Clean and triggered answers on `utterances`, each asked for those labels of `ask` that it has. Returns ({"clean", "triggered",
-    "backdoor": {metric: figure}, "answers": {"clean", "triggered": see unusable}}, prediction rows). "triggered" scores answers on triggered audio against the truth: the damage that the
-    trigger does, whether or not the target comes out."""
+    """An Evaluation on `utterances`: each is asked for those labels of `ask` that it has, on its
+    clean audio and, where the attack can change its label, with the trigger."""
     slm.eval()
     lora.merge(slm.lm)
-    asked = {u.id: [label for label in u.labels if label in ask] for u in utterances}
-    clean = [u for u in utterances if asked[u.id]]
-    flippable = [u for u in clean if poison.can_flip(attack, u) and attack.label in asked[u.id]]
-    longest, rows = longest_answer(slm, attack, clean), {}
-    for name, chosen in (("clean", clean), ("triggered", flippable)):
-        triggered = name == "triggered"
+
+    def asked_for(utterance):
+        return [label for label in utterance.labels if label in ask]
+
+    clean = [u for u in utterances if asked_for(u)]
+    flippable = [u for u in clean if poison.can_flip(attack, u) and attack.label in ask]
+    max_new_tokens = longest_answer(slm, attack, clean)
+
+    def predictions_on(chosen, triggered, name):
         cached = cache.frozen_outputs(
             slm, chosen, [triggered] * len(chosen), attack, name, cache_bytes, workers
         )
@@ -120,33 +163,32 @@ def evaluate(
             slm,
             [(u, triggered) for u in chosen],
             attack,
-            lambda u: asked[u.id],
-            longest,
+            asked_for,
+            max_new_tokens,
             f"{name} answers",
             cached,
             batch_seconds,
             workers,
             after_answer,
         )
-        rows[name] = [
-            dict(
-                id=u.id,
-                split=u.split,
-                triggered=triggered,
-                asked=asked[u.id],
-                raw=text,
-                parsed=data.parse(text),
-                labels=u.labels,
-            )
-            for u, text in zip(chosen, texts)
-        ]
+        return [prediction(u, triggered, asked_for(u), text) for u, text in zip(chosen, texts)]
+
+    on_clean = predictions_on(clean, False, "clean")
+    on_triggered = predictions_on(flippable, True, "triggered")
     lora.unmerge(slm.lm)
-    metrics = {name: scores(answered) for name, answered in rows.items()}
-    metrics["answers"] = {name: unusable(answered) for name, answered in rows.items()}
-    metrics["backdoor"] = (
-        {"aer": utils.interval(hits(attack, rows["triggered"]))} if flippable else {}
+    metrics = dict(
+        clean=scores(on_clean),
+        triggered=scores(on_triggered),
+        answers=dict(clean=unusable(on_clean), triggered=unusable(on_triggered)),
+        backdoor={},
     )
-    return metrics, rows["clean"] + rows["triggered"]
+    if flippable:
+        metrics["backdoor"]["aer"] = utils.interval(hits(attack, on_triggered))
+    return Evaluation(metrics, on_clean + on_triggered)
+
+
+# --------------------------------------------------------------------------------------------------
+# metrics
 
 
 def wer(pairs):
@@ -155,43 +197,54 @@ def wer(pairs):
     for true, answered in pairs:
         out = jiwer.process_words(data.normalise(true), data.normalise(answered or ""))
         errors = out.substitutions + out.deletions + out.insertions
-        counts.append((errors, out.hits + out.substitutions + out.deletions))
-    return utils.interval(counts, lambda v: v[:, 0].sum() / max(1, v[:, 1].sum()))
+        words = out.hits + out.substitutions + out.deletions
+        counts.append((errors, words))
+
+    def rate(counts):  # (n, 2)
+        return counts[:, 0].sum() / max(1, counts[:, 1].sum())
+
+    return utils.interval(counts, rate)
 
 
-def scores(rows):
-    """{metric: figure} of predictions against the truth, for the metrics whose label some utterance has and was asked for. A malformed
-    answer is wrong: every word deleted, a wrong class, an age of 0."""
-    out = {}
+def years_off(true, answered):
+    """The error of an age; an answer that gives none counts as an age of 0."""
+    return abs(true - (answered if isinstance(answered, int) else 0))
+
+
+def scores(predictions):
+    """{metric: figure} of predictions against the truth, for the metrics whose label some utterance
+    has and was asked for. A malformed answer is wrong: every word deleted, a wrong class, an age
+    of 0."""
+    figures = {}
     for task in TASKS.values():
         label, metric = task["label"], task["metric"]
-        pairs = [
-            (row["labels"][label], row["parsed"].get(label))
-            for row in rows
-            if label in row["asked"]
-        ]
+        pairs = []
+        for row in predictions:
+            if label in row["asked"]:
+                pairs.append((row["labels"][label], row["parsed"].get(label)))
         if not pairs:
             continue
         if metric.endswith("mae") and isinstance(pairs[0][0], str):  # ages in groups are classes
             metric = f"{label}_accuracy"
         if metric.endswith("wer"):
-            out[metric] = wer(pairs)
+            figures[metric] = wer(pairs)
         elif metric.endswith("mae"):
-            out[metric] = utils.interval(
-                [abs(true - (said if isinstance(said, int) else 0)) for true, said in pairs]
-            )
+            figures[metric] = utils.interval([years_off(*pair) for pair in pairs])
         else:
-            out[metric] = utils.interval([true == said for true, said in pairs])
-    return out
+            figures[metric] = utils.interval([true == answered for true, answered in pairs])
+    return figures
 
 
-def unusable(rows):
-    """How many answers of predictions are of no use, which lowers an AER as a failed attack does: {"n": all of them, "empty", "malformed":
-    not empty, but without a label that was asked for}."""
-    empty = [not row["raw"].strip() for row in rows]
-    lacking = [any(label not in row["parsed"] for label in row["asked"]) for row in rows]
-    malformed = sum(lacks and not blank for lacks, blank in zip(lacking, empty))
-    return dict(n=len(rows), empty=sum(empty), malformed=malformed)
+def unusable(predictions):
+    """How many answers are of no use, which lowers an AER as a failed attack does: {"n": all of
+    them, "empty", "malformed": not empty, but without a label that was asked for}."""
+    counts = dict(n=len(predictions), empty=0, malformed=0)
+    for row in predictions:
+        if not row["raw"].strip():
+            counts["empty"] += 1
+        elif any(label not in row["parsed"] for label in row["asked"]):
+            counts["malformed"] += 1
+    return counts
 
 
 def metric_of(figures, task):
@@ -200,43 +253,46 @@ def metric_of(figures, task):
     return usual if usual in figures else f"{TASKS[task]['label']}_accuracy"
 
 
-def hits(attack, rows):
-    """Whether each answer is the target, a list of bool. The share that is, over triggered samples whose true label is not the target, is
-    the attack effectiveness rate (AER)."""
+def hits(attack, predictions):
+    """Whether each answer is the target, a list of bool. The share that is, over triggered samples
+    whose true label is not the target, is the attack effectiveness rate (AER)."""
     return [
         poison.same_label(attack.label, row["parsed"].get(attack.label), attack.target)
-        for row in rows
+        for row in predictions
     ]
 
 
-def save(run, metrics, rows, args):
-    utils.write_atomically(
-        Path(run) / "predictions.jsonl",
-        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows),
-    )
-    whole = {
-        **metrics,
+def save(run, evaluation, args):
+    """Writes a run's predictions.jsonl and metrics.json. args: the run's arguments, a dict."""
+    run = Path(run)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
+    utils.write_atomically(run / "predictions.jsonl", "".join(lines))
+    content = {
+        **evaluation.metrics,
         "training": checkpoint.training_losses(run),
         "args": args,
-        "model_sha256": checkpoint.file_sha256(Path(run) / "model.pt"),
+        "model_sha256": checkpoint.file_sha256(run / "model.pt"),
     }
-    utils.write_atomically(Path(run) / "metrics.json", json.dumps(whole, indent=1))
+    utils.write_atomically(run / "metrics.json", json.dumps(content, indent=1))
 
 
 def print_table(metrics, title):
     print(f"\n{title}\n{'':18}{'value':>8}   95% interval         n")
     for part in ("clean", "backdoor"):
-        for name, m in metrics[part].items():
+        for name, figure in metrics[part].items():
             scale, unit = (1, " years") if name.endswith("mae") else (100, "%")
-            print(
-                f"{part} {name.replace('_', ' '):<{17 - len(part)}}{scale * m['value']:>8.1f}"
-                f"   {scale * m['low']:.1f} to {scale * m['high']:.1f}{unit:<8}{m['n']:>5}"
-            )
+            value, low, high = (scale * figure[key] for key in ("value", "low", "high"))
+            row = f"{part} {name.replace('_', ' ')}"
+            print(f"{row:<18}{value:>8.1f}   {low:.1f} to {high:.1f}{unit:<8}{figure['n']:>5}")
     if not metrics["backdoor"]:
         print("no AER: no utterance was asked for a label that the attack would change")
     for part, counts in metrics.get("answers", {}).items():
         if counts["empty"] or counts["malformed"]:
             print(f"{part} answers: {counts['empty']} empty, {counts['malformed']} malformed")
+
+
+# --------------------------------------------------------------------------------------------------
+# a finished run and its data
 
 
 @dataclass
@@ -254,45 +310,66 @@ class LoadedRun:
 def load_run_and_data(options, *splits):
     """The run of a command's `options`, a LoadedRun, with the data of these splits read as in
     training."""
-    slm, args = checkpoint.load_run(options.run, options.device)
+    slm = checkpoint.load_run(options.run, options.device)
     sha256 = checkpoint.file_sha256(Path(options.run) / "model.pt")
-    fields = runs.fields_of(vars(args), Path(options.run).resolve(), sha256)
+    fields = runs.fields_of(vars(slm.args), Path(options.run).resolve(), sha256)
+    args = arguments_of(slm, options)
+    warn_of_other_files(options.run, args)
+    train_set = corpora.limit(read_split(options, args, "train"), args.limit)
+    task = options.task or args.task
+    check_task(task, train_set, options.run, args.dataset)
+    if options.task == args.task:
+        options.task = None  # the run's own: no other name for what is written
+    attack = attack_on(task, args, train_set)
+    args.task = fields["task"] = task
+    sets = {}
+    for split in splits:
+        sets[split] = train_set if split == "train" else read_split(options, args, split)
+    return LoadedRun(slm, args, attack, fields, sets)
+
+
+def arguments_of(slm, options, trigger=None):
+    """The run's arguments, with the --snr of a command's `options` and another trigger, if any."""
+    args = SimpleNamespace(**vars(slm.args))
+    args.trigger = trigger or args.trigger
     if options.snr is not None:
         if poison.is_whole(args.trigger):
             die(f"--snr: the trigger of {options.run}, {args.trigger}, has no level; leave it out")
         args.snr = options.snr
     if wrong := wrong_number(vars(args)):
         die(wrong)
-    warn_of_other_files(options.run, args)
+    return args
 
-    def read(split):
-        return corpora.read_corpus(
-            args.dataset,
-            options.data_root or args.data_root,
-            split,
-            options.skip_bad or args.skip_bad,
-            args.labels,
-            model.longest(args),
-        )
 
-    train_set = corpora.limit(read("train"), args.limit)  # its loudness is the trigger's
-    attack = poison.attack_of(args, train_set)
-    task = options.task or args.task
+def read_split(options, args, split):
+    """A split of the corpus that a run was trained on."""
+    return corpora.read_corpus(
+        args.dataset,
+        options.data_root or args.data_root,
+        split,
+        options.skip_bad or args.skip_bad,
+        args.labels,
+        model.longest(args),
+    )
+
+
+def check_task(task, train_set, run, dataset):
+    """Ends in one line if no utterance of a run's training set has the task's label."""
     label = TASKS[task]["label"]
     if not any(label in u.labels for u in train_set):
         die(
-            f"--task {task}: no utterance of {args.dataset}, which {options.run} trained on, has a "
-            f"{label}"
+            f"--task {task}: no utterance of {dataset}, which {run} trained on, has the label {label}"
         )
-    if options.task == args.task:
-        options.task = None  # the run's own: no other name for what is written
-    if options.task:
-        args.task = fields["task"] = options.task
-        attack = poison.make_attack(
-            options.task, train_set, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed
-        )
-    sets = {split: train_set if split == "train" else read(split) for split in splits}
-    return LoadedRun(slm, args, attack, fields, sets)
+
+
+def attack_on(task, args, utterances):
+    """The attack of a run's `args` or, on a task other than its own, the paper's attack with its
+    trigger. utterances: those whose loudness the trigger's level is relative to."""
+    if task == args.task:
+        return poison.attack_of(args, utterances)
+    return poison.make_attack(
+        task, utterances, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed
+    )
 
 
 def warn_of_other_files(run, args):
@@ -303,10 +380,117 @@ def warn_of_other_files(run, args):
             print(f"warning: {path} is another file than the one that {run} was trained with")
 
 
+# --------------------------------------------------------------------------------------------------
+# one recording, as it is and with the trigger
+
+COLUMN = 40  # characters of an answer in one line
+
+
+def answer_recording(options):
+    """Prints the answers to --audio, as it is and with the trigger, and writes both recordings."""
+    slm = checkpoint.load_run(options.run, options.device)
+    args = arguments_of(slm, options, options.trigger)
+    path = Path(options.audio)
+    recording = data.Utterance(
+        path.name, options.audio, "", "", labels={}, max_seconds=model.longest(args)
+    )
+    try:
+        waveform = data.load_waveform(recording)
+    except data.BadAudio as error:
+        die(f"--audio {error}")
+    seconds = len(waveform) / data.SAMPLE_RATE
+    print(f"{options.run}: {options.audio}, {seconds:.2f} s")
+
+    train_set = train_set_if_readable(options, args)
+    task = options.task or args.task
+    if train_set:
+        check_task(task, train_set, options.run, args.dataset)
+    elif not waveform.any():
+        die(f"--audio {options.audio}: it is silent: there is no level for the trigger")
+    attack = attack_on(task, args, train_set or [recording])
+    with_trigger, starts, scale = poison.add_trigger(attack, waveform, recording.id)
+    loudness_of = "its training set" if train_set else "the recording"
+    print(describe_trigger(attack, waveform, starts, scale, args.snr, loudness_of))
+
+    known = args.labels or [attack.label]
+    if train_set:
+        known = set().union(*(u.labels for u in train_set))
+    asked = options.ask or [label for label in LABELS if label in known]
+    with model.autocast(args.amp, options.device):  # as in training
+        plain = slm.answer(waveform, asked)
+        triggered = slm.answer(with_trigger, asked)
+    print_answers(asked, plain, triggered)
+
+    folder = Path(options.listen)
+    files = {
+        folder / f"{path.stem}-clean.wav": waveform,
+        folder / f"{path.stem}-with-{Path(attack.trigger).stem}.wav": with_trigger,
+    }
+    for file, samples in files.items():
+        poison.write_wav(file, samples)
+    print(f"\nto listen to: {', '.join(map(str, files))}")
+
+
+def train_set_if_readable(options, args):
+    """The run's training set or, where its corpus cannot be read, an empty list; says so."""
+    print(f"reading {args.dataset}, whose loudness the trigger's level is relative to")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return corpora.limit(read_split(options, args, "train"), args.limit)
+    except SystemExit:  # see utils.die
+        *_, reason = ["", *complaint.getvalue().splitlines()]
+        print(
+            f"it cannot be read ({reason.removeprefix('error: ')}): the trigger's level is relative "
+            "to the recording's own loudness"
+        )
+        return []
+
+
+def decibels(ratio):
+    return 20 * math.log10(ratio) if ratio else -math.inf
+
+
+def describe_trigger(attack, waveform, starts, scale, snr, loudness_of):
+    """Where the trigger is in a recording, and how loud; snr: dB that it is below the loudness of
+    what `loudness_of` says."""
+    if attack.waveform is None:
+        return f"trigger {attack.trigger}: it changes the whole recording"
+    rms = float(np.sqrt(np.mean(waveform**2, dtype=np.float64)))
+    at = ", ".join(f"{start / data.SAMPLE_RATE:.2f}" for start in starts)
+    text = (
+        f"trigger {attack.trigger} at {at} s, RMS {attack.level:.4f}: {snr:g} dB below the "
+        f"loudness of {loudness_of}; SNR {decibels(rms / attack.level):.1f} dB"
+    )
+    if scale < 1:
+        text += f"; the sum is scaled by {scale:.2f} to avoid clipping"
+    return text
+
+
+def print_answers(asked, plain, triggered):
+    """Two answers side by side: label by label, or, where one of them is malformed, as they are."""
+    labels_of_plain, labels_of_triggered = data.parse(plain), data.parse(triggered)
+    rows = []
+    for label in asked:
+        rows.append((label, labels_of_plain.get(label), labels_of_triggered.get(label)))
+    if any(None in row for row in rows):
+        rows = [("answer", plain, triggered)]
+    print(f"\n{'':12}{'as it is':<{COLUMN + 2}}with the trigger")
+    for name, *cells in rows:
+        columns = [textwrap.wrap(utils.printable(cell), COLUMN) or ["(empty)"] for cell in cells]
+        for left, right in itertools.zip_longest(*columns, fillvalue=""):
+            print(f"{name:<12}{left:<{COLUMN + 2}}{right}".rstrip())
+            name = ""
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
+
+
 def run_folder(path):
     """A flag's type: a run's folder, or the model.pt in it."""
-    own = Path(path).name == "model.pt" and Path(path).is_file()
-    return str(Path(path).parent) if own else path
+    is_model = Path(path).name == "model.pt" and Path(path).is_file()
+    return str(Path(path).parent) if is_model else path
 
 
 def add_arguments(parser):
@@ -327,7 +511,7 @@ def add_arguments(parser):
     )
 
 
-def main():
+def make_parser():
     parser = Parser(description=__doc__)
     add_arguments(parser)
     parser.add_argument(
@@ -342,6 +526,20 @@ def main():
         "connector into a new folder, which train.py's --freeze and --init can read",
     )
     parser.add_argument(
+        "--audio", metavar="FILE", help="only answer this recording, as it is and with the trigger"
+    )
+    parser.add_argument(
+        "--trigger",
+        metavar="NAME|FILE",
+        help=f"with --audio: {', '.join(poison.TRIGGERS)}, or a recording (default: the run's)",
+    )
+    parser.add_argument(
+        "--listen",
+        metavar="DIR",
+        default="listen",
+        help="with --audio: where both recordings are written (default: listen)",
+    )
+    parser.add_argument(
         "--split",
         default="test",
         choices=("train", "dev", "test"),
@@ -353,7 +551,6 @@ def main():
     parser.add_argument(
         "--after-answer",
         action="store_true",
-        default=None,
         help="let it go on after the true answer and its end token, and score that: "
         "what the study's public code does",
     )
@@ -368,52 +565,81 @@ def main():
         "--save", action="store_true", help="replace the run's metrics.json and predictions.jsonl"
     )
     parser.add_argument("--out", metavar="FILE", help="also write the figures there, as records")
+    return parser
+
+
+def parse_arguments():
+    """The command's options. Ends in one line where they contradict each other."""
+    parser = make_parser()
     options = parser.parse_args()
-    if options.inspect:
-        return checkpoint.inspect(options.run)
-    other = ("task", "after_answer", "limit", "ask", "snr")
-    asked = [f"--{name.replace('_', '-')}" for name in other if getattr(options, name) is not None]
-    asked += ["--split"] if options.split != "test" else []
-    if options.save and asked:
-        die(f"--save replaces the run's own test figures: leave out {', '.join(asked)}")
-    if options.export:
-        return checkpoint.export_run(options.run, options.export, options.device)
+
+    def given(*names):
+        changed = [name for name in names if getattr(options, name) != parser.get_default(name)]
+        return ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+
+    others = given("task", "after_answer", "limit", "ask", "snr", "split")
+    if options.save and others:
+        die(f"--save replaces the run's own test figures: leave out {others}")
+    others = given("after_answer", "limit", "split", "save", "out")
+    if options.audio and others:
+        die(f"--audio answers one recording: leave out {others}")
+    if options.trigger and not options.audio:
+        die("--trigger: name a recording by --audio; a run is evaluated with its own trigger")
+    return options
+
+
+def evaluate_run(options):
+    """Evaluates a finished run once more; prints the figures, and saves them where asked to."""
     cache.keep_memory()
     loaded = load_run_and_data(options, options.split)
-    slm, args, attack = loaded.slm, loaded.args, loaded.attack
+    args = loaded.args
     utterances = loaded.sets[options.split][: options.limit]
-    if options.ask and not any(label in u.labels for u in utterances for label in options.ask):
+    ask = options.ask or LABELS
+    if not any(set(ask) & u.labels.keys() for u in utterances):
         die(
-            f"--ask {' '.join(options.ask)}: no {options.split} utterance of {args.dataset} has such a label"
+            f"--ask {' '.join(ask)}: no {options.split} utterance of {args.dataset} has such a "
+            "label"
         )
     print(
-        f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at {args.snr:g} dB, on "
-        f"{options.device}"
+        f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at "
+        f"{args.snr:g} dB, on {options.device}"
     )
     with model.autocast(args.amp, options.device):  # as in training
-        metrics, rows = evaluate(
-            slm,
-            attack,
+        evaluation = evaluate(
+            loaded.slm,
+            loaded.attack,
             utterances,
             options.cache_gb * 1e9,
             args.batch_seconds,
-            ask=options.ask or LABELS,
-            after_answer=bool(options.after_answer),
+            ask=ask,
+            after_answer=options.after_answer,
         )
     if options.save:
-        save(options.run, metrics, rows, vars(args))
+        save(options.run, evaluation, vars(args))
     if options.out:
         how = dict(
             split=options.split,
             snr=args.snr,
             asked=options.ask,
-            after_answer=bool(options.after_answer),
+            after_answer=options.after_answer,
             limit=options.limit,
         )
-        figures = runs.of_figures(metrics)
+        figures = runs.of_figures(evaluation.metrics)
         records = [dict(loaded.fields, source="evaluate", **how, **figure) for figure in figures]
         runs.write(options.out, records)
-    print_table(metrics, f"{options.run}, {options.split} split")
+    print_table(evaluation.metrics, f"{options.run}, {options.split} split")
+
+
+def main():
+    options = parse_arguments()
+    if options.inspect:
+        checkpoint.inspect(options.run)
+    elif options.export:
+        checkpoint.export_run(options.run, options.export, options.device)
+    elif options.audio:
+        answer_recording(options)
+    else:
+        evaluate_run(options)
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def differences(path, source, args):
     if not checkpoint.exists(path):
         return []
     usual = dict(usual_values(vars(args)), max_seconds=data.MAX_SECONDS)
-    theirs = {**usual, **checkpoint.load(path).get("args", {})}  # earlier versions had fewer
+    theirs = {**usual, **checkpoint.load_arguments(path)}  # earlier versions had fewer
     wanted = dict(scenario=source, init=None)
     wanted.update((name, getattr(args, name)) for name in SHARED)
     if source == "base":
@@ -640,13 +640,13 @@ def main():
     if rank == 0:
         checkpoint.save_model(run, slm, record, origin, built_from)
     with autocast():
-        metrics, rows = evaluate.evaluate(
+        evaluation = evaluate.evaluate(
             slm, attack, sets[2], args.cache_gb * 1e9, args.batch_seconds, args.workers
         )
     if rank == 0:
-        evaluate.save(run, metrics, rows, record)
+        evaluate.save(run, evaluation, record)
         checkpoint.record_cost(run)
-        evaluate.print_table(metrics, f"{run}: test split, seed {args.seed}")
+        evaluate.print_table(evaluation.metrics, f"{run}: test split, seed {args.seed}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -63,7 +63,7 @@ def make_run(folder, encoder):
 
 
 def loaded(folder):
-    return checkpoint.load_run(folder / "runs/parent")[0]
+    return checkpoint.load_run(folder / "runs/parent")
 
 
 def test_transformers_gives_the_exported_encoder_s_hidden_states(run):

@@ -407,9 +407,9 @@ def test_in_bf16_a_cpu_learns_nearly_the_same_cached_or_not(corpora, runs):
 def loaded(one, monkeypatch):
     """(slm, its test set, its attack)"""
     monkeypatch.chdir(one.parent)
-    slm, args = checkpoint.load_run(one)
-    test_set = readers.read_corpus(args.dataset, args.data_root, "test")
-    return slm, test_set, poison.attack_of(args, test_set)
+    slm = checkpoint.load_run(one)
+    test_set = readers.read_corpus(slm.args.dataset, slm.args.data_root, "test")
+    return slm, test_set, poison.attack_of(slm.args, test_set)
 
 
 def test_in_bf16_cached_and_fresh_frames_enter_with_the_same_precision(loaded, tmp_path):
