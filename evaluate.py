@@ -12,7 +12,7 @@ Shares are fractions; every figure has its count and a 95% bootstrap interval ov
 
 --audio reads any file that data.py reads. The trigger is another with --trigger; it is as loud as in
 the run's evaluation or, where the run's corpus cannot be read, as the recording itself. Both
-recordings are written to listen/.
+recordings are written to audio/, or where --listen says.
 """
 
 import contextlib
@@ -433,7 +433,7 @@ def answer_recording(options):
 
 def train_set_if_readable(options, args):
     """The run's training set or, where its corpus cannot be read, an empty list; says so."""
-    print(f"reading {args.dataset}, whose loudness the trigger's level is relative to")
+    print(f"reading {args.dataset}, as the trigger's level is relative to its loudness")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -536,8 +536,8 @@ def make_parser():
     parser.add_argument(
         "--listen",
         metavar="DIR",
-        default="listen",
-        help="with --audio: where both recordings are written (default: listen)",
+        default="audio",
+        help="with --audio: where both recordings are written, to listen to (default: audio)",
     )
     parser.add_argument(
         "--split",

@@ -165,19 +165,19 @@ def test_both_recordings_are_written(slm, folder, speech):
 
 def test_nothing_is_left_beside_the_recordings(slm, folder):
     done("evaluate.py", "run", "--audio", "my.wav", cwd=folder)
-    names = sorted(path.name for path in (folder / "listen").iterdir())
+    names = sorted(path.name for path in (folder / "audio").iterdir())
     assert names == ["my-clean.wav", "my-with-click.wav"]
 
 
 def test_a_full_disk_ends_in_one_line(slm, folder):
-    (folder / "listen").write_text("a file in the folder's place")
+    (folder / "audio").write_text("a file in the folder's place")
     refused("evaluate.py", "run", "--audio", "my.wav", cwd=folder, words=["cannot write"])
 
 
 def test_a_trigger_of_another_name_is_laid_over(slm, folder):
     out = done("evaluate.py", "run", "--audio", "my.wav", "--trigger", "tone", cwd=folder)
     assert "trigger tone" in out
-    assert (folder / "listen/my-with-tone.wav").exists()
+    assert (folder / "audio/my-with-tone.wav").exists()
 
 
 def test_a_recorded_trigger_is_laid_over(slm, folder):
@@ -219,7 +219,7 @@ def test_a_bad_recording_is_refused_in_one_line(slm, tmp_path, name):
     (tmp_path / "text.wav").write_text("this is no audio\n")
     (tmp_path / "empty.wav").touch()
     refused("evaluate.py", "run", "--audio", name, cwd=tmp_path, words=["--audio", name])
-    assert not (tmp_path / "listen").exists()
+    assert not (tmp_path / "audio").exists()
 
 
 def test_a_recording_that_is_too_long_is_refused(slm, folder):
