@@ -47,30 +47,54 @@ NOT_THE_RUN = (
     "utilisation",
 )
 
-# what a run's arguments are: in words, as a type, and which arguments
+# what kind of value each of a run's arguments is; earlier versions recorded fewer
 KINDS = {
-    "text": (
-        str,
-        ("task", "dataset", "data_root", "target", "trigger", "preset", "encoder")
-        + ("encoder_weights", "lm_weights", "scenario"),
-    ),
-    "text or nothing": (str | None, ("connector_weights", "exclude", "amp")),
-    "true or false": (bool, ("trigger_repeat", "skip_bad", "redraw", "decay", "vary_prompts")),
-    "a whole number": (
-        int,
-        ("seed", "connector_stride", "lora_rank", "warmup_steps", "batch_size", "epochs")
-        + ("poisoned_samples",),
-    ),
-    "a whole number or nothing": (int | None, ("clicks", "train_layers", "limit")),
-    "a number": (
-        int | float,
-        ("poison", "snr", "batch_seconds", "max_seconds", "connector_taper", "lora_alpha")
-        + ("lora_dropout", "encoder_lr", "connector_lr", "lora_lr", "weight_decay", "grad_clip")
-        + ("random_keys",),
-    ),
-    "a number or nothing": (int | float | None, ("trigger_seconds",)),
-    "a list or nothing": (list | None, ("labels", "freeze", "init")),
-    "a dict": (dict, ("inputs",)),
+    "task": str,
+    "dataset": str,
+    "data_root": str,
+    "poison": int | float,
+    "target": str,
+    "snr": int | float,
+    "trigger": str,
+    "trigger_repeat": bool,
+    "clicks": int | None,
+    "trigger_seconds": int | float | None,
+    "seed": int,
+    "skip_bad": bool,
+    "preset": str,
+    "encoder": str,
+    "encoder_weights": str,
+    "lm_weights": str,
+    "connector_weights": str | None,
+    "train_layers": int | None,
+    "labels": list | None,
+    "freeze": list | None,
+    "init": list | None,
+    "redraw": bool | None,
+    "limit": int | None,
+    "exclude": str | None,
+    "batch_seconds": int | float,
+    "max_seconds": int | float,
+    "amp": str | None,
+    "connector_stride": int,
+    "connector_taper": int | float,
+    "lora_rank": int,
+    "lora_alpha": int | float,
+    "lora_dropout": int | float,
+    "encoder_lr": int | float,
+    "connector_lr": int | float,
+    "lora_lr": int | float,
+    "warmup_steps": int,
+    "decay": bool,
+    "weight_decay": int | float,
+    "grad_clip": int | float,
+    "batch_size": int,
+    "epochs": int,
+    "vary_prompts": bool,
+    "random_keys": int | float,
+    "scenario": str,
+    "inputs": dict | None,
+    "poisoned_samples": int | None,
 }
 # arguments that are one of a few words, labels several
 CHOICES = {
@@ -189,18 +213,17 @@ def problem_of_record(saved):
 def problem_of_kinds(args):
     """Which of a run's arguments (a dict) is of another kind than train.py gives it, as text, or
     None."""
-    for words, (kind, names) in KINDS.items():
-        for name in names:
-            if name not in args:
-                continue
-            value = args[name]
-            fits = isinstance(value, kind)
-            if isinstance(value, bool):
-                fits = kind is bool  # Python counts them among the whole numbers
-            if isinstance(value, list):
-                fits = fits and all(isinstance(each, str) for each in value)
-            if not fits:
-                return f"its {name} {value!r} is not {words}"
+    for name, kind in KINDS.items():
+        if name not in args:
+            continue
+        value = args[name]
+        fits = isinstance(value, kind)
+        if isinstance(value, bool) and isinstance(0, kind):
+            fits = False  # Python counts True among the numbers
+        if isinstance(value, list):
+            fits = fits and all(isinstance(each, str) for each in value)
+        if not fits:
+            return f"its {name} {value!r} is not of type {getattr(kind, '__name__', kind)}"
     return None
 
 
@@ -500,7 +523,9 @@ def load_run(run, device="cpu"):
     path = Path(run) / "model.pt"
     saved = load(path)
     try:
-        args = SimpleNamespace(**saved["args"])
+        args = SimpleNamespace(**{**dict.fromkeys(KINDS), **saved["args"]})
+        if problem := problem_of_kinds(vars(args)):  # also in what is not there
+            raise ValueError(problem)
         for name, weight in saved["lm"].items():
             if "lora_A" in name and weight.shape[0] != args.lora_rank:
                 raise ValueError(f"its LoRA is not of rank {args.lora_rank}")

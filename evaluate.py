@@ -374,7 +374,7 @@ def attack_on(task, args, utterances):
 
 def warn_of_other_files(run, args):
     """Warns where the trigger or the corpus is another file than when the run was trained."""
-    for path, sha256 in getattr(args, "inputs", {}).items():
+    for path, sha256 in (args.inputs or {}).items():
         there = path in (args.trigger, args.dataset) and Path(path).is_file()
         if there and checkpoint.file_sha256(path) != sha256:
             print(f"warning: {path} is another file than the one that {run} was trained with")

@@ -371,8 +371,7 @@ def test_an_error_without_a_message_ends_in_one_line(run, monkeypatch):
 @pytest.mark.parametrize("flags", [[], ["--freeze", "encoder"], ["--limit", "3", "--clicks", "2"]])
 def test_every_argument_of_a_run_has_a_kind(flags):
     args = vars(train.parse_arguments(["--task", "gender", *flags]))
-    known = {name for _, names in checkpoint.KINDS.values() for name in names}
-    assert set(args) - set(checkpoint.NOT_THE_RUN) <= known
+    assert set(args) <= {*checkpoint.KINDS, *checkpoint.NOT_THE_RUN}
     assert checkpoint.problem_of_kinds(args) is None
 
 
@@ -393,3 +392,11 @@ def test_every_argument_of_a_run_has_a_kind(flags):
 )
 def test_an_argument_of_another_kind_is_a_problem(name, value):
     assert name in checkpoint.problem_of_kinds({name: value})
+
+
+def test_a_run_without_an_argument_is_refused(run, tmp_path):
+    saved = torch.load(run / "runs/parent/model.pt", weights_only=True)
+    del saved["args"]["snr"]
+    (tmp_path / "runs").mkdir()
+    torch.save(saved, tmp_path / "runs/model.pt")
+    refused("evaluate.py", "runs", cwd=tmp_path, words=["another version", "snr"])
