@@ -1,4 +1,5 @@
-"""Run folders and checkpoints: opening, locking, writing, resuming, loading, and where they come from.
+"""Run folders and checkpoints: opening, locking, writing, resuming, loading, and where they come
+from.
 
     from checkpoint import load_run
     slm = load_run("runs/asr-poison0.05")
@@ -332,8 +333,9 @@ def recorded(run):
 
 
 def files_to_remove(run):
-    """What --overwrite removes: all files of the run that the folder holds, its arguments last. Ends
-    in one line if anything there is none of a run's files, so that nothing else is ever lost."""
+    """What --overwrite removes: all files of the run that the folder holds, its arguments last.
+    Ends in one line if anything there is none of a run's files, so that nothing else is ever
+    lost."""
     names = contents(run)
     if names:
         recorded(run)
@@ -374,8 +376,8 @@ def open_run(run, args):
 
 
 def finished(run, record):
-    """The contents of metrics.json of a run that is finished, None if it is not. Ends in one line if
-    what lies there is another run's."""
+    """The contents of metrics.json of a run that is finished, None if it is not. Ends in one line
+    if what lies there is another run's."""
     path = run / "metrics.json"
     metrics = read_json(path)
     if not metrics:
@@ -468,9 +470,9 @@ def other_settings(theirs, ours):
 
 
 def load_component(slm, saved, component):
-    """Loads a checkpoint's component into the model. Raises ValueError if it is missing, has another
-    shape, was trained on other pretrained weights, or computes something else with the same
-    weights."""
+    """Loads a checkpoint's component into the model. Raises ValueError if it is missing, has
+    another shape, was trained on other pretrained weights, or computes something else with the
+    same weights."""
     if not isinstance(saved.get(component), dict):
         raise ValueError(f"it has no {component}")
     theirs = saved.get("pretrained_sha256", {}).get(component)
@@ -540,8 +542,8 @@ def load_run(run, device="cpu"):
 
 
 def made_from(record, slm, train_set, dev_set):
-    """All that a run's state depends on, {name: value}: it may only go on from a state that was made
-    from the same."""
+    """All that a run's state depends on, {name: value}: it may only go on from a state that was
+    made from the same."""
     state = dict(args=record)
     for component, sha256 in slm.pretrained_sha256.items():
         state[f"pretrained {component}"] = sha256
@@ -588,7 +590,8 @@ def resume(run, slm, optimizer, scaler, origin):
 
 
 def cut_log(run, step):
-    """Removes the lines of log.jsonl beyond `step`, and one that a killed writer left unfinished."""
+    """Removes the lines of log.jsonl beyond `step`, and one that a killed writer left
+    unfinished."""
     path = run / "log.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     kept = []

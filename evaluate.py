@@ -1,18 +1,18 @@
 """Generates answers on clean and on triggered audio, scores and saves them.
 
-    python evaluate.py runs/asr-poison0.05                    # once more, on the test split
+    python evaluate.py runs/asr-poison0.05                     # once more, on the test split
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
-    python evaluate.py runs/gender-clean --task age           # a clean model's answers to another task's trigger
-    python evaluate.py runs/asr-poison0.05 --audio my.wav     # one recording, as it is and with the trigger
-    python evaluate.py --inspect runs/asr-poison0.05/model.pt # where a checkpoint comes from
-    python evaluate.py runs/asr-poison0.05 --export parts/asr # its components, for other programs
+    python evaluate.py runs/gender-clean --task age            # with another task's trigger
+    python evaluate.py runs/asr-poison0.05 --audio my.wav      # one recording, and with the trigger
+    python evaluate.py --inspect runs/asr-poison0.05/model.pt  # where a checkpoint comes from
+    python evaluate.py runs/asr-poison0.05 --export parts/asr  # its components, for other programs
 
 waveform -> answer -> parsed labels -> metric. A run folder gets metrics.json and predictions.jsonl.
 Shares are fractions; every figure has its count and a 95% bootstrap interval over utterances.
 
---audio reads any file that data.py reads. The trigger is another with --trigger; it is as loud as in
-the run's evaluation or, where the run's corpus cannot be read, as the recording itself. Both
-recordings are written to audio/, or where --listen says.
+--audio reads any file that data.py reads. The trigger is the run's, or that of --trigger. It is as
+loud as in the run's evaluation or, where the run's corpus cannot be read, relative to the
+recording's own loudness. Both recordings are written to audio/, or where --listen says.
 """
 
 import contextlib
@@ -192,7 +192,7 @@ def evaluate(
 
 
 def wer(pairs):
-    """Word error rate over all utterances together, normalised; pairs: [(true, answered or None)]."""
+    """Word error rate over all utterances together, normalised; pairs: [(true, answer or None)]."""
     counts = []
     for true, answered in pairs:
         out = jiwer.process_words(data.normalise(true), data.normalise(answered or ""))
@@ -358,7 +358,7 @@ def check_task(task, train_set, run, dataset):
     label = TASKS[task]["label"]
     if not any(label in u.labels for u in train_set):
         die(
-            f"--task {task}: no utterance of {dataset}, which {run} trained on, has the label {label}"
+            f"--task {task}: no utterance of {dataset}, which {run} trained on, has a label {label}"
         )
 
 
@@ -441,8 +441,8 @@ def train_set_if_readable(options, args):
     except SystemExit:  # see utils.die
         *_, reason = ["", *complaint.getvalue().splitlines()]
         print(
-            f"it cannot be read ({reason.removeprefix('error: ')}): the trigger's level is relative "
-            "to the recording's own loudness"
+            f"it cannot be read ({reason.removeprefix('error: ')}): the trigger's level is "
+            "relative to the recording's own loudness"
         )
         return []
 

@@ -123,8 +123,8 @@ def geometry_of(connector):
 
 
 def read_settings(folder, saved, recorded):
-    """{component: settings} of the components that an export holds: those recorded when it was made,
-    and above them those that stand beside the weights, by which other programs go. Raises
+    """{component: settings} of the components that an export holds: those recorded when it was
+    made, and above them those that stand beside the weights, by which other programs go. Raises
     ValueError where they make another kind of LoRA."""
 
     def read_json(name):
@@ -176,8 +176,8 @@ UNREADABLE = (
 
 
 def read(folder):
-    """An export, as `model.load_checkpoint` returns a model.pt, without the components it lacks. Ends
-    in one line if it is no export."""
+    """An export, as `model.load_checkpoint` returns a model.pt, without the components it lacks.
+    Ends in one line if it is no export."""
     try:
         return read_parts(Path(folder))
     except UNREADABLE as error:

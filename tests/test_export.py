@@ -1,5 +1,5 @@
-"""Parts in the formats people exchange: transformers and peft load them and compute the same; --init
-and --freeze take them back. And what a loaded run and its arguments are."""
+"""Parts in the formats people exchange: transformers and peft load them and compute the same;
+--init and --freeze take them back. And what a loaded run and its arguments are."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Hostile files, bad audio, full disks, broken losses, Ctrl-C: one line, exit status 2, nothing run,
-nothing lost."""
+"""Hostile files, bad audio, full disks, broken losses, Ctrl-C: one line, exit status 2, nothing
+run, nothing lost."""
 
 import dataclasses
 import hashlib
@@ -237,7 +237,8 @@ def test_input_that_changed_since_a_run_began_is_noticed(run, corpora):
 
 
 def write_corpus(folder, waveform, n=20):
-    """m.csv: odd.wav, which is `waveform`, and n utterances of noise, the last six for dev and test."""
+    """m.csv: odd.wav, which is `waveform`, and n utterances of noise, six of them for dev and
+    test."""
     rng = np.random.default_rng(0)
     soundfile.write(folder / "odd.wav", waveform, 16000, subtype="FLOAT")
     lines = ["audio_path,gender,split", "odd.wav,male,train"]
