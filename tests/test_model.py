@@ -140,6 +140,18 @@ def test_batched_generation_is_a_plain_greedy_loop(parts, heads):
     )  # rows did end, at different steps
 
 
+def test_one_answer_is_evaluation_s(parts, corpora, monkeypatch):
+    monkeypatch.setattr(model, "ANSWER_TOKENS", 12)
+    slm = make_slm(parts, "wavlm").train()
+    chosen = readers.read_corpus("vox", corpora, "test")[:1]
+    attack = poison.make_attack("gender", chosen, seed=1)
+    answer = slm.answer(data.load_waveform(chosen[0]), ["gender"])
+    assert slm.training
+    items = [(chosen[0], False)]
+    expected = evaluate.answers(slm.eval(), items, attack, lambda u: ["gender"], 12, "", workers=0)
+    assert [answer] == expected
+
+
 def stop(slm):
     """A token that the random model does say: taken for the end, so that rows leave the batch at different steps."""
     return STOP.setdefault(slm.lm.config.num_key_value_heads, find_stop(slm))
