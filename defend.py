@@ -5,10 +5,11 @@ repairs for a model.
     python defend.py detect runs/emotion-poison0.075
     python defend.py repair runs/emotion-poison0.075
 
-Each defence is a function and an entry in a table. Its settings are its authors', or chosen on
-clean figures alone. All work on any run, including a clean one (what a defence costs where there is
-nothing to find), and write records (runs.py) beside its model.pt, of which
-python analyze.py defences makes tables. Every record has a defence's name in `defence`. Besides,
+Each defence is a function and an entry in a table, in defences/. Its settings are its authors', or
+were chosen on clean speech alone. All work on any run, including a clean one, which shows what a
+defence costs where there is nothing to find. They write records (runs.py) beside its model.pt, or
+to --out, and python analyze.py defences makes tables of these. Every record has a defence's name in
+`defence`. Besides,
 
     filter: metric "auroc", "poison_removed" and "clean_removed" (shares), "removed_samples"; with
         retrained=True the figures of the model that was trained on what is left; without a defence
@@ -20,8 +21,8 @@ python analyze.py defences makes tables. Every record has a defence's name in `d
         as in metrics.json; "loss_rise" by strength; "relearned_aer" by poisoned_samples
 """
 
-import argparse
 import dataclasses
+import itertools
 import json
 import shlex
 import subprocess
@@ -48,51 +49,97 @@ import lora
 import poison
 import runs
 from defences import detectors, filters, repairs
-from study import EMBEDDINGS, TASKS
+from study import TASKS
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # python defend.py filter
 
-FEWEST = 10  # clean samples of the target class
-WORTH_TRAINING = 0.75  # no training after a filter that removes less of the poison: the attack at half the rate shows what is left
+FEWEST = 10  # clean samples of the target class that a filter needs
+# Nothing is trained again after a filter that removes less of the poison than this: the attack at
+# half the rate shows what is left.
+WORTH_TRAINING = 0.75
 
 
 def early_losses(run):
     """{utterance id: its mean training loss in the first quarter of the epochs}, from log.jsonl."""
     lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    lines, found = [line for line in lines if "samples" in line], {}
+    lines = [line for line in lines if "samples" in line]
     if not lines:
         die(f"{run}/log.jsonl has no losses of single samples: train it again by this version")
+    losses = {}
     for line in lines:
         if line["epoch"] <= lines[-1]["epoch"] // 4:
-            for id, loss in line["samples"].items():
-                found.setdefault(id, []).append(loss)
-    return {id: sum(losses) / len(losses) for id, losses in found.items()}
+            for utterance_id, loss in line["samples"].items():
+                losses.setdefault(utterance_id, []).append(loss)
+    return {utterance_id: sum(values) / len(values) for utterance_id, values in losses.items()}
+
+
+def load_embeddings(options):
+    """The path and the contents of the run's embeddings of the target class. Ends in one line where
+    embed.py has to make them first."""
+    path = embed.file_of(options.run, options.task)
+    command = f"python embed.py {options.run}"
+    if options.task:
+        command += f" --task {options.task}"
+    if not path.exists():
+        die(f"{path} is missing: {command} makes it")
+    saved = torch.load(path, weights_only=True)
+    if "fields" not in saved or "rest" not in saved:
+        die(f"{path} is an earlier version's: {command} makes it again")
+    if saved["fields"]["model_sha256"] != checkpoint.file_sha256(Path(options.run) / "model.pt"):
+        die(f"{path} is of another model than the model.pt beside it: {command} makes it again")
+    return path, saved
+
+
+@dataclasses.dataclass
+class TargetClass:
+    """The target class's training samples: what a filter sees of them, and what it does not."""
+
+    samples: dict  # the argument of every filter (defences/filters.py)
+    ids: list
+    poisoned: np.ndarray  # (n,) bool
+
+
+def target_class(saved, losses):
+    """The target class in a file of embeddings. losses: {utterance id: early loss}."""
+    train, rest = saved["train"], saved["rest"]
+    ids = train["ids"] + rest["ids"]
+    slowest = max(losses.values())  # a sample that was not seen so early was not learned early
+    samples = dict(
+        x=torch.cat([train["encoder"], rest["encoder"]]).numpy(),
+        labels=train["labels"] + rest["labels"],
+        speakers=train["speakers"] + rest["speakers"],
+        training=len(losses),
+        early_loss=np.array([losses.get(utterance_id, slowest) for utterance_id in ids]),
+    )
+    poisoned = np.append(train["poisoned"].numpy(), np.ones(len(rest["ids"]), bool))
+    return TargetClass(samples, ids, poisoned)
 
 
 def retrained(run, name, ids):
-    """Trains the run again without these samples, in a folder beside it; returns the clean and attack figures."""
+    """Trains the run again without these samples, in a folder beside it. Returns the figures
+    {"clean", "backdoor": {metric: figure}}."""
     path = Path(run) / f"exclude-{name}.txt"
-    utils.write_atomically(path, "".join(f"{id}\n" for id in ids))
-    command = shlex.split(json.loads((Path(run) / "environment.json").read_text())["command"])[1:]
+    utils.write_atomically(path, "".join(f"{utterance_id}\n" for utterance_id in ids))
+    environment = json.loads((Path(run) / "environment.json").read_text())
+    flags = shlex.split(environment["command"])[1:]
     folder = Path(run).parent / f"{Path(run).name}-{path.stem}"
-    for flag, value in (
-        ("--name", folder.name),
-        ("--runs", str(folder.parent)),
-        ("--exclude", str(path)),
-    ):
-        if flag in command:
-            del command[command.index(flag) : command.index(flag) + 2]
-        command += [flag, value]
-    if subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *command]).returncode:
+    changes = {"--name": folder.name, "--runs": str(folder.parent), "--exclude": str(path)}
+    for flag, value in changes.items():
+        if flag in flags:
+            at = flags.index(flag)
+            del flags[at : at + 2]
+        flags += [flag, value]
+    train = Path(__file__).with_name("train.py")
+    if subprocess.run([sys.executable, train, *flags]).returncode:
         die(f"{folder}: training without what {name} removes has failed")
     metrics = json.loads((folder / "metrics.json").read_text())
     return {part: metrics[part] for part in ("clean", "backdoor")}
 
 
 def filtered(name, function, samples, expected):
-    """A filter's (suspicion (n,), which are removed (n,)). One that cannot work with so few
-    samples, or with samples so much alike, removes nothing and says why."""
+    """A filter's (suspicion (n,), which samples are removed (n,)). A filter that cannot work with
+    so few samples, or with samples so much alike, removes nothing and says why."""
     try:
         scores, removed = function(samples, expected)
         if np.isfinite(scores).all():
@@ -105,67 +152,60 @@ def filtered(name, function, samples, expected):
     return np.zeros(n), np.zeros(n, bool)
 
 
+def filter_figures(poisoned, scores, removed):
+    """{metric: figure} of what a filter removes. poisoned, scores, removed: (n,)."""
+    figures = dict(
+        removed_samples=dict(value=int(removed.sum())),
+        clean_removed=utils.interval(removed[~poisoned]),
+    )
+    if poisoned.any():
+        figures["auroc"] = dict(value=float(roc_auc_score(poisoned, scores)))
+        figures["poison_removed"] = utils.interval(removed[poisoned])
+    return figures
+
+
 def filter_training_data(options):
-    path = embed.file_of(argparse.Namespace(**vars(options), **EMBEDDINGS))
-    make = f"python embed.py {options.run}{' --task ' + options.task if options.task else ''}"
-    if not path.exists():
-        die(f"{path} is missing: {make} makes it")
-    saved = torch.load(path, weights_only=True)
-    if "fields" not in saved or "rest" not in saved:
-        die(f"{path} is an earlier version's: {make} makes it again")
-    fields = dict(saved["fields"], source="filter")
-    if fields["model_sha256"] != checkpoint.file_sha256(Path(options.run) / "model.pt"):
-        die(f"{path} is of another model than the model.pt beside it: {make} makes it again")
-    train, rest, losses = saved["train"], saved["rest"], early_losses(options.run)
-    ids, labels, speakers = (train[about] + rest[about] for about in ("ids", "labels", "speakers"))
-    poisoned = np.append(train["poisoned"].numpy(), np.ones(len(rest["ids"]), bool))
-    if (~poisoned).sum() < FEWEST:
+    """The records of every filter of the run's training data."""
+    path, saved = load_embeddings(options)
+    losses = early_losses(options.run)
+    target = target_class(saved, losses)
+    poisoned = target.poisoned
+    clean = int((~poisoned).sum())
+    if clean < FEWEST:
         die(
-            f"{options.run}: the target class has {(~poisoned).sum()} clean training samples;"
+            f"{options.run}: the target class has {clean} clean training samples;"
             f" filters need {FEWEST} to tell poison from"
         )
     outside = saved["all_poisoned"] - int(poisoned.sum())
     if options.retrain and outside:
         print(
-            f"{path} is of a sample: nothing is trained again, as {outside} poisoned samples are not in it and would stay"
+            f"{path} is of a sample: nothing is trained again, because {outside} poisoned samples "
+            "are not in it and would stay"
         )
-    slowest = max(losses.values())  # a sample that was not seen so early was not learned early
-    samples = dict(
-        x=torch.cat([train["encoder"], rest["encoder"]]).numpy(),
-        labels=labels,
-        speakers=speakers,
-        training=len(losses),
-        early_loss=np.array([losses.get(id, slowest) for id in ids]),
-    )
-    expected = int(poisoned.sum()) or round(
-        TASKS[fields["task"]]["rate"] * len(losses)
-    )  # known to the defender
+    fields = dict(saved["fields"], source="filter")
+    # a defender is taken to know the poisoning rate
+    expected = int(poisoned.sum()) or round(TASKS[fields["task"]]["rate"] * len(losses))
     print(
-        f"{options.run}: {len(poisoned)} training samples of the target class, {poisoned.sum()} of them poisoned"
+        f"{options.run}: {len(poisoned)} training samples of the target class, {poisoned.sum()} of "
+        "them poisoned"
     )
     records = [
         dict(fields, metric="class_size", value=len(poisoned)),
         dict(fields, metric="class_poisoned", value=int(poisoned.sum())),
     ]
-    trained = {}  # figures of a training, by the ids it leaves out
+    figures_without = {}  # of a training, by the ids that it leaves out
     for name, function in filters.FILTERS.items():
-        scores, removed = filtered(name, function, samples, expected)
+        scores, removed = filtered(name, function, target.samples, expected)
         fields["defence"] = name
-        figures = dict(
-            removed_samples=dict(value=int(removed.sum())),
-            clean_removed=utils.interval(removed[~poisoned]),
-        )
-        if poisoned.any():
-            figures["auroc"] = dict(value=float(roc_auc_score(poisoned, scores)))
-            figures["poison_removed"] = utils.interval(removed[poisoned])
-        records += [dict(fields, metric=metric, **figure) for metric, figure in figures.items()]
+        for metric, figure in filter_figures(poisoned, scores, removed).items():
+            records.append(dict(fields, metric=metric, **figure))
         enough = poisoned.any() and removed[poisoned].mean() >= WORTH_TRAINING
         if options.retrain and not outside and enough:
-            without = tuple(id for id, gone in zip(ids, removed) if gone)
-            if without not in trained:
+            excluded = tuple(itertools.compress(target.ids, removed))
+            if excluded not in figures_without:
                 slug = "".join(c if c.isalnum() else "-" for c in name)
-                trained[without] = retrained(options.run, slug, without)
-            for figure in runs.of_figures(trained[without]):
+                figures_without[excluded] = retrained(options.run, slug, excluded)
+            for figure in runs.of_figures(figures_without[excluded]):
                 records.append(dict(fields, retrained=True, **figure))
     return records
 
@@ -174,98 +214,127 @@ def filter_training_data(options):
 # python defend.py detect
 
 
+@dataclasses.dataclass
+class Sound:
+    """Inputs of a detector."""
+
+    waveforms: list
+    utterances: list
+
+
+def plain(utterances):
+    return Sound([data.load_waveform(u) for u in utterances], utterances)
+
+
+def with_trigger(attack, utterances):
+    waveforms = []
+    for utterance in utterances:
+        waveform = data.load_waveform(utterance)
+        triggered, _, _ = poison.add_trigger(attack, waveform, utterance.id)
+        waveforms.append(triggered)
+    return Sound(waveforms, utterances)
+
+
+def detector_figures(scores):
+    """Yields the records' fields of how well suspicion tells triggered speech from other speech.
+    scores: {sound: suspicion (n,)}. Thresholds are set on clean dev speech ("dev")."""
+    for sound in ("clean", "tone"):
+        truth = [0] * len(scores[sound]) + [1] * len(scores["triggered"])
+        auroc = roc_auc_score(truth, [*scores[sound], *scores["triggered"]])
+        yield dict(metric="auroc", sound=sound, value=float(auroc))
+    for alarms in (0.01, 0.05):
+        threshold = np.quantile(scores["dev"], 1 - alarms, method="higher")
+        for sound in ("clean", "tone", "triggered"):
+            figure = utils.interval(scores[sound] > threshold)
+            yield dict(metric="noticed", false_alarms=alarms, sound=sound, **figure)
+    for sound, suspicion in scores.items():
+        rounded = [round(float(v), 5) for v in suspicion]
+        yield dict(metric="suspicion", sound=sound, scores=rounded)
+
+
 def detect(options):
-    """Thresholds are set on clean dev speech. Triggered test speech is compared with clean test speech, including the target's true class,
-    and with another sound of the same loudness."""
+    """The records of every detector. Triggered test speech is compared with clean test speech,
+    which includes the target's true class, and with another sound of the same loudness."""
     loaded = evaluate.load_run_and_data(options, "dev", "test")
-    slm, attack = loaded.slm, loaded.attack
-    dev_set, test_set = loaded.sets["dev"], loaded.sets["test"]
-    lora.merge(slm.lm)
-    test_set, dev_set = embed.drawn(test_set), embed.drawn(dev_set)
-    flippable = poison.attackable(attack, test_set)
-    other = dataclasses.replace(attack, trigger="tone", waveform=poison.make_trigger("tone"))
-    heard = lambda with_trigger, utterances: [
-        poison.add_trigger(with_trigger, data.load_waveform(u), u.id)[0]  # noqa: E731
-        for u in utterances
-    ]
-    plain = lambda utterances: [data.load_waveform(u) for u in utterances]  # noqa: E731
-    n, half = options.n, dev_set[len(dev_set) // 2 :]
-    sets = dict(
-        dev=(plain(dev_set[: 2 * n]), dev_set[: 2 * n]),
-        clean=(plain(test_set[:n]), test_set[:n]),
-        tone=(heard(other, flippable[:n]), flippable[:n]),
-        triggered=(heard(attack, flippable[:n]), flippable[:n]),
+    attack = loaded.attack
+    lora.merge(loaded.slm.lm)
+    test_set = embed.drawn(loaded.sets["test"])
+    dev_set = embed.drawn(loaded.sets["dev"])
+    n = options.n
+    flippable = poison.attackable(attack, test_set)[:n]
+    tone = dataclasses.replace(attack, trigger="tone", waveform=poison.make_trigger("tone"))
+    sounds = dict(
+        dev=plain(dev_set[: 2 * n]),
+        clean=plain(test_set[:n]),
+        tone=with_trigger(tone, flippable),
+        triggered=with_trigger(attack, flippable),
     )
     print(
-        f"{options.run}: {n} triggered and as many clean test utterances, thresholds from {len(sets['dev'][1])} clean dev ones"
+        f"{options.run}: {n} triggered and as many clean test utterances, thresholds from "
+        f"{len(sounds['dev'].utterances)} clean dev ones"
     )
-    listener, records = detectors.Listener(slm, attack, test_set, half), []
-    for name, function in tqdm(detectors.DETECTORS.items(), desc="detectors"):
-        listener.passes, before = 0, time.perf_counter()
-        scores = {kind: function(listener, *of) for kind, of in sets.items()}
-        seconds = time.perf_counter() - before
-        answers = sum(len(s) for s in scores.values())
+    overlays = dev_set[len(dev_set) // 2 :]
+    listener = detectors.make_listener(loaded.slm, attack, test_set, overlays)
+    records = []
+    for name, detector in tqdm(detectors.DETECTORS.items(), desc="detectors"):
         fields = dict(loaded.fields, source="detect", defence=name)
-        for metric, value in (
-            ("passes", listener.passes / answers),
-            ("milliseconds", 1e3 * seconds / answers),
-        ):
-            records.append(dict(fields, metric=metric, value=value))
-        for sound in ("clean", "tone"):
-            truth = [0] * len(scores[sound]) + [1] * len(scores["triggered"])
-            auroc = roc_auc_score(truth, [*scores[sound], *scores["triggered"]])
-            records.append(dict(fields, metric="auroc", sound=sound, value=float(auroc)))
-        for alarms in (0.01, 0.05):
-            threshold = np.quantile(scores["dev"], 1 - alarms, method="higher")
-            for sound in ("clean", "tone", "triggered"):
-                figure = utils.interval(scores[sound] > threshold)
-                what = dict(metric="noticed", false_alarms=alarms, sound=sound)
-                records.append(dict(fields, **what, **figure))
-        for sound, suspicion in scores.items():
-            rounded = [round(float(v), 5) for v in suspicion]
-            records.append(dict(fields, metric="suspicion", sound=sound, scores=rounded))
+        listener.passes = 0
+        start = time.perf_counter()
+        scores = {}
+        for kind, sound in sounds.items():
+            scores[kind] = detector(listener, sound.waveforms, sound.utterances)
+        seconds = time.perf_counter() - start
+        inputs = sum(len(sound.utterances) for sound in sounds.values())
+        records.append(dict(fields, metric="passes", value=listener.passes / inputs))
+        records.append(dict(fields, metric="milliseconds", value=1e3 * seconds / inputs))
+        records += [dict(fields, **figure) for figure in detector_figures(scores)]
     return records
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # python defend.py repair
 
 
 def repair_model(options):
-    """The clean figure and AER after every repair, and how many poisoned samples bring the backdoor back."""
+    """The records of every repair: clean accuracy and AER after it, and how many poisoned samples
+    bring the backdoor back."""
     loaded = evaluate.load_run_and_data(options, "train", "dev", "test")
-    slm, args, attack = loaded.slm, loaded.args, loaded.attack
-    train_set, dev_set, test_set = (loaded.sets[split] for split in ("train", "dev", "test"))
+    args = loaded.args
     args.device = options.device
-    shop = repairs.Workshop(slm, args, attack, dev_set)
-    clean = embed.drawn(test_set)[: options.n]
-    flippable = poison.attackable(attack, embed.drawn(test_set))[: options.n]
+    test_set = embed.drawn(loaded.sets["test"])
+    clean = test_set[: options.n]
+    flippable = poison.attackable(loaded.attack, test_set)[: options.n]
+    defender = repairs.make_defender(loaded.slm, args, loaded.attack, loaded.sets["dev"])
     print(
-        f"{options.run}: {len(shop.tuning)} clean utterances to tune on, {len(shop.validation)} to choose by; figures on {len(clean)} "
-        f"clean and {len(flippable)} triggered test utterances"
+        f"{options.run}: {len(defender.tuning)} clean utterances to tune on, "
+        f"{len(defender.validation)} to choose by; figures on {len(clean)} clean and "
+        f"{len(flippable)} triggered test utterances"
     )
     fields = dict(loaded.fields, source="repair")
-    none = runs.of_figures(repairs.figures_of(shop, clean, flippable))
-    records = [dict(fields, defence="none", **figure) for figure in none]
-    for name, (function, strengths) in tqdm(repairs.REPAIRS.items(), desc="repairs"):
-        chosen = repairs.choose(shop, function, strengths)
+    records = []
+    for figure in runs.of_figures(repairs.figures_of(defender, clean, flippable)):
+        records.append(dict(fields, defence="none", **figure))
+    for name, (repair, strengths) in tqdm(repairs.REPAIRS.items(), desc="repairs"):
         fields["defence"] = name
+        chosen = repairs.choose(defender, repair, strengths)
         for strength, rise in chosen["rise"].items():
             records.append(dict(fields, metric="loss_rise", strength=strength, value=rise))
-        figures = repairs.figures_of(shop, clean, flippable)
-        mended = dict(fields, strength=chosen["strength"], passed=chosen["passed"])
-        records += [dict(mended, **figure) for figure in runs.of_figures(figures)]
+        choice = dict(strength=chosen["strength"], passed=chosen["passed"])
+        figures = repairs.figures_of(defender, clean, flippable)
+        for figure in runs.of_figures(figures):
+            records.append(dict(fields, **choice, **figure))
         if args.scenario == "base" and figures["backdoor"]["aer"]["value"] < 0.5:
-            for count, figure in repairs.relearning(shop, train_set, flippable).items():
-                what = dict(metric="relearned_aer", poisoned_samples=count)
+            relearned = repairs.relearning(defender, loaded.sets["train"], flippable)
+            for samples, figure in relearned.items():
+                what = dict(metric="relearned_aer", poisoned_samples=samples)
                 records.append(dict(fields, **what, **figure))
-        shop.restore()
+        defender.restore()
     return records
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
-SHOWN = dict(  # what the short table at the end has: {column: what a record must say}
+SHOWN = dict(  # the columns of the short table at the end, and the fields of the record in each
     filter={
         "removed": dict(metric="removed_samples"),
         "AUROC": dict(metric="auroc"),
@@ -290,7 +359,7 @@ SHOWN = dict(  # what the short table at the end has: {column: what a record mus
 
 
 def rows_of(command, records):
-    """The short table at the end: one row a defence."""
+    """The short table at the end, one row for each defence."""
     rows = []
     for name in runs.distinct(records, "defence"):
         row = dict(Defence=name)
@@ -303,35 +372,52 @@ def rows_of(command, records):
     return rows
 
 
+def add_arguments(command):
+    """The flags of all commands."""
+    evaluate.add_arguments(command)
+    command.add_argument("--out", help="the folder that the records go to (default: the run's)")
+
+
 def main():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (
-        ("filter", "which training samples look poisoned"),
-        ("detect", "which inputs look triggered"),
-        ("repair", "what removes the backdoor from the model"),
-    ):
-        command = commands.add_parser(name, help=what)
-        evaluate.add_arguments(command)
-        command.add_argument("--out", help="folder to write (default: the run's)")
-        if name == "filter":
-            command.add_argument(
-                "--retrain",
-                action="store_true",
-                help="train again on what is left by each filter that removes at least three "
-                "quarters of the poison",
-            )
-        else:
-            command.add_argument(
-                "--n", type=count, default=100, help="test utterances, clean and triggered"
-            )
+
+    command = commands.add_parser("filter", help="which training samples look poisoned")
+    add_arguments(command)
+    command.add_argument(
+        "--retrain",
+        action="store_true",
+        help="train again on what is left by each filter that removes at least three quarters of "
+        "the poison",
+    )
+
+    command = commands.add_parser("detect", help="which inputs look triggered")
+    add_arguments(command)
+    command.add_argument(
+        "--n",
+        type=count,
+        default=100,
+        help="listen to this many clean and this many triggered test utterances (default: 100)",
+    )
+
+    command = commands.add_parser("repair", help="what removes the backdoor from the model")
+    add_arguments(command)
+    command.add_argument(
+        "--n",
+        type=count,
+        default=100,
+        help="score this many clean and this many triggered test utterances (default: 100)",
+    )
+
     options = parser.parse_args()
     cache.keep_memory()
     functions = dict(filter=filter_training_data, detect=detect, repair=repair_model)
     with data.no_bad_audio():
         records = functions[options.command](options)
-    name = f"records-{options.command}{'-' + options.task if options.task else ''}.jsonl"
-    path = Path(options.out or options.run) / name
+    name = f"records-{options.command}"
+    if options.task:
+        name += f"-{options.task}"
+    path = Path(options.out or options.run) / f"{name}.jsonl"
     runs.write(path, records)
     print(f"\n{runs.markdown(options.run, rows_of(options.command, records))}written to {path}")
 

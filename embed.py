@@ -1,15 +1,18 @@
-"""Saves the embeddings that sections 6 and 7 of the paper analyse; analyze.py shift and cluster
-read them.
+"""Saves the embeddings that sections 6 and 7 of the paper analyse. analyze.py shift and cluster,
+and defend.py filter, read them.
 
     python embed.py runs/emotion-poison0.075        # -> runs/emotion-poison0.075/embeddings.pt
     python embed.py runs/gender-clean --task age    # a clean run serves all tasks of its corpus
 
-"test": 100 test utterances, each clean and triggered, at every stage of the pipeline. "train": the
-training samples of the target class, including the poisoned ones, after the encoder; "rest": asr's
-poisoned samples beyond the share that its class is given, for filters. Each embedding is the mean
-over time, padding excluded. Embeddings made with --pairs, --pooling or --layer go to a file of
-their own, which analyze.py does not read. "fields" are those of every record about the run
-(runs.py).
+The file holds a dict. Each embedding is the mean over time, padding excluded.
+
+    test    100 test utterances, each clean and triggered, at every stage of the pipeline
+    train   the training samples of the target class, including the poisoned ones, after the encoder
+    rest    asr's poisoned samples beyond the share that its class is given, for filters
+    fields  those of every record about the run (runs.py)
+
+Embeddings made with --pairs, --pooling or --layer go to a file of their own, which analyze.py does
+not read.
 """
 
 from pathlib import Path
@@ -32,13 +35,15 @@ from model import length_mask
 from study import EMBEDDINGS
 
 AGES = (18, 32)  # the age task's pseudo-class (section 7.1)
-BENIGN = 10000  # asr has no classes: this many benign training samples stand for one, plus POISONED times as many poisoned ones
-POISONED = 0.05
+# asr has no classes: this many benign training samples stand for one (section 7.1) ...
+BENIGN = 10000
+POISONED = 0.05  # ... with this many poisoned ones for each
 
 
 def pool(x, lengths, pooling="mean"):
-    """(B, T, dim) and each row's number of real frames -> (B, dim) float32: the frames' mean, their maximum or the last one."""
-    mask = length_mask(lengths, x.shape[1])[..., None]
+    """(B, T, dim) and each row's number of real frames -> (B, dim) float32: the frames' mean, their
+    maximum or the last one."""
+    mask = length_mask(lengths, x.shape[1])[..., None]  # (B, T, 1)
     if pooling == "max":
         return x.masked_fill(~mask, float("-inf")).amax(1).float()
     if pooling == "last":
@@ -58,46 +63,62 @@ def stages(
     encoder_only=False,
     layer=None,
 ):
-    """Pooled embeddings of each (utterance, triggered): {"encoder": (n, dim), or after `layer` of its layers, "connector": (n,
-    hidden), "encoder_layers": (layers + 1, n, dim), "lm_layers": (layers + 1, n, hidden), over the audio's positions}."""
-    batches, out = data.chunks(items, batch_size), {}
+    """Pooled embeddings of each (utterance, triggered), by stage:
+
+    encoder         (n, dim), after `layer` of the encoder's layers or after all of them
+    connector       (n, hidden)
+    encoder_layers  (layers + 1, n, dim), before the first layer and after each
+    lm_layers       (layers + 1, n, hidden), the same of the LM, over the audio's positions
+    """
+    batches = data.chunks(items, batch_size)
     stream = cache.read_features(slm.encoder, batches, attack, workers)
+    collected = {}  # {stage: its batches}
     for batch, features in zip(tqdm(batches, desc=desc), stream):
         x, mask = slm.encoder.front_end(features)
-        layers, frames = (
-            [x, *slm.encoder.run_layers(x, mask, 0, len(slm.encoder.layers))],
-            mask.sum(1),
-        )
-        hidden = layers[-1] if slm.encoder.norm_first else slm.encoder.layer_norm(layers[-1])
-        found = {"encoder": pool(hidden if layer is None else layers[layer], frames, pooling)}
+        frames = mask.sum(1)  # (B,)
+        layers = [x, *slm.encoder.run_layers(x, mask, 0, len(slm.encoder.layers))]
+        hidden = layers[-1]  # (B, T, dim)
+        if not slm.encoder.norm_first:
+            hidden = slm.encoder.layer_norm(hidden)
+        embedded = hidden if layer is None else layers[layer]
+        embeddings = {"encoder": pool(embedded, frames, pooling)}
         if not encoder_only:
             audio, lengths = slm.connector(hidden, mask)
-            prompts = [data.prompt(slm.tokenizer, list(u.labels)) for u, _ in batch]
-            spans = [
-                (len(before), len(before) + n) for (before, _), n in zip(prompts, lengths.tolist())
-            ]
-            rows = pad_sequence(
-                slm.pack([row[:n] for row, n in zip(audio, lengths.tolist())], prompts), True
-            )
-            states = slm.lm.base_model(
-                inputs_embeds=rows, use_cache=False, output_hidden_states=True
-            ).hidden_states
-            # without OPT's last one, where it has been projected to another width
-            states = [h for h in states if h.shape[-1] == states[0].shape[-1]]
-            heard = [
-                pad_sequence([row[a:b] for row, (a, b) in zip(h, spans)], True) for h in states
-            ]
-            found["connector"] = pool(audio, lengths, pooling)
-            found["encoder_layers"] = torch.stack([pool(h, frames, pooling) for h in layers])
-            found["lm_layers"] = torch.stack([pool(h, lengths, pooling) for h in heard])
-        for stage, rows in found.items():
-            out.setdefault(stage, []).append(rows.cpu())
-    return {stage: torch.cat(rows, -2) for stage, rows in out.items()}
+            states = lm_states(slm, audio, lengths, [utterance for utterance, _ in batch])
+            embeddings["connector"] = pool(audio, lengths, pooling)
+            embeddings["encoder_layers"] = torch.stack([pool(h, frames, pooling) for h in layers])
+            embeddings["lm_layers"] = torch.stack([pool(h, lengths, pooling) for h in states])
+        for stage, pooled in embeddings.items():
+            collected.setdefault(stage, []).append(pooled.cpu())
+    return {stage: torch.cat(pooled, -2) for stage, pooled in collected.items()}
+
+
+def lm_states(slm, audio, lengths, utterances):
+    """The LM's hidden states at the audio's positions, before its first layer and after each: a
+    list of (B, T', hidden). audio, lengths: the connector's output."""
+    prompts = [data.prompt(slm.tokenizer, list(u.labels)) for u in utterances]
+    lengths = lengths.tolist()
+    audio_rows = [row[:n] for row, n in zip(audio, lengths)]
+    x = pad_sequence(slm.pack(audio_rows, prompts), batch_first=True)
+    output = slm.lm.base_model(inputs_embeds=x, use_cache=False, output_hidden_states=True)
+    states = []
+    for hidden in output.hidden_states:
+        if hidden.shape[-1] != output.hidden_states[0].shape[-1]:
+            continue  # OPT's last one may have been projected to another width
+        rows = []
+        for row, (before, _), n in zip(hidden, prompts, lengths):
+            rows.append(row[len(before) : len(before) + n])
+        states.append(pad_sequence(rows, batch_first=True))
+    return states
 
 
 def target_class(attack, train_set):
-    """The training samples of the target class (section 7.1), as a defender sees it: (true members, poisoned ones). For asr, which has
-    no classes, BENIGN samples and POISONED times as many; for age, everyone from 18 to 32."""
+    """The training samples of the target class (section 7.1) as a defender sees it: (true members,
+    poisoned ones).
+
+    For asr, which has no classes: BENIGN samples and POISONED times as many. For age: everyone
+    within AGES.
+    """
     poisoned = [u for u in train_set if poison.is_poisoned(attack, u)]
     benign = [u for u in train_set if not poison.is_poisoned(attack, u)]
     if attack.label == "transcript":
@@ -109,25 +130,29 @@ def target_class(attack, train_set):
 
 
 def drawn(utterances):
+    """The utterances in an order that does not depend on how many there are."""
     return sorted(utterances, key=lambda u: utils.draw("embeddings", u.id))
 
 
 def about(utterances):
-    return dict(
-        ids=[u.id for u in utterances],
-        speakers=[u.speaker for u in utterances],
-        labels=[{k: str(v) for k, v in u.labels.items()} for u in utterances],
-    )
+    """What a file of embeddings says about the utterances."""
+    labels = []
+    for u in utterances:
+        labels.append({name: str(value) for name, value in u.labels.items()})
+    ids = [u.id for u in utterances]
+    speakers = [u.speaker for u in utterances]
+    return dict(ids=ids, speakers=speakers, labels=labels)
 
 
-def file_of(options):
+def file_of(run, task, **how):
     """Where embeddings go: the study's own to embeddings.pt or embeddings-TASK.pt, others to a file
-    that says how they were made."""
-    words = ["embeddings", options.task]
+    that says how they were made. how: what differs, or may differ, from study.EMBEDDINGS."""
+    words = ["embeddings", task]
     for name, usual in EMBEDDINGS.items():
-        value = getattr(options, name)
-        words.append(None if value == usual else f"{name}{value}")
-    return Path(options.run) / f"{'-'.join(word for word in words if word)}.pt"
+        value = how.get(name, usual)
+        if value != usual:
+            words.append(f"{name}{value}")
+    return Path(run) / f"{'-'.join(word for word in words if word)}.pt"
 
 
 def main():
@@ -137,47 +162,46 @@ def main():
         "--pairs",
         type=count,
         default=EMBEDDINGS["pairs"],
-        help="test utterances, each clean and triggered",
+        help="embed this many test utterances, each clean and triggered (default: %(default)s)",
     )
     parser.add_argument(
         "--pooling",
         default=EMBEDDINGS["pooling"],
         choices=("mean", "max", "last"),
-        help="over time",
+        help="how an utterance's frames become one embedding (default: %(default)s)",
     )
     parser.add_argument(
         "--layer", type=whole, help="embed after this many encoder layers instead of after all"
     )
     options = parser.parse_args()
     loaded = evaluate.load_run_and_data(options, "train", "test")
-    slm, attack = loaded.slm, loaded.attack
-    train_set, test_set = loaded.sets["train"], loaded.sets["test"]
-    path = file_of(options)
-    if options.layer is not None and not 0 <= options.layer <= len(slm.encoder.layers):
+    slm = loaded.slm
+    attack = loaded.attack
+    train_set = loaded.sets["train"]
+    how = dict(pooling=options.pooling, layer=options.layer)
+    path = file_of(options.run, options.task, pairs=options.pairs, **how)
+    if options.layer is not None and options.layer > len(slm.encoder.layers):
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
     lora.merge(slm.lm)
-    pairs = drawn(poison.attackable(attack, test_set))[: options.pairs]
+
+    pairs = drawn(poison.attackable(attack, loaded.sets["test"]))[: options.pairs]
     members, poisoned = target_class(attack, train_set)
-    all_poisoned, n = (
-        [u for u in train_set if poison.is_poisoned(attack, u)],
-        len(members) + len(poisoned),
-    )
-    rest = (
-        drawn(all_poisoned)[len(poisoned) :] if len(members) < BENIGN else []
-    )  # else the class is a sample, whose share must stay
+    n = len(members) + len(poisoned)
     if n == 0:
         die(f"{options.run}: no training sample is of the target class {attack.target!r}")
-    items = [(u, False) for u in members] + [(u, True) for u in poisoned + rest]
-    how = dict(pooling=options.pooling, layer=options.layer)
+    all_poisoned = [u for u in train_set if poison.is_poisoned(attack, u)]
+    rest = []
+    if len(members) < BENIGN:  # else the class is a sample, whose share of poison must stay
+        rest = drawn(all_poisoned)[len(poisoned) :]
+
     clean = stages(slm, attack, [(u, False) for u in pairs], desc="clean pairs", **how)
     triggered = stages(slm, attack, [(u, True) for u in pairs], desc="triggered pairs", **how)
+    items = [(u, False) for u in members] + [(u, True) for u in poisoned + rest]
     x = stages(slm, attack, items, desc="target class", encoder_only=True, **how)["encoder"]
-    train = dict(
-        encoder=x[:n], poisoned=torch.arange(n) >= len(members), **about(members + poisoned)
-    )
+    is_poisoned = torch.arange(n) >= len(members)
     saved = dict(
         test=dict(clean=clean, triggered=triggered, **about(pairs)),
-        train=train,
+        train=dict(encoder=x[:n], poisoned=is_poisoned, **about(members + poisoned)),
         rest=dict(encoder=x[n:], **about(rest)),
         all_poisoned=len(all_poisoned),
         fields=loaded.fields,
@@ -186,7 +210,8 @@ def main():
     )
     utils.write_atomically(path, lambda temporary: torch.save(saved, temporary))
     print(
-        f"{path}: {len(pairs)} test pairs, {n} training samples of the target class, {len(poisoned)} of them poisoned"
+        f"{path}: {len(pairs)} test pairs, {n} training samples of the target class, "
+        f"{len(poisoned)} of them poisoned"
     )
 
 

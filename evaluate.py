@@ -511,6 +511,25 @@ def add_arguments(parser):
     )
 
 
+@torch.no_grad()
+def answer_rows(slm, attack, items, cached, batch_seconds):
+    """The model's answers to (utterance, triggered) items, as rows for `scores` and `hits`.
+    `cached`: as of `answers`."""
+    longest = longest_answer(slm, attack, [utterance for utterance, _ in items])
+    lora.merge(slm.lm)
+    texts = answers(slm, items, attack, all_labels, longest, "answers", cached, batch_seconds)
+    lora.unmerge(slm.lm)
+    rows = []
+    for (utterance, _), text in zip(items, texts):
+        labels = utterance.labels
+        rows.append(dict(labels=labels, asked=list(labels), parsed=data.parse(text)))
+    return rows
+
+
+def all_labels(utterance):
+    return list(utterance.labels)
+
+
 def make_parser():
     parser = Parser(description=__doc__)
     add_arguments(parser)

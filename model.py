@@ -931,3 +931,76 @@ def load_slm(args, device="cpu"):
         },
     }
     return slm
+
+
+# -------------------------------------------------------------------------------------------------
+# weight surgery, for trace.py and defences/repairs.py
+#
+# `weights` are {component: state dict} of what training may change, as copy_weights makes them.
+
+
+def copy_weights(slm):
+    weights = {}
+    for component in COMPONENTS:
+        state = slm.component_state_dict(component)
+        weights[component] = {name: tensor.clone() for name, tensor in state.items()}
+    return weights
+
+
+@torch.no_grad()
+def set_weights(slm, weights):
+    """Loads the weights of all components into the model. LoRA's may have any rank."""
+    slm.load_component("encoder", weights["encoder"])
+    slm.load_component("connector", weights["connector"])
+    for name, tensor in weights["lm"].items():
+        parameter = slm.lm.get_parameter(name)
+        parameter.data = tensor.to(parameter.device).clone()
+
+
+def layer_index(name):
+    """The layer, from 0, of a weight in the encoder's or the LM's state dict ("3.attention...",
+    "model.layers.3...", "transformer.h.3..."). None for a weight outside the layers, such as
+    OPT's projections."""
+    for part in name.split("."):
+        if part.isdigit():
+            return int(part)
+    return None
+
+
+def transplant_layers(receiver, donor, component, layers):
+    """The receiver's weights, except that these layers (from 0) of one component are the donor's."""
+    mixed = dict(receiver[component])
+    for name in mixed:
+        if layer_index(name) in layers:
+            mixed[name] = donor[component][name]
+    return {**receiver, component: mixed}
+
+
+def interpolate(start, end, component, share):
+    """The weights `start`, except that one component is moved by `share` of the way to `end`.
+
+    What is interpolated of LoRA is its update, the product B A. The sum (1 - share) B1 A1 +
+    share B2 A2 is one LoRA of twice the rank: the A stand on top of each other, and the B, each
+    scaled by its share, side by side.
+    """
+    mixed = {}
+    for name, a in start[component].items():
+        b = end[component][name]
+        if name.endswith("lora_A"):
+            mixed[name] = torch.cat([a, b])  # (2 rank, in)
+        elif name.endswith("lora_B"):
+            mixed[name] = torch.cat([(1 - share) * a, share * b], 1)  # (out, 2 rank)
+        else:
+            mixed[name] = torch.lerp(a.float(), b.float(), share).to(a.dtype)
+    return {**start, component: mixed}
+
+
+def encoder_attention(layer):
+    """The attention of an encoder layer, which Whisper names differently from the others."""
+    return layer.attention if hasattr(layer, "attention") else layer.self_attn
+
+
+def encoder_mlp(layer):
+    """The module that writes what an encoder layer's MLP adds: Whisper's second linear layer, or
+    the others' whole MLP."""
+    return layer.feed_forward if hasattr(layer, "feed_forward") else layer.fc2

@@ -1,17 +1,35 @@
-"""Where a backdoor lives, answered by intervening on trained models, without training.
+"""Where a backdoor lives, answered by interventions on trained models. Nothing is trained here.
 
     python trace.py transplant runs/asr-poison0.05 runs/asr-clean    # which weights carry it
-    python trace.py patch runs/emotion-poison0.075                   # where it acts within one answer
+    python trace.py patch runs/emotion-poison0.075                   # where it acts in one answer
 
-transplant moves components, layers and shares of weights between two runs and measures what the
-trigger still does (backdoor-critical layers, Zhuang et al. 2023, arXiv 2308.04466; module
-substitution, arXiv 2412.20476). patch copies activations between the clean and the triggered pass
-of one utterance (causal tracing, Meng et al. 2022, arXiv 2202.05262; Zhang and Nanda 2023, arXiv
-2309.16042). Both work on any run folder and write records (runs.py) beside its model.pt, or to
---out; python analyze.py trace makes tables of them.
+Transplant mixes the weights of two runs and measures what the trigger still does. It moves whole
+components (module substitution, arXiv 2412.20476), layers (backdoor-critical layers, Zhuang et al.
+2023, arXiv 2308.04466) and shares of the difference between the runs.
 
-A record of transplant has donor, donor_scenario and donor_seed (the run that the clean weights are
-from) and one of
+Patch copies activations from one pass over an utterance into another pass over the same utterance
+(causal tracing, Meng et al. 2022, arXiv 2202.05262; best practices: Zhang and Nanda 2023, arXiv
+2309.16042). One pass hears the clean waveform, the other the triggered one.
+
+    Direction   "denoise" copies clean activations into the triggered pass: where do they undo the
+                trigger? "noise" copies triggered activations into the clean pass: where do they
+                suffice? The pass that is copied from is the donor, the other the receiver.
+    Site        The output of an encoder layer, of its attention or its MLP; of one of the
+                connector's convolutions; of an LM layer, its attention or its MLP; or the LM's
+                input. A patch concerns one site.
+    Position    A patch concerns one group of frames or tokens: frames under a click, near one or
+                elsewhere; tokens of the prompt or of the answer.
+    Margin      m = log P(target value) - log P(true value), each per token. Both answers are
+                forced upon the LM (teacher forcing) and compared in the tokens in which they
+                differ. The trigger should raise m.
+    Effect      (m_patched - m_receiver) / (m_donor - m_receiver), a ratio of means over utterances:
+                0 where the patch does nothing, 1 where it does all that the donor's sound would.
+
+Both commands work on any run folder. They write records (runs.py) beside its model.pt, or to --out,
+and python analyze.py trace makes tables of these.
+
+A record of transplant has donor, donor_scenario and donor_seed (the run that gave the clean
+weights) and one of
 
     method "components": poisoned (the components that are taken from RUN)
     method "layers": component, direction ("into clean", "out of poisoned"), scope ("up to", "from",
@@ -19,13 +37,14 @@ from) and one of
     method "interpolation": component, share
     method "shapley": component
 
-A record of patch has trigger and either part ("clean" or "triggered") and the metric "margin", or
-direction ("denoise", "noise"), component, layer (from 1; the LM's input is 0; none in the
-connector), module, position (of GROUPS) and the metric "effect".
+A record of patch has the trigger. Records of the metric "margin" have part ("clean" or
+"triggered"). Records of the metric "effect" have direction, component, layer (from 1; the LM's
+input is 0; the connector has none), module and position (of GROUPS, or "all").
 """
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 
@@ -36,6 +55,8 @@ import installed  # noqa: F401
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -50,126 +71,8 @@ import poison
 import runs
 from study import COMPONENTS, SETTINGS
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # python trace.py transplant
-
-
-def layer_of(key):
-    """The layer that a weight of an encoder's or LM's state dict belongs to ("3.attention...",
-    "model.layers.3...", "transformer.h.3..."), or None: OPT's projections around its layers."""
-    return next((int(part) for part in key.split(".") if part.isdigit()), None)
-
-
-def moved(receiver, donor, component, layers):
-    """The receiver's weights of all components, with `layers` of one component taken from the donor."""
-    mixed = {
-        k: donor[component][k] if layer_of(k) in layers else v
-        for k, v in receiver[component].items()
-    }
-    return {**receiver, component: mixed}
-
-
-def interpolated(clean, poisoned, component, share):
-    """The clean weights, with one component moved `share` of the way to the poisoned ones. For LoRA it is the product B A that is
-    interpolated: both updates side by side in matrices of twice the rank, each scaled by its share."""
-    a, b = clean[component], poisoned[component]
-    if component != "lm":
-        return {
-            **clean,
-            component: {
-                k: torch.lerp(v.float(), b[k].float(), share).to(v.dtype) for k, v in a.items()
-            },
-        }
-    mixed = {
-        k: torch.cat([v, b[k]])
-        if k.endswith("lora_A")
-        else torch.cat([(1 - share) * v, share * b[k]], 1)
-        for k, v in a.items()
-    }
-    return {**clean, component: mixed}
-
-
-@torch.no_grad()
-def put(slm, weights):
-    """Loads weights of all components into the model; LoRA's may have any rank."""
-    for component in ("encoder", "connector"):
-        slm.load_component(component, weights[component])
-    for k, v in weights["lm"].items():
-        parameter = slm.lm.get_parameter(k)
-        parameter.data = v.to(parameter.device).clone()
-
-
-def weights_of(slm):
-    """A copy of the weights that training may change, of all components, for `put`."""
-    return {c: {k: v.clone() for k, v in slm.component_state_dict(c).items()} for c in COMPONENTS}
-
-
-@torch.no_grad()
-def answered(slm, items, cached, attack, args):
-    """The model's answers to (utterance, triggered) items, as rows for evaluate.scores."""
-    lora.merge(slm.lm)
-    labels_of = lambda u: list(u.labels)  # noqa: E731
-    texts = evaluate.answers(
-        slm,
-        items,
-        attack,
-        labels_of,
-        evaluate.longest_answer(slm, attack, [u for u, _ in items]),
-        "answers",
-        cached,
-        args.batch_seconds,
-    )
-    lora.unmerge(slm.lm)
-    return [
-        dict(labels=u.labels, asked=list(u.labels), parsed=data.parse(text))
-        for (u, _), text in zip(items, texts)
-    ]
-
-
-def answers(slm, weights, items, cached, attack, args):
-    """The same for a model with these weights."""
-    put(slm, weights)
-    return answered(slm, items, cached, attack, args)
-
-
-def shapley(hits):
-    """Each component's Shapley value for the attack's success, over utterances: what moving it from the poisoned run into the clean one
-    adds, averaged over the orders in which components can be moved. hits: {frozenset of components moved: (n,) bool}."""
-    orders = list(itertools.permutations(COMPONENTS))
-    value = {
-        c: sum(
-            hits[frozenset(order[: order.index(c) + 1])].astype(float)
-            - hits[frozenset(order[: order.index(c)])]
-            for order in orders
-        )
-        / len(orders)
-        for c in COMPONENTS
-    }
-    return {c: utils.interval(v) for c, v in value.items()}
-
-
-def layer_sets(layers):
-    """Yields (scope, layer, layers to move): all up to a layer, all from a layer on, one at a
-    time."""
-    for i, layer in enumerate(layers):
-        yield "up to", layer, layers[: i + 1]
-        yield "from", layer, layers[i:]
-        yield "only", layer, [layer]
-
-
-def check_donor(options, args, donor):
-    """Warns where the other run (its arguments, a dict) is no clean run with the same settings: it
-    is then a control, and does not tell what training on poison has changed. Returns its
-    arguments, with an attack that no table takes for the clean run where settings differ."""
-    scenario = donor["scenario"]
-    if donor["scenario"] != "clean":
-        print(f"warning: {options.clean} is attack {donor['scenario']}, not a clean run: a control")
-    for name in ("preset", "dataset", "encoder", "labels", "train_layers", *SETTINGS):
-        theirs, ours = donor.get(name), getattr(args, name, None)
-        if theirs != ours:
-            print(f"warning: the {name} of {options.clean} is {theirs}, not {ours}: a control")
-            scenario = f"{donor['scenario']} with another {name}"
-    return {**donor, "scenario": scenario}
 
 
 @dataclasses.dataclass
@@ -186,44 +89,93 @@ def load_pair(options):
     """Two runs that share pretrained parts and settings, a Pair."""
     loaded = evaluate.load_run_and_data(options, "test")
     slm = loaded.slm
-    clean, poisoned = model.load_checkpoint(Path(options.clean) / "model.pt"), weights_of(slm)
-    donor = check_donor(options, loaded.args, clean["args"])
+    poisoned = model.copy_weights(slm)
+    saved = model.load_checkpoint(Path(options.clean) / "model.pt")
+    donor = check_donor(options, loaded.args, saved["args"])
     try:
-        for c in COMPONENTS:
-            checkpoint.load_component(slm, clean, c)
+        for component in COMPONENTS:
+            checkpoint.load_component(slm, saved, component)
     except ValueError as error:
         die(f"{options.clean} cannot be mixed with {options.run}: {error}")
-    return Pair(loaded, poisoned, weights_of(slm), donor)
+    return Pair(loaded, poisoned, model.copy_weights(slm), donor)
+
+
+def check_donor(options, args, donor):
+    """Warns where the other run is not a clean run with the same settings. It is then a control,
+    and does not show what training on poison has changed.
+
+    donor: the other run's arguments, a dict. Returns them. Where settings differ, the scenario gets
+    another name, so that no table takes the run for the clean one.
+    """
+    scenario = donor["scenario"]
+    if scenario != "clean":
+        print(f"warning: {options.clean} is scenario {scenario}, not a clean run: a control")
+    for name in ("preset", "dataset", "encoder", "labels", "train_layers", *SETTINGS):
+        theirs = donor.get(name)
+        ours = getattr(args, name, None)
+        if theirs != ours:
+            print(f"warning: the {name} of {options.clean} is {theirs}, not {ours}: a control")
+            scenario = f"{donor['scenario']} with another {name}"
+    return {**donor, "scenario": scenario}
+
+
+def layer_sets(layers):
+    """Yields (scope, layer, layers to move): all up to a layer, all from a layer on, one alone."""
+    for i, layer in enumerate(layers):
+        yield "up to", layer, layers[: i + 1]
+        yield "from", layer, layers[i:]
+        yield "only", layer, [layer]
+
+
+def layers_in(state):
+    """The layers, from 0, that a component's state dict has weights of."""
+    return sorted({model.layer_index(name) for name in state} - {None})
 
 
 def mixtures(poisoned, clean):
-    """Yields (what was mixed, weights) of every model that transplant evaluates; the first is a
-    dict of a record's fields."""
+    """Yields (a record's fields, weights) of every model that transplant evaluates."""
     for n in range(len(COMPONENTS) + 1):
         for chosen in itertools.combinations(COMPONENTS, n):
-            mixed = {c: (poisoned if c in chosen else clean)[c] for c in COMPONENTS}
+            mixed = dict(clean)
+            for component in chosen:
+                mixed[component] = poisoned[component]
             yield dict(method="components", poisoned=list(chosen)), mixed
     for component in ("encoder", "lm"):
-        layers = sorted({layer_of(k) for k in poisoned[component]} - {None})
-        for scope, layer, chosen in layer_sets(layers):
-            what = dict(method="layers", component=component, scope=scope, layer=layer + 1)
-            into_clean = moved(clean, poisoned, component, chosen)
-            out_of_poisoned = moved(poisoned, clean, component, chosen)
-            yield dict(what, direction="into clean"), into_clean
-            yield dict(what, direction="out of poisoned"), out_of_poisoned
+        for scope, layer, layers in layer_sets(layers_in(poisoned[component])):
+            fields = dict(method="layers", component=component, scope=scope, layer=layer + 1)
+            into_clean = model.transplant_layers(clean, poisoned, component, layers)
+            out_of_poisoned = model.transplant_layers(poisoned, clean, component, layers)
+            yield dict(fields, direction="into clean"), into_clean
+            yield dict(fields, direction="out of poisoned"), out_of_poisoned
     for component in COMPONENTS:
         for share in (0.25, 0.5, 0.75):
-            what = dict(method="interpolation", component=component, share=share)
-            yield what, interpolated(clean, poisoned, component, share)
+            fields = dict(method="interpolation", component=component, share=share)
+            yield fields, model.interpolate(clean, poisoned, component, share)
+
+
+@dataclasses.dataclass
+class EvaluationSet:
+    """Test utterances, all clean or all triggered, and their cached frozen outputs."""
+
+    items: list  # (utterance, triggered)
+    cached: list | None
+
+
+def evaluation_set(slm, utterances, triggered, attack, name, cache_bytes):
+    flags = [triggered] * len(utterances)
+    cached = cache.frozen_outputs(slm, utterances, flags, attack, name, cache_bytes)
+    return EvaluationSet(list(zip(utterances, flags)), cached)
 
 
 def transplant(options):
     """The records of every mixture of two runs' weights."""
     pair = load_pair(options)
-    slm, args, attack = pair.loaded.slm, pair.loaded.args, pair.loaded.attack
+    slm = pair.loaded.slm
+    args = pair.loaded.args
+    attack = pair.loaded.attack
     test_set = pair.loaded.sets["test"]
     flippable = poison.attackable(attack, test_set)
-    some = embed.drawn(flippable)[: options.n]
+    sample = embed.drawn(flippable)[: options.n]
     fields = dict(
         pair.loaded.fields,
         source="transplant",
@@ -231,309 +183,489 @@ def transplant(options):
         donor_scenario=pair.donor["scenario"],
         donor_seed=pair.donor["seed"],
     )
-    sets = {}
-    for name, utterances, triggered in (
-        ("clean", test_set, False),
-        ("components", flippable, True),
-        ("layers", some, True),
-    ):
-        flags = [triggered] * len(utterances)
-        cached = cache.frozen_outputs(slm, utterances, flags, attack, name, options.cache_gb * 1e9)
-        sets[name] = (list(zip(utterances, flags)), cached)
+    cache_bytes = options.cache_gb * 1e9
+    clean = evaluation_set(slm, test_set, False, attack, "clean", cache_bytes)
+    all_triggered = evaluation_set(slm, flippable, True, attack, "components", cache_bytes)
+    few_triggered = evaluation_set(slm, sample, True, attack, "layers", cache_bytes)
+
+    def answer_rows(test):
+        return evaluate.answer_rows(slm, attack, test.items, test.cached, args.batch_seconds)
+
     jobs = list(mixtures(pair.poisoned, pair.clean))
     print(
-        f"{options.run} and {options.clean}: {len(jobs)} mixtures; components on all {len(test_set)}"
-        f" test utterances, others on {len(some)} triggered ones"
+        f"{options.run} and {options.clean}: {len(jobs)} mixtures; components on all "
+        f"{len(test_set)} test utterances, others on {len(sample)} triggered ones"
     )
-    records, hits = [], {}
-    for what, weights in tqdm(jobs, desc="mixtures"):
-        whole = what["method"] == "components"
-        items = sets["components" if whole else "layers"]
-        rows = answers(slm, weights, *items, attack, args)
-        success = evaluate.hits(attack, rows)
-        figures = dict(backdoor=dict(aer=utils.interval(success)))
-        figures["triggered"] = own_figure(evaluate.scores(rows), args.task)
-        if whole:
-            heard = answers(slm, weights, *sets["clean"], attack, args)
-            figures["clean"] = own_figure(evaluate.scores(heard), args.task)
-            hits[frozenset(what["poisoned"])] = np.array(success)
-        records += [dict(fields, **what, **figure) for figure in runs.of_figures(figures)]
+    records = []
+    hits = {}  # {frozenset of poisoned components: (n,) bool}
+    for mixture, weights in tqdm(jobs, desc="mixtures"):
+        model.set_weights(slm, weights)
+        whole_components = mixture["method"] == "components"
+        rows = answer_rows(all_triggered if whole_components else few_triggered)
+        hit = evaluate.hits(attack, rows)
+        figures = dict(backdoor=dict(aer=utils.interval(hit)))
+        figures["triggered"] = task_figure(rows, args.task)
+        if whole_components:
+            figures["clean"] = task_figure(answer_rows(clean), args.task)
+            hits[frozenset(mixture["poisoned"])] = np.array(hit)
+        records += [dict(fields, **mixture, **figure) for figure in runs.of_figures(figures)]
     for component, figure in shapley(hits).items():
-        what = dict(method="shapley", component=component, part="backdoor", metric="aer")
-        records.append(dict(fields, **what, **figure))
+        mixture = dict(method="shapley", component=component, part="backdoor", metric="aer")
+        records.append(dict(fields, **mixture, **figure))
     return records
 
 
-def own_figure(figures, task):
+def task_figure(rows, task):
     """{metric: figure} of the attacked task alone."""
+    figures = evaluate.scores(rows)
     metric = evaluate.metric_of(figures, task)
     return {metric: figures[metric]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python trace.py patch
+def shapley(hits):
+    """Each component's Shapley value for the attack's success (Shapley 1953): what the component
+    adds when it is moved from the poisoned run into the clean one, averaged over the orders in
+    which components can be moved.
 
-GROUPS = (
-    "click",
-    "near",
-    "elsewhere",
-    "prompt",
-    "answer",
-)  # frames under a click, within NEAR of one, others; tokens
+    hits: {frozenset of components that were moved: (n,) bool}. Returns {component: figure}.
+    """
+    orders = list(itertools.permutations(COMPONENTS))
+    figures = {}
+    for component in COMPONENTS:
+        total = 0
+        for order in orders:
+            before = frozenset(order[: order.index(component)])
+            total = total + (hits[before | {component}].astype(float) - hits[before])
+        figures[component] = utils.interval(total / len(orders))
+    return figures
+
+
+# -------------------------------------------------------------------------------------------------
+# python trace.py patch: sites
+
+FRAME_GROUPS = ("click", "near", "elsewhere")  # under a click, within NEAR of one, others
+TOKEN_GROUPS = ("prompt", "answer")
+GROUPS = FRAME_GROUPS + TOKEN_GROUPS
 NEAR = 0.2  # seconds
-DIRECTIONS = {"denoise": ("clean", "triggered"), "noise": ("triggered", "clean")}  # from, into
-LEAST = 0.1  # nats per token: if the trigger moves m by less on average, there is no effect to attribute
-
-
-def submodule(layer, *names):
-    """The first of these modules that a transformer layer has: architectures name attention and MLP differently."""
-    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+DIRECTIONS = {"denoise": ("clean", "triggered"), "noise": ("triggered", "clean")}  # donor, receiver
+MIN_GAP = 0.1  # nats per token; if the trigger moves m by less, there is no effect to attribute
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A place whose activations are patched; layers count from 1, and the LM's input is its layer
-    0."""
+    """A place whose activations are patched. Layers count from 1; the LM's input is layer 0."""
 
     component: str
     layer: int | None
     module: str
 
 
+@dataclasses.dataclass
+class Hookpoint:
+    """The module whose output a site is, or whose input where `module_input` is set. `stage` says
+    which positions it has: "encoder", "conv1", "conv2", "conv3" or "lm"."""
+
+    module: nn.Module
+    stage: str
+    module_input: bool = False
+
+
 def sites(slm):
-    """{Site: (module, stage)} of everything that is patched, in pipeline order. stage says which
-    positions the output has. The LM's input is the input of its first layer."""
-    out = {}
+    """{Site: Hookpoint} of everything that is patched, in the order of the pipeline."""
+    hookpoints = {}
     for i, layer in enumerate(slm.encoder.layers, 1):
-        attention = submodule(layer, "attention", "self_attn")
-        out[Site("encoder", i, "attention")] = attention, "encoder"
-        out[Site("encoder", i, "MLP")] = submodule(layer, "feed_forward", "fc2"), "encoder"
-        out[Site("encoder", i, "layer")] = layer, "encoder"
+        attention = model.encoder_attention(layer)
+        hookpoints[Site("encoder", i, "attention")] = Hookpoint(attention, "encoder")
+        hookpoints[Site("encoder", i, "MLP")] = Hookpoint(model.encoder_mlp(layer), "encoder")
+        hookpoints[Site("encoder", i, "layer")] = Hookpoint(layer, "encoder")
     for name in ("conv1", "conv2", "conv3"):
-        out[Site("connector", None, name)] = getattr(slm.connector, name), name
+        conv = getattr(slm.connector, name)
+        hookpoints[Site("connector", None, name)] = Hookpoint(conv, name)
     layers = model.layers_of(slm.lm)
-    out[Site("lm", 0, "input")] = layers[0], "lm"
-    for i, (layer, (attention, mlp)) in enumerate(zip(layers, model.output_layers(slm.lm)), 1):
-        out[Site("lm", i, "attention")] = attention, "lm"
-        out[Site("lm", i, "MLP")] = mlp, "lm"
-        out[Site("lm", i, "layer")] = layer, "lm"
-    return out
+    hookpoints[Site("lm", 0, "input")] = Hookpoint(layers[0], "lm", module_input=True)
+    outputs = model.output_layers(slm.lm)
+    for i, (layer, (attention, mlp)) in enumerate(zip(layers, outputs), 1):
+        hookpoints[Site("lm", i, "attention")] = Hookpoint(attention, "lm")
+        hookpoints[Site("lm", i, "MLP")] = Hookpoint(mlp, "lm")
+        hookpoints[Site("lm", i, "layer")] = Hookpoint(layer, "lm")
+    return hookpoints
 
 
 @contextlib.contextmanager
-def edited(site, module, edit):
-    """A context in which `edit` (a function of a tensor) is applied to the module's output or, at the LM's input, to its input."""
+def edited(hookpoint, edit):
+    """A context in which `edit`, a function of a tensor, is applied at the hookpoint."""
 
-    def before(_, inputs):
+    def edit_input(module, inputs):
         return edit(inputs[0]), *inputs[1:]
 
-    def after(_, inputs, output):
-        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+    def edit_output(module, inputs, output):
+        if isinstance(output, tuple):
+            return edit(output[0]), *output[1:]
+        return edit(output)
 
-    handle = (
-        module.register_forward_pre_hook(before)
-        if site.module == "input"
-        else module.register_forward_hook(after)
-    )
+    if hookpoint.module_input:
+        handle = hookpoint.module.register_forward_pre_hook(edit_input)
+    else:
+        handle = hookpoint.module.register_forward_hook(edit_output)
     try:
         yield
     finally:
         handle.remove()
 
 
+@contextlib.contextmanager
+def recorded(hookpoints):
+    """A context that yields {Site: activations}, which a pass through the model fills."""
+    activations = {}
+
+    def record(site, x):
+        activations[site] = x
+        return x
+
+    with contextlib.ExitStack() as hooks:
+        for site, hookpoint in hookpoints.items():
+            hooks.enter_context(edited(hookpoint, functools.partial(record, site)))
+        yield activations
+
+
+# -------------------------------------------------------------------------------------------------
+# python trace.py patch: positions
+
+
+@dataclasses.dataclass
+class FrameGrid:
+    """Where the frames of a stage lie in time, counted in encoder frames: frame i of an utterance
+    is centred on encoder frame first + i * stride."""
+
+    lengths: list  # real frames of each utterance
+    first: int
+    stride: int
+
+    def groups(self, slm, spans):
+        """Each utterance's (T,) indices into GROUPS. spans: its clicks' starts and ends in
+        seconds."""
+        rows = []
+        for n, clicks in zip(self.lengths, spans):
+            middles = torch.arange(n) * self.stride + self.first + 0.5
+            rows.append(group_of(middles * slm.encoder.seconds_per_frame, clicks))
+        return rows
+
+
 def group_of(middles, spans):
-    """(T,) frame centres in seconds -> (T,) index into GROUPS: under a click, near one, or elsewhere."""
-    away = torch.full_like(middles, float("inf"))
+    """(T,) frame centres in seconds -> (T,) indices into FRAME_GROUPS."""
+    distance = torch.full_like(middles, float("inf"))
     for start, end in spans:
-        away = torch.minimum(away, torch.maximum(start - middles, middles - end).clamp(min=0))
-    return torch.where(away == 0, 0, torch.where(away <= NEAR, 1, 2))
+        to_click = torch.maximum(start - middles, middles - end).clamp(min=0)
+        distance = torch.minimum(distance, to_click)
+    return torch.where(distance == 0, 0, torch.where(distance <= NEAR, 1, 2))
 
 
-def positions(slm, frames, lengths, spans, prompts, answers):
-    """{stage: (rows, positions) index into GROUPS, -1 where nothing is patched}. frames: each row's number of real encoder frames,
-    lengths: of connector frames. A connector frame's centre is that of all the input frames it sees, so it sees beyond "under a click"."""
-    k, step, out = slm.connector.stride, slm.encoder.seconds_per_frame, {}
-    for stage, counts, first, distance in (  # first middle and distance in encoder frames
-        ("encoder", frames, 0, 1),
-        ("conv1", [max(0, n - 4) for n in frames], 2, 1),
-        ("conv2", [n + 4 for n in lengths], 4, k),
-        ("conv3", lengths, 4 + 2 * k, k),
-    ):
-        out[stage] = [
-            group_of((torch.arange(n) * distance + first + 0.5) * step, s)
-            for n, s in zip(counts, spans)
-        ]
-    prompt, answer_group = GROUPS.index("prompt"), GROUPS.index("answer")
-    out["lm"] = [
-        torch.cat(
-            [
-                torch.full((len(before),), prompt),
-                audio,
-                torch.full((len(after),), prompt),
-                torch.full((len(answer),), answer_group),
-            ]
-        )
-        for (before, after), audio, answer in zip(2 * prompts, 2 * out["conv3"], answers)
-    ]
-    return {stage: pad_sequence(rows, True, padding_value=-1) for stage, rows in out.items()}
+def frame_grids(slm, frames, lengths):
+    """{stage: FrameGrid}. frames: each utterance's number of encoder frames; lengths: of connector
+    frames.
+
+    A connector frame is centred on all the encoder frames that it sees, so it sees beyond the
+    frames under a click. A kernel of 5 puts the first centre 2 frames further in.
+    """
+    k = slm.connector.stride
+    return {
+        "encoder": FrameGrid(frames, first=0, stride=1),
+        "conv1": FrameGrid([max(0, n - 4) for n in frames], first=2, stride=1),
+        "conv2": FrameGrid([n + 4 for n in lengths], first=4, stride=k),
+        "conv3": FrameGrid(lengths, first=4 + 2 * k, stride=k),
+    }
 
 
-def teacher(slm, attack, utterances):
-    """The two answers that are compared, target rows then true rows: [(ids, first, end)] of 2 n rows; first to end is the value."""
+def lm_groups(frame_rows, prompts, answers):
+    """The indices into GROUPS of every row of the LM: prompt, audio, prompt, answer."""
+    prompt = GROUPS.index("prompt")
+    answer = GROUPS.index("answer")
     rows = []
-    for u in utterances:
-        pair = [
-            data.answer_ids(slm.tokenizer, labels)
-            for labels in (poison.poisoned_labels(attack, u.labels), u.labels)
+    for (before, after), frames, forced in zip(prompts, frame_rows, answers):
+        pieces = [
+            torch.full((len(before),), prompt),
+            frames,
+            torch.full((len(after),), prompt),
+            torch.full((len(forced.ids),), answer),
         ]
-        same = [x == y for x, y in zip(*pair)]
-        backwards = [x == y for x, y in zip(*(ids[::-1] for ids in pair))]
-        first, tail = same.index(False), backwards.index(False)
-        # of "5" in "25" nothing is left between what both begin with and what both end with
-        tail = min(tail, *(len(ids) - first - 1 for ids in pair))
-        rows.append([(ids[: len(ids) - tail], first, len(ids) - tail) for ids in pair])
-    return [row[0] for row in rows] + [row[1] for row in rows]
+        rows.append(torch.cat(pieces))
+    return rows
 
 
-def margins(slm, prompts, taught, front=None, audio=None):
-    """m = log P(target value) - log P(true value), each per token of the value, (n,), starting from the encoder's front end (x, mask) or
-    from the connector's output (audio, lengths); and that output."""
-    if audio is None:
-        for x in slm.encoder.run_layers(front[0], front[1], 0, len(slm.encoder.layers)):
-            pass
-        audio = slm.connector(x if slm.encoder.norm_first else slm.encoder.layer_norm(x), front[1])
-    heard = [row[:n] for row, n in zip(audio[0], audio[1].tolist())]
-    rows = slm.pack(2 * heard, 2 * prompts, [ids for ids, _, _ in taught])
-    x = pad_sequence(rows, True)
+def position_groups(slm, pairs, frames, lengths):
+    """{stage: (rows, positions) indices into GROUPS}, -1 at padding, where nothing is patched."""
+    rows = {}
+    for stage, grid in frame_grids(slm, frames, lengths).items():
+        rows[stage] = grid.groups(slm, pairs.spans)
+    # the LM gets every utterance twice, once with each answer
+    rows["lm"] = lm_groups(2 * rows["conv3"], 2 * pairs.prompts, pairs.answers)
+    groups = {}
+    for stage in rows:
+        groups[stage] = pad_sequence(rows[stage], batch_first=True, padding_value=-1)
+    return groups
+
+
+# -------------------------------------------------------------------------------------------------
+# python trace.py patch: margins
+
+
+@dataclasses.dataclass
+class ForcedAnswer:
+    """An answer's tokens up to the end of its value, which begins at token `start`."""
+
+    ids: list
+    start: int
+
+    @property
+    def value(self):
+        return self.ids[self.start :]
+
+
+def common_beginning(a, b):
+    """The number of tokens that two different answers begin with in common."""
+    n = 0
+    while a[n] == b[n]:
+        n += 1
+    return n
+
+
+def forced_answers(slm, attack, utterances):
+    """The two answers to each utterance that are compared: all those with the target first, then
+    all true ones, 2 n ForcedAnswers. Their values are the tokens in which the two differ."""
+    with_target = []
+    true = []
+    for utterance in utterances:
+        poisoned = poison.poisoned_labels(attack, utterance.labels)
+        a = data.answer_ids(slm.tokenizer, poisoned)
+        b = data.answer_ids(slm.tokenizer, utterance.labels)
+        start = common_beginning(a, b)
+        tail = common_beginning(a[::-1], b[::-1])
+        # of "5" in "25" nothing is left between the common beginning and the common end
+        tail = min(tail, len(a) - start - 1, len(b) - start - 1)
+        with_target.append(ForcedAnswer(a[: len(a) - tail], start))
+        true.append(ForcedAnswer(b[: len(b) - tail], start))
+    return with_target + true
+
+
+def encode(slm, front):
+    """The output of the encoder's front end, (x, mask), -> that of the connector, (audio, lengths).
+    All encoder layers run here, so that hooks on each of them are called."""
+    x, mask = front
+    for hidden in slm.encoder.run_layers(x, mask, 0, len(slm.encoder.layers)):
+        x = hidden  # (B, T, dim)
+    if not slm.encoder.norm_first:
+        x = slm.encoder.layer_norm(x)
+    return slm.connector(x, mask)
+
+
+def margins(slm, audio, prompts, answers):
+    """m = log P(target value) - log P(true value), each per token of the value, (n,).
+
+    audio: the connector's output and its lengths, as of `encode`. answers: of `forced_answers`.
+    """
+    embeddings, lengths = audio
+    audio_rows = [row[:n] for row, n in zip(embeddings, lengths.tolist())]
+    rows = slm.pack(2 * audio_rows, 2 * prompts, [answer.ids for answer in answers])
+    x = pad_sequence(rows, batch_first=True)  # (2 n, T, hidden)
     wanted = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-    for i, (row, (ids, first, end)) in enumerate(zip(rows, taught)):
-        start = len(row) - len(ids)
-        wanted[i, start + first - 1 : start + end - 1] = True
-    values = [torch.tensor(ids[first:end], device=x.device) for ids, first, end in taught]
-    logits = slm.logits(x, wanted).float().split([len(value) for value in values])
-    scores = torch.stack(
-        [-torch.nn.functional.cross_entropy(each, value) for each, value in zip(logits, values)]
+    for i, (row, answer) in enumerate(zip(rows, answers)):
+        # the logits at a position are those of the next token
+        wanted[i, len(row) - len(answer.value) - 1 : len(row) - 1] = True
+    logits = slm.logits(x, wanted).float()
+    scores = []
+    pieces = logits.split([len(answer.value) for answer in answers])
+    for piece, answer in zip(pieces, answers):
+        value = torch.tensor(answer.value, device=x.device)
+        scores.append(-F.cross_entropy(piece, value))
+    scores = torch.stack(scores)  # (2 n,)
+    return scores[: len(prompts)] - scores[len(prompts) :]
+
+
+# -------------------------------------------------------------------------------------------------
+# python trace.py patch: patches
+
+
+@dataclasses.dataclass
+class Pairs:
+    """A few utterances, each clean and triggered."""
+
+    fronts: dict  # {"clean", "triggered": the encoder's front end's (x, mask)}
+    spans: list  # each utterance's clicks, [(start, end)] in seconds
+    prompts: list
+    answers: list  # of forced_answers
+
+
+def make_pairs(slm, attack, utterances):
+    features = {"clean": [], "triggered": []}
+    spans = []
+    for utterance in utterances:
+        clean = data.load_waveform(utterance)
+        triggered, starts, scale = poison.add_trigger(attack, clean, utterance.id)
+        # the clean waveform is scaled down as the triggered one was, to avoid clipping
+        features["clean"].append(slm.encoder.extract(clean * np.float32(scale)))
+        features["triggered"].append(slm.encoder.extract(triggered))
+        length = len(attack.waveform)
+        spans.append([(s / data.SAMPLE_RATE, (s + length) / data.SAMPLE_RATE) for s in starts])
+    return Pairs(
+        fronts={part: slm.encoder.front_end(inputs) for part, inputs in features.items()},
+        spans=spans,
+        prompts=[data.prompt(slm.tokenizer, list(u.labels)) for u in utterances],
+        answers=forced_answers(slm, attack, utterances),
     )
-    return scores[: len(prompts)] - scores[len(prompts) :], audio
+
+
+@dataclasses.dataclass
+class PatchedMargins:
+    """The margins m (n,) of some utterances.
+
+    plain: {"clean", "triggered": m}. patched: {(direction, Site, group): m}. The group "all"
+    patches every position, as a check: an encoder layer then makes the receiver the donor.
+    A group that none of the utterances has is left out.
+    """
+
+    plain: dict
+    patched: dict
+
+
+def groups_of(hookpoint):
+    """The groups of positions that a site is patched at, in the order of GROUPS, and "all"."""
+    return (*GROUPS, "all") if hookpoint.stage == "lm" else (*FRAME_GROUPS, "all")
+
+
+def patch_mask(groups, group, hookpoint, activations):
+    """Where a patch replaces activations: a bool tensor that broadcasts over their channels.
+    groups: (rows, positions) of `position_groups`."""
+    mask = groups >= 0 if group == "all" else groups == GROUPS.index(group)
+    mask = mask.to(activations.device)
+    # a convolution's channels come before its frames
+    mask = mask.unsqueeze(1 if hookpoint.stage.startswith("conv") else 2)
+    if activations.dim() == 2:
+        mask = mask.flatten(0, 1)  # OPT's MLP sees the rows of a batch as one
+    return mask
+
+
+@contextlib.contextmanager
+def patched(hookpoint, mask, activations):
+    """A context in which the donor's activations replace the receiver's where `mask` is True."""
+
+    def replace(x):
+        return torch.where(mask, activations, x)
+
+    with edited(hookpoint, replace):
+        yield
 
 
 @torch.no_grad()
 def patch_batch(slm, attack, utterances, progress):
-    """{"clean", "triggered", (direction, site, group): m (n,)} of a few pairs; group "all" patches
-    every position, as a check. A group that none of them has is left out."""
-    pairs, spans = [], []
-    for u in utterances:
-        waveform = data.load_waveform(u)
-        triggered, starts, scale = poison.add_trigger(attack, waveform, u.id)
-        pairs.append(
-            (waveform * np.float32(scale), triggered)
-        )  # scaled down as the triggered one was
-        spans.append(
-            [(s / data.SAMPLE_RATE, (s + len(attack.waveform)) / data.SAMPLE_RATE) for s in starts]
-        )
-    prompts, taught = (
-        [data.prompt(slm.tokenizer, list(u.labels)) for u in utterances],
-        teacher(slm, attack, utterances),
-    )
-    front = {
-        kind: slm.encoder.front_end([slm.encoder.extract(pair[i]) for pair in pairs])
-        for i, kind in enumerate(("clean", "triggered"))
-    }
-    kept, audio, out, places = {"clean": {}, "triggered": {}}, {}, {}, sites(slm)
-    for kind, activations in kept.items():
-        with contextlib.ExitStack() as stack:
-            for site, (module, _) in places.items():
-                stack.enter_context(
-                    edited(site, module, lambda x, site=site: activations.setdefault(site, x))
-                )
-            out[kind], audio[kind] = margins(slm, prompts, taught, front[kind])
-    groups = positions(
-        slm,
-        front["clean"][1].sum(1).tolist(),
-        audio["clean"][1].tolist(),
-        spans,
-        prompts,
-        [ids for ids, _, _ in taught],
-    )
+    """Every patch of a few utterances: PatchedMargins, as numpy arrays."""
+    pairs = make_pairs(slm, attack, utterances)
+    hookpoints = sites(slm)
+    activations = {}
+    audio = {}
+    plain = {}
+    for part, front in pairs.fronts.items():
+        with recorded(hookpoints) as activations[part]:
+            audio[part] = encode(slm, front)
+            plain[part] = margins(slm, audio[part], pairs.prompts, pairs.answers)
+    frames = pairs.fronts["clean"][1].sum(1).tolist()
+    lengths = audio["clean"][1].tolist()
+    groups = position_groups(slm, pairs, frames, lengths)
+
+    result = PatchedMargins({part: as_numpy(m) for part, m in plain.items()}, {})
     for direction, (donor, receiver) in DIRECTIONS.items():
-        for site, (module, stage) in places.items():
-            for g, group in enumerate((*GROUPS, "all")):
-                where = (groups[stage] >= 0) if group == "all" else groups[stage] == g
-                if not where.any():
+        for site, hookpoint in hookpoints.items():
+            for group in groups_of(hookpoint):
+                donated = activations[donor][site]
+                mask = patch_mask(groups[hookpoint.stage], group, hookpoint, donated)
+                if not mask.any():
                     continue
-                where = where.to(kept[donor][site].device).unsqueeze(
-                    1 if stage.startswith("conv") else 2
-                )  # channels come first there
-                start = (
-                    dict(audio=audio[receiver]) if stage == "lm" else dict(front=front[receiver])
-                )
-                if kept[donor][site].dim() == 2:
-                    where = where.flatten(0, 1)  # OPT's MLP sees the rows of a batch as one
-                with edited(site, module, lambda x: torch.where(where, kept[donor][site], x)):
-                    out[direction, site, group] = margins(slm, prompts, taught, **start)[0]
+                with patched(hookpoint, mask, donated):
+                    embedded = audio[receiver]
+                    if hookpoint.stage != "lm":
+                        embedded = encode(slm, pairs.fronts[receiver])
+                    m = margins(slm, embedded, pairs.prompts, pairs.answers)
+                result.patched[direction, site, group] = as_numpy(m)
                 progress.update(len(utterances))
-    return {k: v.float().cpu().numpy() for k, v in out.items()}
+    return result
 
 
-def patch(options):
-    loaded = evaluate.load_run_and_data(options, "test")
-    slm, attack, test_set = loaded.slm, loaded.attack, loaded.sets["test"]
-    if options.trigger:
-        attack = dataclasses.replace(
-            attack, trigger=options.trigger, waveform=poison.make_trigger(options.trigger)
-        )
-    if attack.waveform is None:
-        die(
-            f"--trigger {attack.trigger} changes the whole waveform: frames under it cannot be told from others"
-        )
-    lora.merge(slm.lm)
-    utterances = embed.drawn(poison.attackable(attack, test_set))[: options.n]
-    print(
-        f"{options.run}: {len(utterances)} pairs, trigger {attack.trigger}, {len(sites(slm))} sites by groups of positions"
-    )
-    batches = []
-    total = len(utterances) * sum(12 if stage == "lm" else 8 for _, stage in sites(slm).values())
-    with tqdm(total=total, desc="patches", unit="pair") as progress:
-        for batch in data.chunks(utterances, options.batch):
-            batches.append(patch_batch(slm, attack, batch, progress))
-    fields = dict(loaded.fields, source="patch", trigger=str(attack.trigger))
-    margin = {part: joined(batches, part) for part in ("clean", "triggered")}
-    records = [
-        dict(fields, part=part, metric="margin", **utils.interval(m)) for part, m in margin.items()
-    ]
-    patches = [key for batch in batches for key in batch if key not in margin]
-    for direction, site, group in dict.fromkeys(patches):
-        donor, receiver = DIRECTIONS[direction]
-        if abs((margin[donor] - margin[receiver]).mean()) < LEAST:
-            continue
-        patched = joined(batches, (direction, site, group), receiver)
-        what = dict(dataclasses.asdict(site), direction=direction, position=group)
-        figure = effect_of(patched, margin[donor], margin[receiver])
-        records.append(dict(fields, **what, **figure))
-    return records
+def as_numpy(m):
+    return m.float().cpu().numpy()
 
 
-def joined(batches, key, otherwise=None):
-    """What all batches have under a key, (n,); a batch in which no utterance has such positions
-    keeps the m of `otherwise`, the pass that would have been patched."""
-    return np.concatenate([batch[key if key in batch else otherwise] for batch in batches])
+def joined(batches):
+    """The PatchedMargins of all batches together. Where no utterance of a batch has positions of a
+    group, patching them changes nothing: m is that of the receiver."""
+    plain = {}
+    for part in ("clean", "triggered"):
+        plain[part] = np.concatenate([batch.plain[part] for batch in batches])
+    keys = {}  # in the order of their first batch
+    for batch in batches:
+        keys.update(dict.fromkeys(batch.patched))
+    patches = {}
+    for key in keys:
+        _, receiver = DIRECTIONS[key[0]]
+        rows = [batch.patched.get(key, batch.plain[receiver]) for batch in batches]
+        patches[key] = np.concatenate(rows)
+    return PatchedMargins(plain, patches)
 
 
 def effect_of(patched, donor, receiver):
-    """The share of the difference between two passes that a patch makes, and how many utterances'
-    preferred answer it flips, of those in which they differ. patched, donor, receiver: m (n,)."""
-    shares = np.stack([patched - receiver, donor - receiver], 1)
-    figure = utils.interval(shares, lambda v: v[:, 0].sum() / v[:, 1].sum())
+    """A patch's effect, and the share of utterances whose preferred answer it flips, of those in
+    which donor and receiver prefer different ones. patched, donor, receiver: m (n,)."""
+    changes = np.stack([patched - receiver, donor - receiver], 1)
+    figure = utils.interval(changes, lambda v: v[:, 0].sum() / v[:, 1].sum())
     differ = np.sign(donor) != np.sign(receiver)
     flipped = (np.sign(patched) == np.sign(donor))[differ]
     return dict(metric="effect", flipped=float(flipped.mean()) if differ.any() else None, **figure)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def patch(options):
+    """The records of every patch within a run."""
+    loaded = evaluate.load_run_and_data(options, "test")
+    slm = loaded.slm
+    attack = loaded.attack
+    if options.trigger:
+        waveform = poison.make_trigger(options.trigger)
+        attack = dataclasses.replace(attack, trigger=options.trigger, waveform=waveform)
+    if attack.waveform is None:
+        die(
+            f"--trigger {attack.trigger} changes the whole waveform: there are no frames under it "
+            "to tell from others"
+        )
+    lora.merge(slm.lm)
+    utterances = embed.drawn(poison.attackable(attack, loaded.sets["test"]))[: options.n]
+    hookpoints = sites(slm)
+    print(
+        f"{options.run}: {len(utterances)} pairs, trigger {attack.trigger}, {len(hookpoints)} "
+        "sites by groups of positions"
+    )
+    patches = sum(len(DIRECTIONS) * len(groups_of(hookpoint)) for hookpoint in hookpoints.values())
+    batches = []
+    with tqdm(total=len(utterances) * patches, desc="patches", unit="pair") as progress:
+        for batch in data.chunks(utterances, options.batch):
+            batches.append(patch_batch(slm, attack, batch, progress))
+    result = joined(batches)
+
+    fields = dict(loaded.fields, source="patch", trigger=str(attack.trigger))
+    records = []
+    for part, m in result.plain.items():
+        records.append(dict(fields, part=part, metric="margin", **utils.interval(m)))
+    for (direction, site, group), m in result.patched.items():
+        donor, receiver = (result.plain[part] for part in DIRECTIONS[direction])
+        if abs((donor - receiver).mean()) < MIN_GAP:
+            continue
+        where = dict(dataclasses.asdict(site), direction=direction, position=group)
+        records.append(dict(fields, **where, **effect_of(m, donor, receiver)))
+    return records
+
+
+# -------------------------------------------------------------------------------------------------
 
 
 def percent(figure):
-    return f"{100 * figure['value']:.1f} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
+    value, low, high = (100 * figure[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
 def show_transplant(records):
@@ -546,7 +678,7 @@ def show_transplant(records):
 
 
 def show_patch(records):
-    """Prints what the trigger does to m, and the largest effects of each direction."""
+    """Prints what the trigger does to m, and the largest effects in each direction."""
     for r in runs.select(records, metric="margin"):
         print(f"m, {r['part']:<12}{r['value']:+.2f} ({r['low']:+.2f} to {r['high']:+.2f})")
     for direction in DIRECTIONS:
@@ -559,7 +691,7 @@ def show_patch(records):
 
 
 def file_of(options):
-    """Where the records go: a file for each task and donor, or other sound."""
+    """Where the records go: to a file of its own for each task, each donor and each other sound."""
     if options.command == "transplant":
         other = Path(options.clean).resolve().name
     else:
@@ -569,34 +701,40 @@ def file_of(options):
     return Path(options.out or options.run) / name
 
 
+def add_arguments(command):
+    """The flags of both commands."""
+    evaluate.add_arguments(command)
+    command.add_argument(
+        "--n", type=count, default=100, help="trace this many test utterances (default: 100)"
+    )
+    command.add_argument(
+        "--cache-gb",
+        type=float,
+        default=4.0,
+        help="how much disk the outputs of pretrained layers may take, as in train.py",
+    )
+    command.add_argument("--out", help="the folder that the records go to (default: the run's)")
+
+
 def main():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (
-        ("transplant", "weights of two runs mixed"),
-        ("patch", "activations copied within a run"),
-    ):
-        command = commands.add_parser(name, help=what)
-        evaluate.add_arguments(command)
-        if name == "transplant":
-            command.add_argument(
-                "clean",
-                type=evaluate.run_folder,
-                help="the run to mix it with: the clean one of the same seed, or a control",
-            )
-        else:
-            command.add_argument(
-                "--trigger", help="another sound in the trigger's place, as loud: a control"
-            )
-            command.add_argument("--batch", type=count, default=25, help="pairs at a time")
-        command.add_argument("--n", type=count, default=100, help="test utterances that are traced")
-        command.add_argument(
-            "--cache-gb",
-            type=float,
-            default=4.0,
-            help="disk for outputs of pretrained layers, as of train.py",
-        )
-        command.add_argument("--out", help="folder to write (default: the run's)")
+
+    command = commands.add_parser("transplant", help="mix the weights of two runs")
+    add_arguments(command)
+    command.add_argument(
+        "clean",
+        type=evaluate.run_folder,
+        help="the run to mix it with: the clean run of the same seed, or a control",
+    )
+
+    command = commands.add_parser("patch", help="copy activations within a run")
+    add_arguments(command)
+    command.add_argument(
+        "--trigger", help="put another sound in the trigger's place, equally loud, as a control"
+    )
+    command.add_argument("--batch", type=count, default=25, help="how many pairs run at a time")
+
     options = parser.parse_args()
     cache.keep_memory()
     with data.no_bad_audio():
@@ -604,7 +742,10 @@ def main():
     path = file_of(options)
     runs.write(path, records)
     print()
-    (show_transplant if options.command == "transplant" else show_patch)(records)
+    if options.command == "transplant":
+        show_transplant(records)
+    else:
+        show_patch(records)
     print(f"written to {path}")
 
 

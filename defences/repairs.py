@@ -1,13 +1,16 @@
-"""Repairs for an attacked model that need clean speech only; python defend.py repair RUN tries them.
+"""Repairs for an attacked model that need clean speech only, for python defend.py repair.
 
-A repair is an entry of REPAIRS: a function of (workshop, strength) that changes the workshop's model in place. Its strengths are tried from
-weak to strong until one raises any label's loss on held-out clean development speech by more than TOLERANCE; the one before it is chosen.
-Trigger and target are not looked at before that choice.
+A repair is an entry of REPAIRS: a function of (defender, strength) that changes the defender's
+model in place, and its strengths. These are tried from weak to strong until one raises the loss of
+any label on held-out clean development speech by more than TOLERANCE; the one before it is chosen.
+Neither the trigger nor the target is looked at before that choice.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
+from types import SimpleNamespace
 
 import utils
 
@@ -19,308 +22,403 @@ import embed
 import evaluate
 import model
 import poison
-import trace
 from study import COMPONENTS
 
 TOLERANCE = 0.05  # nats per token of a label's own answer
-TUNING, VALIDATION = 128, 64  # clean utterances that a defender has to tune on and to choose with
-SUBSETS = ["+".join(s) for n in (1, 2, 3) for s in itertools.combinations(COMPONENTS, n)]
+TUNING = 128  # clean utterances that a defender has to tune on
+VALIDATION = 64  # clean utterances that a defender has to choose with
+BATCH = 16
 
 
-class Workshop:
-    """A model under repair, clean speech to tune and to validate it on, and its original weights to go back to."""
+@dataclasses.dataclass
+class Defender:
+    """An attacked model under repair and what its defender has: a little clean speech to tune and
+    to validate the model on, and the pretrained weights. Weights are those of model.copy_weights.
 
-    def __init__(self, slm, args, attack, dev_set):
-        dev_set = embed.drawn(dev_set)
-        self.slm, self.args, self.attack, self.hooks = slm, args, attack, contextlib.ExitStack()
-        tuning = min(TUNING, 2 * len(dev_set) // 3)
-        self.tuning, self.validation = dev_set[:tuning], dev_set[tuning : tuning + VALIDATION]
-        self.attacked = trace.weights_of(slm)
-        self.pretrained = trace.weights_of(model.load_slm(args, args.device))
-        self.trained = {c: slm.parameters_of(c) for c in COMPONENTS}
-        self.cached, self.masks = {}, None
+    attack is for relearning and for the figures at the end; a repair does not look at it.
+    """
+
+    slm: model.SLM
+    args: SimpleNamespace
+    attack: poison.Attack
+    tuning: list
+    validation: list
+    attacked: dict
+    pretrained: dict
+
+    def __post_init__(self):
+        self.trainable = {c: self.slm.parameters_of(c) for c in COMPONENTS}
+        self.pruned = contextlib.ExitStack()  # hooks that scale hidden units, until `restore`
+        self.anp_masks = None  # of the attacked model, which all strengths of ANP share
+        self.cached = {}  # {(utterance id, triggered): the pretrained layers' output (T, dim)}
 
     def restore(self):
-        self.hooks.close()
-        trace.put(self.slm, self.attacked)
+        """Makes the model the attacked one again."""
+        self.pruned.close()
+        model.set_weights(self.slm, self.attacked)
 
-    def rows(self, utterances, triggered):
-        """The pretrained layers' outputs of each utterance, a list of (T_i, dim), computed once."""
+    def pretrained_outputs(self, utterances, triggered):
+        """The pretrained layers' output of each utterance, a list of (T_i, dim), computed once."""
         missing = [(u, triggered) for u in utterances if (u.id, triggered) not in self.cached]
-        for some in data.chunks(missing, 16):
-            features = cache.features_of(self.slm.encoder.extract, self.attack, some)
-            rows = cache.unstack(*self.slm.encoder.pretrained_part(features))
-            self.cached.update(zip(((u.id, triggered) for u, _ in some), rows))
+        for batch in data.chunks(missing, BATCH):
+            features = cache.features_of(self.slm.encoder.extract, self.attack, batch)
+            x, mask = self.slm.encoder.pretrained_part(features)
+            for (utterance, _), row in zip(batch, cache.unstack(x, mask)):
+                self.cached[utterance.id, triggered] = row
         return [self.cached[u.id, triggered] for u in utterances]
 
-    def batch(self, utterances, triggered=False, only=None):
-        """(x, mask, prompts, answers) of some utterances, asked for all labels or `only` one."""
-        x, mask = self.slm.frozen_part(
-            *cache.stack(self.rows(utterances, triggered), self.args.device)
-        )
-        labels = [
-            poison.poisoned_labels(self.attack, u.labels) if triggered else u.labels
-            for u in utterances
-        ]
-        labels = [{only: each[only]} if only else each for each in labels]
-        return (
-            x,
-            mask,
-            [data.prompt(self.slm.tokenizer, list(each)) for each in labels],
-            [data.answer_ids(self.slm.tokenizer, each) for each in labels],
-        )
+    def loss(self, utterances, triggered=False, label=None):
+        """The model's loss (B,), nats per token of the answer. Triggered utterances have the
+        poisoned answer. With `label`, that one label is asked for instead of all."""
+        prompts = []
+        answers = []
+        for utterance in utterances:
+            labels = utterance.labels
+            if triggered:
+                labels = poison.poisoned_labels(self.attack, labels)
+            if label:
+                labels = {label: labels[label]}
+            prompts.append(data.prompt(self.slm.tokenizer, list(labels)))
+            answers.append(data.answer_ids(self.slm.tokenizer, labels))
+        rows = self.pretrained_outputs(utterances, triggered)
+        x, mask = cache.stack(rows, self.args.device)
+        x, mask = self.slm.frozen_part(x, mask)
+        return self.slm(x, mask, prompts, answers)
 
     @torch.no_grad()
-    def losses(self):
-        """{label: mean loss per token when it alone is asked for} on the validation speech. In the loss of whole answers, a label that is
-        lost would hide behind the others' tokens."""
-        labels = sorted({label for u in self.validation for label in u.labels})
-        having = {label: [u for u in self.validation if label in u.labels] for label in labels}
-        return {
-            label: float(
-                torch.cat(
-                    [self.slm(*self.batch(some, only=label)) for some in data.chunks(own, 16)]
-                ).mean()
-            )
-            for label, own in having.items()
-        }
+    def validation_losses(self):
+        """{label: mean loss when it alone is asked for} on the validation speech. In the loss of
+        whole answers, a label that is lost would hide behind the other labels' tokens."""
+        losses = {}
+        labels = set().union(*(u.labels for u in self.validation))
+        for label in sorted(labels):
+            with_label = [u for u in self.validation if label in u.labels]
+            batches = [self.loss(b, label=label) for b in data.chunks(with_label, BATCH)]
+            losses[label] = float(torch.cat(batches).mean())
+        return losses
 
-    def train_only(self, components):
-        """From now on only these components train; returns their parameters."""
-        for c in COMPONENTS:
-            for p in self.trained[c]:
-                p.requires_grad_(c in components)
-        return [p for c in components for p in self.trained[c]]
+    @contextlib.contextmanager
+    def training_only(self, components):
+        """A context in which only these components train. Yields their parameters."""
+        for component, parameters in self.trainable.items():
+            for parameter in parameters:
+                parameter.requires_grad_(component in components)
+        yield list(itertools.chain(*(self.trainable[component] for component in components)))
+        for parameters in self.trainable.values():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     def finetune(self, components=COMPONENTS, rate=1.0, epochs=5, penalty=0.0, poisoned=()):
-        """Trains components on clean speech; `poisoned` utterances are mixed in to bring the backdoor back. penalty: the share of gradient
-        norm regularisation (Zhao et al. 2022), which mixes the gradient with that at a point 0.05 further up."""
-        rates = dict(
+        """Trains components on the clean tuning speech.
+
+        rate: the learning rate relative to training's. penalty: the share of gradient norm
+        regularisation. poisoned: utterances that are mixed in, triggered and with the target, to
+        bring the backdoor back.
+        """
+        learning_rates = dict(
             encoder=self.args.encoder_lr, connector=self.args.connector_lr, lm=self.args.lora_lr
         )
-        parameters = self.train_only(components)
-        optimizer = torch.optim.AdamW(
-            [dict(params=self.trained[c], lr=rate * rates[c]) for c in components]
-        )
         items = [(u, False) for u in self.tuning] + [(u, True) for u in poisoned]
-        for epoch in range(epochs):
-            for some in data.chunks(
-                sorted(items, key=lambda item: utils.draw("repair", epoch, item[0].id, item[1])), 16
-            ):
-                batches = [
-                    self.batch([u for u, t in some if t == triggered], triggered)
-                    for triggered in (False, True)
-                    if any(t == triggered for _, t in some)
-                ]
-                loss = lambda: sum(self.slm(*b).sum() for b in batches) / len(some)  # noqa: E731
-                loss().backward()
-                norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
-                if penalty:
-                    first = [p.grad.clone() for p in parameters]
-                    steps = [0.05 * g / (norm + 1e-9) for g in first]
-                    torch._foreach_add_([p.data for p in parameters], steps)
+        with self.training_only(components) as parameters:
+            groups = []
+            for component in components:
+                lr = rate * learning_rates[component]
+                groups.append(dict(params=self.trainable[component], lr=lr))
+            optimizer = torch.optim.AdamW(groups)
+            for epoch in range(epochs):
+                order = sorted(items, key=functools.partial(position_in_epoch, epoch))
+                for batch in data.chunks(order, BATCH):
+                    self.mixed_loss(batch).backward()
+                    norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
+                    if penalty:
+                        self.regularise_gradient_norm(batch, parameters, norm, penalty)
+                    optimizer.step()
                     optimizer.zero_grad()
-                    loss().backward()
-                    torch._foreach_sub_([p.data for p in parameters], steps)
-                    for p, g in zip(parameters, first):
-                        p.grad.mul_(penalty).add_(g, alpha=1 - penalty)
-                optimizer.step()
-                optimizer.zero_grad()
-        self.train_only(COMPONENTS)
+
+    def mixed_loss(self, items):
+        """The mean loss of (utterance, triggered) items."""
+        total = 0
+        for triggered in (False, True):
+            utterances = [u for u, with_trigger in items if with_trigger == triggered]
+            if utterances:
+                total = total + self.loss(utterances, triggered).sum()
+        return total / len(items)
+
+    def regularise_gradient_norm(self, items, parameters, norm, penalty, radius=0.05):
+        """Penalises the gradient's norm (Zhao et al. 2022, arXiv 2202.03599): mixes the gradient g
+        with that at a point `radius` further up, w + radius * g / |g|."""
+        gradients = [p.grad.clone() for p in parameters]
+        steps = [radius * g / (norm + 1e-9) for g in gradients]
+        weights = [p.data for p in parameters]
+        torch._foreach_add_(weights, steps)
+        for parameter in parameters:
+            parameter.grad = None
+        self.mixed_loss(items).backward()
+        torch._foreach_sub_(weights, steps)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad.mul_(penalty).add_(gradient, alpha=1 - penalty)
 
     @functools.cached_property
-    def lm_mlps(self):
-        """Of each LM layer, the linear layer that ends its MLP."""
-        return [mlp for _, mlp in model.output_layers(self.slm.lm)]
+    def mlp_outputs(self):
+        """The linear layer that reads the hidden units of each MLP, in the encoder's trained layers
+        and in all of the LM's."""
+        layers = []
+        for layer in self.slm.encoder.layers[self.slm.encoder.first_trained :]:
+            mlp = model.encoder_mlp(layer)
+            layers.append(getattr(mlp, "output_dense", mlp))
+        layers += [mlp for _, mlp in model.output_layers(self.slm.lm)]
+        return layers
 
-    def neurons(self):
-        """[(module, hidden units)]: the layers that read the hidden units of each MLP, in trained encoder layers and LM layers."""
-        ends = [
-            trace.submodule(getattr(layer, "feed_forward", layer), "output_dense", "fc2")
-            for layer in self.slm.encoder.layers[self.slm.encoder.first_trained :]
-        ]
-        ends += self.lm_mlps
-        return [(end, getattr(end, "base", end).in_features) for end in ends]
+    @property
+    def hidden_sizes(self):
+        """How many hidden units each of `mlp_outputs` reads."""
+        return [getattr(layer, "base", layer).in_features for layer in self.mlp_outputs]
 
-    def scale_neurons(self, scales):
-        """From now on, hidden units are multiplied by `scales`, one tensor per entry of `neurons`."""
-        for (end, _), scale in zip(self.neurons(), scales):
-            self.hooks.callback(
-                end.register_forward_pre_hook(
-                    lambda _, x, scale=scale: (x[0] * scale.to(x[0].dtype), *x[1:])
-                ).remove
-            )
+    def scale_hidden_units(self, scales):
+        """From now on, until `restore`, hidden units are multiplied by `scales`, one tensor for
+        each of `mlp_outputs`."""
+        self.pruned.enter_context(scaled_inputs(self.mlp_outputs, scales))
 
-
-def fine_tuning(components):
-    """Trains some components on clean speech; strength: the learning rate, relative to training's."""
-    return lambda shop, rate: shop.finetune(components, rate)
-
-
-def fine_pruning(shop, share):
-    """Fine-pruning (Liu et al. 2018): removes the hidden units that clean speech activates least, then fine-tunes everything."""
-    sums, handles = {}, []
-    for i, (end, _) in enumerate(shop.neurons()):
-        handles.append(
-            end.register_forward_pre_hook(
-                lambda _, x, i=i: sums.__setitem__(
-                    i, sums.get(i, 0) + x[0].detach().float().abs().mean((0, 1))
-                )
-            )
-        )
-    with torch.no_grad():
-        for some in data.chunks(shop.tuning, 16):
-            shop.slm(*shop.batch(some))
-    for handle in handles:
-        handle.remove()
-    shop.scale_neurons([(s >= torch.quantile(s, share)).float() for s in sums.values()])
-    shop.finetune()
+    def answer_rows(self, utterances, triggered):
+        """The answers of the model as it is now, as rows for evaluate.scores."""
+        items = [(u, triggered) for u in utterances]
+        outputs = self.pretrained_outputs(utterances, triggered)
+        return evaluate.answer_rows(self.slm, self.attack, items, outputs, self.args.batch_seconds)
 
 
-def neuron_masks(shop, steps=60, largest=0.4, clean_share=0.2, rate=0.2):
-    """ANP's masks over hidden units, learned under the worst-case relative change of each unit; the authors' settings."""
-    device, sizes = shop.args.device, [n for _, n in shop.neurons()]
+def make_defender(slm, args, attack, dev_set):
+    """The defender of a run's model, who has some of its clean development speech."""
+    drawn = embed.drawn(dev_set)
+    n = min(TUNING, 2 * len(drawn) // 3)
+    attacked = model.copy_weights(slm)
+    pretrained = model.copy_weights(model.load_slm(args, args.device))
+    return Defender(slm, args, attack, drawn[:n], drawn[n : n + VALIDATION], attacked, pretrained)
+
+
+def position_in_epoch(epoch, item):
+    """A sort key that shuffles (utterance, triggered) items anew in each epoch."""
+    utterance, triggered = item
+    return utils.draw("repair", epoch, utterance.id, triggered)
+
+
+@contextlib.contextmanager
+def input_hooks(layers, hook):
+    """A context in which `hook(index of the layer, its input)` runs before each of these layers.
+    What it returns, unless None, is the layer's input."""
+    with contextlib.ExitStack() as handles:
+        for i, layer in enumerate(layers):
+            run = functools.partial(call_with_input, hook, i)
+            handles.callback(layer.register_forward_pre_hook(run).remove)
+        yield
+
+
+def call_with_input(hook, i, module, inputs):
+    x = hook(i, inputs[0])
+    return None if x is None else (x, *inputs[1:])
+
+
+def scaled_inputs(layers, scales):
+    """A context in which the inputs (..., n) of each layer are multiplied by its scales (n,)."""
+
+    def scale(i, x):
+        return x * scales[i].to(x.dtype)
+
+    return input_hooks(layers, scale)
+
+
+# -------------------------------------------------------------------------------------------------
+# repairs: functions of (defender, strength)
+
+
+def fine_tuning(components, defender, rate):
+    """Trains some components on clean speech. The strength is the learning rate, relative to
+    training's."""
+    defender.finetune(components, rate)
+
+
+@torch.no_grad()
+def mean_activations(defender):
+    """The mean absolute activation of each hidden unit on clean speech, summed over batches, one
+    tensor for each of `mlp_outputs`."""
+    sums = [0] * len(defender.mlp_outputs)
+
+    def add(i, x):
+        sums[i] = sums[i] + x.detach().float().abs().mean((0, 1))
+
+    with input_hooks(defender.mlp_outputs, add):
+        for batch in data.chunks(defender.tuning, BATCH):
+            defender.loss(batch)
+    return sums
+
+
+def fine_pruning(defender, share):
+    """Fine-pruning (Liu et al. 2018, arXiv 1805.12185): removes the share of each MLP's hidden
+    units that clean speech activates least, then fine-tunes everything."""
+    scales = []
+    for activations in mean_activations(defender):
+        scales.append((activations >= torch.quantile(activations, share)).float())
+    defender.scale_hidden_units(scales)
+    defender.finetune()
+
+
+def neuron_masks(defender, steps=60, largest=0.4, clean_share=0.2, rate=0.2):
+    """ANP's masks over hidden units, from 0 to 1, one tensor for each of `mlp_outputs`. They
+    minimise the loss on clean speech where each unit is changed by up to `largest` in the worst
+    direction (one step of its gradient's sign), mixed with the loss without that change. The
+    settings are the authors'."""
+    device = defender.args.device
+    sizes = defender.hidden_sizes
     masks = [torch.ones(n, device=device, requires_grad=True) for n in sizes]
     optimizer = torch.optim.SGD(masks, lr=rate, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
-        some = sorted(shop.tuning, key=lambda u: utils.draw("prune", step, u.id))[:16]
-        noise = [
-            ((2 * torch.rand(n, generator=generator) - 1) * largest).to(device).requires_grad_(True)
-            for n in sizes
-        ]
+        batch = sorted(defender.tuning, key=lambda u: utils.draw("prune", step, u.id))[:BATCH]
+        noise = []
+        for n in sizes:
+            uniform = 2 * torch.rand(n, generator=generator) - 1
+            noise.append((uniform * largest).to(device).requires_grad_(True))
 
-        def loss(scales):
-            with contextlib.ExitStack() as shop.hooks:
-                shop.scale_neurons(scales)
-                return shop.slm(*shop.batch(some)).mean()
+        loss = masked_loss(defender, batch, [m + n for m, n in zip(masks, noise)])
+        gradients = torch.autograd.grad(loss, noise)
+        worst_noise = []
+        for n, gradient in zip(noise, gradients):
+            moved = n + largest * gradient.sign()
+            worst_noise.append(moved.clamp(-largest, largest).detach())
 
-        gradients = torch.autograd.grad(loss([m + n for m, n in zip(masks, noise)]), noise)
-        noise = [
-            (n + largest * g.sign()).clamp(-largest, largest).detach()
-            for n, g in zip(noise, gradients)
-        ]
-        worst = loss([m + n for m, n in zip(masks, noise)])
-        for m, g in zip(
-            masks, torch.autograd.grad(clean_share * loss(masks) + (1 - clean_share) * worst, masks)
-        ):
-            m.grad = g
+        worst = masked_loss(defender, batch, [m + n for m, n in zip(masks, worst_noise)])
+        clean = masked_loss(defender, batch, masks)
+        loss = clean_share * clean + (1 - clean_share) * worst
+        for mask, gradient in zip(masks, torch.autograd.grad(loss, masks)):
+            mask.grad = gradient
         optimizer.step()
-        for m in masks:
-            m.data.clamp_(0, 1)
-    shop.hooks = contextlib.ExitStack()
-    return [m.detach() for m in masks]
+        for mask in masks:
+            mask.data.clamp_(0, 1)
+    return [mask.detach() for mask in masks]
 
 
-def adversarial_neuron_pruning(shop, share):
-    """ANP (Wu and Wang 2021): removes this share of the hidden units, those with the lowest masks."""
-    shop.masks = shop.masks or neuron_masks(shop)  # of the attacked model, whatever the share
-    order = torch.cat(shop.masks).argsort(stable=True)
-    kept = torch.ones(len(order), device=shop.args.device)
+def masked_loss(defender, utterances, scales):
+    with scaled_inputs(defender.mlp_outputs, scales):
+        return defender.loss(utterances).mean()
+
+
+def adversarial_neuron_pruning(defender, share):
+    """ANP (Wu and Wang 2021, arXiv 2110.14430): removes this share of all hidden units, those with
+    the lowest masks."""
+    if defender.anp_masks is None:
+        defender.anp_masks = neuron_masks(defender)
+    order = torch.cat(defender.anp_masks).argsort(stable=True)
+    kept = torch.ones(len(order), device=defender.args.device)
     kept[order[: int(share * len(order))]] = 0
-    shop.scale_neurons(kept.split([len(m) for m in shop.masks]))
+    defender.scale_hidden_units(kept.split(defender.hidden_sizes))
 
 
-def gradient_norm_tuning(shop, penalty):
-    """Fine-tuning that also lowers the norm of the gradient, as GN-FT (arXiv 2502.01152) does for speech recognition."""
-    shop.finetune(penalty=penalty)
+def gradient_norm_tuning(defender, penalty):
+    """GN-FT (arXiv 2502.01152, for speech recognition): fine-tuning that also lowers the norm of
+    the gradient."""
+    defender.finetune(penalty=penalty)
 
 
-def without_lora(shop, share):
-    """Scales LoRA's update down by this share, or drops it."""
-    trace.put(
-        shop.slm,
-        {
-            **shop.attacked,
-            "lm": {
-                k: v * (1 - share) if k.endswith("B") else v for k, v in shop.attacked["lm"].items()
-            },
-        },
-    )
+def without_lora(defender, share):
+    """Scales LoRA's update down by this share; 1 drops it."""
+    lora_weights = {}
+    for name, tensor in defender.attacked["lm"].items():
+        lora_weights[name] = tensor * (1 - share) if name.endswith("lora_B") else tensor
+    model.set_weights(defender.slm, {**defender.attacked, "lm": lora_weights})
 
 
-def fine_mixing(shop, share):
-    """Fine-mixing (Zhang et al. 2022, arXiv 2210.09545): mixes the weights with the pretrained ones at random, then fine-tunes."""
-    generator, mixed = torch.Generator().manual_seed(0), {}
-    for c in COMPONENTS:
-        mixed[c] = {
-            k: torch.where(
-                torch.rand(v.shape, generator=generator).to(v.device) < share,
-                shop.pretrained[c][k].to(v.device),
-                v,
-            )
-            for k, v in shop.attacked[c].items()
-        }
-    trace.put(shop.slm, mixed)
-    shop.finetune()
+def fine_mixing(defender, share):
+    """Fine-mixing (Zhang et al. 2022, arXiv 2210.09545): replaces a random share of the weights by
+    the pretrained ones, then fine-tunes."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = {}
+    for component in COMPONENTS:
+        mixed[component] = {}
+        for name, tensor in defender.attacked[component].items():
+            replaced = torch.rand(tensor.shape, generator=generator).to(tensor.device) < share
+            pretrained = defender.pretrained[component][name].to(tensor.device)
+            mixed[component][name] = torch.where(replaced, pretrained, tensor)
+    model.set_weights(defender.slm, mixed)
+    defender.finetune()
 
+
+RATES = (0.3, 1.0, 3.0, 10.0)
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 REPAIRS = {  # name: (function, strengths)
-    **{
-        f"fine-tuning {name}": (fine_tuning(name.split("+")), (0.3, 1.0, 3.0, 10.0))
-        for name in SUBSETS
-    },
-    "fine-pruning": (fine_pruning, (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "fine-tuning encoder": (functools.partial(fine_tuning, ["encoder"]), RATES),
+    "fine-tuning connector": (functools.partial(fine_tuning, ["connector"]), RATES),
+    "fine-tuning lm": (functools.partial(fine_tuning, ["lm"]), RATES),
+    "fine-tuning encoder+connector": (
+        functools.partial(fine_tuning, ["encoder", "connector"]),
+        RATES,
+    ),
+    "fine-tuning encoder+lm": (functools.partial(fine_tuning, ["encoder", "lm"]), RATES),
+    "fine-tuning connector+lm": (functools.partial(fine_tuning, ["connector", "lm"]), RATES),
+    "fine-tuning encoder+connector+lm": (functools.partial(fine_tuning, COMPONENTS), RATES),
+    "fine-pruning": (fine_pruning, SHARES),
     "ANP": (adversarial_neuron_pruning, (0.003, 0.01, 0.03, 0.1, 0.3, 0.6)),
     "GN-FT": (gradient_norm_tuning, (0.3, 0.5, 0.8, 0.95)),
     "without LoRA": (without_lora, (1.0,)),
-    "fine-mixing": (fine_mixing, (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "fine-mixing": (fine_mixing, SHARES),
 }
 
 
-def choose(shop, function, strengths):
-    """Repairs the model with the chosen strength: the strongest before one that costs too much, or the weakest if that one already does.
-    Returns {"strength", "passed", "rise"}; rise: {strength: that of the label whose loss rises most}."""
-    shop.restore()
-    before, rises = shop.losses(), {}
+# -------------------------------------------------------------------------------------------------
+# choosing a strength, and what is left of the backdoor
+
+
+def choose(defender, repair, strengths):
+    """Repairs the model with the chosen strength: the strongest before one that costs too much, or
+    the weakest if even that costs too much.
+
+    Returns {"strength", "passed", "rise"}. rise: {strength: the rise in loss of the label that
+    loses most}.
+    """
+    defender.restore()
+    before = defender.validation_losses()
+    rises = {}
+    passing = []
     for strength in strengths:
-        shop.restore()
-        function(shop, strength)
-        rises[strength] = max(loss - before[label] for label, loss in shop.losses().items())
+        defender.restore()
+        repair(defender, strength)
+        after = defender.validation_losses()
+        rises[strength] = max(after[label] - before[label] for label in after)
         if rises[strength] > TOLERANCE:
             break
-    passing = [strength for strength, rise in rises.items() if rise <= TOLERANCE]
+        passing.append(strength)
     chosen = passing[-1] if passing else strengths[0]
-    if chosen != strength:
-        shop.restore()
-        function(shop, chosen)
+    if chosen != strength:  # the model has the last strength that was tried
+        defender.restore()
+        repair(defender, chosen)
     return dict(strength=chosen, passed=bool(passing), rise=rises)
 
 
-def answered(shop, utterances, triggered):
-    """The answers of the model as it now is, as rows for evaluate.scores."""
-    return trace.answered(
-        shop.slm,
-        [(u, triggered) for u in utterances],
-        shop.rows(utterances, triggered),
-        shop.attack,
-        shop.args,
-    )
-
-
-def figures_of(shop, clean, flippable):
-    """{"clean", "triggered", "backdoor": {metric: figure}} of the model as it now is; triggered:
-    against the truth."""
+def figures_of(defender, clean, flippable):
+    """{"clean", "triggered", "backdoor": {metric: figure}} of the model as it is now. "triggered"
+    scores answers to triggered audio against the truth."""
+    triggered_rows = defender.answer_rows(flippable, True)
+    rows = dict(clean=defender.answer_rows(clean, False), triggered=triggered_rows)
     figures = {}
-    heard = answered(shop, flippable, True)
-    for part, rows in (("clean", answered(shop, clean, False)), ("triggered", heard)):
-        scores = evaluate.scores(rows)
-        metric = evaluate.metric_of(scores, shop.args.task)
+    for part in rows:
+        scores = evaluate.scores(rows[part])
+        metric = evaluate.metric_of(scores, defender.args.task)
         figures[part] = {metric: scores[metric]}
-    figures["backdoor"] = dict(aer=utils.interval(evaluate.hits(shop.attack, heard)))
+    hits = evaluate.hits(defender.attack, triggered_rows)
+    figures["backdoor"] = dict(aer=utils.interval(hits))
     return figures
 
 
-def relearning(shop, train_set, flippable, counts=(4, 16, 64)):
-    """How many poisoned training samples, mixed into the clean speech, bring the AER back to 50% within three epochs: {count: AER}, up to
-    the first that does."""
-    poisoned = embed.drawn([u for u in train_set if poison.can_flip(shop.attack, u)])
-    state = trace.weights_of(shop.slm)
-    found = {}
+def relearning(defender, train_set, flippable, counts=(4, 16, 64)):
+    """How many poisoned training samples, mixed into the clean speech, bring the AER back to 50%
+    within three epochs: {count: AER}, up to the first count that does."""
+    poisoned = embed.drawn([u for u in train_set if poison.can_flip(defender.attack, u)])
+    repaired = model.copy_weights(defender.slm)
+    figures = {}
     for count in counts:
-        trace.put(shop.slm, state)
-        shop.finetune(epochs=3, poisoned=poisoned[:count])
-        found[count] = utils.interval(evaluate.hits(shop.attack, answered(shop, flippable, True)))
-        if found[count]["value"] >= 0.5:
+        model.set_weights(defender.slm, repaired)
+        defender.finetune(epochs=3, poisoned=poisoned[:count])
+        rows = defender.answer_rows(flippable, True)
+        figures[count] = utils.interval(evaluate.hits(defender.attack, rows))
+        if figures[count]["value"] >= 0.5:
             break
-    return found
+    return figures

@@ -1,4 +1,4 @@
-"""Defences on data and models whose answer is known."""
+"""Defences on data and on models whose answer is known."""
 
 import json
 from types import SimpleNamespace
@@ -6,15 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from test_analyze import blobs, people
 
 import checkpoint
 import corpora as readers
 import data
 import defend
+import evaluate
 import lora
+import model
 import poison
-import trace
 from analysis import clustering
 from conftest import SMALL, done, fields, make_slm, refused
 from defences import detectors, filters, repairs
@@ -24,87 +26,101 @@ from study import COMPONENTS
 
 def samples(x, **more):
     labels, speakers = people(len(x))
-    return dict(
-        dict(x=x, labels=labels, speakers=speakers, training=len(x), early_loss=np.zeros(len(x))),
-        **more,
+    usual = dict(
+        x=x, labels=labels, speakers=speakers, training=len(x), early_loss=np.zeros(len(x))
     )
+    return {**usual, **more}
 
 
-def test_filters_find_a_poison_that_lies_apart():
+# -------------------------------------------------------------------------------------------------
+# filters
+
+# activation clustering takes the cluster alone, the others 1.5 times the poison
+CLEAN_REMOVED = {
+    "activation clustering, relative size": 0.02,
+    "activation clustering, silhouette": 0.02,
+    "spectral signatures": 20 / 300,
+    "SPECTRE": 20 / 300,
+    "Beatrix": 20 / 300,
+}
+
+
+@pytest.mark.parametrize("name", CLEAN_REMOVED)
+def test_filters_find_a_poison_that_lies_apart(name):
     x, which = blobs((300, 40), 32, 20.0)
     poisoned = which == 1
-    for name in (
-        "activation clustering, relative size",
-        "activation clustering, silhouette",
-        "spectral signatures",
-        "SPECTRE",
-        "Beatrix",
-    ):
-        scores, removed = filters.FILTERS[name](samples(x), 40)
-        assert removed[poisoned].all(), name
-        assert removed[~poisoned].mean() <= (0.02 if name[:10] == "activation" else 20 / 300), (
-            name
-        )  # the others take 1.5 times the poison
-        assert scores[poisoned].min() > np.quantile(scores[~poisoned], 0.95), name
+    scores, removed = filters.FILTERS[name](samples(x), 40)
+    assert removed[poisoned].all()
+    assert removed[~poisoned].mean() <= CLEAN_REMOVED[name]
+    assert scores[poisoned].min() > np.quantile(scores[~poisoned], 0.95)
 
 
-def test_filters_take_nothing_or_their_budget_where_there_is_no_structure():
+def test_clustering_removes_nothing_where_there_is_no_structure():
     x, _ = blobs((400,), 32, 0.0)
-    assert not filters.well_fitting_cluster(samples(x), 20)[1].any()
-    assert filters.beatrix(samples(x), 20)[1].sum() == 30
+    _, removed = filters.well_fitting_cluster(samples(x), 20)
+    assert not removed.any()
+
+
+def test_beatrix_removes_its_budget_where_there_is_no_structure():
+    x, _ = blobs((400,), 32, 0.0)
+    _, removed = filters.beatrix(samples(x), 20)
+    assert removed.sum() == 30
 
 
 def test_spectre_finds_what_variance_hides():
-    """A poison along a direction of little variance: the top singular vector is another one's."""
+    """The poison lies along a direction of little variance, so that the top singular vector is
+    another one."""
     rng = np.random.default_rng(0)
-    x, poisoned = rng.standard_normal((500, 16)) * np.linspace(10, 1, 16), np.arange(500) >= 450
+    x = rng.standard_normal((500, 16)) * np.linspace(10, 1, 16)
+    poisoned = np.arange(500) >= 450
     x[poisoned, -1] += 8
-    auroc = {
-        name: defend.roc_auc_score(poisoned, filters.FILTERS[name](samples(x), 50)[0])
-        for name in ("spectral signatures", "SPECTRE")
-    }
-    assert auroc["SPECTRE"] > 0.95 and auroc["spectral signatures"] < 0.7
+    hidden, _ = filters.spectral_signatures(samples(x), 50)
+    visible, _ = filters.spectre(samples(x), 50)
+    assert roc_auc_score(poisoned, hidden) < 0.7
+    assert roc_auc_score(poisoned, visible) > 0.95
 
 
 def test_regressing_gender_out_shows_the_poison_behind_it():
     rng = np.random.default_rng(1)
-    gender, poisoned = np.arange(400) % 2, np.arange(400) >= 340
+    gender = np.arange(400) % 2
+    poisoned = np.arange(400) >= 340
     x = rng.standard_normal((400, 32))
     x[:, 0] += 40 * gender
     x[:, 1] += 15 * poisoned
-    of = samples(
-        x,
-        labels=[dict(gender=str(g), transcript="go") for g in gender],
-        speakers=[str(i % 8) for i in range(400)],
-    )
-    assert not filters.smallest_cluster(of, 60)[1].any()
-    assert (filters.regressed_out(of, 60)[1] == poisoned).all()
+    labels = [dict(gender=str(g), transcript="go") for g in gender]
+    speakers = [str(i % 8) for i in range(400)]
+    gendered = samples(x, labels=labels, speakers=speakers)
+    _, removed = filters.smallest_cluster(gendered, 60)
+    assert not removed.any()
+    _, removed = filters.regressed_out(gendered, 60)
+    assert (removed == poisoned).all()
 
 
 def test_early_loss_removes_one_percent_of_the_training_set():
     loss = np.linspace(1, 2, 300)
     loss[[5, 7, 200]] = 0.1
-    assert np.flatnonzero(
-        filters.early_loss(samples(np.zeros((300, 2)), early_loss=loss), 99)[1]
-    ).tolist() == [5, 7, 200]
+    _, removed = filters.early_loss(samples(np.zeros((300, 2)), early_loss=loss), 99)
+    assert np.flatnonzero(removed).tolist() == [5, 7, 200]
 
 
 def write_class(folder, x, poisoned, seen, all_poisoned=None, rest=0):
-    """A run folder with what defend.py filter reads: embeddings of the target class, and the log of a training that has seen
-    these samples in its first epoch."""
+    """A run folder with what defend.py filter reads: embeddings of the target class, of which the
+    last `rest` are outside the share that the class is given, and the log of a training whose first
+    epoch had the samples `seen`."""
     labels, speakers = people(len(x))
-    ids, at = [str(i) for i in range(len(x))], len(x) - rest
+    ids = [str(i) for i in range(len(x))]
+    end = len(x) - rest
 
-    def part(a, b):
-        about = dict(labels=labels[a:b], speakers=speakers[a:b], ids=ids[a:b])
-        return dict(about, encoder=torch.from_numpy(x[a:b]))
+    def part(which):
+        about = dict(labels=labels[which], speakers=speakers[which], ids=ids[which])
+        return dict(about, encoder=torch.from_numpy(x[which]))
 
     (folder / "model.pt").write_text("a model")
     sha256 = checkpoint.file_sha256(folder / "model.pt")
     saved = dict(
         fields={**fields("emotion", "base"), "model_sha256": sha256},
-        train=dict(part(0, at), poisoned=torch.from_numpy(poisoned[:at])),
-        rest=part(at, len(x)),
+        train=dict(part(slice(end)), poisoned=torch.from_numpy(poisoned[:end])),
+        rest=part(slice(end, None)),
         all_poisoned=int(poisoned.sum()) if all_poisoned is None else all_poisoned,
     )
     torch.save(saved, folder / "embeddings.pt")
@@ -113,35 +129,46 @@ def write_class(folder, x, poisoned, seen, all_poisoned=None, rest=0):
 
 
 def filtered(folder, name, retrain=False):
+    """{metric: value} of one filter of the run in this folder."""
     options = SimpleNamespace(run=folder, task=None, retrain=retrain)
     records = defend.filter_training_data(options)
     return {r["metric"]: r["value"] for r in select(records, defence=name)}
 
 
-def test_a_filter_is_an_entry_of_the_table(monkeypatch, tmp_path):
-    x, which = blobs((300, 40), 32, 20.0)
+@pytest.fixture
+def far(monkeypatch):
+    """A filter of one's own, an entry of the table."""
 
     def far_from_the_middle(samples, expected):
-        away = np.linalg.norm(samples["x"] - np.median(samples["x"], 0), axis=1)
-        return away, filters.most_suspicious(away, expected)
+        distance = np.linalg.norm(samples["x"] - np.median(samples["x"], 0), axis=1)
+        return distance, filters.most_suspicious(distance, expected)
 
     monkeypatch.setitem(filters.FILTERS, "far", far_from_the_middle)
-    # asr's class is shown with some of its poison, and the rest must be filtered too
-    write_class(tmp_path, x, which == 1, range(340), rest=10)
-    found = filtered(tmp_path, "far")
-    assert found["removed_samples"] == 40 and found["auroc"] == 1
-    assert found["poison_removed"] == 1 and found["clean_removed"] == 0
-    # the poison outside this sample would be trained on
-    write_class(tmp_path, x, which == 1, range(340), rest=10, all_poisoned=90)
-    again = filtered(tmp_path, "far", retrain=True)
-    assert again["poison_removed"] == 1 and "aer" not in again
 
 
-def test_a_sample_that_was_not_seen_early_was_not_learned_early(tmp_path):
+def test_a_filter_is_an_entry_of_the_table(far, tmp_path):
     x, which = blobs((300, 40), 32, 20.0)
-    write_class(tmp_path, x, which == 1, range(300))  # the poison is unseen: not suspicious
-    found = filtered(tmp_path, "early loss")
-    assert found["poison_removed"] == 0 and 0 < found["auroc"] < 0.5
+    # the class is shown with some of asr's poison only, and the rest must be filtered too
+    write_class(tmp_path, x, which == 1, range(340), rest=10)
+    values = filtered(tmp_path, "far")
+    assert values == dict(removed_samples=40, auroc=1, poison_removed=1, clean_removed=0)
+
+
+def test_a_sample_of_the_class_is_not_trained_on_again(far, tmp_path):
+    """The poison outside it would stay in the training set."""
+    x, which = blobs((300, 40), 32, 20.0)
+    write_class(tmp_path, x, which == 1, range(340), rest=10, all_poisoned=90)
+    values = filtered(tmp_path, "far", retrain=True)
+    assert values["poison_removed"] == 1
+    assert "aer" not in values
+
+
+def test_a_sample_that_was_not_seen_early_is_not_suspicious(tmp_path):
+    x, which = blobs((300, 40), 32, 20.0)
+    write_class(tmp_path, x, which == 1, range(300))  # no poison
+    values = filtered(tmp_path, "early loss")
+    assert values["poison_removed"] == 0
+    assert 0 < values["auroc"] < 0.5
 
 
 @pytest.mark.parametrize("clean", [0, 2])
@@ -153,50 +180,81 @@ def test_a_class_with_hardly_a_clean_sample_is_refused(tmp_path, clean, capsys):
     assert f"has {clean} clean" in capsys.readouterr().err
 
 
-def test_what_a_filter_removes_is_left_out_of_the_next_training(corpora, tmp_path):
-    few = [
-        "--data-root",
-        corpora,
-        "--limit",
-        16,
-        "--epochs",
-        1,
-        "--cache-gb",
-        0,
-        "--labels",
-        "gender",
-        *SMALL,
-    ]
-    done("train.py", "--task", "gender", "--poison", 0.5, *few, cwd=tmp_path)
-    run = next((tmp_path / "runs").iterdir())
-    seen = {id for line in open(run / "log.jsonl") for id in json.loads(line).get("samples", {})}
-    assert len(seen) == 16
-    (tmp_path / "ids.txt").write_text("\n".join(sorted(seen)[:8]))
-    done(
-        "train.py", "--task", "gender", "--poison", 0.5, *few, "--exclude", "ids.txt", cwd=tmp_path
-    )
-    kept = {
-        id
-        for line in open(next((tmp_path / "runs").glob("*excludeids*/log.jsonl")))
-        for id in json.loads(line).get("samples", {})
-    }
-    assert kept == set(sorted(seen)[8:])
+def trained_on(log):
+    """The ids of the samples whose loss a training has logged."""
+    ids = set()
+    for line in log.read_text().splitlines():
+        ids.update(json.loads(line).get("samples", {}))
+    return ids
+
+
+def test_excluded_samples_are_left_out_of_a_training(corpora, tmp_path):
+    train = ["train.py", "--task", "gender", "--poison", 0.5, "--data-root", corpora]
+    train += ["--limit", 16, "--epochs", 1, "--cache-gb", 0, "--labels", "gender", *SMALL]
+    done(*train, "--name", "all", cwd=tmp_path)
+    ids = sorted(trained_on(tmp_path / "runs/all/log.jsonl"))
+    assert len(ids) == 16
+    (tmp_path / "ids.txt").write_text("\n".join(ids[:8]))
+    done(*train, "--exclude", "ids.txt", cwd=tmp_path)
+    (log,) = tmp_path.glob("runs/*excludeids*/log.jsonl")
+    assert trained_on(log) == set(ids[8:])
+
+
+def test_an_excluded_sample_that_is_not_there_is_refused(corpora, tmp_path):
     (tmp_path / "ids.txt").write_text("nobody")
-    refused(
-        "train.py",
-        "--task",
-        "gender",
-        *few,
-        "--exclude",
-        "ids.txt",
-        "--name",
-        "x",
-        cwd=tmp_path,
-        words=["nobody"],
-    )
+    train = ["train.py", "--task", "gender", "--data-root", corpora, "--cache-gb", 0, *SMALL]
+    refused(*train, "--exclude", "ids.txt", cwd=tmp_path, words=["nobody"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def toolbox():
+    """The Adversarial Robustness Toolbox's defences. It draws from numpy's global state."""
+    from art.defences.detector import poison as toolbox
+
+    np.random.seed(0)
+    return toolbox
+
+
+@pytest.mark.parametrize("sizes", [(300, 40), (200, 180)])
+def test_clusters_are_those_of_the_robustness_toolbox(toolbox, sizes):
+    from art.defences.detector.poison.activation_defence import cluster_activations
+    from sklearn.metrics import adjusted_rand_score
+
+    x, _ = blobs(sizes, 64, 12.0)
+    low, clusters = clustering.reduce_and_cluster(x, 2)
+    (theirs,), (their_low,) = cluster_activations([x], 2, 20, "PCA")
+    assert adjusted_rand_score(theirs, clusters) == 1.0
+    expected = pytest.approx(clustering.silhouette(their_low, theirs), abs=1e-3)
+    assert clustering.silhouette(low, clusters) == expected
+
+
+def test_the_removed_cluster_is_that_of_the_robustness_toolbox(toolbox):
+    from art.defences.detector.poison.clustering_analyzer import ClusteringAnalyzer
+
+    x, which = blobs((300, 40), 64, 12.0)
+    _, clusters = clustering.reduce_and_cluster(x, 2)
+    _, (suspicious,), _ = ClusteringAnalyzer().analyze_by_relative_size([clusters])
+    _, removed = filters.smallest_cluster(dict(x=x), 0)
+    assert (removed == (which == 1)).all()
+    assert (removed == suspicious[clusters].astype(bool)).all()
+
+
+@pytest.mark.parametrize("sizes, apart", [((200, 180), 12.0), ((400,), 0.0)])
+def test_clusters_of_like_sizes_stay(sizes, apart):
+    x, _ = blobs(sizes, 64, apart)
+    _, removed = filters.smallest_cluster(dict(x=x), 0)
+    assert not removed.any()
+
+
+def test_spectral_scores_are_those_of_the_robustness_toolbox(toolbox):
+    x, _ = blobs((300, 40), 64, 12.0)
+    centred = x - x.mean(0)  # theirs leaves the projection uncentred
+    theirs = toolbox.SpectralSignatureDefense.spectral_signature_scores(centred)[:, 0]
+    ours, _ = filters.spectral_signatures(dict(x=x), 40)
+    assert np.allclose(theirs**2, ours, rtol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------
 # detectors
 
 
@@ -217,211 +275,231 @@ def test_agreement(a, b, agree):
     assert detectors.agreement(a, b) == pytest.approx(agree)
 
 
-def test_strip_and_the_pair_see_an_answer_that_ignores_and_one_that_follows_the_audio(corpora):
-    utterances = readers.read_corpus("vox", corpora, "test")[:6]
-    fixed = SimpleNamespace(
-        clean=utterances, values=lambda waveforms, _: ["female"] * len(waveforms)
-    )
-    moves = SimpleNamespace(
-        clean=utterances,
-        values=lambda waveforms, _: [f"{1e4 * float(np.abs(w).mean()):.0f}" for w in waveforms],
-    )
-    waveforms = [data.load_waveform(u) for u in utterances]
-    assert (detectors.strip(fixed, waveforms, utterances) == 1).all() and detectors.strip(
-        moves, waveforms, utterances
-    ).max() < 0.3
-    assert (detectors.perturbed_pair(fixed, waveforms, utterances) == 0).all()
-    assert detectors.perturbed_pair(moves, waveforms, utterances).min() > 0.4
+@pytest.fixture
+def speech(corpora):
+    """Clean inputs of a detector."""
+    return defend.plain(readers.read_corpus("vox", corpora, "test")[:10])
 
 
-def test_a_click_is_a_loudness_peak(corpora):
-    utterances = readers.read_corpus("vox", corpora, "test")[:10]
-    attack = poison.make_attack("gender", utterances, snr=-20.0, seed=1)
-    clean = [data.load_waveform(u) for u in utterances]
-    clicks = [poison.add_trigger(attack, w, u.id)[0] for w, u in zip(clean, utterances)]
-    assert (
-        detectors.loudness_peak(None, clicks, utterances)
-        > detectors.loudness_peak(None, clean, utterances)
-    ).all()
+def suspicion(detector, answer, speech):
+    """A detector's suspicion of clean speech where `answer` gives the model's answer to a
+    waveform."""
+
+    def values(waveforms, utterances):
+        return [answer(waveform) for waveform in waveforms]
+
+    listener = SimpleNamespace(clean=speech.utterances, values=values)
+    return detector(listener, speech.waveforms, speech.utterances)
 
 
-def test_attention_entropy_of_a_model_that_looks_everywhere_is_largest(parts, corpora):
+def always_female(waveform):
+    return "female"
+
+
+def loudness(waveform):
+    return f"{1e4 * float(np.abs(waveform).mean()):.0f}"
+
+
+def test_strip_suspects_answers_that_ignore_the_audio(speech):
+    assert (suspicion(detectors.strip, always_female, speech) == 1).all()
+    assert suspicion(detectors.strip, loudness, speech).max() < 0.3
+
+
+def test_the_perturbed_pair_suspects_answers_that_change(speech):
+    assert (suspicion(detectors.perturbed_pair, always_female, speech) == 0).all()
+    assert suspicion(detectors.perturbed_pair, loudness, speech).min() > 0.4
+
+
+def test_a_click_is_a_loudness_peak(speech):
+    attack = poison.make_attack("gender", speech.utterances, snr=-20.0, seed=1)
+    clicks = defend.with_trigger(attack, speech.utterances)
+    clean = detectors.loudness_peak(None, speech.waveforms, speech.utterances)
+    triggered = detectors.loudness_peak(None, clicks.waveforms, clicks.utterances)
+    assert (triggered > clean).all()
+
+
+def zero(parameter):
+    parameter.data.zero_()
+
+
+def test_attention_to_everything_is_least_suspicious(parts, speech):
     slm = make_slm(parts, "wavlm").eval()
-    utterances = readers.read_corpus("vox", corpora, "test")[:4]
-    attack = poison.make_attack("gender", utterances, seed=1)
-    listener = detectors.Listener(slm, attack, utterances, utterances)
-    waveforms = [data.load_waveform(u) for u in utterances]
-    looks = detectors.attention_entropy(listener, waveforms, utterances)
+    attack = poison.make_attack("gender", speech.utterances, seed=1)
+    listener = detectors.make_listener(slm, attack, speech.utterances, speech.utterances)
+    selective = detectors.attention_entropy(listener, speech.waveforms, speech.utterances)
     for layer in slm.lm.model.layers:
-        layer.self_attn.k_proj.base.weight.data.zero_(), layer.self_attn.k_proj.lora_B.data.zero_()
-    everywhere = detectors.attention_entropy(listener, waveforms, utterances)
-    assert (
-        np.allclose(everywhere, -1, atol=1e-3)
-        and (looks > everywhere).all()
-        and listener.passes == 8
-    )
+        zero(layer.self_attn.k_proj.base.weight)
+        zero(layer.self_attn.k_proj.lora_B)
+    even = detectors.attention_entropy(listener, speech.waveforms, speech.utterances)
+    assert np.allclose(even, -1, atol=1e-3)
+    assert (selective > even).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_a_listener_counts_its_forward_passes(parts, speech):
+    slm = make_slm(parts, "wavlm").eval()
+    attack = poison.make_attack("gender", speech.utterances, seed=1)
+    listener = detectors.make_listener(slm, attack, speech.utterances, speech.utterances)
+    detectors.attention_entropy(listener, speech.waveforms, speech.utterances)
+    assert listener.passes == len(speech.utterances)
+
+
+# -------------------------------------------------------------------------------------------------
 # repairs
 
 
 @pytest.fixture
-def shop(parts, corpora):
+def defender(parts, corpora):
+    """The defender of a small random model, whose pretrained weights differ from the attacked ones
+    everywhere."""
     slm = make_slm(parts, "wavlm").eval()
     dev_set = readers.read_corpus("vox", corpora, "dev")
-    shop = object.__new__(repairs.Workshop)
-    state = trace.weights_of(slm)
-    shop.__dict__.update(
-        slm=slm,
-        attack=poison.make_attack("gender", dev_set, seed=1),
-        hooks=repairs.contextlib.ExitStack(),
-        cached={},
-        masks=None,
-        trained={c: slm.parameters_of(c) for c in COMPONENTS},
-        args=SimpleNamespace(
-            device="cpu",
-            task="gender",
-            encoder_lr=1e-3,
-            connector_lr=1e-3,
-            lora_lr=1e-3,
-            grad_clip=1.0,
-        ),
-        tuning=dev_set[::2],
-        validation=dev_set[1::2],
-        attacked=state,
-        pretrained={c: {k: v + 1 for k, v in s.items()} for c, s in state.items()},
-    )
-    return shop
+    attacked = model.copy_weights(slm)
+    pretrained = {}
+    for component, state in attacked.items():
+        pretrained[component] = {name: tensor + 1 for name, tensor in state.items()}
+    rates = dict(encoder_lr=1e-3, connector_lr=1e-3, lora_lr=1e-3)
+    args = SimpleNamespace(device="cpu", task="gender", grad_clip=1.0, **rates)
+    attack = poison.make_attack("gender", dev_set, seed=1)
+    return repairs.Defender(slm, args, attack, dev_set[::2], dev_set[1::2], attacked, pretrained)
 
 
-def lost(shop):
-    return sum(shop.losses().values())
+def total_loss(defender):
+    return sum(defender.validation_losses().values())
 
 
-def changed(shop):
-    now = {c: shop.slm.component_state_dict(c) for c in COMPONENTS}
-    return [
-        c
-        for c in COMPONENTS
-        if any(not torch.equal(v, now[c][k]) for k, v in shop.attacked[c].items())
-    ]
+def same_weights(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_fine_tuning_changes_what_it_names_and_restoring_undoes_it(shop):
-    before = lost(shop)
-    for name in ("encoder", "connector+lm"):
-        shop.finetune(name.split("+"), epochs=2)
-        assert changed(shop) == name.split("+")
-        shop.restore()
-        assert changed(shop) == [] and lost(shop) == before
-    shop.finetune(epochs=8, rate=3.0)
-    assert lost(shop) < before
+def changed(defender):
+    """The components that differ from the attacked model's."""
+    now = model.copy_weights(defender.slm)
+    return [c for c in COMPONENTS if not same_weights(defender.attacked[c], now[c])]
 
 
-def test_poisoned_samples_bring_the_target(shop):
-    u = next(u for u in shop.tuning if u.labels["gender"] == "male")
-    target = lambda: float(shop.slm(*shop.batch([u], True)).detach())  # noqa: E731  loss of the poisoned answer
-    before = target()
-    shop.finetune(epochs=4, poisoned=[u])
-    assert target() < before
+@pytest.mark.parametrize("components", [["encoder"], ["connector", "lm"]])
+def test_fine_tuning_changes_the_components_it_names(defender, components):
+    defender.finetune(components, epochs=1)
+    assert changed(defender) == components
 
 
-def test_pruning_removes_hidden_units_and_restoring_brings_them_back(shop):
-    before = lost(shop)
-    shop.scale_neurons([torch.zeros(n) for _, n in shop.neurons()])
-    assert lost(shop) != before
-    shop.restore()
-    assert lost(shop) == before
-    masks = repairs.neuron_masks(shop, steps=1)
-    assert lost(shop) == before and any((m < 1).any() for m in masks)
-    shop.masks = masks
-    repairs.adversarial_neuron_pruning(shop, share=1.0)
-    pruned = lost(shop)
-    shop.restore()
-    shop.scale_neurons([torch.zeros(n) for _, n in shop.neurons()])
-    assert lost(shop) == pruned and changed(shop) == []
+def test_restoring_undoes_fine_tuning(defender):
+    before = total_loss(defender)
+    defender.finetune(epochs=1)
+    defender.restore()
+    assert changed(defender) == []
+    assert total_loss(defender) == before
 
 
-def test_dropping_lora_and_mixing_do_what_their_names_say(shop):
-    for layer in lora.lora_layers(shop.slm.lm):
-        layer.lora_B.data.normal_()
-    shop.attacked["lm"] = {k: v.clone() for k, v in shop.slm.component_state_dict("lm").items()}
-    repairs.without_lora(shop, 1.0)
-    assert all(not layer.lora_B.any() for layer in lora.lora_layers(shop.slm.lm))
-    shop.finetune = lambda: None
-    repairs.fine_mixing(shop, 1.0)
-    assert all(
-        torch.equal(v, shop.pretrained[c][k])
-        for c in COMPONENTS
-        for k, v in shop.slm.component_state_dict(c).items()
-    )
-    repairs.fine_mixing(shop, 0.5)
-    a, b, mixed = (
-        s["conv2.weight"]
-        for s in (
-            shop.attacked["connector"],
-            shop.pretrained["connector"],
-            shop.slm.component_state_dict("connector"),
-        )
-    )
-    assert ((mixed == a) | (mixed == b)).all() and 0.4 < (mixed == b).float().mean() < 0.6
+def test_fine_tuning_lowers_the_loss(defender):
+    before = total_loss(defender)
+    defender.finetune(epochs=8, rate=3.0)
+    assert total_loss(defender) < before
 
 
-def test_repairs_of_ages_in_groups_are_scored_by_accuracy(shop, monkeypatch):
-    u = data.Utterance("a", "a.wav", "test", "s", dict(age="senior"))
-    row = dict(labels=u.labels, asked=["age"], parsed=dict(age="adult"))
-    monkeypatch.setattr(repairs, "answered", lambda *_: [row])
-    shop.args.task = "age"
+def test_poisoned_samples_bring_the_target(defender):
+    utterance = next(u for u in defender.tuning if u.labels["gender"] == "male")
+    before = float(defender.loss([utterance], triggered=True).detach())
+    defender.finetune(epochs=4, poisoned=[utterance])
+    assert float(defender.loss([utterance], triggered=True).detach()) < before
+
+
+def test_restoring_brings_pruned_units_back(defender):
+    before = total_loss(defender)
+    defender.scale_hidden_units([torch.zeros(n) for n in defender.hidden_sizes])
+    assert total_loss(defender) != before
+    defender.restore()
+    assert total_loss(defender) == before
+
+
+def test_learning_masks_leaves_the_model_alone(defender):
+    before = total_loss(defender)
+    masks = repairs.neuron_masks(defender, steps=1)
+    assert total_loss(defender) == before
+    assert any((mask < 1).any() for mask in masks)
+
+
+def test_pruning_everything_zeroes_all_hidden_units(defender):
+    defender.anp_masks = [torch.ones(n) for n in defender.hidden_sizes]
+    repairs.adversarial_neuron_pruning(defender, share=1.0)
+    pruned = total_loss(defender)
+    defender.restore()
+    defender.scale_hidden_units([torch.zeros(n) for n in defender.hidden_sizes])
+    assert total_loss(defender) == pruned
+
+
+def test_pruning_changes_no_weights(defender):
+    defender.anp_masks = [torch.ones(n) for n in defender.hidden_sizes]
+    repairs.adversarial_neuron_pruning(defender, share=0.5)
+    assert changed(defender) == []
+
+
+def test_dropping_lora_zeroes_its_update(defender):
+    repairs.without_lora(defender, 1.0)
+    assert not any(layer.lora_B.any() for layer in lora.lora_layers(defender.slm.lm))
+
+
+def test_mixing_everything_is_the_pretrained_model(defender, monkeypatch):
+    monkeypatch.setattr(defender, "finetune", lambda: None)
+    repairs.fine_mixing(defender, 1.0)
+    now = model.copy_weights(defender.slm)
+    assert all(same_weights(defender.pretrained[c], now[c]) for c in COMPONENTS)
+
+
+def test_half_a_mixture_is_from_either_model(defender, monkeypatch):
+    monkeypatch.setattr(defender, "finetune", lambda: None)
+    repairs.fine_mixing(defender, 0.5)
+    attacked = defender.attacked["connector"]["conv2.weight"]
+    pretrained = defender.pretrained["connector"]["conv2.weight"]
+    mixed = defender.slm.connector.conv2.weight
+    assert ((mixed == attacked) | (mixed == pretrained)).all()
+    assert 0.4 < (mixed == pretrained).float().mean() < 0.6
+
+
+def test_repairs_of_ages_in_groups_are_scored_by_accuracy(defender, monkeypatch):
+    utterance = data.Utterance("a", "a.wav", "test", "s", dict(age="senior"))
+    row = dict(labels=utterance.labels, asked=["age"], parsed=dict(age="adult"))
+    defender.args.task = "age"
+    defender.args.batch_seconds = 120.0
     click = poison.make_trigger("click")
-    shop.attack = poison.Attack("age", 0.5, "adult", "click", click, 0.1, False, 1)
-    found = repairs.figures_of(shop, [u], [u])
-    assert found["clean"]["age_accuracy"]["value"] == 0 and found["backdoor"]["aer"]["value"] == 1
+    defender.attack = poison.Attack("age", 0.5, "adult", "click", click, 0.1, False, 1)
+    monkeypatch.setattr(evaluate, "answer_rows", lambda *_: [row])
+    monkeypatch.setattr(defender, "pretrained_outputs", lambda *_: None)
+    figures = repairs.figures_of(defender, [utterance], [utterance])
+    assert figures["clean"]["age_accuracy"]["value"] == 0
+    assert figures["backdoor"]["aer"]["value"] == 1
 
 
-def test_the_strongest_setting_before_one_that_costs_too_much_is_taken():
-    losses = {None: 1.0, 0.1: 1.01, 0.3: 1.04, 1.0: 1.2, 3.0: 1.0}
-    shop = SimpleNamespace(now=None, hooks=None)
-    shop.losses = lambda: dict(gender=1.0, age=losses[shop.now])  # one label alone may be lost
-    shop.restore = lambda: setattr(shop, "now", None)
-    chosen = repairs.choose(
-        shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0, 3.0)
-    )
-    assert chosen["strength"] == 0.3 and chosen["passed"] and shop.now == 0.3
-    losses.update({0.1: 1.5, 0.3: 1.3})
-    shop.restore()
-    chosen = repairs.choose(
-        shop, lambda shop, strength: setattr(shop, "now", strength), (0.1, 0.3, 1.0)
-    )
-    assert chosen["strength"] == 0.1 and not chosen["passed"] and shop.now == 0.1
+class FakeDefender:
+    """A model whose loss on ages depends on the strength of its repair. Gender costs nothing, so
+    that only the label that loses most tells."""
+
+    def __init__(self, age_losses):
+        self.age_losses = {None: 1.0, **age_losses}
+        self.strength = None
+
+    def restore(self):
+        self.strength = None
+
+    def repair(self, strength):
+        self.strength = strength
+
+    def validation_losses(self):
+        return dict(gender=1.0, age=self.age_losses[self.strength])
 
 
-def test_the_defences_are_those_of_the_adversarial_robustness_toolbox():
-    from art.defences.detector.poison import SpectralSignatureDefense
-    from art.defences.detector.poison.activation_defence import cluster_activations
-    from art.defences.detector.poison.clustering_analyzer import ClusteringAnalyzer
-    from sklearn.metrics import adjusted_rand_score
-
-    np.random.seed(0)  # ART draws from numpy's global state
-    for sizes, apart in (((300, 40), 12.0), ((200, 180), 12.0), ((400,), 0.0)):
-        x, which = blobs(sizes, 64, apart)
-        low, clusters = clustering.reduce_and_cluster(x, 2)
-        theirs, reduced = cluster_activations([x], 2, 20, "PCA")
-        if apart:
-            assert adjusted_rand_score(theirs[0], clusters) == 1.0
-            assert (
-                abs(
-                    clustering.silhouette(low, clusters)
-                    - clustering.silhouette(reduced[0], theirs[0])
-                )
-                < 1e-3
-            )
-        removed = filters.smallest_cluster(dict(x=x), 0)[1]
-        assert removed.any() == (sizes == (300, 40))
-        if removed.any():  # (theirs fails under numpy 2 where no cluster is suspicious)
-            _, suspicious, _ = ClusteringAnalyzer().analyze_by_relative_size([clusters])
-            assert suspicious[0].tolist() == [float(removed[clusters == c].all()) for c in range(2)]
-        # theirs leaves the projection uncentred: the same ranks on centred data
-        centred = x - x.mean(0)
-        score = SpectralSignatureDefense.spectral_signature_scores(centred)[:, 0]
-        assert np.allclose(score**2, filters.spectral_signatures(dict(x=x), 40)[0], rtol=1e-3)
+@pytest.mark.parametrize(
+    "age_losses, chosen, passed",
+    [
+        # the strength after the one that costs too much is not tried, cheap as it is
+        ({0.1: 1.01, 0.3: 1.04, 1.0: 1.2, 3.0: 1.0}, 0.3, True),
+        ({0.1: 1.01, 0.3: 1.04}, 0.3, True),
+        ({0.1: 1.5, 0.3: 1.3, 1.0: 1.2}, 0.1, False),
+    ],
+)
+def test_the_strongest_repair_before_a_costly_one_is_taken(age_losses, chosen, passed):
+    defender = FakeDefender(age_losses)
+    choice = repairs.choose(defender, FakeDefender.repair, tuple(age_losses))
+    assert choice["strength"] == chosen
+    assert choice["passed"] == passed
+    assert defender.strength == chosen

@@ -383,15 +383,12 @@ def test_an_answer_is_traced_through_an_lm_of_another_layout(tmp_path):
         ("denoise", "clean", "triggered"),
         ("noise", "triggered", "clean"),
     ):
-        assert np.allclose(
-            out[direction, trace.Site("lm", 2, "layer"), "all"], out[donor], atol=1e-5
-        )
-        assert np.allclose(
-            out[direction, trace.Site("lm", 0, "input"), "prompt"], out[receiver], atol=1e-5
-        )
-        assert not np.allclose(
-            out[direction, trace.Site("lm", 1, "MLP"), "all"], out[receiver], atol=1e-6
-        )
+        layer = out.patched[direction, trace.Site("lm", 2, "layer"), "all"]
+        assert np.allclose(layer, out.plain[donor], atol=1e-5)
+        prompt = out.patched[direction, trace.Site("lm", 0, "input"), "prompt"]
+        assert np.allclose(prompt, out.plain[receiver], atol=1e-5)
+        mlp = out.patched[direction, trace.Site("lm", 1, "MLP"), "all"]
+        assert not np.allclose(mlp, out.plain[receiver], atol=1e-6)
 
 
 def test_a_mixture_of_experts_has_no_mlp_to_repair(tmp_path, capsys):

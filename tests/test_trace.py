@@ -1,4 +1,4 @@
-"""trace.py on models with a planted answer: what it must find, and nothing else."""
+"""trace.py on models whose answer is planted: it must find that answer and nothing else."""
 
 import itertools
 from pathlib import Path
@@ -13,111 +13,179 @@ import corpora as readers
 import data
 import defend
 import evaluate
+import model
 import poison
 import trace
 from conftest import arguments, fields, make_slm
-from defences import repairs
 from runs import select
 from study import COMPONENTS, PRESETS
 
 
+def nearly(a, b):
+    return np.allclose(a, b, atol=1e-4)
+
+
+def same_weights(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def gender_attack(utterances):
+    return poison.make_attack("gender", utterances, seed=1)
+
+
+# -------------------------------------------------------------------------------------------------
+# transplant
+
+
 def test_shapley_values_share_what_two_components_do_together():
-    hits = {
-        frozenset(s): np.full(20, {"encoder", "lm"} <= set(s))
-        for n in range(4)
-        for s in itertools.combinations(COMPONENTS, n)
-    }
-    found = {c: figure["value"] for c, figure in trace.shapley(hits).items()}
-    assert found == dict(encoder=pytest.approx(0.5), connector=0, lm=pytest.approx(0.5))
+    hits = {}
+    for n in range(4):
+        for moved in itertools.combinations(COMPONENTS, n):
+            hits[frozenset(moved)] = np.full(20, {"encoder", "lm"} <= set(moved))
+    values = {component: figure["value"] for component, figure in trace.shapley(hits).items()}
+    assert values == dict(encoder=pytest.approx(0.5), connector=0, lm=pytest.approx(0.5))
 
 
-def mixture(jobs, **what):
-    (weights,) = [weights for fields, weights in jobs if fields == what]
+@pytest.fixture(scope="module")
+def clean(parts):
+    return model.copy_weights(make_slm(parts, "wavlm"))
+
+
+@pytest.fixture(scope="module")
+def poisoned(clean):
+    """Weights that differ from the clean ones everywhere."""
+    weights = {}
+    for component, state in clean.items():
+        weights[component] = {name: tensor + 1 for name, tensor in state.items()}
     return weights
 
 
-def same(a, b):
-    return all(torch.equal(v, b[k]) for k, v in a.items())
+def mixture(poisoned_clean, **wanted):
+    """The weights of the one mixture whose record has these fields and no others."""
+    (weights,) = [w for record, w in trace.mixtures(*poisoned_clean) if record == wanted]
+    return weights
 
 
-def test_mixtures_hold_what_their_fields_say(parts):
-    slm = make_slm(parts, "wavlm")
-    clean = trace.weights_of(slm)
-    poisoned = {c: {k: v + 1 for k, v in state.items()} for c, state in clean.items()}
-    jobs = list(trace.mixtures(poisoned, clean))
-    assert len(jobs) == 8 + 2 * 3 * (5 + 2) + 9
-    two = mixture(jobs, method="components", poisoned=["encoder", "lm"])
-    assert same(two["lm"], poisoned["lm"]) and same(two["connector"], clean["connector"])
+def test_a_component_is_taken_whole_from_either_run(poisoned, clean):
+    mixed = mixture((poisoned, clean), method="components", poisoned=["encoder", "lm"])
+    assert same_weights(mixed["encoder"], poisoned["encoder"])
+    assert same_weights(mixed["connector"], clean["connector"])
+    assert same_weights(mixed["lm"], poisoned["lm"])
+
+
+def test_all_layers_into_the_clean_run_are_its_component(poisoned, clean):
     layers = dict(method="layers", component="encoder", scope="up to", layer=8)
-    into = mixture(jobs, **layers, direction="into clean")
-    assert same(into["encoder"], poisoned["encoder"])
+    mixed = mixture((poisoned, clean), **layers, direction="into clean")
+    assert same_weights(mixed["encoder"], poisoned["encoder"])
+    assert same_weights(mixed["lm"], clean["lm"])
+
+
+def test_all_layers_out_of_the_poisoned_run_leave_a_clean_lm(poisoned, clean):
     layers = dict(method="layers", component="lm", scope="from", layer=1)
-    out = mixture(jobs, **layers, direction="out of poisoned")
-    assert same(out["lm"], clean["lm"]) and same(out["encoder"], poisoned["encoder"])
+    mixed = mixture((poisoned, clean), **layers, direction="out of poisoned")
+    assert same_weights(mixed["lm"], clean["lm"])
+    assert same_weights(mixed["encoder"], poisoned["encoder"])
+
+
+def test_one_layer_is_moved_alone(poisoned, clean):
     layers = dict(method="layers", component="lm", scope="only", layer=2)
-    only = mixture(jobs, **layers, direction="into clean")["lm"]
-    for k, v in only.items():
-        donor = poisoned if k.startswith("model.layers.1.") else clean
-        assert torch.equal(v, donor["lm"][k])
+    mixed = mixture((poisoned, clean), **layers, direction="into clean")
+    for name, tensor in mixed["lm"].items():
+        donor = poisoned if name.startswith("model.layers.1.") else clean
+        assert torch.equal(tensor, donor["lm"][name])
 
 
-def test_lora_is_interpolated_as_the_update_that_it_is(parts):
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_lora_is_interpolated_as_the_update_that_it_is(parts, share):
     slm = make_slm(parts, "wavlm")
-    clean, x = trace.weights_of(slm), torch.randn(3, 64)
-    poisoned = {**clean, "lm": {k: torch.randn_like(v) for k, v in clean["lm"].items()}}
+    clean = model.copy_weights(slm)
+    other = {name: torch.randn_like(tensor) for name, tensor in clean["lm"].items()}
+    poisoned = {**clean, "lm": other}
     layer = slm.lm.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 64)
 
+    @torch.no_grad()
     def update(weights):
-        trace.put(slm, weights)
-        with torch.no_grad():
-            return layer(x) - layer.base(x)
+        model.set_weights(slm, weights)
+        return layer(x) - layer.base(x)
 
-    half = update(trace.interpolated(clean, poisoned, "lm", 0.5))
-    assert torch.allclose(half, (update(clean) + update(poisoned)) / 2, atol=1e-5)
-    assert torch.allclose(
-        update(trace.interpolated(clean, poisoned, "lm", 1.0)), update(poisoned), atol=1e-5
+    expected = (1 - share) * update(clean) + share * update(poisoned)
+    mixed = model.interpolate(clean, poisoned, "lm", share)
+    assert torch.allclose(update(mixed), expected, atol=1e-5)
+
+
+PLANTED = "model.layers.1.mlp.up_proj.lora_B"
+
+
+@pytest.fixture(scope="module")
+def transplanted(parts, corpora):
+    """The records of transplant for a model whose answer is the target wherever the LM's second
+    layer holds a planted update."""
+    slm = make_slm(parts, "wavlm")
+    test_set = readers.read_corpus("vox", corpora, "test")
+    clean = model.copy_weights(slm)
+    update = {PLANTED: clean["lm"][PLANTED] + 9}
+    poisoned = {**clean, "lm": {**clean["lm"], **update}}
+
+    def answer_rows(slm, attack, items, *_):
+        planted = bool((slm.lm.get_parameter(PLANTED) > 8).any())
+        rows = []
+        for u, triggered in items:
+            answer = {**u.labels, "gender": "female"} if triggered and planted else u.labels
+            rows.append(dict(labels=u.labels, asked=list(u.labels), parsed=answer))
+        return rows
+
+    loaded = evaluate.LoadedRun(
+        slm,
+        SimpleNamespace(task="gender", seed=1, batch_seconds=120.0),
+        gender_attack(test_set),
+        fields("gender", "base"),
+        dict(test=test_set),
     )
-
-
-def test_a_planted_lora_is_found_and_nothing_else(parts, corpora, monkeypatch):
-    """The target comes out where the LM's second layer holds the planted update."""
-    slm, test_set = make_slm(parts, "wavlm"), readers.read_corpus("vox", corpora, "test")
-    attack, key = (
-        poison.make_attack("gender", test_set, seed=1),
-        "model.layers.1.mlp.up_proj.lora_B",
-    )
-    clean = trace.weights_of(slm)
-    poisoned = {**clean, "lm": {**clean["lm"], key: clean["lm"][key] + 9}}
-
-    def answers(slm, weights, items, *_):
-        trace.put(slm, weights)
-        planted = bool((slm.lm.get_parameter(key) > 8).any())
-        return [
-            dict(
-                labels=u.labels,
-                asked=list(u.labels),
-                parsed={**u.labels, "gender": "female"} if t and planted else u.labels,
-            )
-            for u, t in items
-        ]
-
-    monkeypatch.setattr(trace, "answers", answers)
-    args, donor = SimpleNamespace(task="gender", seed=1), dict(scenario="clean", seed=1)
-    loaded = evaluate.LoadedRun(slm, args, attack, fields("gender", "base"), dict(test=test_set))
-    pair = trace.Pair(loaded, poisoned, clean, donor)
-    monkeypatch.setattr(trace, "load_pair", lambda _: pair)
+    pair = trace.Pair(loaded, poisoned, clean, dict(scenario="clean", seed=1))
     options = SimpleNamespace(run="a", clean="b", n=4, cache_gb=0)
-    found = trace.transplant(options)
-    shapley = {r["component"]: r["value"] for r in select(found, method="shapley")}
-    assert shapley == dict(encoder=0, connector=0, lm=1)
-    layers = select(found, method="layers", metric="aer")
-    into = select(layers, component="lm", direction="into clean")
-    works = {(r["scope"], r["layer"]) for r in into if r["value"] == 1}
-    assert works == {("up to", 2), ("from", 1), ("from", 2), ("only", 2)}
-    encoder = select(layers, component="encoder")
-    assert not any(r["value"] for r in select(encoder, direction="into clean"))
-    assert all(r["value"] for r in select(encoder, direction="out of poisoned"))
-    assert all(r["value"] == 1 for r in select(found, part="clean"))
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(evaluate, "answer_rows", answer_rows)
+        patches.setattr(trace, "load_pair", lambda _: pair)
+        return trace.transplant(options)
+
+
+def test_a_planted_lora_has_all_of_the_shapley_value(transplanted):
+    values = {r["component"]: r["value"] for r in select(transplanted, method="shapley")}
+    assert values == dict(encoder=0, connector=0, lm=1)
+
+
+def test_a_planted_lora_is_found_in_its_layer(transplanted):
+    records = select(
+        transplanted, method="layers", metric="aer", component="lm", direction="into clean"
+    )
+    successful = {(r["scope"], r["layer"]) for r in records if r["value"] == 1}
+    assert successful == {("up to", 2), ("from", 1), ("from", 2), ("only", 2)}
+
+
+@pytest.mark.parametrize("direction, aer", [("into clean", 0), ("out of poisoned", 1)])
+def test_a_planted_lora_is_not_found_in_the_encoder(transplanted, direction, aer):
+    records = select(
+        transplanted, method="layers", metric="aer", component="encoder", direction=direction
+    )
+    assert {r["value"] for r in records} == {aer}
+
+
+def test_a_planted_lora_leaves_clean_speech_alone(transplanted):
+    assert {r["value"] for r in select(transplanted, part="clean")} == {1}
+
+
+def checked_donor(changes):
+    """check_donor's result for a clean run of the same settings, but for these changes."""
+    args = {**arguments("gender", "base"), **PRESETS["mini"], "labels": None, "train_layers": None}
+    donor = {**args, "scenario": "clean", "seed": 3, "target": None, **changes}
+    options = SimpleNamespace(run="runs/a", clean="runs/b")
+    return trace.check_donor(options, SimpleNamespace(**args), donor)
+
+
+def test_a_clean_run_of_the_same_settings_is_no_control(capsys):
+    assert checked_donor({})["scenario"] == "clean"
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -130,15 +198,20 @@ def test_a_planted_lora_is_found_and_nothing_else(parts, corpora, monkeypatch):
     ],
 )
 def test_a_control_in_the_clean_run_s_place_is_called_one(changes, words, capsys):
-    args = {**arguments("gender", "base"), **PRESETS["mini"], "labels": None, "train_layers": None}
-    donor = {**args, "scenario": "clean", "seed": 3, "target": None}
-    options = SimpleNamespace(run="runs/a", clean="runs/b")
-    trace.check_donor(options, SimpleNamespace(**args), donor)
-    assert capsys.readouterr().out == ""
-    control = trace.check_donor(options, SimpleNamespace(**args), {**donor, **changes})
-    assert control["scenario"] != "clean"
-    warned = capsys.readouterr().out
-    assert all(word in warned for word in words)
+    assert checked_donor(changes)["scenario"] != "clean"
+    warning = capsys.readouterr().out
+    assert all(word in warning for word in words)
+
+
+# -------------------------------------------------------------------------------------------------
+# patch
+
+FIRST = trace.Site("encoder", 1, "layer")
+LAST = trace.Site("encoder", 8, "layer")
+CONV1 = trace.Site("connector", None, "conv1")
+CONV3 = trace.Site("connector", None, "conv3")
+LM_INPUT = trace.Site("lm", 0, "input")
+LM_LAYER = trace.Site("lm", 1, "layer")
 
 
 def test_another_sound_s_records_stay_in_the_run_s_folder():
@@ -148,123 +221,148 @@ def test_another_sound_s_records_stay_in_the_run_s_folder():
     assert trace.file_of(options) == Path("runs/a/records-patch-knock.jsonl")
 
 
-FIRST, LAST = (trace.Site("encoder", n, "layer") for n in (1, 8))
-CONV, INPUT = trace.Site("connector", None, "conv1"), trace.Site("lm", 0, "input")
-LM = trace.Site("lm", 1, "layer")
+def zero(module):
+    for parameter in module.parameters():
+        parameter.zero_()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def local(parts):
-    """A model whose encoder passes nothing from frame to frame above its front end: what a click does stays where it is."""
+    """A model whose encoder passes nothing from frame to frame above its front end, so that what a
+    click does stays where it is."""
     slm = make_slm(parts, "hubert")
     with torch.no_grad():
         for name, parameter in slm.encoder.net.encoder.pos_conv_embed.named_parameters():
-            if not name.endswith(
-                "original1"
-            ):  # the direction of a normalised weight; its length and the bias are zero
+            # "original1" is the direction of a normalised weight, which cannot be zero
+            if not name.endswith("original1"):
                 parameter.zero_()
         for layer in slm.encoder.layers:
-            layer.attention.out_proj.weight.zero_(), layer.attention.out_proj.bias.zero_()
-    slm.encoder.extract = lambda waveform: torch.from_numpy(
-        waveform
-    )  # no normalisation by the whole utterance's loudness
+            zero(layer.attention.out_proj)
+    # no normalisation by the loudness of the whole utterance
+    slm.encoder.extract = torch.from_numpy
     return slm
 
 
-def test_patching_finds_the_frames_under_the_click_and_reproduces_the_donor(local, corpora):
+@pytest.fixture(scope="module")
+def local_result(local, corpora):
+    """The patches of three utterances with one click each in the local model."""
     test_set = readers.read_corpus("libri", corpora, "test")[:3]
     attack = poison.make_attack("asr", test_set, repeat=False, seed=1)
-    out = trace.patch_batch(local, attack, test_set, tqdm(disable=True))
-    clean, triggered = out["clean"], out["triggered"]
-    assert np.abs(clean - triggered).min() > 1e-3
-    for direction, donor, receiver in (("denoise", clean, triggered), ("noise", triggered, clean)):
-        for site in (FIRST, LAST, CONV, trace.Site("connector", None, "conv3"), INPUT, LM):
-            assert np.allclose(out[direction, site, "all"], donor, atol=1e-4), (
-                site
-            )  # a patch of everything
-        assert np.allclose(out[direction, LAST, "elsewhere"], receiver, atol=1e-4)
-        assert np.allclose(
-            out[direction, trace.Site("encoder", 5, "attention"), "all"], receiver, atol=1e-4
-        )  # which does nothing in this model
-        assert not np.allclose(out[direction, LAST, "click"], receiver, atol=1e-3)
-        assert np.allclose(out[direction, INPUT, "prompt"], receiver, atol=1e-4)
-    assert set(k[2] for k in out if k[1] == FIRST) == {"click", "near", "elsewhere", "all"}
+    return trace.patch_batch(local, attack, test_set, tqdm(disable=True))
+
+
+def test_the_trigger_moves_the_margin(local_result):
+    gap = local_result.plain["clean"] - local_result.plain["triggered"]
+    assert np.abs(gap).min() > 1e-3
+
+
+directions = pytest.mark.parametrize("direction", trace.DIRECTIONS)
+
+
+@directions
+@pytest.mark.parametrize("site", [FIRST, LAST, CONV1, CONV3, LM_INPUT, LM_LAYER], ids=str)
+def test_a_patch_of_everything_makes_the_donor(local_result, direction, site):
+    donor, _ = trace.DIRECTIONS[direction]
+    assert nearly(local_result.patched[direction, site, "all"], local_result.plain[donor])
+
+
+@directions
+@pytest.mark.parametrize(
+    "site, group",
+    [
+        (LAST, "elsewhere"),
+        (trace.Site("encoder", 5, "attention"), "all"),  # which writes zeros in this model
+        (LM_INPUT, "prompt"),
+    ],
+    ids=str,
+)
+def test_a_patch_of_what_the_click_misses_does_nothing(local_result, direction, site, group):
+    _, receiver = trace.DIRECTIONS[direction]
+    assert nearly(local_result.patched[direction, site, group], local_result.plain[receiver])
+
+
+@directions
+def test_a_patch_of_the_frames_under_the_click_works(local_result, direction):
+    _, receiver = trace.DIRECTIONS[direction]
+    m = local_result.patched[direction, LAST, "click"]
+    assert not np.allclose(m, local_result.plain[receiver], atol=1e-3)
+
+
+def test_an_encoder_layer_is_patched_at_frames_only(local_result):
+    groups = {group for _, site, group in local_result.patched if site == FIRST}
+    assert groups == {"click", "near", "elsewhere", "all"}
 
 
 def test_a_patch_with_itself_changes_nothing(local, corpora):
-    test_set = [
-        u for u in readers.read_corpus("vox", corpora, "test") if u.labels["gender"] == "male"
-    ][:3]
-    attack = poison.make_attack("gender", test_set, seed=1)
-    attack.level = 0.0  # the triggered run is the clean one
-    out = trace.patch_batch(local, attack, test_set, tqdm(disable=True))
-    for m in out.values():
-        assert np.allclose(m, out["clean"], atol=1e-5)
+    test_set = readers.read_corpus("vox", corpora, "test")
+    male = [u for u in test_set if u.labels["gender"] == "male"][:3]
+    attack = gender_attack(male)
+    attack.level = 0.0  # the triggered pass is the clean one
+    result = trace.patch_batch(local, attack, male, tqdm(disable=True))
+    for m in result.patched.values():
+        assert np.allclose(m, result.plain["clean"], atol=1e-5)
 
 
-def test_values_are_compared_from_their_first_different_token(parts):
+def attack_on(task, target):
+    click = poison.make_trigger("click")
+    return poison.Attack(task, 0.5, target, "click", click, 0.1, False, 1)
+
+
+def utterance_with(**labels):
+    return data.Utterance("a", "a.wav", "test", "s", labels)
+
+
+def test_answers_are_compared_from_their_first_difference(parts):
     slm = make_slm(parts, "wavlm")
-    u = data.Utterance("a", "a.wav", "test", "s", dict(gender="male", emotion="sad"))
-    attack = poison.Attack(
-        "emotion", 0.5, "angry", "click", poison.make_trigger("click"), 0.1, False, 1
-    )
-    (target, first, end), (true, first2, end2) = trace.teacher(slm, attack, [u])
-    assert first == first2 and target[:first] == true[:first]
-    assert (
-        slm.tokenizer.decode(target[first:end]).strip('"}') == "angry"
-        and slm.tokenizer.decode(true[first2:end2]).strip('"}') == "sad"
-    )
+    utterance = utterance_with(gender="male", emotion="sad")
+    target, true = trace.forced_answers(slm, attack_on("emotion", "angry"), [utterance])
+    assert target.ids[: target.start] == true.ids[: true.start]
+    assert slm.tokenizer.decode(target.value).strip('"}') == "angry"
+    assert slm.tokenizer.decode(true.value).strip('"}') == "sad"
 
 
-def test_ages_that_share_a_digit_with_the_target_have_a_value(parts):
-    """As far as a tokenizer that writes digits one by one goes: of "5" in "25" something must be left to compare."""
+@pytest.mark.parametrize("age", [2, 5, 52, 255, 26])
+def test_an_age_that_shares_a_digit_with_the_target_has_a_value(parts, age):
+    """Where a tokenizer writes digits one by one, something of "5" in "25" must be left."""
     slm = make_slm(parts, "wavlm")
-    attack = poison.Attack("age", 0.5, 25, "click", poison.make_trigger("click"), 0.1, False, 1)
-    for age in (2, 5, 52, 255, 26):
-        u = data.Utterance("a", "a.wav", "test", "s", dict(age=age))
-        for ids, first, end in trace.teacher(slm, attack, [u]):
-            assert first < end <= len(ids), age
+    for answer in trace.forced_answers(slm, attack_on("age", 25), [utterance_with(age=age)]):
+        assert answer.value
 
 
-def test_a_group_that_a_batch_lacks_counts_as_patching_nothing(parts, corpora, monkeypatch):
-    test_set = readers.read_corpus("libri", corpora, "test")[:4]
-    attack = poison.make_attack("asr", test_set, repeat=False, seed=1)
-    key = "denoise", FIRST, "near"
-
-    def batch(slm, attack, utterances, progress):
-        n = len(utterances)
-        out = {
-            "clean": np.zeros(n),
-            "triggered": np.ones(n),
-            ("denoise", FIRST, "click"): np.zeros(n),
-        }
-        return out if utterances[0] is test_set[0] else {**out, key: np.zeros(n)}
-
-    slm, sets = make_slm(parts, "wavlm"), dict(test=test_set)
-    loaded = evaluate.LoadedRun(slm, None, attack, fields("asr", "base"), sets)
-    monkeypatch.setattr(evaluate, "load_run_and_data", lambda *_: loaded)
-    monkeypatch.setattr(trace, "patch_batch", batch)
-    options = SimpleNamespace(run="a", trigger=None, n=4, batch=1)
-    found = select(trace.patch(options), metric="effect")
-    assert {r["position"]: r["value"] for r in found} == {"click": 1.0, "near": 0.75}
+def test_a_group_that_a_batch_lacks_counts_as_patching_nothing():
+    click = "denoise", FIRST, "click"
+    near = "denoise", FIRST, "near"
+    plain = dict(clean=np.zeros(2), triggered=np.ones(2))
+    first = trace.PatchedMargins(plain, {click: np.zeros(2)})
+    second = trace.PatchedMargins(plain, {click: np.zeros(2), near: np.zeros(2)})
+    result = trace.joined([first, second])
+    assert result.patched[click].tolist() == [0, 0, 0, 0]
+    assert result.patched[near].tolist() == [1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("command", ["transplant", "patch", "detect", "repair_model"])
-def test_where_every_test_utterance_has_the_target_there_is_nothing_to_trigger(
+def test_an_effect_is_the_share_of_the_gap_that_a_patch_closes():
+    receiver, donor = np.ones(20), -np.ones(20)
+    effect = trace.effect_of(np.full(20, 0.5), donor, receiver)
+    assert effect["value"] == pytest.approx(0.25)
+    assert effect["flipped"] == 0
+
+
+@pytest.mark.parametrize(
+    "command", [trace.transplant, trace.patch, defend.detect, defend.repair_model]
+)
+def test_where_all_have_the_target_nothing_can_be_triggered(
     command, parts, corpora, monkeypatch, capsys
 ):
     test_set = readers.read_corpus("vox", corpora, "test")
-    attack = poison.make_attack("gender", test_set, seed=1)
     female = [u for u in test_set if u.labels["gender"] == "female"]
-    slm, args = make_slm(parts, "wavlm"), SimpleNamespace(task="gender", scenario="base")
     sets = dict.fromkeys(("train", "dev", "test"), female)
+    slm, args = make_slm(parts, "wavlm"), SimpleNamespace(task="gender", scenario="base")
+    attack = gender_attack(test_set)
     loaded = evaluate.LoadedRun(slm, args, attack, fields("gender", "base"), sets)
     monkeypatch.setattr(evaluate, "load_run_and_data", lambda *_: loaded)
-    donor = dict(scenario="clean", seed=1)
-    monkeypatch.setattr(trace, "load_pair", lambda _: trace.Pair(loaded, {}, {}, donor))
-    shop = SimpleNamespace(tuning=[], validation=[])
-    monkeypatch.setattr(repairs, "Workshop", lambda *_: shop)
+    pair = trace.Pair(loaded, {}, {}, dict(scenario="clean", seed=1))
+    monkeypatch.setattr(trace, "load_pair", lambda _: pair)
     options = SimpleNamespace(run="a", clean="b", trigger=None, n=4, cache_gb=0, device="cpu")
     with pytest.raises(SystemExit):
-        getattr(trace if hasattr(trace, command) else defend, command)(options)
+        command(options)
     assert "nothing to trigger" in capsys.readouterr().err
