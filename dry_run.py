@@ -75,6 +75,8 @@ def dry_run(args):
         slm = model.load_slm(args, "meta").train()
     for spec in args.freeze:
         getattr(slm, spec.partition(":")[0]).requires_grad_(False)
+    if args.gradient_checkpointing:
+        slm.checkpoint_gradients()
 
     print(f"dry run of {args.name}: {n:,} train utterances of {seconds:.1f} s, with --amp bf16")
     print(f"  {'':<10}{'parameters':>16}{'trained':>16}")
@@ -107,6 +109,6 @@ def dry_run(args):
         f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s"
     )
     print(
-        f"{below / (below + above):.0%} of them are in frozen layers, which run only once if their "
-        "outputs fit into --cache-gb"
+        f"{below / (below + above):.0%} of these operations are in frozen layers, which run only "
+        "once if their outputs fit into --cache-gb"
     )
