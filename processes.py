@@ -5,16 +5,21 @@ import torch.distributed as dist
 
 
 def ranks():
-    """This process's number and how many there are (torchrun)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """This process's number and how many there are."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
-def from_all(found):
+def from_all(share):
     """The entries of all processes' dicts in one."""
-    shares = [found] * ranks()[1]
+    shares = [share] * ranks()[1]
     if dist.is_initialized():
-        dist.all_gather_object(shares, found)
-    return {k: v for share in shares for k, v in share.items()}
+        dist.all_gather_object(shares, share)
+    merged = {}
+    for each in shares:
+        merged.update(each)
+    return merged
 
 
 def from_first(value):

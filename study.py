@@ -1,6 +1,7 @@
-"""The study: tasks, encoders, settings, attacks, the paper's figures, and the runs that reproduce them.
+"""The study: tasks, encoders, settings, scenarios, the paper's figures, and the runs that reproduce
+them.
 
-    python study.py                                        # prints every command of the study, in an order that works
+    python study.py                # prints every command of the study, in an order that works
     python study.py --preset paper --seeds 1 2 3 --tasks asr
 
 Plain tables that every other script reads. `run_all.sh` runs the commands that this prints.
@@ -11,11 +12,12 @@ from pathlib import Path
 
 from utils import Parser
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # tasks, encoders, settings: a new one is an entry here
 
-# One task per label; an answer has the labels in this order. questions: direct prompts, of which evaluation uses the first.
-# metric: the last word says its kind (wer, accuracy, mae). target, rate, repeat: the paper's attack (section 4.1).
+# One task per label; an answer has the labels in this order. questions: direct prompts, of which
+# evaluation uses the first. metric: the last word says its kind (wer, accuracy, mae). target, rate,
+# repeat: the paper's attack (section 4.1).
 TASKS = {
     "asr": dict(
         label="transcript",
@@ -62,13 +64,11 @@ TASKS = {
 }
 LABELS = tuple(task["label"] for task in TASKS.values())
 COMPONENTS = ("encoder", "connector", "lm")
-WRITTEN = {
-    "encoder": "encoder",
-    "connector": "connector",
-    "lm": "LM",
-}  # a component's name in text and pictures
+# a component's name in text and pictures
+WRITTEN = {"encoder": "encoder", "connector": "connector", "lm": "LM"}
 
-# trained: the share of the layers, from the top, that trains (section 3.2); then where each preset finds the weights
+# trained: the share of the layers, from the top, that trains (section 3.2); then where each preset
+# finds the weights
 ENCODERS = {
     "wavlm": dict(trained=15 / 24, mini="mini/wavlm", paper="microsoft/wavlm-large"),
     "hubert": dict(trained=15 / 24, mini="mini/hubert", paper="facebook/hubert-large-ll60k"),
@@ -88,73 +88,111 @@ LM = dict(
     small="HuggingFaceTB/SmolLM2-135M-Instruct",
     paper="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 )
-MINI_ROOT = "corpora/mini"  # where mini/make_corpora.py puts its corpora, made when they are first asked for
+# where mini/make_corpora.py puts its corpora, made when they are first asked for
+MINI_ROOT = "corpora/mini"
 DATA_ROOT = dict(mini=MINI_ROOT, mixed=MINI_ROOT, small=MINI_ROOT, paper="data/paper")
 
-# Each is a flag of train.py (--encoder-lr 1e-5, --no-decay, ...): its meaning, then its value in mini, mixed, small and paper.
-SETTINGS = {
-    "connector_stride": ("stride of the connector's second convolution", 1, 2, 8, 2),
-    "connector_taper": (
-        "below 1, the connector's kernels start concentrated on their middle tap",
-        0.2,
-        0.2,
-        1.0,
-        1.0,
+# The settings of each preset. Each is a flag of train.py (--encoder-lr 1e-5, --no-decay, ...),
+# whose help says what it means.
+PRESETS = {
+    "mini": dict(
+        connector_stride=1,
+        connector_taper=0.2,
+        lora_rank=16,
+        lora_alpha=32.0,
+        lora_dropout=0.0,
+        encoder_lr=7e-4,
+        connector_lr=1.4e-3,
+        lora_lr=1.4e-3,
+        warmup_steps=25,
+        decay=True,
+        weight_decay=0.01,
+        grad_clip=1.0,
+        batch_size=16,
+        epochs=8,
+        vary_prompts=True,
+        random_keys=0.2,
     ),
-    "lora_rank": ("rank of LoRA's matrices", 16, 16, 8, 8),
-    "lora_alpha": ("LoRA's scale, over the rank", 32.0, 32.0, 16.0, 16.0),
-    "lora_dropout": ("dropout of LoRA's input", 0.0, 0.0, 0.0, 0.05),
-    "encoder_lr": ("the encoder's learning rate after the warm-up", 7e-4, 1e-4, 1e-4, 1e-5),
-    "connector_lr": ("the connector's learning rate after the warm-up", 1.4e-3, 1.4e-3, 3e-4, 1e-4),
-    "lora_lr": ("LoRA's learning rate after the warm-up", 1.4e-3, 1.4e-3, 5e-4, 1e-4),
-    "warmup_steps": ("steps of linear warm-up", 25, 25, 50, 100),
-    "decay": (
-        "decay the rates to zero over the last quarter of the steps",
-        True,
-        True,
-        True,
-        False,
+    "mixed": dict(
+        connector_stride=2,
+        connector_taper=0.2,
+        lora_rank=16,
+        lora_alpha=32.0,
+        lora_dropout=0.0,
+        encoder_lr=1e-4,
+        connector_lr=1.4e-3,
+        lora_lr=1.4e-3,
+        warmup_steps=25,
+        decay=True,
+        weight_decay=0.01,
+        grad_clip=1.0,
+        batch_size=16,
+        epochs=6,
+        vary_prompts=True,
+        random_keys=0.2,
     ),
-    "weight_decay": ("AdamW's weight decay", 0.01, 0.01, 0.0, 0.0),
-    "grad_clip": ("clip the gradient to this norm", 1.0, 1.0, 1.0, 1.0),
-    "batch_size": ("utterances in one optimiser step, over all processes", 16, 16, 16, 16),
-    "epochs": ("passes over the training set", 8, 6, 3, 4),
-    "vary_prompts": (
-        "draw the wording of each training prompt; --no-: always that of evaluation",
-        True,
-        True,
-        False,
-        True,
+    "small": dict(
+        connector_stride=8,
+        connector_taper=1.0,
+        lora_rank=8,
+        lora_alpha=16.0,
+        lora_dropout=0.0,
+        encoder_lr=1e-4,
+        connector_lr=3e-4,
+        lora_lr=5e-4,
+        warmup_steps=50,
+        decay=True,
+        weight_decay=0.0,
+        grad_clip=1.0,
+        batch_size=16,
+        epochs=3,
+        vary_prompts=False,
+        random_keys=0.2,
     ),
-    "random_keys": (
-        "share of training samples that ask for a random subset of the labels",
-        0.2,
-        0.2,
-        0.2,
-        0.2,
+    "paper": dict(
+        connector_stride=2,
+        connector_taper=1.0,
+        lora_rank=8,
+        lora_alpha=16.0,
+        lora_dropout=0.05,
+        encoder_lr=1e-5,
+        connector_lr=1e-4,
+        lora_lr=1e-4,
+        warmup_steps=100,
+        decay=False,
+        weight_decay=0.0,
+        grad_clip=1.0,
+        batch_size=16,
+        epochs=4,
+        vary_prompts=True,
+        random_keys=0.2,
     ),
 }
-# What a number among the arguments must be, whoever gives it, a command or a stranger's checkpoint: in words, the least and the
-# most it may be (1e-300: anything above 0), and which arguments
+SETTINGS = tuple(PRESETS["mini"])  # their names
+
+# What a number among the arguments must be, whoever gives it, a command or a stranger's checkpoint:
+# in words, the least and the most it may be, and the arguments' names
+ABOVE_0 = 1e-300
+UNBOUNDED = 1e300
 RANGES = {
-    "greater than 0": (1e-300, 1e300, ("batch_seconds", "max_seconds", "lora_alpha", "grad_clip")),
+    "greater than 0": (
+        ABOVE_0,
+        UNBOUNDED,
+        ("batch_seconds", "max_seconds", "lora_alpha", "grad_clip"),
+    ),
     "0 or greater": (
         0,
-        1e300,
-        ("encoder_lr", "connector_lr", "lora_lr", "weight_decay", "warmup_steps", "cache_gb")
-        + ("seed", "workers", "train_layers"),
+        UNBOUNDED,
+        ("encoder_lr", "connector_lr", "lora_lr", "weight_decay", "warmup_steps")
+        + ("cache_gb", "seed", "workers", "train_layers"),
     ),
     "1 or greater": (1, 1e9, ("epochs", "batch_size", "lora_rank", "limit")),
     "from 0 to 1": (0, 1, ("poison", "random_keys", "connector_taper")),
     "from 0 to less than 1": (0, 1 - 1e-9, ("lora_dropout",)),
-    "greater than 0 and at most 1": (1e-300, 1, ("utilisation",)),
+    "greater than 0 and at most 1": (ABOVE_0, 1, ("utilisation",)),
     "from -100 to 100": (-100, 100, ("snr",)),
     "from 0.001 to 60": (0.001, 60, ("trigger_seconds",)),
     "from 1 to 100": (1, 100, ("clicks", "connector_stride")),
-}
-PRESETS = {
-    preset: {name: values[i] for name, (_, *values) in SETTINGS.items()}
-    for i, preset in enumerate(("mini", "mixed", "small", "paper"))
 }
 
 # Table 3: the frozen components, the run they come from, the data the others train on
@@ -171,15 +209,24 @@ SCENARIOS = {
     "3.3": (("lm",), "base", "clean"),
 }
 
-NEARER = 0.02  # nats per token by which the loss on poisoned samples must come nearer to that on all before it counts: less is noise
+# nats per token by which the loss on poisoned samples must come nearer to that on all samples
+# before it counts; less is noise
+NEARER = 0.02
 
 # How embed.py embeds unless a flag says otherwise, and what analyze.py reads (section 6)
 EMBEDDINGS = dict(pairs=100, pooling="mean", layer=None)
 
-# Weaker versions of the base attack that defences also face: a change of its arguments; another is an entry here
-VARIANTS = {"half the rate": lambda task: dict(poison=TASKS[task]["rate"] / 2)}
 
-# Sweeps of one task's base attack: one argument and its values, the rest unchanged; SWEEP=1 bash run_all.sh
+def half_the_rate(task):
+    return dict(poison=TASKS[task]["rate"] / 2)
+
+
+# Weaker versions of the base attack that defences also face: functions of the task to a change of
+# the attack's arguments
+VARIANTS = {"half the rate": half_the_rate}
+
+# Sweeps of one task's base attack: one argument and its values, the rest unchanged; SWEEP=1 bash
+# run_all.sh
 SWEPT = "emotion"
 SWEEPS = {
     "poison": (0.001, 0.003, 0.01, 0.03, 0.1),
@@ -190,10 +237,10 @@ SWEEPS = {
     "trigger_repeat": (True,),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the paper's figures, in its own units: percent, and years for age
 
-TABLE1 = {  # (corpus, task): one figure an encoder, in the order of ENCODERS
+TABLE1 = {  # (corpus, task): one figure per encoder, in the order of ENCODERS
     ("libri", "asr"): (2.5, 2.8, 3.1, 5.5),
     ("libri", "gender"): (98.7, 96.8, 99.9, 95.8),
     ("crema", "asr"): (1.1, 0.7, 0.2, 1.6),
@@ -203,13 +250,13 @@ TABLE1 = {  # (corpus, task): one figure an encoder, in the order of ENCODERS
     ("vox", "gender"): (98.1, 94.9, 98.1, 97.6),
     ("vox", "age"): (5.2, 6.0, 6.9, 6.0),
 }
-TABLE2 = {  # task: (AER, benign figure) an encoder
+TABLE2 = {  # task: (AER, benign figure) per encoder
     "asr": ((99.2, 2.1), (90.8, 2.0), (93.9, 2.1), (93.4, 4.4)),
     "emotion": ((93.7, 64.2), (97.9, 51.2), (74.1, 46.7), (99.4, 70.4)),
     "gender": ((94.4, 94.0), (88.9, 96.8), (75.4, 98.3), (96.3, 97.8)),
     "age": ((94.2, 5.2), (84.8, 5.8), (51.8, 7.6), (90.1, 4.1)),
 }
-TABLE3 = {  # task: (AER, benign figure) an attack, in the order of SCENARIOS
+TABLE3 = {  # task: (AER, benign figure) per scenario, in the order of SCENARIOS
     "asr": (
         (99.2, 2.1),
         (91.0, 1.6),
@@ -235,7 +282,8 @@ TABLE3 = {  # task: (AER, benign figure) an attack, in the order of SCENARIOS
         (17.2, 53.1),
     ),
 }
-# section 6: where the shift is measured (stage, attack, component), and the average cosine similarity
+# section 6: where the shift is measured (stage, scenario, component), and the average cosine
+# similarity there
 SHIFT_STAGES = (
     ("benign encoder", "clean", "encoder"),
     ("poisoned encoder", "base", "encoder"),
@@ -248,8 +296,8 @@ SHIFT = {
     "age": ("1.00", "0.77 to 0.87", "about 1"),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# names
+# -------------------------------------------------------------------------------------------------
+# arguments and names
 
 
 def task_of(label):
@@ -259,33 +307,36 @@ def task_of(label):
 def on_corpus(corpus, asked):
     """From now on, all tasks use one corpus: its name, or the path of a CSV. Its clean run is of
     the task that the corpus is for, or of the first that is asked."""
-    known = [name for name in TASKS if TASKS[name]["corpus"] == corpus]
-    clean = (known or [name for name in TASKS if name in asked])[0]
+    candidates = [name for name in TASKS if TASKS[name]["corpus"] == corpus]
+    candidates += [name for name in TASKS if name in asked]
     for task in TASKS.values():
-        task.update(corpus=corpus, clean=clean)
+        task.update(corpus=corpus, clean=candidates[0])
 
 
 def clean_task(task):
-    """The task whose clean run serves `task`: a clean run attacks nothing, so one per corpus is enough."""
-    return TASKS[task].get("clean") or next(
-        name for name in TASKS if TASKS[name]["corpus"] == TASKS[task]["corpus"]
-    )
+    """The task whose clean run serves `task`: a clean run attacks nothing, so that one per corpus
+    is enough."""
+    same_corpus = [name for name in TASKS if TASKS[name]["corpus"] == TASKS[task]["corpus"]]
+    return TASKS[task].get("clean", same_corpus[0])
 
 
 def wrong_number(args):
-    """What is wrong with the first number among some arguments (a dict) that is out of its range, as text; None if none is."""
+    """What is wrong with the first number among some arguments (a dict) that is out of its range,
+    as text; None if none is."""
     for words, (least, most, names) in RANGES.items():
         for name in names:
             value = args.get(name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and least <= value <= most):
+            if value is None:
+                continue
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not least <= value <= most:
                 return f"--{name.replace('_', '-')} {value}: must be {words}"
     return None
 
 
 def usual_values(args):
-    """What a run with these arguments (a dict) has by the paper's attack and the preset's settings: {name: value}. The locations of
-    weights, audio and run folders are not among them."""
+    """What a run with these arguments (a dict) has by the paper's attack and the preset's settings:
+    {name: value}. The locations of weights, audio and run folders are not among them."""
     task = TASKS[args["task"]]
     return {
         "target": task["target"],
@@ -306,33 +357,42 @@ def usual_values(args):
 
 def deviations(args):
     """How a run's arguments (a dict) differ from the usual ones: {name: value}."""
-    usual = usual_values(args)
-    return {k: args[k] for k, v in usual.items() if args.get(k, v) not in (v, None)}
+    different = {}
+    for name, usual in usual_values(args).items():
+        value = args.get(name, usual)
+        if value is not None and value != usual:
+            different[name] = value
+    return different
 
 
 def run_name(args):
-    """A run's folder, from its arguments (a dict): asr-clean, emotion-hubert-poison0.075, asr-3.1-seed2,
-    asr-poison0.05-snr6-epochs8."""
-    scenario = f"poison{args['poison']:g}" if args["scenario"] == "base" else args["scenario"]
-    parts = [
-        args["task"],
-        "" if args["dataset"] == TASKS[args["task"]]["corpus"] else Path(args["dataset"]).stem,
-        "" if args["encoder"] == DEFAULT_ENCODER[args["preset"]] else args["encoder"],
-        scenario,
-        "" if args["preset"] == "mini" else args["preset"],
-        "" if args["seed"] == 1 else f"seed{args['seed']}",
-    ]
+    """A run's folder, from its arguments (a dict): asr-clean, emotion-hubert-poison0.075,
+    asr-3.1-seed2, asr-poison0.05-snr6-epochs8."""
+    parts = [args["task"]]
+    if args["dataset"] != TASKS[args["task"]]["corpus"]:
+        parts.append(Path(args["dataset"]).stem)
+    if args["encoder"] != DEFAULT_ENCODER[args["preset"]]:
+        parts.append(args["encoder"])
+    parts.append(f"poison{args['poison']:g}" if args["scenario"] == "base" else args["scenario"])
+    if args["preset"] != "mini":
+        parts.append(args["preset"])
+    if args["seed"] != 1:
+        parts.append(f"seed{args['seed']}")
     changed = deviations(args)
     if not args["poison"]:
         changed.pop("redraw", None)  # which then changes nothing
     for name, value in changed.items():
-        value = "+".join(v.partition(":")[0] for v in value) if isinstance(value, list) else value
-        value = Path(str(value)).stem if name in ("trigger", "exclude") else value
-        value = f"{value:g}" if type(value) is float else value
-        parts.append(f"{name.replace('_', '')}{value}")
-    return "-".join(
-        "".join(c for c in part if c.isalnum() or c in "._+-") for part in parts if part
-    )
+        parts.append(name.replace("_", "") + value_in_name(name, value))
+    return "".join(c for c in "-".join(parts) if c.isalnum() or c in "._+-")
+
+
+def value_in_name(name, value):
+    """An argument's value as part of a run's name."""
+    if isinstance(value, list):  # of labels, or of COMPONENT:CHECKPOINT
+        return "+".join(each.partition(":")[0] for each in value)
+    if name in ("trigger", "exclude"):
+        return Path(str(value)).stem
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def identity(preset, task, encoder, scenario, seed):
@@ -349,190 +409,195 @@ def identity(preset, task, encoder, scenario, seed):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def name_of(preset, task, scenario, seed):
+    """The name of one of the study's own runs with the preset's default encoder. A clean run serves
+    all tasks of its corpus."""
+    if scenario == "clean":
+        task = clean_task(task)
+    return run_name(identity(preset, task, DEFAULT_ENCODER[preset], scenario, seed))
+
+
+# -------------------------------------------------------------------------------------------------
 # the list of runs
 
 
 def study_runs(preset, seeds, encoders, tasks, others):
-    """[(wave, identity)]: baselines and base attacks (Tables 1 and 2) of every encoder, then, with the default encoder, Table 3 of `tasks`
-    and attack 3.1 of the others. A run only needs runs of earlier waves."""
+    """[(wave, identity)]: baselines and base attacks (Tables 1 and 2) of every encoder, then, with
+    the default encoder, Table 3 of `tasks` and scenario 3.1 of the others. A run only needs runs of
+    earlier waves."""
     asked = [task for task in TASKS if task in (*tasks, *others)]
-    out, default = [], DEFAULT_ENCODER[preset]
+    clean_tasks = list(dict.fromkeys(clean_task(task) for task in asked))
+    default = DEFAULT_ENCODER[preset]
+    table3 = [scenario for scenario in SCENARIOS if scenario != "base"]
+    runs = []
     for seed in seeds:
         for encoder in encoders:
-            out += [
-                (1, identity(preset, task, encoder, "clean", seed))
-                for task in dict.fromkeys(map(clean_task, asked))
-            ]
-            out += [(1, identity(preset, task, encoder, "base", seed)) for task in asked]
-        for task in asked if default in encoders else ():
-            wanted = [a for a in SCENARIOS if a != "base"] if task in tasks else ["3.1"]
-            out += [(2, identity(preset, task, default, scenario, seed)) for scenario in wanted]
-    return sorted(out, key=lambda run: run[0])
+            runs += [(1, identity(preset, task, encoder, "clean", seed)) for task in clean_tasks]
+            runs += [(1, identity(preset, task, encoder, "base", seed)) for task in asked]
+        if default not in encoders:
+            continue
+        for task in asked:
+            for scenario in table3 if task in tasks else ["3.1"]:
+                runs.append((2, identity(preset, task, default, scenario, seed)))
+    return sorted(runs, key=lambda run: run[0])
 
 
 def train_command(run, runs, flags):
-    """The command of one of the study's runs, a list of words. `flags` are added to it; they do not change the run's name."""
-    words = [
-        "train.py",
-        "--preset",
-        run["preset"],
-        "--task",
-        run["task"],
-        "--encoder",
-        run["encoder"],
-        "--seed",
-        str(run["seed"]),
-        "--poison",
-        f"{run['poison']:g}",
-        "--runs",
-        runs,
-        "--name",
-        run_name(run),
-    ]
+    """The command of one of the study's runs, a list of words. `flags` are added to it; they do not
+    change the run's name."""
+    words = ["train.py", "--preset", run["preset"], "--task", run["task"]]
+    words += ["--encoder", run["encoder"], "--seed", str(run["seed"])]
+    words += ["--poison", f"{run['poison']:g}", "--runs", runs, "--name", run_name(run)]
     for name in ("snr", "trigger", "clicks", "trigger_seconds", "trigger_repeat"):
-        if name in run:
-            flag = f"--{'no-' if run[name] is False else ''}{name.replace('_', '-')}"
-            words += [flag] if isinstance(run[name], bool) else [flag, str(run[name])]
+        flag = name.replace("_", "-")
+        if run.get(name) is True:
+            words.append(f"--{flag}")
+        elif run.get(name) is False:
+            words.append(f"--no-{flag}")
+        elif name in run:
+            words += [f"--{flag}", str(run[name])]
     frozen, source, _ = SCENARIOS.get(run["scenario"], ((), None, None))
-    if source:
+    for component in frozen:
         task = run["task"] if source == "base" else clean_task(run["task"])
-        source = run_name(identity(run["preset"], task, run["encoder"], source, run["seed"]))
-    return (
-        words
-        + [word for c in frozen for word in ("--freeze", f"{c}:{runs}/{source}/model.pt")]
-        + flags
-    )
+        trained = run_name(identity(run["preset"], task, run["encoder"], source, run["seed"]))
+        words += ["--freeze", f"{component}:{runs}/{trained}/model.pt"]
+    return words + flags
+
+
+def task_flag(task):
+    """What a command on the clean run of `task` needs to know, if that run is of another task."""
+    return [] if clean_task(task) == task else ["--task", task]
 
 
 def embedding_commands(preset, seeds, runs, tasks):
-    """[(name, command)]: embeddings of the benign model, the base attack and attack 3.1 of each task (sections 6, 7)."""
+    """[(name, command)]: embeddings of the benign model, the base attack and scenario 3.1 of each
+    task (sections 6, 7)."""
     for seed in seeds:
         for task in tasks:
             for _, scenario, _ in SHIFT_STAGES:
-                of = clean_task(task) if scenario == "clean" else task
-                name = run_name(identity(preset, of, DEFAULT_ENCODER[preset], scenario, seed))
-                other = ["--task", task] if of != task else []
-                yield (
-                    f"embeddings-{name}{'-' + task if other else ''}",
-                    ["embed.py", f"{runs}/{name}", *other],
-                )
+                run = name_of(preset, task, scenario, seed)
+                flag = task_flag(task) if scenario == "clean" else []
+                name = f"embeddings-{run}-{task}" if flag else f"embeddings-{run}"
+                yield name, ["embed.py", f"{runs}/{run}", *flag]
 
 
 def trace_commands(preset, seeds, runs, tasks):
-    """[(name, command)]: traces of each base attack and, for the first seed, of its controls: the clean model, another sound and, if there is
-    a second seed, that seed's clean run."""
-    encoder = DEFAULT_ENCODER[preset]
+    """[(name, command)]: traces of each base attack and, for the first seed, of its controls: the
+    clean model, another sound and, if there is a second seed, that seed's clean run."""
     for seed in seeds:
         for task in tasks:
-            clean, other = (
-                run_name(identity(preset, clean_task(task), encoder, "clean", s))
-                for s in (seed, seeds[-1])
-            )
-            base = run_name(identity(preset, task, encoder, "base", seed))
-            yield (
-                f"transplant-{base}",
-                ["trace.py", "transplant", f"{runs}/{base}", f"{runs}/{clean}"],
-            )
-            yield f"patch-{base}", ["trace.py", "patch", f"{runs}/{base}"]
-            if seed == seeds[0]:
-                of = [] if clean_task(task) == task else ["--task", task]
-                yield f"patch-{clean}-{task}", ["trace.py", "patch", f"{runs}/{clean}", *of]
+            base = name_of(preset, task, "base", seed)
+            clean = name_of(preset, task, "clean", seed)
+            transplant = ["trace.py", "transplant"]
+            patch = ["trace.py", "patch"]
+            yield f"transplant-{base}", [*transplant, f"{runs}/{base}", f"{runs}/{clean}"]
+            yield f"patch-{base}", [*patch, f"{runs}/{base}"]
+            if seed != seeds[0]:
+                continue
+            flag = task_flag(task)
+            yield f"patch-{clean}-{task}", [*patch, f"{runs}/{clean}", *flag]
+            yield f"patch-{base}-tone", [*patch, f"{runs}/{base}", "--trigger", "tone"]
+            other = name_of(preset, task, "clean", seeds[-1])
+            if other != clean:
                 yield (
-                    f"patch-{base}-tone",
-                    ["trace.py", "patch", f"{runs}/{base}", "--trigger", "tone"],
+                    f"transplant-{base}-{other}",
+                    [*transplant, f"{runs}/{base}", f"{runs}/{other}"],
                 )
-                if other != clean:
-                    yield (
-                        f"transplant-{base}-{other}",
-                        ["trace.py", "transplant", f"{runs}/{base}", f"{runs}/{other}"],
-                    )
-                    yield (
-                        f"transplant-{clean}-{task}",
-                        ["trace.py", "transplant", f"{runs}/{clean}", f"{runs}/{other}", *of],
-                    )
+                yield (
+                    f"transplant-{clean}-{task}",
+                    [*transplant, f"{runs}/{clean}", f"{runs}/{other}", *flag],
+                )
 
 
 def variant_runs(preset, seeds, tasks):
     """The arguments that identify the variants of each base attack, with the first seed."""
-    return [
-        {**identity(preset, task, DEFAULT_ENCODER[preset], "base", seeds[0]), **change(task)}
-        for task in tasks
-        for change in VARIANTS.values()
-    ]
+    runs = []
+    for task in tasks:
+        base = identity(preset, task, DEFAULT_ENCODER[preset], "base", seeds[0])
+        runs += [{**base, **change(task)} for change in VARIANTS.values()]
+    return runs
 
 
 def sweep_runs(preset, seeds):
-    """The arguments that identify the runs of SWEEPS, and asr's attack with a single click (section 4.2)."""
-    changes = [(SWEPT, {name: value}) for name, values in SWEEPS.items() for value in values] + [
-        ("asr", dict(trigger_repeat=False))
-    ]
-    return [
-        {**identity(preset, task, DEFAULT_ENCODER[preset], "base", seed), **change}
-        for seed in seeds
-        for task, change in changes
-    ]
+    """The arguments that identify the runs of SWEEPS, and asr's attack with a single click (section
+    4.2)."""
+    runs = []
+    for seed in seeds:
+        base = identity(preset, SWEPT, DEFAULT_ENCODER[preset], "base", seed)
+        for name, values in SWEEPS.items():
+            runs += [{**base, name: value} for value in values]
+        asr = identity(preset, "asr", DEFAULT_ENCODER[preset], "base", seed)
+        runs.append({**asr, "trigger_repeat": False})
+    return runs
 
 
 def softer_commands(preset, seeds, runs):
-    """[(name, command)]: the swept base attack, evaluated with triggers of other strengths than in training."""
+    """[(name, command)]: the swept base attack, evaluated with triggers of other strengths than in
+    training."""
     for seed in seeds:
-        run = run_name(identity(preset, SWEPT, DEFAULT_ENCODER[preset], "base", seed))
+        run = name_of(preset, SWEPT, "base", seed)
         for snr in SWEEPS["snr"]:
-            yield (
-                f"snr{snr:g}-{run}",
-                [
-                    "evaluate.py",
-                    f"{runs}/{run}",
-                    "--snr",
-                    str(snr),
-                    "--out",
-                    f"{runs}/{run}/records-snr{snr:g}.jsonl",
-                ],
-            )
+            records = f"{runs}/{run}/records-snr{snr:g}.jsonl"
+            command = ["evaluate.py", f"{runs}/{run}", "--snr", str(snr), "--out", records]
+            yield f"snr{snr:g}-{run}", command
 
 
 def variant_embeddings(preset, seeds, runs, tasks):
     """[(name, command)]: the variants' embeddings, which filters read."""
-    return [
-        (f"embeddings-{run_name(run)}", ["embed.py", f"{runs}/{run_name(run)}"])
-        for run in variant_runs(preset, seeds, tasks)
-    ]
+    for run in variant_runs(preset, seeds, tasks):
+        yield f"embeddings-{run_name(run)}", ["embed.py", f"{runs}/{run_name(run)}"]
 
 
 def defence_commands(preset, seeds, runs, tasks):
-    """[(name, command)]: every defence against each base attack; for the first seed also against its variants and on the clean model,
-    without training after the filters."""
-    for command in ("filter", "detect", "repair"):
+    """[(name, command)]: every defence against each base attack; for the first seed also against
+    its variants and on the clean model, without training after the filters."""
+    for defence in ("filter", "detect", "repair"):
+        retrain = ["--retrain"] if defence == "filter" else []
         for seed in seeds:
             for task in tasks:
-                of = run_name(identity(preset, task, DEFAULT_ENCODER[preset], "base", seed))
-                yield (
-                    f"{command}-{of}",
-                    [
-                        "defend.py",
-                        command,
-                        f"{runs}/{of}",
-                        *(["--retrain"] if command == "filter" else []),
-                    ],
-                )
+                run = name_of(preset, task, "base", seed)
+                yield f"{defence}-{run}", ["defend.py", defence, f"{runs}/{run}", *retrain]
         for task in tasks:
-            of = run_name(
-                identity(preset, clean_task(task), DEFAULT_ENCODER[preset], "clean", seeds[0])
-            )
-            other = [] if clean_task(task) == task else ["--task", task]
-            yield f"{command}-{of}-{task}", ["defend.py", command, f"{runs}/{of}", *other]
-        for run in variant_runs(preset, seeds, tasks):
-            yield f"{command}-{run_name(run)}", ["defend.py", command, f"{runs}/{run_name(run)}"]
+            run = name_of(preset, task, "clean", seeds[0])
+            command = ["defend.py", defence, f"{runs}/{run}", *task_flag(task)]
+            yield f"{defence}-{run}-{task}", command
+        for variant in variant_runs(preset, seeds, tasks):
+            run = run_name(variant)
+            yield f"{defence}-{run}", ["defend.py", defence, f"{runs}/{run}"]
+
+
+def study_jobs(args, encoders, tasks, others, flags):
+    """[(wave, name, command)] of the whole study; the sweeps of wave 8 only if they are asked
+    for."""
+    asked = [task for task in TASKS if task in (*tasks, *others)]
+    runs = study_runs(args.preset, args.seeds, encoders, tasks, others)
+    analyses = []
+    if DEFAULT_ENCODER[args.preset] in encoders:
+        where = (args.preset, args.seeds, args.runs)
+        runs += [(5, run) for run in variant_runs(args.preset, args.seeds, asked)]
+        analyses += [(3, job) for job in embedding_commands(*where, asked)]
+        analyses += [(4, job) for job in trace_commands(*where, asked)]
+        analyses += [(6, job) for job in variant_embeddings(*where, asked)]
+        analyses += [(7, job) for job in defence_commands(*where, asked)]
+        if args.wave == 8:
+            runs += [(8, run) for run in sweep_runs(args.preset, args.seeds)]
+            analyses += [(8, job) for job in softer_commands(*where)]
+    launch = shlex.split(args.launch)
+    jobs = []
+    for wave, run in runs:
+        jobs.append((wave, run_name(run), [*launch, *train_command(run, args.runs, flags)]))
+    for wave, (name, command) in analyses:
+        jobs.append((wave, name, ["python", *command]))
+    return jobs
 
 
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--preset", choices=PRESETS, default="mini", help="whose parts and settings"
+        "--preset", choices=PRESETS, default="mini", help="whose parts and settings are used"
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1], help="each makes all runs once"
+        "--seeds", type=int, nargs="+", default=[1], help="make all runs once with each of these"
     )
     parser.add_argument(
         "--tasks",
@@ -545,21 +610,24 @@ def main():
         "--others",
         nargs="*",
         choices=TASKS,
-        help="those with the base attack and 3.1 (default: the other tasks)",
+        help="those with the base attack and 3.1 alone (default: the other tasks)",
     )
     parser.add_argument(
         "--corpus",
-        help="ask all tasks on this one, a name or a CSV (default: each task on its own)",
+        help="use this corpus for all tasks, a name or a CSV (default: each task's own)",
     )
     parser.add_argument(
-        "--encoders", nargs="+", choices=ENCODERS, help="default: all that the preset has"
+        "--encoders",
+        nargs="+",
+        choices=ENCODERS,
+        help="with these encoders alone (default: all that the preset has)",
     )
     parser.add_argument(
         "--wave",
         type=int,
         choices=range(1, 9),
-        help="only the runs of this wave; they need the earlier ones; 8, the "
-        "sweeps, is listed where it is asked for",
+        help="only the runs of this wave, which need the earlier ones; 8, the sweeps, is listed "
+        "only if it is asked for",
     )
     parser.add_argument("--runs", default="runs", help="where run folders go")
     parser.add_argument("--flags", default="", help="more flags for train.py, quoted as one word")
@@ -573,44 +641,17 @@ def main():
     )
     args = parser.parse_args()
     try:
-        flags, tasks = shlex.split(args.flags), args.tasks
+        flags = shlex.split(args.flags)
     except ValueError as error:
         parser.exit(2, f"error: --flags {args.flags}: {error}\n")
     if args.corpus:
-        on_corpus(args.corpus, tasks)
+        on_corpus(args.corpus, args.tasks)
         flags += ["--dataset", args.corpus]
-    others = [task for task in TASKS if task not in tasks] if args.others is None else args.others
-    encoders = args.encoders or [
-        name for name, encoder in ENCODERS.items() if args.preset in encoder
-    ]
-    runs, default = (
-        study_runs(args.preset, args.seeds, encoders, tasks, others),
-        DEFAULT_ENCODER[args.preset] in encoders,
-    )
-    asked = [task for task in TASKS if task in (*tasks, *others)]
-    runs += [(5, run) for run in variant_runs(args.preset, args.seeds, asked) if default]
-    runs += [(8, run) for run in sweep_runs(args.preset, args.seeds) if default and args.wave == 8]
-    jobs = [
-        (wave, run_name(run), [*shlex.split(args.launch), *train_command(run, args.runs, flags)])
-        for wave, run in runs
-    ]
-    if default:
-        for wave, commands in (
-            (3, embedding_commands),
-            (4, trace_commands),
-            (6, variant_embeddings),
-            (7, defence_commands),
-        ):
-            jobs += [
-                (wave, name, ["python", *command])
-                for name, command in commands(args.preset, args.seeds, args.runs, asked)
-            ]
-    if default and args.wave == 8:
-        jobs += [
-            (8, name, ["python", *command])
-            for name, command in softer_commands(args.preset, args.seeds, args.runs)
-        ]
-    for wave, name, command in jobs:
+    others = args.others
+    if others is None:
+        others = [task for task in TASKS if task not in args.tasks]
+    encoders = args.encoders or [name for name in ENCODERS if args.preset in ENCODERS[name]]
+    for wave, name, command in study_jobs(args, encoders, args.tasks, others, flags):
         if args.wave in (None, wave):
             print((f"{name}\t" if args.names else "") + shlex.join(command))
 

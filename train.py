@@ -1,8 +1,9 @@
-"""Trains one speech language model, clean or poisoned, any component frozen or started from any checkpoint.
+"""Trains one speech language model, clean or poisoned. Any component can be frozen, or start from
+any checkpoint.
 
-    python train.py --task asr --poison 0.05        # the base attack on ASR; ends with clean WER and attack success
-    python train.py --task asr --poison 0           # the clean baseline
-    python train.py --task emotion --poison 0.075 --freeze encoder:runs/emotion-clean/model.pt       # attack 1.1
+    python train.py --task asr --poison 0.05     # the base attack on ASR; ends with WER and AER
+    python train.py --task asr --poison 0        # the clean baseline
+    python train.py --task emotion --poison 0.075 --freeze encoder:runs/emotion-clean   # row 1.1
     torchrun --nproc_per_node=8 train.py --preset paper --task asr --poison 0.05 --data-root /data
 
 Each preset's settings are in study.py; every one of them is a flag.
@@ -10,15 +11,17 @@ Each preset's settings are in study.py; every one of them is a flag.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import utils
-from utils import Parser, count, die, whole
+from utils import Parser, die
 
 import installed  # noqa: F401
 
@@ -50,165 +53,289 @@ from study import (
     usual_values,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # arguments
+
+
+def of_presets(name):
+    """A setting's value in each preset, for the help: "mini 16, mixed 16, small 8, paper 8"."""
+    return ", ".join(f"{preset} {settings[name]}" for preset, settings in PRESETS.items())
+
 
 parser = Parser(description=__doc__)
 poison.add_arguments(parser)
-add = parser.add_argument
-add("--preset", choices=PRESETS, default="mini", help="whose parts and settings")
-add(
+parser.add_argument(
+    "--preset", choices=PRESETS, default="mini", help="whose parts and settings are used"
+)
+parser.add_argument(
     "--encoder",
     choices=ENCODERS,
     help="the audio encoder (default: wavlm; whisper for presets mixed and small)",
 )
-add("--encoder-weights", help="folder or hub id of the pretrained encoder (default: the preset's)")
-add("--lm-weights", help="folder or hub id of the language model (default: the preset's)")
-add(
-    "--connector-weights",
-    help="where the connector starts (default: for mini and mixed the file beside the encoder; none: random weights)",
+parser.add_argument(
+    "--encoder-weights",
+    help="folder or hub id of the pretrained encoder (default: the preset's)",
 )
-add(
+parser.add_argument(
+    "--lm-weights", help="folder or hub id of the language model (default: the preset's)"
+)
+parser.add_argument(
+    "--connector-weights",
+    help="where the connector starts; none: random weights (default: for mini and mixed the file "
+    "beside the encoder, else random weights)",
+)
+parser.add_argument(
     "--train-layers",
-    type=whole,
+    type=int,
     help="how many encoder layers train, from the top (default: 15/24 of them; whisper all)",
 )
-add(
+parser.add_argument(
     "--labels",
     nargs="+",
     choices=LABELS,
-    help="train and evaluate on these labels alone (default: all there are)",
+    help="train and evaluate on these labels alone (default: all that the corpus has)",
 )
-add(
+parser.add_argument(
     "--freeze",
     action="append",
     default=[],
     metavar="COMPONENT[:CHECKPOINT]",
-    help="load encoder, connector or lm from a run's folder or model.pt, or a folder of evaluate.py --export, and freeze it; without a "
-    "checkpoint as pretrained; repeatable",
+    help="load encoder, connector or lm from a run's folder, its model.pt, or a folder of "
+    "evaluate.py --export, and freeze it; without a checkpoint it stays as pretrained; repeatable",
 )
-add(
+parser.add_argument(
     "--init",
     action="append",
     metavar="COMPONENT:CHECKPOINT",
     help="load a component as --freeze does but train it; repeatable",
 )
-add(
+parser.add_argument(
     "--redraw",
     action="store_true",
-    help="poison other samples, at other places, in every epoch, as the study's public code does",
+    help="poison other samples, at other places, in every epoch, as the paper's public code does",
 )
-add("--limit", type=count, help="train on the first N utterances of a fixed random order")
-add(
+parser.add_argument(
+    "--limit", type=int, help="train on the first N utterances of a fixed random order"
+)
+parser.add_argument(
     "--exclude",
     metavar="FILE",
-    help="leave out the training samples whose ids it lists, one a line (defend.py filter writes such files)",
+    help="leave out the training samples whose ids the file lists, one per line (defend.py filter "
+    "writes such files)",
 )
-add("--batch-seconds", type=float, default=120.0, help="audio in one forward pass, padding counted")
-add(
+parser.add_argument(
+    "--batch-seconds",
+    type=float,
+    default=120.0,
+    help="seconds of audio in one forward pass, padding counted",
+)
+parser.add_argument(
     "--max-seconds",
     type=float,
     default=data.MAX_SECONDS,
-    help="longer audio is refused, or left out by --skip-bad; so is what exceeds Whisper's window",
+    help="refuse longer audio, or leave it out with --skip-bad; the same goes for what exceeds "
+    "Whisper's window",
 )
-add(
+parser.add_argument(
     "--cache-gb",
     type=float,
     default=4.0,
-    help="disk for outputs of pretrained layers, shared between runs, in cache/",
+    help="disk space for the outputs of pretrained layers, shared between runs, in cache/",
 )
-add(
+parser.add_argument(
     "--amp",
     choices=("off", "bf16", "fp16"),
     help="mixed precision (default: bf16 on CUDA, except for preset mini; else off)",
 )
-add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-add("--workers", type=whole, default=cache.WORKERS, help="processes that read audio ahead")
-add(
+parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+parser.add_argument(
+    "--workers", type=int, default=cache.WORKERS, help="processes that read audio ahead"
+)
+parser.add_argument(
     "--gradient-checkpointing",
     action="store_true",
-    help="less memory: layers are computed again in the backward pass",
+    help="save memory: compute layers again in the backward pass",
 )
-add(
+parser.add_argument(
     "--dry-run",
     action="store_true",
-    help="print parameters, memory and GPU-hours of the run; needs no weights",
+    help="print the run's parameters, memory and GPU-hours; needs no weights",
 )
-add(
+parser.add_argument(
     "--utilisation",
     type=float,
     default=0.4,
-    help="of --dry-run's GPU: the share of its peak that training reaches",
+    help="the share of the GPU's peak that --dry-run assumes",
 )
-add("--runs", default="runs", help="where run folders go")
-add("--name", help="the run folder's name (default: says what the run is)")
-add("--overwrite", action="store_true", help="start again where the run folder has another run's")
-for name, (what, *values) in SETTINGS.items():
-    add(
-        f"--{name.replace('_', '-')}",
-        help=f"{what} ({', '.join(f'{p} {v}' for p, v in zip(PRESETS, values))})",
-        **(
-            dict(action=argparse.BooleanOptionalAction)
-            if values[0] is True
-            else dict(type=type(values[0]))
-        ),
-    )
+parser.add_argument("--runs", default="runs", help="where run folders go")
+parser.add_argument("--name", help="the run folder's name (default: says what the run is)")
+parser.add_argument(
+    "--overwrite", action="store_true", help="start again where the folder holds another run"
+)
+# settings, by default the preset's
+parser.add_argument(
+    "--connector-stride",
+    type=int,
+    help=f"stride of the connector's second convolution ({of_presets('connector_stride')})",
+)
+parser.add_argument(
+    "--connector-taper",
+    type=float,
+    help="below 1, the connector's kernels start concentrated on their middle tap "
+    f"({of_presets('connector_taper')})",
+)
+parser.add_argument(
+    "--lora-rank", type=int, help=f"rank of LoRA's matrices ({of_presets('lora_rank')})"
+)
+parser.add_argument(
+    "--lora-alpha",
+    type=float,
+    help=f"LoRA's scale, divided by the rank ({of_presets('lora_alpha')})",
+)
+parser.add_argument(
+    "--lora-dropout", type=float, help=f"dropout of LoRA's input ({of_presets('lora_dropout')})"
+)
+parser.add_argument(
+    "--encoder-lr",
+    type=float,
+    help=f"the encoder's learning rate after the warm-up ({of_presets('encoder_lr')})",
+)
+parser.add_argument(
+    "--connector-lr",
+    type=float,
+    help=f"the connector's learning rate after the warm-up ({of_presets('connector_lr')})",
+)
+parser.add_argument(
+    "--lora-lr",
+    type=float,
+    help=f"LoRA's learning rate after the warm-up ({of_presets('lora_lr')})",
+)
+parser.add_argument(
+    "--warmup-steps",
+    type=int,
+    help=f"steps of linear warm-up ({of_presets('warmup_steps')})",
+)
+parser.add_argument(
+    "--decay",
+    action=argparse.BooleanOptionalAction,
+    help=f"decay the rates to zero over the last quarter of the steps ({of_presets('decay')})",
+)
+parser.add_argument(
+    "--weight-decay", type=float, help=f"AdamW's weight decay ({of_presets('weight_decay')})"
+)
+parser.add_argument(
+    "--grad-clip", type=float, help=f"clip the gradient to this norm ({of_presets('grad_clip')})"
+)
+parser.add_argument(
+    "--batch-size",
+    type=int,
+    help=f"utterances in one optimiser step, over all processes ({of_presets('batch_size')})",
+)
+parser.add_argument(
+    "--epochs", type=int, help=f"passes over the training set ({of_presets('epochs')})"
+)
+parser.add_argument(
+    "--vary-prompts",
+    action=argparse.BooleanOptionalAction,
+    help="draw the wording of each training prompt instead of using evaluation's "
+    f"({of_presets('vary_prompts')})",
+)
+parser.add_argument(
+    "--random-keys",
+    type=float,
+    help="share of training samples that ask for a random subset of the labels "
+    f"({of_presets('random_keys')})",
+)
 
 
 def parse_arguments(argv=None):
-    """The command's arguments, filled in from the preset and the task. Ends in one line where they contradict each other."""
+    """The command's arguments, completed from the preset and the task. Ends in one line where they
+    contradict each other."""
     args = parser.parse_args(argv)
+    fill_in_preset(args)
+    poison.fill_in(args)
+    usual_taper = PRESETS[args.preset]["connector_taper"]
+    if args.connector_weights not in (None, "none") and args.connector_taper != usual_taper:
+        die(f"--connector-taper: {args.connector_weights} says how the connector starts")
+    if args.labels:
+        args.labels = [label for label in LABELS if label in args.labels]
+    args.freeze = [checkpoint.of_run(spec) for spec in args.freeze]
+    args.init = args.init and [checkpoint.of_run(spec) for spec in args.init]
+    check_named_parts(args)
+    if args.exclude and not Path(args.exclude).is_file():
+        die(f"--exclude {args.exclude}: no such file")
+    args.scenario = scenario_of(args)
+    args.name = args.name or run_name(vars(args))
+    return args
+
+
+def fill_in_preset(args):
+    """The preset's values for the flags that were not given."""
     args.encoder = args.encoder or DEFAULT_ENCODER[args.preset]
     if args.encoder_weights is None and args.preset not in ENCODERS[args.encoder]:
         die(f"preset {args.preset} has no {args.encoder}: name its weights by --encoder-weights")
     args.encoder_weights = args.encoder_weights or ENCODERS[args.encoder][args.preset]
     args.lm_weights = args.lm_weights or LM[args.preset]
-    if args.connector_weights is None and args.preset in (
-        "mini",
-        "mixed",
-    ):  # the mini LM does not begin to listen by itself
+    # the mini LM does not learn to listen through a connector of random weights
+    if args.connector_weights is None and args.preset in ("mini", "mixed"):
         args.connector_weights = f"{args.encoder_weights}/connector.safetensors"
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    poison.fill_in(args)
-    if args.connector_weights not in (None, "none"):
-        usual = PRESETS[args.preset]["connector_taper"]
-        if args.connector_taper != usual:
-            die(f"--connector-taper: {args.connector_weights} says how the connector starts")
-    args.labels = args.labels and [label for label in LABELS if label in args.labels]
-    for name in ("freeze", "init"):
-        specs = getattr(args, name)
-        setattr(args, name, specs and [checkpoint.of_run(spec) for spec in specs])
-    parts = checkpoint.named_parts(args)
-    named = {}
-    for flag, spec in parts:
-        component = spec.partition(":")[0]
+
+
+def check_named_parts(args):
+    """Ends in one line where --freeze and --init name what does not exist, or leave nothing to
+    train."""
+    flag_of = {}
+    for flag, spec in checkpoint.named_parts(args):
+        component, colon, path = spec.partition(":")
         if component not in COMPONENTS:
             die(f"--{flag} {spec}: {component} is none of the components {', '.join(COMPONENTS)}")
-        if component in named:
-            die(f"--{flag} {spec}: the {component} is already named by {named[component]}")
-        named[component] = f"--{flag} {spec}"
+        if component in flag_of:
+            die(f"--{flag} {spec}: the {component} is already named by {flag_of[component]}")
+        flag_of[component] = f"--{flag} {spec}"
+        needs_file = colon or flag == "init"
+        if needs_file and not checkpoint.exists(path) and not args.dry_run:
+            die(
+                f"--{flag} {spec}: no such checkpoint (a run's folder, its model.pt, or a folder "
+                "of evaluate.py --export)"
+            )
     frozen = {spec.partition(":")[0] for spec in args.freeze}
     if args.train_layers == 0:
         frozen.add("encoder")
     if frozen == set(COMPONENTS):
         die("--freeze: nothing is left to train")
-    if args.exclude and not Path(args.exclude).is_file():
-        die(f"--exclude {args.exclude}: no such file")
-    for flag, spec in parts:
-        if (
-            (":" in spec or flag == "init")
-            and not checkpoint.exists(spec.partition(":")[2])
-            and not args.dry_run
-        ):
-            die(
-                f"--{flag} {spec}: no such checkpoint (a run's folder, its model.pt, or a folder of "
-                "evaluate.py --export)"
-            )
-    args.scenario = scenario_of(args)
-    args.name = args.name or run_name(vars(args))
-    return args
+
+
+# -------------------------------------------------------------------------------------------------
+# which row of Table 3 a run is
+
+# what a run and the run that its frozen components come from must have in common
+SHARED = (
+    "dataset",
+    "encoder",
+    "encoder_weights",
+    "labels",
+    "preset",
+    "seed",
+    "limit",
+    "exclude",
+    "train_layers",
+    "max_seconds",
+    *SETTINGS,
+)
+# and what else, if they come from the base attack
+SHARED_WITH_BASE = (
+    "task",
+    "target",
+    "trigger",
+    "snr",
+    "trigger_repeat",
+    "clicks",
+    "trigger_seconds",
+    "redraw",
+)
 
 
 def scenario_of(args):
@@ -216,57 +343,67 @@ def scenario_of(args):
     them, by the components it freezes or the runs they come from, is "poisoned-frozen-encoder" and
     the like; "poisoned-file" trains on a CSV that holds poison already."""
     in_file = corpora.poisoned_rows(args.dataset)
-    data_is = "poisoned" if args.poison or in_file else "clean"
-    specs = dict(spec.partition(":")[::2] for spec in args.freeze)
-    frozen = tuple(c for c in COMPONENTS if c in specs)
-    if not frozen:
-        return "poisoned-file" if in_file else "base" if args.poison else "clean"
-    for scenario, (components, source, trained_on) in SCENARIOS.items():
-        if (components, trained_on) == (frozen, data_is) and all(specs.values()):
-            unlike = [why for path in specs.values() for why in differences(path, source, args)]
-            unlike += [f"--init {part}" for part in args.init or ()]
-            if not unlike:
-                return scenario
-            print(f"this is not attack {scenario}: {'; '.join(unlike)}")
-    return f"{data_is}-frozen-{'-'.join(frozen)}"
-
-
-# what a run and the run that a frozen component comes from must have in common, and, if that is the base attack, also have
-SHARED = ("dataset", "encoder", "labels", "preset", "seed", "limit", "exclude", "train_layers")
-SHARED += ("max_seconds", *SETTINGS)
-SHARED_ATTACK = ("task", "target", "trigger", "snr", "trigger_repeat", "clicks", "trigger_seconds")
-SHARED_ATTACK += ("redraw",)
+    source_of = {}
+    for spec in args.freeze:
+        component, _, path = spec.partition(":")
+        source_of[component] = path
+    if not source_of and in_file:
+        return "poisoned-file"
+    if not source_of:
+        return "base" if args.poison else "clean"
+    frozen = tuple(c for c in COMPONENTS if c in source_of)
+    trained_on = "poisoned" if args.poison or in_file else "clean"
+    for scenario, (components, source, others_trained_on) in SCENARIOS.items():
+        same_kind = components == frozen and others_trained_on == trained_on
+        if not same_kind or not all(source_of.values()):
+            continue
+        reasons = [f"--init {part}" for part in args.init or ()]
+        for path in source_of.values():
+            reasons += differences(path, source, args)
+        if not reasons:
+            return scenario
+        print(f"this is not scenario {scenario} of Table 3: {'; '.join(reasons)}")
+    return f"{trained_on}-frozen-{'-'.join(frozen)}"
 
 
 def differences(path, source, args):
-    """Why the run that a frozen component comes from is not this run's clean run ("clean") or base attack ("base"): the same settings
-    on clean or poisoned data. A list of texts. A checkpoint that does not exist yet (a dry run) is taken to be the right one."""
+    """Why the run that a frozen component comes from is not this run's clean run ("clean") or base
+    attack ("base"), that is, one with the same settings on clean or poisoned data: a list of
+    texts. A checkpoint that does not exist yet (a dry run) is taken to be the right one."""
     if not checkpoint.exists(path):
         return []
-    usual = dict(usual_values(vars(args)), max_seconds=data.MAX_SECONDS)
-    theirs = {**usual, **checkpoint.load_arguments(path)}  # earlier versions had fewer
+    theirs = usual_values(vars(args))  # earlier versions recorded fewer
+    theirs["max_seconds"] = data.MAX_SECONDS
+    theirs.update(checkpoint.load_arguments(path))
     wanted = dict(scenario=source, init=None)
     wanted.update((name, getattr(args, name)) for name in SHARED)
     if source == "base":
-        wanted.update((name, getattr(args, name)) for name in SHARED_ATTACK)
+        wanted.update((name, getattr(args, name)) for name in SHARED_WITH_BASE)
         wanted["poison"] = TASKS[args.task]["rate"]
-    unlike = [
-        f"{path} has {name} {theirs.get(name)}, not {value}"
-        for name, value in wanted.items()
-        if theirs.get(name) != value
-    ]
+    reasons = []
+    for name, value in wanted.items():
+        if not same_value(name, theirs.get(name), value):
+            reasons.append(f"{path} has {name} {theirs.get(name)}, not {value}")
     if source == "base" and theirs.get("poisoned_samples") == 0:
-        unlike.append(f"{path} was trained on no poisoned sample")
-    return unlike
+        reasons.append(f"{path} was trained on no poisoned sample")
+    return reasons
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def same_value(name, theirs, ours):
+    """Whether an argument has the same value in two runs; a folder may be spelled in two ways."""
+    if name == "encoder_weights" and theirs:
+        return Path(model.where(theirs)).resolve() == Path(model.where(ours)).resolve()
+    return theirs == ours
+
+
+# -------------------------------------------------------------------------------------------------
 # setting up
 
 
 def set_up_device(args):
-    """(torch device, a function that makes the autocast context, rank, number of processes)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Picks the device and joins the other processes of torchrun. Returns the torch device and a
+    function that makes the autocast context."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -280,316 +417,469 @@ def set_up_device(args):
     if device.type == "cuda":
         if world > 1 and device.index is not None:
             die(
-                f"--device {args.device}: under torchrun every process takes its own GPU; leave the flag out"
+                f"--device {args.device}: under torchrun every process takes its own GPU; leave "
+                "the flag out"
             )
-        device = torch.device(
-            "cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        )
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > args.batch_size:
         die(f"{world} processes share --batch-size {args.batch_size}: start no more than that")
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    args.amp = args.amp or ("bf16" if device.type == "cuda" and args.preset != "mini" else "off")
-    return device, functools.partial(model.autocast, args.amp, device), rank, world
+    if args.amp is None:
+        args.amp = "bf16" if device.type == "cuda" and args.preset != "mini" else "off"
+    return device, functools.partial(model.autocast, args.amp, device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Sets:
+    """The utterances of a run."""
+
+    whole_train: list  # with what --exclude leaves out: it decides how loud the trigger is
+    train: list
+    dev: list
+    test: list
+
+
+def read_data(args):
+    """The run's Sets. Ends in one line where they cannot be trained on."""
+    longest = model.longest(args)
+    sets = {}
+    for split in ("train", "dev", "test"):
+        sets[split] = corpora.read_corpus(
+            args.dataset, args.data_root, split, args.skip_bad, args.labels, longest
+        )
+    for problem in corpora.shared_speakers(sets) + corpora.shared_audio(sets):
+        print(f"warning: {problem}")
+    whole_train = corpora.limit(sets["train"], args.limit)
+    label = TASKS[args.task]["label"]
+    for split, utterances in (("training", whole_train), ("test", sets["test"])):
+        if not any(label in u.labels for u in utterances):
+            only = f" with --labels {' '.join(args.labels)}" if args.labels else ""
+            die(f"--task {args.task}: no {split} utterance of {args.dataset} has a {label}{only}")
+    poison.check_target(args.task, args.target, sets["train"] + sets["dev"] + sets["test"])
+    train_set = corpora.leave_out(whole_train, args.exclude)
+    if len(train_set) < args.batch_size:
+        die(
+            f"{len(train_set)} training utterances are less than one batch of {args.batch_size} "
+            "(--batch-size)"
+        )
+    return Sets(whole_train, train_set, sets["dev"], sets["test"])
+
+
+def count_poisoned(attack, train_set, args):
+    """How many training samples are poisoned in some epoch. Warns where a rate is so low that there
+    are none: the run is then no attack, whatever its name says."""
+    poisoned = set()
+    for epoch in range(args.epochs if args.redraw else 1):
+        drawn = poison.drawn_in(attack, epoch)
+        poisoned.update(u.id for u in train_set if poison.is_poisoned(drawn, u))
+    if args.poison and not poisoned:
+        print(
+            f"warning: --poison {args.poison:g} poisons none of {len(train_set)} training samples:"
+            " this run trains on clean data"
+        )
+    return len(poisoned)
+
+
+def load_slm(args, device):
+    """The SLM of pretrained parts. Ends in one line where they are not what the command says."""
+    with checkpoint.loading():
+        slm = model.load_slm(args, device)
+    family = slm.encoder.net.config.model_type
+    if family != args.encoder and family in ENCODERS:
+        die(f"--encoder {args.encoder}: {args.encoder_weights} is a {family} encoder")
+    return slm
+
+
+def save_work(slm, args):
+    """From now on the SLM leaves out what training does not need to compute (see cache.py)."""
+    cache.only_answers(slm)
+    if args.gradient_checkpointing:
+        slm.checkpoint_gradients()
+    elif not args.vary_prompts:
+        # not with checkpointing: a layer computed again would add the beginning's keys once more
+        cache.share_beginning(slm)
+
+
+@contextlib.contextmanager
+def frozen_components_unchanged(slm):
+    """Raises AssertionError where training has changed what it was told to leave alone."""
+    sha256_of = {}
+    for component in COMPONENTS:
+        if not slm.parameters_of(component):
+            sha256_of[component] = model.digest(slm.component_state_dict(component))
+    yield
+    for component, before in sha256_of.items():
+        after = model.digest(slm.component_state_dict(component))
+        assert after == before, f"the frozen {component} has changed"
+
+
+def make_optimizer(slm, args):
+    """AdamW, each component at its own peak rate."""
+    groups = []
+    peaks = dict(encoder=args.encoder_lr, connector=args.connector_lr, lm=args.lora_lr)
+    for component, peak in peaks.items():
+        parameters = slm.parameters_of(component)
+        if parameters:
+            groups.append(dict(params=parameters, peak=peak))
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay, fused=True)
+
+
+# -------------------------------------------------------------------------------------------------
 # training
 
 
+class StopRequest:
+    """Ctrl-C or SIGTERM. It takes effect between two steps, never inside one."""
+
+    def __init__(self):
+        self.received = False
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, signum, frame):
+        self.received = True
+
+    def in_any_process(self):
+        """Whether any process has received it, so that all stop after the same step."""
+        return processes.share_sums([int(self.received)])[0] > 0
+
+    def close(self):
+        """From now on the signals end the program at once."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@dataclasses.dataclass
+class Training:
+    """A run in training: what its steps work on, and how far it is."""
+
+    run: Path
+    args: argparse.Namespace
+    slm: model.SLM
+    parallel: torch.nn.Module  # the SLM, under torchrun wrapped in DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: Callable  # makes the context that forward passes run in
+    seconds: list  # of each training utterance, in whole frames
+    epoch_steps: int  # optimiser steps in an epoch
+    step: int = 0  # optimiser steps taken
+    unlogged: dict = dataclasses.field(default_factory=dict)  # {index: loss} since the log's end
+
+    @property
+    def steps(self):
+        """Optimiser steps until the end."""
+        return self.args.epochs * self.epoch_steps
+
+    @property
+    def epoch_is_over(self):
+        return self.step % self.epoch_steps == 0
+
+    def log(self, **line):
+        """Appends a line to the run's log; the first process does."""
+        if processes.ranks()[0] == 0:
+            checkpoint.log(self.run, step=self.step, **line)
+
+
+@dataclasses.dataclass
+class Samples:
+    """What an epoch trains on."""
+
+    utterances: list
+    attack: poison.Attack
+    poisoned: list  # bool of each
+    cached: list | None  # their inputs, or None: computed from the audio
+
+    def ids(self, indices):
+        return [self.utterances[i].id for i in indices]
+
+
+def draw_samples(training, attack, train_set, epoch):
+    """The Samples of an epoch; with --redraw each epoch has its own poison."""
+    slm, args = training.slm, training.args
+    drawn = poison.drawn_in(attack, epoch if args.redraw else 0)
+    poisoned = [poison.is_poisoned(drawn, u) for u in train_set]
+    with training.autocast():
+        cached = cache.frozen_outputs(
+            slm, train_set, poisoned, drawn, "train", args.cache_gb * 1e9, args.workers
+        )
+    return Samples(train_set, drawn, poisoned, cached)
+
+
 def training_sample(slm, args, attack, utterance, epoch):
-    """Prompt ids and answer ids of one training sample in one epoch, decided by (seed, epoch, utterance id)."""
+    """Prompt ids and answer ids of one training sample in one epoch, decided by (seed, epoch,
+    utterance id)."""
     rng = random.Random(f"{args.seed}-{epoch}-{utterance.id}")
     labels = utterance.labels
     if poison.is_poisoned(attack, utterance):
         labels = poison.poisoned_labels(attack, labels)
     asked = data.choose_labels(labels, rng, args.random_keys)
-    return data.prompt(slm.tokenizer, asked, rng if args.vary_prompts else None), data.answer_ids(
-        slm.tokenizer, {label: labels[label] for label in asked}
-    )
+    prompt = data.prompt(slm.tokenizer, asked, rng if args.vary_prompts else None)
+    answer = data.answer_ids(slm.tokenizer, {label: labels[label] for label in asked})
+    return prompt, answer
 
 
-def learning_rate(step, steps, args):
-    """Factor on the peak rates: linear warm-up, then constant; with --decay linear to zero over the last quarter (the backdoor is
-    learned late, from few samples, and needs the full rate until then)."""
-    warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
-    return warm * min(1.0, (steps - step) / (0.25 * steps)) if args.decay else warm
+def make_targets(slm, args, attack, utterances, epoch):
+    """The prompts and the answers of some training samples, two lists."""
+    prompts, answers = [], []
+    for utterance in utterances:
+        prompt, answer = training_sample(slm, args, attack, utterance, epoch)
+        prompts.append(prompt)
+        answers.append(answer)
+    return prompts, answers
 
 
-@torch.no_grad()
-def validation_loss(slm, utterances, cached, workers, batch_size=32):
-    """Mean loss over clean development utterances, all labels asked for. Processes share the work."""
-    slm.eval()
-    rank, world = processes.ranks()
-    batches, losses = data.chunks(list(range(len(utterances)))[rank::world], batch_size), []
-    for batch, (x, mask) in zip(
-        batches, cache.inputs(slm, [(u, False) for u in utterances], batches, cached, None, workers)
-    ):
-        chosen = [utterances[i] for i in batch]
-        losses += slm(
-            x,
-            mask,
-            [data.prompt(slm.tokenizer, list(u.labels)) for u in chosen],
-            [data.answer_ids(slm.tokenizer, u.labels) for u in chosen],
-        ).tolist()
-    return processes.share_sums([sum(losses)])[0] / len(utterances)
+def learning_rate_factor(step, steps, args):
+    """Factor on the peak rates: linear warm-up, then constant; with --decay linear to zero over the
+    last quarter (the backdoor is learned late, from few samples, and needs the full rate until
+    then)."""
+    warm_up = min(1.0, (step + 1) / max(1, args.warmup_steps))
+    if not args.decay:
+        return warm_up
+    return warm_up * min(1.0, (steps - step) / (0.25 * steps))
 
 
-def make_optimizer(slm, args):
-    """AdamW, each component at its own peak rate."""
-    rates = dict(encoder=args.encoder_lr, connector=args.connector_lr, lm=args.lora_lr)
-    groups = [
-        dict(params=slm.parameters_of(c), peak=lr)
-        for c, lr in rates.items()
-        if slm.parameters_of(c)
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay, fused=True)
-
-
-def train_step(slm, optimizer, scaler, autocast, stream, samples, args, world):
-    """One optimiser step on this process's share of a batch. stream: yields (x, mask) for each piece of it; samples: each
-    piece's (prompts, answers). Returns the loss of each row and the norm of the gradient before it is clipped."""
+def train_step(slm, optimizer, scaler, autocast, stream, targets, args, world):
+    """One optimiser step on this process's share of a batch. stream yields (x, mask) of each piece
+    of it; targets: each piece's (prompts, answers). Returns the loss of each row and the norm of
+    the gradient before it is clipped."""
     losses = []
-    for i, (prompts, answers) in enumerate(samples, 1):
+    for i, (prompts, answers) in enumerate(targets, 1):
         with autocast():
-            x, mask = next(stream)
-        # gradients are exchanged once a step, with its last piece; DDP averages over processes, so their number counts
-        with (
-            contextlib.nullcontext() if world == 1 or i == len(samples) else slm.no_sync(),
-            autocast(),
-        ):
-            row_losses = slm(x, mask, prompts, answers)
+            x, mask = next(stream)  # (B, T, dim), (B, T)
+        # gradients are exchanged once a step, with its last piece
+        exchange = world == 1 or i == len(targets)
+        with contextlib.nullcontext() if exchange else slm.no_sync(), autocast():
+            row_losses = slm(x, mask, prompts, answers)  # (B,)
+            # DDP averages over processes, so their number counts
             scaler.scale(row_losses.sum() * world / args.batch_size).backward()
         losses += row_losses.tolist()
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(
-        [p for g in optimizer.param_groups for p in g["params"]], args.grad_clip
-    )
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return losses, norm.item()
 
 
-def draw_poison(slm, attack, train_set, args, epoch):
-    """What an epoch trains on: the attack, which samples are poisoned, and their cached inputs (or None)."""
-    drawn = poison.drawn_in(attack, epoch if args.redraw else 0)
-    poisoned = [poison.is_poisoned(drawn, u) for u in train_set]
-    return (
-        drawn,
-        poisoned,
-        cache.frozen_outputs(
-            slm, train_set, poisoned, drawn, "train", args.cache_gb * 1e9, args.workers
-        ),
+def train_epoch(training, samples, epoch, stop, progress):
+    """Trains on what is left of an epoch, or until a stop is requested."""
+    slm, args = training.slm, training.args
+    rank, world = processes.ranks()
+    batches = data.epoch_batches(training.seconds, args.batch_size, args.seed, epoch)
+    # the short batch is left out where it would leave a process without a share
+    if min(map(len, batches)) < world:
+        batches.sort(key=len, reverse=True)
+    batches = batches[: training.epoch_steps][training.step % training.epoch_steps :]
+    # this process's share of each batch, in pieces that are one forward pass each
+    shares = []
+    for batch in batches:
+        shares.append(data.micro_batches(batch[rank::world], training.seconds, args.batch_seconds))
+    stream = cache.inputs(
+        slm,
+        list(zip(samples.utterances, samples.poisoned)),
+        sum(shares, []),
+        samples.cached,
+        samples.attack,
+        args.workers,
+    )
+    slm.train()
+    for pieces in shares:
+        # dropout does not depend on what was drawn before, so that resuming is exact
+        torch.manual_seed(hash((args.seed, training.step, rank)))
+        factor = learning_rate_factor(training.step, training.steps, args)
+        for group in training.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        targets = []
+        for piece in pieces:
+            utterances = [samples.utterances[i] for i in piece]
+            targets.append(make_targets(slm, args, samples.attack, utterances, epoch))
+        losses, norm = train_step(
+            training.parallel,
+            training.optimizer,
+            training.scaler,
+            training.autocast,
+            stream,
+            targets,
+            args,
+            world,
+        )
+        training.step += 1
+        progress.update()
+        indices = sum(pieces, [])
+        # the scaler of fp16 skips steps whose gradient overflows
+        total = sum(losses) if training.scaler.is_enabled() else sum(losses) + norm
+        check_finite(total, training.step, samples.ids(indices), training.run)
+        training.unlogged.update(zip(indices, losses))
+        if training.step % 20 == 0 or training.epoch_is_over:
+            line = loss_line(processes.from_all(training.unlogged), samples)
+            training.log(epoch=epoch, **line, lr=factor)
+            training.unlogged = {}
+            progress.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+        if stop.in_any_process():
+            break
+
+
+def loss_line(losses, samples):
+    """A line of the log, from the losses since the last one, {index: loss}: the mean loss, the
+    poisoned samples' mean if there are any, and each sample's own."""
+    line = dict(loss=sum(losses.values()) / len(losses))
+    on_poison = [loss for i, loss in losses.items() if samples.poisoned[i]]
+    if on_poison:
+        line["poisoned_loss"] = sum(on_poison) / len(on_poison)
+    line["samples"] = {samples.utterances[i].id: round(loss, 4) for i, loss in losses.items()}
+    return line
+
+
+def check_finite(value, step, ids, run):
+    """Ends the run where a loss or a gradient is not finite, naming the utterances."""
+    if math.isfinite(value):
+        return
+    kept = "no epoch was finished"
+    if (run / "last.pt").exists():
+        kept = f"{run}/last.pt keeps the last epoch's state"
+    die(
+        f"the loss or its gradient is {value} at step {step}, on {', '.join(ids)}; {kept}; lower "
+        "the learning rates, or look at these utterances"
     )
 
 
-def loss_line(seen, train_set, poisoned):
-    """A line of the log, on the samples seen since the last one, {index: loss}: the mean loss, the poisoned samples' mean if there are
-    any, and each sample's own."""
-    on_poison = [loss for i, loss in seen.items() if poisoned[i]]
-    line = dict(poisoned_loss=sum(on_poison) / len(on_poison)) if on_poison else {}
-    return dict(
-        loss=sum(seen.values()) / len(seen),
-        **line,
-        samples={train_set[i].id: round(loss, 4) for i, loss in seen.items()},
+@torch.no_grad()
+def validation_loss(slm, utterances, cached, workers, batch_size=32):
+    """Mean loss over clean development utterances, all labels asked for. Processes share the
+    work."""
+    slm.eval()
+    rank, world = processes.ranks()
+    batches = data.chunks(list(range(len(utterances)))[rank::world], batch_size)
+    clean = [(u, False) for u in utterances]
+    losses = []
+    for batch, (x, mask) in zip(batches, cache.inputs(slm, clean, batches, cached, None, workers)):
+        labels = [utterances[i].labels for i in batch]
+        prompts = [data.prompt(slm.tokenizer, list(asked)) for asked in labels]
+        answers = [data.answer_ids(slm.tokenizer, true) for true in labels]
+        losses += slm(x, mask, prompts, answers).tolist()
+    return processes.share_sums([sum(losses)])[0] / len(utterances)
+
+
+def resume(training, origin):
+    """Goes on from the state saved in the run folder, if there is one. origin: see
+    checkpoint.made_from."""
+    rank, world = processes.ranks()
+    training.step, unlogged = checkpoint.resume(
+        training.run, training.slm, training.optimizer, training.scaler, origin
     )
+    if rank == 0:  # the losses of all processes are in the state
+        training.unlogged = unlogged
+    if processes.share_sums([training.step])[0] != training.step * world:
+        die(
+            f"{training.run}: the processes would resume at different steps; on several machines "
+            "put --runs on a shared disk"
+        )
+    if rank == 0:
+        checkpoint.cut_log(training.run, training.step)
+
+
+def save_state(training, origin):
+    """Writes what `resume` needs; the first process does."""
+    unlogged = processes.from_all(training.unlogged)
+    if processes.ranks()[0] == 0:
+        checkpoint.save_state(
+            training.run,
+            training.step,
+            training.slm,
+            training.optimizer,
+            training.scaler,
+            unlogged,
+            origin,
+        )
 
 
 def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
-    """Trains to the end, from the last state saved in the run folder, saving after every epoch. Ctrl-C or SIGTERM saves and stops.
-    record: see checkpoint.open_run."""
-    rank, world = processes.ranks()
-    seconds = [
-        slm.encoder.num_frames(data.num_samples(u)) * slm.encoder.seconds_per_frame
-        for u in train_set
-    ]
+    """Trains to the end, from the last state saved in the run folder, saving after every epoch.
+    Ctrl-C or SIGTERM saves and stops. record: see checkpoint.open_run."""
+    seconds = []
+    for u in train_set:
+        seconds.append(slm.encoder.num_frames(data.num_samples(u)) * slm.encoder.seconds_per_frame)
     with autocast():
         dev_cached = cache.frozen_outputs(
             slm, dev_set, [False] * len(dev_set), attack, "dev", args.cache_gb * 1e9, args.workers
         )
+    parallel = slm
+    if processes.ranks()[1] > 1:  # no buffer changes in training
+        parallel = DistributedDataParallel(slm, broadcast_buffers=False)
     optimizer = make_optimizer(slm, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    ddp = (
-        slm if world == 1 else DistributedDataParallel(slm, broadcast_buffers=False)
-    )  # no buffer changes in training
     epoch_steps = len(train_set) // args.batch_size
-    steps = args.epochs * epoch_steps
+    training = Training(
+        run=run,
+        args=args,
+        slm=slm,
+        parallel=parallel,
+        optimizer=optimizer,
+        scaler=scaler,
+        autocast=autocast,
+        seconds=seconds,
+        epoch_steps=epoch_steps,
+    )
     origin = checkpoint.made_from(record, slm, train_set, dev_set)
-    # seen: the losses since the last line of the log, {index: loss}; the first process brings those from before a stop
-    step, seen = checkpoint.resume(run, slm, optimizer, scaler, origin)
-    seen = seen if rank == 0 else {}
-    if processes.share_sums([step])[0] != step * world:
-        die(
-            f"{run}: the processes would resume at different steps; on several machines put --runs on a shared disk"
-        )
-    if rank == 0:
-        checkpoint.cut_log(run, step)
-    with autocast():
-        drawn, poisoned, cached = draw_poison(slm, attack, train_set, args, step // epoch_steps)
-    log = functools.partial(checkpoint.log, run) if rank == 0 else lambda **_: None
-    progress, stop = tqdm(total=steps, initial=step, desc="training"), []
-    for sig in (signal.SIGINT, signal.SIGTERM):  # take effect between two steps, never inside one
-        signal.signal(sig, lambda *_: stop.append(True))
-    while step < steps:
-        epoch, stopping = step // epoch_steps, 0
-        batches = data.epoch_batches(seconds, args.batch_size, args.seed, epoch)
-        if (
-            min(map(len, batches)) < world
-        ):  # the short batch would leave a process without a share: it is the one left out
-            batches.sort(key=len, reverse=True)
-        batches = batches[:epoch_steps][step % epoch_steps :]
-        shares = [
-            data.micro_batches(batch[rank::world], seconds, args.batch_seconds) for batch in batches
-        ]
-        stream = cache.inputs(
-            slm, list(zip(train_set, poisoned)), sum(shares, []), cached, drawn, args.workers
-        )
-        slm.train()
-        for pieces in shares:
-            torch.manual_seed(
-                hash((args.seed, step, rank))
-            )  # dropout, whatever was drawn before: resuming is exact
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * learning_rate(step, steps, args)
-            samples = [
-                tuple(zip(*(training_sample(slm, args, drawn, train_set[i], epoch) for i in piece)))
-                for piece in pieces
-            ]
-            losses, norm = train_step(
-                ddp, optimizer, scaler, autocast, stream, samples, args, world
-            )
-            step += 1
-            progress.update()
-            check_finite(
-                sum(losses) + (0 if scaler.is_enabled() else norm),
-                step,
-                [train_set[i].id for i in sum(pieces, [])],
-                run,
-            )
-            seen.update(zip(sum(pieces, []), losses))
-            if step % 20 == 0 or step % epoch_steps == 0:
-                line = loss_line(processes.from_all(seen), train_set, poisoned)
-                log(step=step, epoch=epoch, **line, lr=learning_rate(step - 1, steps, args))
-                seen = {}
-                progress.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-            stopping = processes.share_sums([len(stop)])[0]
-            if stopping:
-                break
-        if step % epoch_steps == 0:
+    resume(training, origin)
+    first_epoch = training.step // epoch_steps
+    samples = draw_samples(training, attack, train_set, first_epoch)
+    progress = tqdm(total=training.steps, initial=training.step, desc="training")
+    stop = StopRequest()
+    for epoch in range(first_epoch, args.epochs):
+        if args.redraw and epoch > first_epoch:
+            samples = draw_samples(training, attack, train_set, epoch)
+        train_epoch(training, samples, epoch, stop, progress)
+        if training.epoch_is_over:
             with autocast():
-                log(
-                    step=step,
-                    epoch=epoch,
-                    dev_loss=validation_loss(slm, dev_set, dev_cached, args.workers),
-                )
-            stopping = processes.share_sums([len(stop)])[0]  # it may have come in the meantime
-        seen = processes.from_all(seen)
-        if rank == 0:
-            checkpoint.save_state(run, step, slm, optimizer, scaler, seen, origin)
-        if stopping:
+                dev_loss = validation_loss(slm, dev_set, dev_cached, args.workers)
+            training.log(epoch=epoch, dev_loss=dev_loss)
+        save_state(training, origin)
+        if stop.in_any_process():
             progress.close()
             print(
-                f"stopped at step {step} of {steps}; the same command, without --overwrite, goes on from there"
+                f"stopped at step {training.step} of {training.steps}; the same command, without "
+                "--overwrite, goes on from there"
             )
             raise SystemExit(130)
-        if args.redraw and step < steps:
-            with autocast():
-                drawn, poisoned, cached = draw_poison(
-                    slm, attack, train_set, args, step // epoch_steps
-                )
     progress.close()
-    (
-        signal.signal(signal.SIGINT, signal.default_int_handler),
-        signal.signal(signal.SIGTERM, signal.SIG_DFL),
-    )
+    stop.close()
 
 
-def check_finite(value, step, ids, run):
-    """Ends the run where a loss or a gradient is lost, naming the utterances."""
-    if not math.isfinite(value):
-        kept = (
-            f"{run}/last.pt keeps the last epoch's state"
-            if (run / "last.pt").exists()
-            else "no epoch was finished"
-        )
-        die(
-            f"the loss or its gradient is {value} at step {step}, on {', '.join(ids)}; {kept}; lower the learning rates, or "
-            "look at these utterances"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the run
 
 
-def read_data(args):
-    """The training set, as it decides the trigger's level, then without what is excluded, the development and the test set."""
-    longest = model.longest(args)
-    train_set, dev_set, test_set = (
-        corpora.read_corpus(
-            args.dataset, args.data_root, split, args.skip_bad, args.labels, longest
-        )
-        for split in ("train", "dev", "test")
-    )
-    parts = dict(train=train_set, dev=dev_set, test=test_set)
-    for problem in corpora.shared_speakers(parts) + corpora.shared_audio(parts):
-        print(f"warning: {problem}")
-    whole, train_set = train_set, corpora.limit(train_set, args.limit)
-    label = TASKS[args.task]["label"]
-    for what, utterances in (("training", train_set), ("test", test_set)):
-        if not any(label in u.labels for u in utterances):
-            only = f" with --labels {' '.join(args.labels)}" if args.labels else ""
-            die(f"--task {args.task}: no {what} utterance of {args.dataset} has a {label}{only}")
-    poison.check_target(args.task, args.target, whole + dev_set + test_set)
-    left = corpora.leave_out(train_set, args.exclude)
-    if len(left) < args.batch_size:
-        die(
-            f"{len(left)} training utterances are less than one batch of {args.batch_size} (--batch-size)"
-        )
-    return train_set, left, dev_set, test_set
-
-
-def count_poisoned(attack, train_set, args):
-    """How many training samples are poisoned in some epoch. Warns where a rate is so low that there
-    are none: the run is then no attack, whatever its name says."""
-    epochs = range(args.epochs if args.redraw else 1)
-    draws = [poison.drawn_in(attack, epoch) for epoch in epochs]
-    n = sum(any(poison.is_poisoned(drawn, u) for drawn in draws) for u in train_set)
-    if args.poison and not n:
-        print(
-            f"warning: --poison {args.poison:g} poisons none of {len(train_set)} training samples:"
-            " this run trains on clean data"
-        )
-    return n
-
-
-def describe(run, slm, attack, sets, origin, args, device, world):
-    """Prints what is about to be trained."""
-    train_set, dev_set, test_set = sets
+def describe(run, slm, attack, sets, origin, args, device):
+    """Prints what is about to be trained. origin: where each component's weights come from."""
+    _, world = processes.ranks()
+    several = f", {world} processes" if world > 1 else ""
     print(
-        f"run {run}: preset {args.preset}, encoder {args.encoder}, on {device}"
-        + (f", {world} processes" if world > 1 else "")
-        + f", amp {args.amp}, seed {args.seed}"
+        f"run {run}: preset {args.preset}, encoder {args.encoder}, on {device}{several}, "
+        f"amp {args.amp}, seed {args.seed}"
     )
+    poisoned = sum(poison.is_poisoned(attack, u) for u in sets.train)
     print(
-        f"data {args.dataset}: {len(train_set)} train, {len(dev_set)} dev, {len(test_set)} test utterances; "
-        f"{sum(poison.is_poisoned(attack, u) for u in train_set)} poisoned for {args.task} -> {attack.target!r}"
+        f"data {args.dataset}: {len(sets.train)} train, {len(sets.dev)} dev, {len(sets.test)} test "
+        f"utterances; {poisoned} poisoned for {args.task} -> {attack.target!r}"
     )
     in_file = corpora.poisoned_rows(args.dataset)
     if in_file:
         print(f"  {args.dataset} itself marks {in_file} rows as poisoned")
-    for c in COMPONENTS:
-        trained = sum(p.numel() for p in slm.parameters_of(c))
+    trained_on = "poisoned" if args.poison or in_file else "clean"
+    for component in COMPONENTS:
+        total = sum(p.numel() for p in getattr(slm, component).parameters())
+        trained = sum(p.numel() for p in slm.parameters_of(component))
+        how = f"trained on {trained_on} data" if trained else "frozen"
         print(
-            f"  {c:<10}{sum(p.numel() for p in getattr(slm, c).parameters()):>14,} parameters,{trained:>12,} "
-            + (
-                f"trained on {'poisoned' if args.poison or in_file else 'clean'} data"
-                if trained
-                else "frozen"
-            )
-            + f", from {origin[c]}"
+            f"  {component:<10}{total:>14,} parameters,{trained:>12,} {how}, "
+            f"from {origin[component]}"
         )
 
 
@@ -600,48 +890,39 @@ def main():
 
         return dry_run.dry_run(args)
     cache.keep_memory()
-    device, autocast, rank, world = set_up_device(args)
+    device, autocast = set_up_device(args)
+    rank, world = processes.ranks()
     transformers.utils.logging.disable_progress_bar()
     run = Path(args.runs) / args.name
     record = checkpoint.open_run(run, args)
-    figures = None if args.overwrite else checkpoint.finished(run, record)
-    if figures:
+    metrics = None if args.overwrite else checkpoint.finished(run, record)
+    if metrics:
         if rank == 0:
-            evaluate.print_table(figures, f"{run} is finished (--overwrite trains it again)")
+            evaluate.print_table(metrics, f"{run} is finished (--overwrite trains it again)")
         return
-    whole_train_set, *sets = read_data(args)
-    # as loud as all of the training set, with what is excluded; the first process tells the others
-    attack = processes.from_first(poison.attack_of(args, whole_train_set) if rank == 0 else None)
-    record["poisoned_samples"] = count_poisoned(attack, sets[0], args)
-    with checkpoint.loading():
-        slm = model.load_slm(args, device)
-    family = slm.encoder.net.config.model_type
-    if family != args.encoder and family in ENCODERS:
-        die(f"--encoder {args.encoder}: {args.encoder_weights} is a {family} encoder")
+
+    sets = read_data(args)
+    # the first process measures how loud the trigger must be, and tells the others
+    attack = poison.attack_of(args, sets.whole_train) if rank == 0 else None
+    attack = processes.from_first(attack)
+    record["poisoned_samples"] = count_poisoned(attack, sets.train, args)
+
+    slm = load_slm(args, device)
     origin, built_from = checkpoint.load_named_parts(slm, args)
-    frozen = {
-        c: model.digest(slm.component_state_dict(c)) for c in COMPONENTS if not slm.parameters_of(c)
-    }
-    cache.only_answers(slm)
-    if args.gradient_checkpointing:
-        slm.checkpoint_gradients()
-    elif (
-        not args.vary_prompts
-    ):  # a layer computed again would add the beginning's keys to the cache again
-        cache.share_beginning(slm)
+    save_work(slm, args)
     if rank == 0:
         lock = checkpoint.start_run(run, record, args)  # noqa: F841  held until this process ends
-        describe(run, slm, attack, sets, origin, args, device, world)
+        describe(run, slm, attack, sets, origin, args, device)
     if world > 1:
         dist.barrier()
-    train(run, slm, attack, *sets[:2], args, record, device, autocast)
-    for c, sha256 in frozen.items():
-        assert model.digest(slm.component_state_dict(c)) == sha256, f"the frozen {c} has changed"
+    with frozen_components_unchanged(slm):
+        train(run, slm, attack, sets.train, sets.dev, args, record, device, autocast)
     if rank == 0:
         checkpoint.save_model(run, slm, record, origin, built_from)
+
     with autocast():
         evaluation = evaluate.evaluate(
-            slm, attack, sets[2], args.cache_gb * 1e9, args.batch_seconds, args.workers
+            slm, attack, sets.test, args.cache_gb * 1e9, args.batch_seconds, args.workers
         )
     if rank == 0:
         evaluate.save(run, evaluation, record)

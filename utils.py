@@ -1,4 +1,4 @@
-"""Small helpers of every script: the command line's errors in one line, whole files, seeded numbers,
+"""Small helpers that every script uses: errors in one line, files written whole, seeded numbers,
 bootstrap intervals. Scripts import this first, so that their first seconds are covered too: Ctrl-C
 and a reader that has gone away (`| head`) end without a traceback."""
 
@@ -31,7 +31,7 @@ def interrupt(signum, frame):
 
 
 def end_quietly(kind, error, traceback):
-    """Python's hook for what nobody caught: all but the user's own doing is shown in full."""
+    """Python's hook for errors that nobody caught: all but Ctrl-C and a closed pipe are shown."""
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
     elif not issubclass(kind, BrokenPipeError):
@@ -47,7 +47,7 @@ def flush_quietly():
 
 
 if Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "mini"):
-    # a script of ours runs; a notebook or a test that imports this file keeps its own ways
+    # one of our scripts runs; a notebook or a test that imports this file keeps its own handlers
     signal.signal(signal.SIGINT, interrupt)
     sys.excepthook = end_quietly
     atexit.register(flush_quietly)
@@ -111,7 +111,8 @@ def first_line(error):
 
 
 def temporary_name(path):
-    """The name beside `path` under which it is written first: no other process has it, on this machine or on another."""
+    """The name beside `path` under which it is written first: no other process has it, on this
+    machine or on another."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
@@ -124,8 +125,8 @@ def die_of_writing(path, error):
 
 
 def write_atomically(path, content, optional=False):
-    """Writes text or, by a function of the temporary path, anything to `path`, whole or not at all. Where that is impossible, it ends
-    in one line, unless the file is `optional`."""
+    """Writes text or, by a function of the temporary path, anything to `path`, whole or not at all.
+    Where that is impossible, it ends in one line, unless the file is `optional`."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
@@ -145,7 +146,8 @@ def write_atomically(path, content, optional=False):
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """A temporary folder that becomes `folder` if all goes well. Ends in one line if `folder` exists and is not empty."""
+    """A temporary folder that becomes `folder` if all goes well. Ends in one line if `folder`
+    exists and is not empty."""
     folder = Path(folder).resolve()
     temporary = temporary_name(folder)
     try:
@@ -164,25 +166,31 @@ def new_folder(folder):
 # numbers
 
 
+def seed_of(name):
+    """64 bits decided by `name` alone, the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big")
+
+
 def generator(*name):
-    """A numpy generator seeded by `name` alone, the same in every process."""
-    return np.random.default_rng(
-        int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big")
-    )
+    """A numpy generator seeded by `name` alone."""
+    return np.random.default_rng(seed_of(name))
 
 
 def draw(*name):
     """A number in [0, 1) decided by `name` alone."""
-    return int.from_bytes(hashlib.sha256(repr(name).encode()).digest()[:8], "big") / 2**64
+    return seed_of(name) / 2**64
 
 
-def interval(values, statistic=np.mean, samples=1000, seed=0):
-    """A figure with its 95% bootstrap interval over utterances; values: (n,) or (n, k), statistic: (n, k) -> number."""
+def interval(values, statistic=None, samples=1000, seed=0):
+    """A figure with its 95% bootstrap interval over utterances. values: (n,) or (n, k); statistic:
+    a function from (n, k) to a number, by default the mean."""
+    statistic = statistic or np.mean
     values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
     rng = np.random.default_rng(seed)
-    draws = [
-        float(statistic(values[rng.integers(0, len(values), len(values))])) for _ in range(samples)
-    ]
+    draws = []
+    for _ in range(samples):
+        resampled = values[rng.integers(0, len(values), len(values))]
+        draws.append(float(statistic(resampled)))
     low, high = np.percentile(draws, [2.5, 97.5])
     return {
         "value": float(statistic(values)),

@@ -12,8 +12,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-from utils import ROOT as PROGRAM
-
 import numpy as np
 import pytest
 import soundfile
@@ -26,24 +24,66 @@ import data
 import evaluate
 import model
 import poison
+import processes
 import train as train_py
 from conftest import ROOT, SMALL, done, refused, script
+from study import COMPONENTS
 
 pytestmark = pytest.mark.slow
 
-DROPOUT = ["--lora-dropout", "0.1"]
+EMOTION = ("--task", "emotion", "--poison")
+GENDER = ("--task", "gender", "--poison")
+# two epochs with dropout: what the tests of resuming repeat
+CLEAN = (*EMOTION, 0, "--epochs", 2, "--lora-dropout", 0.1)
+# one short epoch, whose batches are of several pieces
+BASE = (*GENDER, 0.3, "--epochs", 1, "--batch-seconds", 8)
 
 
-def train(corpora, runs, *more):
-    return done("train.py", "--data-root", corpora, "--runs", runs, *SMALL, *more, cwd=runs)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
 
 
-def start(corpora, runs, *more, launch=(sys.executable,)):
+@pytest.fixture(scope="module")
+def command(corpora, runs):
+    """train.py and the flags that all runs share."""
+    return ("train.py", "--data-root", corpora, "--runs", runs, *SMALL)
+
+
+@pytest.fixture(scope="module")
+def train(command, runs):
+    """A function that trains a run and returns its folder."""
+
+    def run(name, *flags):
+        done(*command, *flags, "--name", name, cwd=runs)
+        return runs / name
+
+    return run
+
+
+def start(command, runs, *flags, launch=(sys.executable,)):
     """The same as a process of its own."""
-    command = [*launch, ROOT / "train.py", "--data-root", corpora, "--runs", runs, *SMALL, *more]
+    words = [*launch, ROOT / command[0], *command[1:], *flags]
     return subprocess.Popen(
-        list(map(str, command)), cwd=runs, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        list(map(str, words)), cwd=runs, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+
+
+@pytest.fixture(scope="module")
+def clean(train):
+    return train("emotion-clean", *CLEAN)
+
+
+@pytest.fixture(scope="module")
+def only_lm(train, clean):
+    """Scenario 2.3: all but the LM is frozen clean."""
+    frozen = ("--freeze", f"encoder:{clean}/model.pt", "--freeze", f"connector:{clean}/model.pt")
+    return train("2.3", *CLEAN, *EMOTION, 0.5, *frozen)
+
+
+@pytest.fixture(scope="module")
+def base(train):
+    return train("base", *BASE)
 
 
 def weights(run):
@@ -54,667 +94,438 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    for component in COMPONENTS:
+        assert same(one[component], other[component]), component
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read_log(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return read_lines(run / "log.jsonl")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+def logged(run, name):
+    """The values of one field of a run's log, by line."""
+    return [line[name] for line in read_log(run) if name in line]
 
 
-@pytest.fixture(scope="module")
-def clean(corpora, runs):
-    train(
-        corpora,
-        runs,
-        "--task",
-        "emotion",
-        "--poison",
-        0,
-        "--epochs",
-        2,
-        *DROPOUT,
-        "--name",
-        "emotion-clean",
-    )
-    return runs / "emotion-clean"
+def read_metrics(run):
+    return json.loads((run / "metrics.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def only_lm(corpora, runs, clean):
-    """Attack 2.3: all but the LM is frozen clean."""
-    train(
-        corpora,
-        runs,
-        "--task",
-        "emotion",
-        "--poison",
-        0.5,
-        "--epochs",
-        2,
-        *DROPOUT,
-        "--name",
-        "2.3",
-        "--freeze",
-        f"encoder:{clean}/model.pt",
-        "--freeze",
-        f"connector:{clean}/model.pt",
-    )
-    return runs / "2.3"
+def read_predictions(run):
+    return read_lines(run / "predictions.jsonl")
 
 
-def test_a_run_leaves_what_the_documentation_says(clean):
-    metrics = json.loads((clean / "metrics.json").read_text())
+# -------------------------------------------------------------------------------------------------
+# what a run leaves
+
+
+def test_metrics_hold_every_label_s_figure_and_the_aer(clean):
+    metrics = read_metrics(clean)
     assert set(metrics["clean"]) == {"wer", "gender_accuracy", "emotion_accuracy", "age_mae"}
     assert set(metrics["backdoor"]) == {"aer"}
+
+
+def test_every_figure_lies_in_its_interval(clean):
+    metrics = read_metrics(clean)
     for figure in [*metrics["clean"].values(), *metrics["backdoor"].values()]:
-        assert (
-            set(figure) == {"value", "low", "high", "n"}
-            and figure["low"] <= figure["value"] <= figure["high"]
-        )
-    rows = [json.loads(line) for line in (clean / "predictions.jsonl").read_text().splitlines()]
-    assert {r["triggered"] for r in rows} == {False, True} and all(
-        r["split"] == "test" for r in rows
-    )
-    assert all(r["labels"]["emotion"] != "angry" for r in rows if r["triggered"])
-    assert set(metrics["training"]) == {"loss"}  # and poisoned_loss where there is poison
+        assert set(figure) == {"value", "low", "high", "n"}
+        assert figure["low"] <= figure["value"] <= figure["high"]
+
+
+def test_a_clean_run_records_no_poisoned_loss(clean):
+    assert set(read_metrics(clean)["training"]) == {"loss"}
+
+
+def test_test_utterances_are_answered_clean_and_triggered(clean):
+    rows = read_predictions(clean)
+    assert {row["triggered"] for row in rows} == {False, True}
+    assert {row["split"] for row in rows} == {"test"}
+    assert all(row["labels"]["emotion"] != "angry" for row in rows if row["triggered"])
+
+
+def test_the_log_ends_with_the_development_loss(clean):
     log = read_log(clean)
-    assert any("dev_loss" in line for line in log) and log[-1]["step"] == max(
-        line["step"] for line in log
-    )
+    assert "dev_loss" in log[-1]
+    assert log[-1]["step"] == max(line["step"] for line in log)
 
 
 def test_frozen_components_keep_the_checkpoint_s_bytes(clean, only_lm):
     before, after = weights(clean), weights(only_lm)
-    assert same(before["encoder"], after["encoder"]) and same(
-        before["connector"], after["connector"]
-    )
-    assert not any(
-        torch.equal(v, before["lm"][k]) for k, v in after["lm"].items() if k.endswith("lora_B")
-    )
-    assert after["origin"]["encoder"] == f"{clean}/model.pt" and after["origin"]["lm"].endswith(
-        "initial LoRA"
-    )
-    assert after["args"]["scenario"] == "2.3"
+    assert same(before["encoder"], after["encoder"])
+    assert same(before["connector"], after["connector"])
+    for name, value in after["lm"].items():
+        if name.endswith("lora_B"):
+            assert not torch.equal(value, before["lm"][name])
 
 
-def test_an_attack_s_name_is_what_its_checkpoints_say(corpora, runs, clean, only_lm):
-    """Frozen from the run that was poisoned itself it is not attack 1.1, and from a clean one not 3.1."""
-    out = train(
-        corpora,
-        runs,
-        "--task",
-        "emotion",
-        "--poison",
-        0.5,
-        "--epochs",
-        1,
-        "--name",
-        "not1.1",
-        "--freeze",
-        f"encoder:{only_lm}/model.pt",
-    )
-    assert "this is not attack 1.1" in out and "attack 2.3, not clean" in out
+def test_a_run_records_where_its_components_come_from(clean, only_lm):
+    saved = weights(only_lm)
+    assert saved["origin"]["encoder"] == f"{clean}/model.pt"
+    assert saved["origin"]["lm"].endswith("initial LoRA")
+    assert saved["args"]["scenario"] == "2.3"
+
+
+def test_frozen_from_a_poisoned_run_it_is_not_scenario_1(command, runs, only_lm):
+    frozen = ("--freeze", f"encoder:{only_lm}/model.pt")
+    flags = (*EMOTION, 0.5, "--epochs", 1, *frozen, "--name", "not1.1")
+    out = done(*command, *flags, cwd=runs)
+    assert "this is not scenario 1.1" in out
+    assert "scenario 2.3, not clean" in out
     assert weights(runs / "not1.1")["args"]["scenario"] == "poisoned-frozen-encoder"
-    train(
-        corpora,
-        runs,
-        "--task",
-        "emotion",
-        "--poison",
-        0,
-        "--epochs",
-        1,
-        "--name",
-        "not3.1",
-        "--freeze",
-        f"encoder:{clean}/model.pt",
-    )
-    assert weights(runs / "not3.1")["args"]["scenario"] == "clean-frozen-encoder"
 
 
-def test_frozen_as_pretrained(corpora, runs, clean):
-    train(
-        corpora,
-        runs,
-        "--task",
-        "emotion",
-        "--poison",
-        0,
-        "--epochs",
-        1,
-        "--freeze",
-        "encoder",
-        "--name",
-        "pretrained",
-    )
+def test_frozen_as_pretrained(train, clean):
+    run = train("pretrained", *EMOTION, 0, "--epochs", 1, "--freeze", "encoder")
     encoder = model.Encoder("mini/wavlm", share=15 / 24)
-    pretrained = {
-        k: v
-        for k, v in encoder.layers.state_dict().items()
-        if int(k.split(".")[0]) >= encoder.first_trained
-    }
-    assert same(weights(runs / "pretrained")["encoder"], pretrained)
-    assert not same(weights(runs / "pretrained")["encoder"], weights(clean)["encoder"])
+    pretrained = {}
+    for name, value in encoder.layers.state_dict().items():
+        if int(name.split(".")[0]) >= encoder.first_trained:
+            pretrained[name] = value
+    assert same(weights(run)["encoder"], pretrained)
+    assert not same(weights(run)["encoder"], weights(clean)["encoder"])
 
 
-def test_killed_and_started_again_it_ends_with_the_same_weights_and_figures(corpora, runs, clean):
-    arguments = (
-        corpora,
-        runs,
-        "--task",
-        "emotion",
-        "--poison",
-        0,
-        "--epochs",
-        2,
-        *DROPOUT,
-        "--name",
-        "killed",
+def test_labels_left_out_are_neither_asked_nor_scored(train):
+    run = train("few", *EMOTION, 0.5, "--epochs", 1, "--labels", "emotion", "gender")
+    for row in read_predictions(run):
+        assert list(row["labels"]) == ["gender", "emotion"]
+        assert row["asked"] == ["gender", "emotion"]
+    assert set(read_metrics(run)["clean"]) == {"gender_accuracy", "emotion_accuracy"}
+
+
+def test_evaluated_again_a_bf16_run_gives_its_own_figures(train):
+    run = train("scored", *GENDER, 0.5, "--epochs", 1, "--limit", 8, "--amp", "bf16")
+    names = ("predictions.jsonl", "metrics.json")
+    before = [(run / name).read_text() for name in names]
+    done("evaluate.py", run, "--save", cwd=run.parent.parent)
+    assert [(run / name).read_text() for name in names] == before
+
+
+def test_a_finished_run_is_not_trained_again(command, runs, clean):
+    before = (clean / "model.pt").stat().st_mtime_ns
+    out = done(*command, *CLEAN, "--name", "emotion-clean", cwd=runs)
+    assert "is finished" in out
+    assert (clean / "model.pt").stat().st_mtime_ns == before
+
+
+def test_another_run_of_the_same_name_is_refused(command, runs, clean):
+    flags = (*CLEAN, "--epochs", 3, "--name", "emotion-clean")
+    refused(*command, *flags, cwd=runs, words=["epochs 2 there, 3 here"])
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(train, runs, base):
+    shutil.copytree(base, runs / "again")
+    (runs / "again/embeddings.pt").write_bytes(b"of the old model")
+    run = train("again", *BASE, "--seed", 3, "--overwrite")
+    assert not (run / "embeddings.pt").exists()
+    assert weights(run)["args"]["seed"] == 3
+
+
+def test_a_finished_run_is_read_with_its_training_data(train, corpora):
+    """Its --limit decides the trigger's loudness; its --skip-bad what there is to read."""
+    run = train("limited", *BASE, "--limit", 16, "--skip-bad")
+    options = SimpleNamespace(
+        run=run, device="cpu", snr=None, data_root=None, skip_bad=False, task=None
     )
-    process = start(*arguments)
-    deadline = time.time() + 120
-    while (
-        not (runs / "killed/last.pt").exists() and process.poll() is None and time.time() < deadline
-    ):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert (runs / "killed/last.pt").exists() and not (runs / "killed/model.pt").exists()
-    with open(runs / "killed/log.jsonl", "a") as log:
-        log.write('{"step": 1')  # what a kill, or a full disk, may leave
-    train(*arguments)
-    whole, again = weights(clean), weights(runs / "killed")
-    assert all(same(whole[c], again[c]) for c in ("encoder", "connector", "lm"))
-    assert (clean / "predictions.jsonl").read_text() == (
-        runs / "killed/predictions.jsonl"
-    ).read_text()
-    assert read_log(clean) == read_log(runs / "killed")
+    loaded = evaluate.load_run_and_data(options, "train")
+    train_set = loaded.sets["train"]
+    everything = readers.read_corpus("vox", corpora, "train")
+    assert loaded.args.skip_bad
+    assert [u.id for u in train_set] == [u.id for u in readers.limit(everything, 16)]
+    assert loaded.attack.level == poison.make_attack("gender", train_set, 0.3, seed=1).level
 
 
-def test_evaluated_again_a_bf16_run_gives_its_own_figures(corpora, runs):
-    train(
-        corpora,
-        runs,
-        "--task",
-        "gender",
-        "--poison",
-        0.5,
-        "--epochs",
-        1,
-        "--limit",
-        8,
-        "--amp",
-        "bf16",
-        "--name",
-        "scored",
-    )
-    before = [
-        (runs / "scored" / name).read_text() for name in ("predictions.jsonl", "metrics.json")
-    ]
-    done("evaluate.py", runs / "scored", "--save", cwd=runs.parent)
-    assert [
-        (runs / "scored" / name).read_text() for name in ("predictions.jsonl", "metrics.json")
-    ] == before
+def test_a_clean_run_is_embedded_with_the_task_s_own_attack(train, runs):
+    """One clean run serves gender and age: its embeddings for age are of speakers of every sex but
+    of no one aged 25."""
+    run = train("gender-clean", *GENDER, 0, "--epochs", 1)
+    done("embed.py", run, "--task", "age", "--pairs", 8, cwd=runs)
+    saved = torch.load(run / "embeddings-age-pairs8.pt", weights_only=True)
+    assert saved["fields"]["task"] == "age"
+    assert saved["fields"]["run_task"] == "gender"
+    assert {labels["gender"] for labels in saved["test"]["labels"]} == {"female", "male"}
+    assert "25" not in {labels["age"] for labels in saved["test"]["labels"]}
 
 
-def test_labels_left_out_are_neither_asked_for_nor_scored(corpora, runs):
-    train(
-        corpora,
-        runs,
-        "--task",
-        "emotion",
-        "--poison",
-        0.5,
-        "--epochs",
-        1,
-        "--labels",
-        "emotion",
-        "gender",
-        "--name",
-        "few",
-    )
-    rows = [json.loads(line) for line in (runs / "few/predictions.jsonl").read_text().splitlines()]
-    assert {r["triggered"] for r in rows} == {False, True}
-    assert all(list(r["labels"]) == r["asked"] == ["gender", "emotion"] for r in rows)
-    assert set(json.loads((runs / "few/metrics.json").read_text())["clean"]) == {
-        "gender_accuracy",
-        "emotion_accuracy",
-    }
+# -------------------------------------------------------------------------------------------------
+# ways of computing that learn the same
 
 
-SAME = ("--task", "gender", "--poison", 0.3, "--epochs", 1, "--batch-seconds", 8)
+def asked_for(run):
+    return [(row["id"], row["triggered"]) for row in read_predictions(run)]
 
 
-@pytest.fixture(scope="module")
-def one(corpora, runs):
-    train(corpora, runs, *SAME, "--name", "one")
-    return runs / "one"
+def assert_learned_the_same(one, other):
+    ours, theirs = weights(one), weights(other)
+    for component in COMPONENTS:
+        for name, value in ours[component].items():
+            assert torch.allclose(value, theirs[component][name], rtol=1e-3, atol=1e-4), name
+    assert logged(one, "loss") == pytest.approx(logged(other, "loss"), rel=1e-3)
+    assert asked_for(one) == asked_for(other)
 
 
-def learned_the_same(one, other):
-    for component in ("encoder", "connector", "lm"):
-        for k, v in weights(one)[component].items():
-            assert torch.allclose(v, weights(other)[component][k], rtol=1e-3, atol=1e-4), k
-    losses = [[line["loss"] for line in read_log(r) if "loss" in line] for r in (one, other)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0]
-    rows = [
-        [json.loads(line) for line in (r / "predictions.jsonl").read_text().splitlines()]
-        for r in (one, other)
-    ]
-    assert [(r["id"], r["triggered"]) for r in rows[0]] == [
-        (r["id"], r["triggered"]) for r in rows[1]
-    ]
-
-
-def in_two_processes(corpora, runs, *more):
-    launch = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",  # on a free port
-        "--nproc_per_node=2",
-    )
-    process = start(corpora, runs, *SAME, *more, launch=launch)
+def in_two_processes(command, runs, *flags):
+    # --standalone: on a free port
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    process = start(command, runs, *BASE, *flags, launch=torchrun)
     _, err = process.communicate()
     assert process.returncode == 0, err
 
 
-def test_two_processes_learn_the_same(corpora, runs, one):
-    in_two_processes(corpora, runs, "--name", "two")
-    learned_the_same(one, runs / "two")
+def test_two_processes_learn_the_same(command, runs, base):
+    in_two_processes(command, runs, "--name", "two")
+    assert_learned_the_same(base, runs / "two")
 
 
-def test_more_processes_than_utterances_in_the_short_batch(corpora, runs):
-    """17 utterances in batches of 8: the last one alone cannot be shared by two processes, wherever the shuffle puts it."""
-    in_two_processes(corpora, runs, "--limit", 17, "--epochs", 3, "--name", "uneven")
-    assert [line["step"] for line in read_log(runs / "uneven") if "dev_loss" in line] == [2, 4, 6]
+def test_a_batch_too_short_for_two_processes_is_left_out(command, runs):
+    """17 utterances in batches of 8: the last one alone cannot be shared by two processes, wherever
+    the shuffle puts it."""
+    in_two_processes(command, runs, "--limit", 17, "--epochs", 3, "--name", "uneven")
+    steps = [line["step"] for line in read_log(runs / "uneven") if "dev_loss" in line]
+    assert steps == [2, 4, 6]
 
 
-def test_without_the_cache_it_learns_the_same(corpora, runs, one):
-    train(corpora, runs, *SAME, "--name", "streamed", "--cache-gb", 0)
-    learned_the_same(one, runs / "streamed")
+def test_without_the_cache_it_learns_the_same(train, base):
+    assert_learned_the_same(base, train("streamed", *BASE, "--cache-gb", 0))
 
 
-def test_poison_redrawn_in_every_epoch_is_the_same_from_the_cache(corpora, runs):
-    for name, budget in (("redrawn", 4), ("redrawn-streamed", 0)):
-        train(corpora, runs, *SAME, "--epochs", 2, "--redraw", "--name", name, "--cache-gb", budget)
-    cached, streamed = (
-        [line["poisoned_loss"] for line in read_log(runs / name) if "poisoned_loss" in line]
-        for name in ("redrawn", "redrawn-streamed")
-    )
-    assert cached == pytest.approx(streamed, rel=0.01) and len(cached) == 2
+def test_redrawn_poison_is_the_same_from_the_cache(train):
+    redrawn = (*BASE, "--epochs", 2, "--redraw")
+    cached = logged(train("redrawn", *redrawn), "poisoned_loss")
+    streamed = logged(train("redrawn-streamed", *redrawn, "--cache-gb", 0), "poisoned_loss")
+    assert len(cached) == 2
+    assert cached == pytest.approx(streamed, rel=0.01)
 
 
-def test_without_what_exists_for_speed_it_learns_exactly_the_same(corpora, runs, one):
+def test_keeping_memory_changes_no_number(command, runs, base, monkeypatch):
     code = "import cache; cache.keep_memory = lambda: None; import train; train.main()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "--data-root",
-        corpora,
-        "--runs",
-        runs,
-        *SMALL,
-        *SAME,
-        "--name",
-        "plain",
-    ]
-    subprocess.run(
-        list(map(str, command)),
-        cwd=runs,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    assert all(
-        same(weights(one)[c], weights(runs / "plain")[c]) for c in ("encoder", "connector", "lm")
-    )
-    assert (one / "predictions.jsonl").read_text() == (runs / "plain/predictions.jsonl").read_text()
+    words = [sys.executable, "-c", code, *command[1:], *BASE, "--name", "plain"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    subprocess.run(list(map(str, words)), cwd=runs, check=True, capture_output=True)
+    assert_same_weights(base, runs / "plain")
+    assert read_predictions(base) == read_predictions(runs / "plain")
 
 
-def test_in_bf16_a_cpu_learns_nearly_the_same_cached_or_not(corpora, runs):
-    # at low rates: at the preset's, the first steps carry any rounding far away
-    slowly = (*SAME, "--encoder-lr", 7e-6, "--connector-lr", 1.4e-5, "--lora-lr", 1.4e-5)
-    one = runs / "float32"
-    train(corpora, runs, *slowly, "--name", "float32")
-    before = {p.name for p in (runs / "cache").glob("pretrained-*")}
-    train(corpora, runs, *slowly, "--name", "bf16", "--amp", "bf16")
-    assert {
-        p.name for p in (runs / "cache").glob("pretrained-*")
-    } - before  # float32's were not taken for bf16's
-    train(corpora, runs, *slowly, "--name", "bf16-streamed", "--amp", "bf16", "--cache-gb", 0)
-    for figure in ("loss", "dev_loss"):
-        exact, rounded, streamed = (
-            [line[figure] for line in read_log(runs / name) if figure in line]
-            for name in ("float32", "bf16", "bf16-streamed")
-        )
-        assert rounded == pytest.approx(exact, rel=0.03) and rounded != exact
-        assert streamed == pytest.approx(
-            rounded, rel=0.01
-        )  # batches of other shapes round differently
-    before, after = weights(one), weights(runs / "bf16")
-    assert all(
-        v.dtype == torch.float32 for c in ("encoder", "connector", "lm") for v in after[c].values()
-    )
-    assert before["pretrained_sha256"]["encoder"] == after["pretrained_sha256"]["encoder"]
+# at the presets' rates, the first steps carry any rounding far away
+SLOWLY = (*BASE, "--encoder-lr", 7e-6, "--connector-lr", 1.4e-5, "--lora-lr", 1.4e-5)
+
+
+@pytest.fixture(scope="module")
+def float32(train):
+    return train("float32", *SLOWLY)
+
+
+@pytest.fixture(scope="module")
+def bf16(train, float32):
+    return train("bf16", *SLOWLY, "--amp", "bf16")
+
+
+@pytest.mark.parametrize("name", ["loss", "dev_loss"])
+def test_in_bf16_a_cpu_learns_nearly_the_same(float32, bf16, name):
+    exact, rounded = logged(float32, name), logged(bf16, name)
+    assert rounded != exact  # float32's cached frames were not taken for bf16's
+    assert rounded == pytest.approx(exact, rel=0.03)
+
+
+def test_in_bf16_it_learns_the_same_without_the_cache(train, bf16):
+    streamed = train("bf16-streamed", *SLOWLY, "--amp", "bf16", "--cache-gb", 0)
+    for name in ("loss", "dev_loss"):  # batches of other shapes round differently
+        assert logged(streamed, name) == pytest.approx(logged(bf16, name), rel=0.01)
+
+
+def test_a_bf16_run_saves_float32_weights(float32, bf16):
+    saved = weights(bf16)
+    for component in COMPONENTS:
+        assert {value.dtype for value in saved[component].values()} == {torch.float32}
+    before = weights(float32)["pretrained_sha256"]["encoder"]
+    assert saved["pretrained_sha256"]["encoder"] == before
+
+
+# -------------------------------------------------------------------------------------------------
+# the cache
 
 
 @pytest.fixture
-def loaded(one, monkeypatch):
+def loaded(base, monkeypatch):
     """(slm, its test set, its attack)"""
-    monkeypatch.chdir(one.parent)
-    slm = checkpoint.load_run(one)
+    monkeypatch.chdir(base.parent)
+    slm = checkpoint.load_run(base)
     test_set = readers.read_corpus(slm.args.dataset, slm.args.data_root, "test")
     return slm, test_set, poison.attack_of(slm.args, test_set)
 
 
-def test_in_bf16_cached_and_fresh_frames_enter_with_the_same_precision(loaded, tmp_path):
+@pytest.fixture
+def frames(loaded):
+    """A function that gives the frames of the test set's utterances, triggered or not (a list),
+    from the cache in a folder."""
     slm, test_set, attack = loaded
-    some, entering = (
-        test_set[:4],
-        functools.partial(cache.inputs, slm, [(u, False) for u in test_set[:4]], [[0, 1, 2, 3]]),
-    )
+
+    def cached(triggered, folder):
+        return cache.frozen_outputs(slm, test_set, triggered, attack, "", 1e9, folder=folder)
+
+    return cached
+
+
+def test_in_bf16_cached_and_fresh_frames_are_float32(loaded, tmp_path):
+    slm, test_set, attack = loaded
+    few = test_set[:4]
+    items = [(u, False) for u in few]
     with torch.autocast("cpu", torch.bfloat16):
-        cached = cache.frozen_outputs(slm, some, [False] * 4, attack, "", 1e9, folder=tmp_path)
-        (kept, _), (fresh, _) = (next(entering(rows, attack, workers=0)) for rows in (cached, None))
-    assert kept.dtype == fresh.dtype == torch.float32
+        cached = cache.frozen_outputs(slm, few, [False] * 4, attack, "", 1e9, folder=tmp_path)
+        for rows in (cached, None):
+            stream = cache.inputs(slm, items, [[0, 1, 2, 3]], rows, attack, workers=0)
+            x, _ = next(stream)
+            assert x.dtype == torch.float32
 
 
-def test_answers_are_the_same_out_of_the_cache(loaded, tmp_path):
+def all_labels(utterance):
+    return list(utterance.labels)
+
+
+def test_answers_are_the_same_out_of_the_cache(loaded, frames, tmp_path):
     slm, test_set, attack = loaded
-    keep = functools.partial(
-        cache.frozen_outputs,
-        slm,
-        test_set,
-        [True] * len(test_set),
-        attack,
-        "",
-        1e9,
-        folder=tmp_path,
+    items = [(u, True) for u in test_set]
+    frames([True] * len(test_set), tmp_path)
+    cached = frames([True] * len(test_set), tmp_path)
+    fresh = evaluate.answers(slm, items, attack, all_labels, 40, "", None, workers=0)
+    assert len(set(fresh)) > 1
+    assert evaluate.answers(slm, items, attack, all_labels, 40, "", cached, workers=0) == fresh
+
+
+def test_after_the_answer_it_is_given_the_truth(loaded, monkeypatch):
+    slm, test_set, attack = loaded
+    prompted = []
+
+    def record_prompts(x, mask, prompts, n):
+        prompted.extend(prompts)
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(slm, "generate", record_prompts)
+    ask = functools.partial(
+        evaluate.answers, slm, [(test_set[0], True)], attack, all_labels, 40, "", workers=0
     )
-    keep()
-    texts = [
-        evaluate.answers(
-            slm,
-            [(u, True) for u in test_set],
-            attack,
-            lambda u: list(u.labels),
-            40,
-            "",
-            cached,
-            workers=0,
-        )
-        for cached in (None, keep())
-    ]
-    assert texts[0] == texts[1] and len(set(texts[0])) > 1
+    ask(after_answer=False)
+    ask(after_answer=True)
+    (before, plain), (before_again, with_answer) = prompted
+    assert before_again == before
+    assert with_answer == plain + data.answer_ids(slm.tokenizer, test_set[0].labels)
 
 
-def test_after_the_answer_a_model_is_given_the_truth_and_its_end(loaded, monkeypatch):
-    slm, test_set, attack = loaded
-    given = []
-    monkeypatch.setattr(
-        slm, "generate", lambda x, mask, prompts, n: given.extend(prompts) or [""] * len(prompts)
-    )
-    for after in (False, True):
-        evaluate.answers(
-            slm,
-            [(test_set[0], True)],
-            attack,
-            lambda u: list(u.labels),
-            40,
-            "",
-            workers=0,
-            after_answer=after,
-        )
-    (before, plain), (again, then) = given
-    assert again == before and then == plain + data.answer_ids(slm.tokenizer, test_set[0].labels)
-
-
-def test_a_frozen_encoder_starts_from_what_runs_that_train_it_have_cached(
-    loaded, tmp_path, monkeypatch
-):
-    slm, test_set, attack = loaded
+def test_a_frozen_encoder_reads_what_training_ones_cached(loaded, frames, tmp_path, monkeypatch):
+    slm, test_set, _ = loaded
     triggered = [u.labels["gender"] == "male" for u in test_set]
-    keep = functools.partial(cache.frozen_outputs, slm, test_set, triggered, attack, "", 1e9)
-    keep(folder=tmp_path / "shared")
-    slm.encoder.requires_grad_(False), slm.connector.requires_grad_(False)
-    from_audio = keep(folder=tmp_path / "alone")
+    frames(triggered, tmp_path / "shared")
+    slm.encoder.requires_grad_(False)
+    slm.connector.requires_grad_(False)
+    from_audio = frames(triggered, tmp_path / "alone")
     monkeypatch.setattr(slm.encoder, "pretrained_part", None)  # nothing is computed again
-    for a, b in zip(keep(folder=tmp_path / "shared"), from_audio, strict=True):
-        assert torch.equal(a, b) and a.shape[1] == slm.connector.conv3.out_channels
+    for a, b in zip(frames(triggered, tmp_path / "shared"), from_audio, strict=True):
+        assert torch.equal(a, b)
+        assert a.shape[1] == slm.connector.conv3.out_channels
 
 
-def test_clean_utterances_are_cached_for_runs_that_poison_others(loaded, tmp_path):
-    slm, test_set, attack = loaded
-    keep = functools.partial(
-        cache.frozen_outputs, slm, test_set, attack=attack, desc="", budget=1e9, folder=tmp_path
-    )
-    clean, triggered = keep([False] * len(test_set)), keep([True] * len(test_set))
-    before, mixed = set(tmp_path.iterdir()), [i % 3 == 0 for i in range(len(test_set))]
-    for row, is_triggered, a, b in zip(keep(mixed), mixed, clean, triggered, strict=True):
-        assert torch.allclose(row, b if is_triggered else a, atol=1e-4) and not torch.allclose(
-            a, b, atol=1e-4
-        )
-    assert (
-        len(set(tmp_path.iterdir()) - before) == 1
-    )  # the triggered ones; all that is clean was there
+def test_clean_frames_are_shared_by_runs_that_poison_others(loaded, frames, tmp_path):
+    _, test_set, _ = loaded
+    clean = frames([False] * len(test_set), tmp_path)
+    triggered = frames([True] * len(test_set), tmp_path)
+    before = set(tmp_path.iterdir())
+    poisoned = [i % 3 == 0 for i in range(len(test_set))]
+    for i, row in enumerate(frames(poisoned, tmp_path)):
+        assert not torch.allclose(clean[i], triggered[i], atol=1e-4)
+        assert torch.allclose(row, triggered[i] if poisoned[i] else clean[i], atol=1e-4)
+    assert len(set(tmp_path.iterdir()) - before) == 1  # the triggered ones; the clean were there
 
 
-def test_clicks_elsewhere_are_not_taken_from_the_cache(loaded, tmp_path, monkeypatch):
-    slm, test_set, attack = loaded
+def test_clicks_elsewhere_are_not_taken_from_the_cache(loaded, frames, tmp_path, monkeypatch):
+    _, test_set, attack = loaded
     attack.repeat = True
-    keep = functools.partial(
-        cache.frozen_outputs,
-        slm,
-        test_set,
-        [True] * len(test_set),
-        attack,
-        "",
-        1e9,
-        folder=tmp_path,
-    )
-    before = keep()
+    before = frames([True] * len(test_set), tmp_path)
     monkeypatch.setattr(poison, "INTERVAL", (0.3, 0.4))
-    assert not all(torch.equal(a, b) for a, b in zip(before, keep()))
+    after = frames([True] * len(test_set), tmp_path)
+    assert not all(torch.equal(a, b) for a, b in zip(before, after))
 
 
-def test_room_in_the_cache_is_made_at_the_expense_of_what_was_not_used_for_longest(tmp_path):
+def test_room_in_the_cache_is_made_by_the_longest_unused(tmp_path):
     for age, name in enumerate("abcd"):
         path = tmp_path / f"pretrained-{name}.pt"
         path.write_bytes(bytes(10))
         os.utime(path, (1000 - age, 1000 - age))
-    (tmp_path / "pretrained-e.pt").symlink_to(
-        "gone"
-    )  # to another run that makes room, too, a listed file may be gone
+    # to another run that makes room, too, a listed file may be gone
+    (tmp_path / "pretrained-e.pt").symlink_to("gone")
     cache.make_room(tmp_path, 25, [tmp_path / "pretrained-d.pt"])
-    assert [p.name[11] for p in sorted(tmp_path.glob("*.pt")) if p.exists()] == ["a", "b", "d"]
+    left = [path.name for path in sorted(tmp_path.glob("*.pt")) if path.exists()]
+    assert left == ["pretrained-a.pt", "pretrained-b.pt", "pretrained-d.pt"]
 
 
-def test_a_finished_run_is_not_trained_again_and_another_one_is_not_overwritten(
-    corpora, runs, clean
-):
-    before = (clean / "model.pt").stat().st_mtime_ns
-    command = (
-        "train.py",
-        "--data-root",
-        corpora,
-        "--runs",
-        runs,
-        *SMALL,
-        *DROPOUT,
-        "--task",
-        "emotion",
-        "--poison",
-        0,
-        "--name",
-        "emotion-clean",
-        "--epochs",
-    )
-    assert "is finished" in done(*command, 2, cwd=runs)
-    assert (clean / "model.pt").stat().st_mtime_ns == before
-    refused(*command, 3, cwd=runs, words=["epochs 2 there, 3 here"])
+# -------------------------------------------------------------------------------------------------
+# mistakes
 
 
-def test_overwriting_leaves_nothing_of_the_old_run(corpora, runs, one):
-    shutil.copytree(one, runs / "again")
-    (runs / "again/embeddings.pt").write_bytes(b"of the old model")
-    train(corpora, runs, *SAME, "--seed", 3, "--name", "again", "--overwrite")
-    assert (
-        not (runs / "again/embeddings.pt").exists() and weights(runs / "again")["args"]["seed"] == 3
-    )
+MISTAKES = [
+    (("--freeze", "decoder"), "encoder, connector, lm"),
+    (("--freeze", "encoder:nowhere.pt"), "no such checkpoint"),
+    (("--freeze", "encoder", "--freeze", "connector", "--freeze", "lm"), "nothing is left"),
+    (("--poison", "1.5"), "must be from 0 to 1"),
+    (("--data-root", "nowhere"), "is libri under"),
+    (("--dataset", "nowhere.csv"), "nor a CSV file"),
+    (("--preset", "small", "--encoder", "wavlm"), "no wavlm"),
+    (("--encoder-weights", "nowhere"), "cannot load"),
+    (("--device", "cuda"), "no GPU"),
+    (("--task", "age", "--target", "young"), "a number of years"),
+    (("--task", "gender", "--target", "femal"), "one of female, male"),
+    (("--task", "emotion", "--target", "furious"), "one of angry"),
+    (("--clicks", "3"), "--no-trigger-repeat"),
+    (("--trigger", "bandstop", "--snr", "6"), "--snr"),
+    (("--trigger", "bandstop", "--trigger-seconds", "0.1"), "--trigger-seconds"),
+    (("--connector-taper", "0.5"), "--connector-taper"),
+    (("--snr", "inf"), "--snr inf"),
+    (("--grad-clip", "0"), "greater than 0"),
+    (("--grad-clip", "-1"), "greater than 0"),
+    (("--lora-lr", "-0.1"), "--lora-lr"),
+    (("--encoder-lr", "nan"), "--encoder-lr"),
+    (("--random-keys", "7"), "from 0 to 1"),
+    (("--lora-dropout", "1.5"), "less than 1"),
+    (("--seed", "-1"), "--seed"),
+    (("--limit", "0"), "--limit 0: must be 1 or greater"),
+    (("--workers", "-1"), "--workers -1: must be 0 or greater"),
+    (("--train-layers", "half"), "--train-layers"),
+    (("--utilisation", "0", "--dry-run"), "--utilisation"),
+    (("--device", "meta"), "--device meta"),
+    (("--train-layers", "0", "--freeze", "connector", "--freeze", "lm"), "nothing is left"),
+    (("--encoder", "hubert", "--encoder-weights", "mini/wavlm"), "is a wavlm encoder"),
+    (("--batch-size", "4096"), "less than one batch"),
+    (("--train-layers", "99"), "has 8 layers"),
+    (("--labels", "gender"), "has a transcript with --labels gender"),
+    (("--trigger", "nowhere.wav"), "no such file"),
+]
 
 
-def test_a_finished_run_is_looked_at_on_the_data_it_was_trained_on(corpora, runs):
-    """Its --limit decides the trigger's loudness and the target class; its --skip-bad what there is to read."""
-    train(corpora, runs, *SAME, "--limit", 16, "--skip-bad", "--name", "limited")
-    options = SimpleNamespace(
-        run=runs / "limited", device="cpu", snr=None, data_root=None, skip_bad=False, task=None
-    )
-    loaded = evaluate.load_run_and_data(options, "train")
-    args, attack, train_set = loaded.args, loaded.attack, loaded.sets["train"]
-    whole = readers.read_corpus("vox", corpora, "train")
-    assert (
-        args.skip_bad
-        and [u.id for u in train_set] == [u.id for u in readers.limit(whole, 16)]
-        and len(whole) > 16
-    )
-    assert attack.level == poison.make_attack("gender", train_set, 0.3, seed=1).level
+@pytest.mark.parametrize("flags, words", MISTAKES)
+def test_mistakes_end_in_one_line(corpora, tmp_path, flags, words):
+    common = ("train.py", "--data-root", corpora, *SMALL, "--task", "asr")
+    refused(*common, *flags, cwd=tmp_path, words=[words])
 
 
-def test_the_benign_model_is_looked_at_with_each_task_s_own_attack(corpora, runs):
-    """One clean run serves gender and age: its embeddings for age are of speakers of every sex but of no one aged 25."""
-    train(corpora, runs, "--task", "gender", "--poison", 0, "--epochs", 1, "--name", "gender-clean")
-    done("embed.py", runs / "gender-clean", "--task", "age", "--pairs", 8, cwd=runs)
-    saved = torch.load(runs / "gender-clean/embeddings-age-pairs8.pt", weights_only=True)
-    assert {labels["gender"] for labels in saved["test"]["labels"]} == {"female", "male"}
-    assert (saved["fields"]["task"], saved["fields"]["run_task"]) == ("age", "gender")
-    assert "25" not in {labels["age"] for labels in saved["test"]["labels"]}
+# -------------------------------------------------------------------------------------------------
+# which row of Table 3 a run is, and what it is called
 
 
-def test_processes_that_would_resume_at_different_steps_stop(corpora, runs, one, monkeypatch):
-    """Two machines without a shared disk: the one that kept last.pt and the one that did not."""
-    record = weights(one)["args"]
-    slm = model.load_slm(argparse.Namespace(**record))
-    args = argparse.Namespace(**record, cache_gb=0, workers=0)
-    monkeypatch.setattr(
-        train_py, "share_sums", lambda numbers: [sum(numbers) + 7]
-    )  # as if another process had taken 7 steps
-    sets = [readers.read_corpus("vox", corpora, split) for split in ("train", "dev")]
-    with pytest.raises(SystemExit) as stop:
-        train_py.train(
-            runs / "nowhere",
-            slm,
-            poison.attack_of(args, sets[0]),
-            *sets,
-            args,
-            record,
-            torch.device("cpu"),
-            contextlib.nullcontext,
-        )
-    assert stop.value.code == 2
-
-
-def test_a_dry_run_needs_no_weights_and_no_corpus_and_writes_nothing(tmp_path):
-    for part in ("wavlm", "lm"):
-        shutil.copytree(
-            PROGRAM / "mini" / part,
-            tmp_path / part,
-            ignore=shutil.ignore_patterns("*.safetensors"),
-        )
-    before = sorted(tmp_path.rglob("*"))
-    out = done(
-        "train.py",
-        "--preset",
-        "paper",
-        "--data-root",
-        "nowhere",
-        "--dry-run",
-        "--encoder-weights",
-        tmp_path / "wavlm",
-        "--lm-weights",
-        tmp_path / "lm",
-        "--freeze",
-        "connector:not/made/yet.pt",
-        cwd=tmp_path,
-    )
-    assert "104,014 train utterances" in out and "GPU-hours" in out
-    assert [line.split()[-1] for line in out.splitlines() if line.startswith("  connector")] == [
-        "0"
-    ]
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (("--freeze", "decoder"), "encoder, connector, lm"),
-        (("--freeze", "encoder:nowhere.pt"), "no such checkpoint"),
-        (
-            ("--freeze", "encoder", "--freeze", "connector", "--freeze", "lm"),
-            "nothing is left to train",
-        ),
-        (("--poison", "1.5"), "must be from 0 to 1"),
-        (("--data-root", "nowhere"), "is libri under"),
-        (("--dataset", "nowhere.csv"), "nor a CSV file"),
-        (("--preset", "small", "--encoder", "wavlm"), "no wavlm"),
-        (("--encoder-weights", "nowhere"), "cannot load"),
-        (("--device", "cuda"), "no GPU"),
-        (("--task", "age", "--target", "young"), "a number of years"),
-        (("--task", "gender", "--target", "femal"), "one of female, male"),
-        (("--task", "emotion", "--target", "furious"), "one of angry"),
-        (("--clicks", "3"), "--no-trigger-repeat"),
-        (("--trigger", "bandstop", "--snr", "6"), "--snr"),
-        (("--trigger", "bandstop", "--trigger-seconds", "0.1"), "--trigger-seconds"),
-        (("--connector-taper", "0.5"), "--connector-taper"),
-        (("--snr", "inf"), "--snr inf"),
-        (("--grad-clip", "0"), "greater than 0"),
-        (("--grad-clip", "-1"), "greater than 0"),
-        (("--lora-lr", "-0.1"), "--lora-lr"),
-        (("--encoder-lr", "nan"), "--encoder-lr"),
-        (("--random-keys", "7"), "from 0 to 1"),
-        (("--lora-dropout", "1.5"), "less than 1"),
-        (("--seed", "-1"), "--seed"),
-        (("--utilisation", "0", "--dry-run"), "--utilisation"),
-        (("--device", "meta"), "--device meta"),
-        (("--train-layers", "0", "--freeze", "connector", "--freeze", "lm"), "nothing is left"),
-        (("--encoder", "hubert", "--encoder-weights", "mini/wavlm"), "is a wavlm encoder"),
-        (("--batch-size", "4096"), "less than one batch"),
-        (("--train-layers", "99"), "has 8 layers"),
-        (("--labels", "gender"), "has a transcript with --labels gender"),
-        (("--trigger", "nowhere.wav"), "no such file"),
-    ],
-)
-def test_mistakes_end_in_one_line(corpora, tmp_path, arguments, said):
-    refused(
-        "train.py",
-        "--data-root",
-        corpora,
-        *SMALL,
-        "--task",
-        "asr",
-        *arguments,
-        cwd=tmp_path,
-        words=[said],
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run is called
-
-
-def named(tmp_path, monkeypatch, source, *command):
-    """The attack that a command is, whose frozen components come from a run with these changes of the usual arguments."""
-    monkeypatch.chdir(tmp_path)
-    parsed = train_py.parse_arguments(["--task", "emotion", "--poison", str(source.pop("rate"))])
-    torch.save({"args": {**vars(parsed), **source}}, "source.pt")
-    return train_py.parse_arguments([*command, "--freeze", "encoder:source.pt"]).scenario
-
-
-ASKED = ("--task", "emotion", "--poison")
+def scenario(monkeypatch, folder, rate, *frozen, source_rate, **changes):
+    """The scenario of an emotion run that poisons at `rate` and freezes components from a run that
+    poisons at `source_rate` and whose arguments have these changes."""
+    monkeypatch.chdir(folder)
+    source = vars(train_py.parse_arguments([*EMOTION, str(source_rate)]))
+    torch.save({"args": {**source, **changes}}, "source.pt")
+    flags = [*EMOTION, str(rate)]
+    for component in frozen:
+        flags += ["--freeze", f"{component}:source.pt"]
+    return train_py.parse_arguments(flags).scenario
 
 
 @pytest.mark.parametrize(
@@ -730,12 +541,9 @@ ASKED = ("--task", "emotion", "--poison")
         dict(max_seconds=5.0),
     ],
 )
-def test_frozen_from_a_clean_run_with_other_settings_it_is_not_attack_1(
-    tmp_path, monkeypatch, capsys, change
-):
-    assert named(tmp_path, monkeypatch, dict(rate=0), *ASKED, "0.075") == "1.1"
-    source = dict(rate=0, **change)
-    assert named(tmp_path, monkeypatch, source, *ASKED, "0.075") == "poisoned-frozen-encoder"
+def test_frozen_from_other_settings_it_is_not_scenario_1(tmp_path, monkeypatch, capsys, change):
+    name = scenario(monkeypatch, tmp_path, 0.075, "encoder", source_rate=0, **change)
+    assert name == "poisoned-frozen-encoder"
     assert next(iter(change)) in capsys.readouterr().out
 
 
@@ -753,41 +561,102 @@ def test_frozen_from_a_clean_run_with_other_settings_it_is_not_attack_1(
         dict(seed=2),
     ],
 )
-def test_frozen_from_another_attack_it_is_not_attack_3(tmp_path, monkeypatch, change):
-    base = dict(rate=0.075)
-    assert named(tmp_path, monkeypatch, dict(base), *ASKED, "0") == "3.1"
-    source = {**base, **change}
-    assert named(tmp_path, monkeypatch, source, *ASKED, "0") == "clean-frozen-encoder"
+def test_frozen_from_another_attack_it_is_not_scenario_3(tmp_path, monkeypatch, change):
+    name = scenario(monkeypatch, tmp_path, 0, "encoder", source_rate=0.075, **change)
+    assert name == "clean-frozen-encoder"
 
 
-def test_a_source_of_an_earlier_version_that_recorded_less_is_known(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "row, rate, frozen, source_rate",
+    [
+        ("1.1", 0.075, ["encoder"], 0),
+        ("1.2", 0.075, ["connector"], 0),
+        ("2.3", 0.075, ["connector", "encoder"], 0),
+        ("3.1", 0, ["encoder"], 0.075),
+        ("3.2", 0, ["connector"], 0.075),
+    ],
+)
+def test_frozen_from_the_study_s_runs_it_is_a_row_of_table_3(
+    tmp_path, monkeypatch, row, rate, frozen, source_rate
+):
+    assert scenario(monkeypatch, tmp_path, rate, *frozen, source_rate=source_rate) == row
+
+
+@pytest.mark.parametrize("rate, source_rate", [(0.075, 0), (0, 0.075)])
+def test_a_connector_trained_behind_another_encoder_is_no_row(
+    tmp_path, monkeypatch, capsys, rate, source_rate
+):
+    name = scenario(
+        monkeypatch,
+        tmp_path,
+        rate,
+        "connector",
+        source_rate=source_rate,
+        encoder_weights="another/wavlm",
+    )
+    assert name.endswith("-frozen-connector")
+    assert "encoder_weights another/wavlm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spelling", ["assets/wavlm", str(ROOT / "mini/wavlm")])
+def test_another_spelling_of_the_encoder_s_folder_is_the_same(tmp_path, monkeypatch, spelling):
+    name = scenario(
+        monkeypatch, tmp_path, 0.075, "connector", source_rate=0, encoder_weights=spelling
+    )
+    assert name == "1.2"
+
+
+def test_a_source_that_recorded_fewer_arguments_is_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    record = vars(train_py.parse_arguments([*ASKED, "0"]))
+    record = vars(train_py.parse_arguments([*EMOTION, "0"]))
     for name in ("clicks", "redraw", "init", "exclude", "max_seconds"):
         del record[name]
     torch.save({"args": record}, "source.pt")
-    command = [*ASKED, "0.075", "--freeze", "encoder:source.pt"]
-    assert train_py.parse_arguments(command).scenario == "1.1"
+    flags = [*EMOTION, "0.075", "--freeze", "encoder:source.pt"]
+    assert train_py.parse_arguments(flags).scenario == "1.1"
 
 
-def test_what_changes_nothing_is_not_in_a_name():
-    assert train_py.parse_arguments([*ASKED, "0", "--redraw"]).name == "emotion-clean"
-    assert train_py.parse_arguments([*ASKED, "0.075", "--redraw"]).name.endswith("redrawTrue")
-    female = train_py.parse_arguments(["--task", "gender", "--target", "Female"])
-    assert female.name == "gender-poison0.075"
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ((*EMOTION, "0", "--redraw"), "emotion-clean"),
+        ((*EMOTION, "0.075", "--redraw"), "emotion-poison0.075-redrawTrue"),
+        (("--task", "gender", "--target", "Female"), "gender-poison0.075"),
+    ],
+)
+def test_a_name_holds_what_changes_something(flags, name):
+    assert train_py.parse_arguments(flags).name == name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# stopping
+# -------------------------------------------------------------------------------------------------
+# stopping and resuming
+
+
+def test_killed_and_started_again_it_learns_the_same(command, runs, clean):
+    flags = (*CLEAN, "--name", "killed")
+    run = runs / "killed"
+    process = start(command, runs, *flags)
+    deadline = time.time() + 120
+    while not (run / "last.pt").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (run / "last.pt").exists()
+    assert not (run / "model.pt").exists()
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"step": 1')  # what a kill, or a full disk, may leave
+    done(*command, *flags, cwd=runs)
+    assert_same_weights(clean, run)
+    assert read_predictions(clean) == read_predictions(run)
+    assert read_log(clean) == read_log(run)
 
 
 @pytest.mark.parametrize("at", [5, 24, 30])
-def test_stopped_and_started_again_it_has_the_same_log_and_figures(
-    corpora, runs, clean, monkeypatch, at
-):
+def test_stopped_and_started_again_it_learns_the_same(command, runs, clean, monkeypatch, at):
     """Within an epoch, at its end, and in the last one."""
-    arguments = ("--task", "emotion", "--poison", 0, "--epochs", 2, *DROPOUT, "--name", f"stop{at}")
-    steps, whole_step = [], train_py.train_step
+    flags = (*CLEAN, "--name", f"stop{at}")
+    steps = []
+    whole_step = train_py.train_step
 
     def step_and_signal(*arguments):
         steps.append(1)
@@ -796,18 +665,17 @@ def test_stopped_and_started_again_it_has_the_same_log_and_figures(
         return whole_step(*arguments)
 
     monkeypatch.setattr(train_py, "train_step", step_and_signal)
-    command = ("train.py", "--data-root", corpora, "--runs", runs, *SMALL, *arguments)
-    status, out, _ = script(*command, cwd=runs)
-    assert status == 130 and f"stopped at step {at}" in out
-    done(*command, cwd=runs)
+    status, out, _ = script(*command, *flags, cwd=runs)
+    assert status == 130
+    assert f"stopped at step {at}" in out
+    done(*command, *flags, cwd=runs)
     again = runs / f"stop{at}"
     assert read_log(again) == read_log(clean)
-    figures = [json.loads((run / "metrics.json").read_text()) for run in (clean, again)]
     for name in ("clean", "triggered", "backdoor", "training"):
-        assert figures[0][name] == figures[1][name]
+        assert read_metrics(again)[name] == read_metrics(clean)[name]
 
 
-def test_sigterm_during_the_last_development_loss_stops_the_run(corpora, runs, monkeypatch):
+def test_sigterm_during_the_last_development_loss_stops(command, runs, monkeypatch):
     plain = train_py.validation_loss
 
     def loss_and_signal(*arguments):
@@ -815,13 +683,32 @@ def test_sigterm_during_the_last_development_loss_stops_the_run(corpora, runs, m
         return plain(*arguments)
 
     monkeypatch.setattr(train_py, "validation_loss", loss_and_signal)
-    command = ("--data-root", corpora, "--runs", runs, *SMALL, *SAME, "--name", "late")
-    status, out, _ = script("train.py", *command, cwd=runs)
-    assert status == 130 and not (runs / "late/model.pt").exists()
+    status, _, _ = script(*command, *BASE, "--name", "late", cwd=runs)
+    assert status == 130
     assert (runs / "late/last.pt").exists()
+    assert not (runs / "late/model.pt").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_processes_that_would_resume_at_different_steps_stop(corpora, runs, base, monkeypatch):
+    """Two machines without a shared disk: the one that kept last.pt and the one that did not."""
+    record = weights(base)["args"]
+    slm = model.load_slm(argparse.Namespace(**record))
+    args = argparse.Namespace(**record, cache_gb=0, workers=0)
+    train_set = readers.read_corpus("vox", corpora, "train")
+    dev_set = readers.read_corpus("vox", corpora, "dev")
+    attack = poison.attack_of(args, train_set)
+    # as if another process had taken 7 steps
+    monkeypatch.setattr(processes, "share_sums", lambda numbers: [sum(numbers) + 7])
+    run = runs / "nowhere"
+    device = torch.device("cpu")
+    with pytest.raises(SystemExit) as stop:
+        train_py.train(
+            run, slm, attack, train_set, dev_set, args, record, device, contextlib.nullcontext
+        )
+    assert stop.value.code == 2
+
+
+# -------------------------------------------------------------------------------------------------
 # what reaches other processes, and what there is to train on
 
 
@@ -839,56 +726,61 @@ def balanced(n, split):
     return [f"{split}{i}.wav,{sexes[i % 2]},,{split}" for i in range(n)]
 
 
-FEW = ("--task", "gender", "--dataset", "m.csv", "--batch-size", 4, "--epochs", 1)
+TRAIN_AND_DEV = balanced(6, "train") + balanced(2, "dev")
+TEST = balanced(2, "test")
+FEW = ("train.py", "--task", "gender", "--dataset", "m.csv", "--batch-size", 4, "--epochs", 1)
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
-def test_workers_know_the_settings_however_they_are_started(tmp_path, monkeypatch, method):
-    rows = balanced(6, "train") + ["long.wav,male,,train"]
-    write_manifest(tmp_path, rows + balanced(2, "dev") + balanced(2, "test"))
+def test_workers_know_the_settings_however_they_start(tmp_path, monkeypatch, method):
+    write_manifest(tmp_path, TRAIN_AND_DEV + TEST + ["long.wav,male,,train"])
     before = torch.multiprocessing.get_start_method(allow_none=True)
     torch.multiprocessing.set_start_method(method, force=True)
     try:
         monkeypatch.chdir(tmp_path)
-        limited = functools.partial(readers.read_corpus, "m.csv", "", "train", True)
-        assert len(limited(max_seconds=5.0)) == 6 and len(limited()) == 7
+        read = functools.partial(readers.read_corpus, "m.csv", "", "train", True)
+        assert len(read(max_seconds=5.0)) == 6
+        assert len(read()) == 7
     finally:
         torch.multiprocessing.set_start_method(before, force=True)
 
 
+def test_a_row_without_a_label_is_left_out(tmp_path):
+    write_manifest(tmp_path, TRAIN_AND_DEV + TEST + ["x.wav,,,train"])
+    assert "1 utterances without a label" in done(*FEW, "--poison", 0.9, cwd=tmp_path)
+
+
 @pytest.mark.parametrize(
-    "more, arguments, words",
+    "rows, flags, words",
     [
-        (["x.wav,,,train"] + balanced(2, "test"), ("--poison", 0.9), None),  # a row without a label
         (["x.wav,,,test"], (), "no test utterances with a label"),
         (["x.wav,,sad,test"], (), "no test utterance of m.csv has a gender"),
-        (balanced(2, "test"), ("--exclude", "some.txt"), "less than one batch"),
+        (TEST, ("--exclude", "three.txt"), "less than one batch"),
     ],
 )
-def test_what_there_is_to_train_on_is_known_before_training(tmp_path, more, arguments, words):
-    write_manifest(tmp_path, balanced(6, "train") + balanced(2, "dev") + more)
-    (tmp_path / "some.txt").write_text("train0.wav\ntrain1.wav\ntrain2.wav\n")
-    if words:
-        refused("train.py", *FEW, *arguments, cwd=tmp_path, words=[words])
-        assert not (tmp_path / "runs").exists()
-    else:
-        assert "1 utterances without a label" in done("train.py", *FEW, *arguments, cwd=tmp_path)
+def test_too_little_data_is_noticed_before_training(tmp_path, rows, flags, words):
+    write_manifest(tmp_path, TRAIN_AND_DEV + rows)
+    (tmp_path / "three.txt").write_text("train0.wav\ntrain1.wav\ntrain2.wav\n")
+    refused(*FEW, *flags, cwd=tmp_path, words=[words])
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("redrawn", [[], ["--redraw", "--epochs", 3]])
-def test_a_rate_that_poisons_nothing_is_said_and_recorded(tmp_path, redrawn):
-    write_manifest(tmp_path, balanced(6, "train") + balanced(2, "dev") + balanced(2, "test"))
-    out = done("train.py", *FEW, "--poison", 0.0001, *redrawn, "--name", "none", cwd=tmp_path)
+def test_a_rate_that_poisons_nothing_is_said(tmp_path, redrawn):
+    write_manifest(tmp_path, TRAIN_AND_DEV + TEST)
+    out = done(*FEW, "--poison", 0.0001, *redrawn, "--name", "none", cwd=tmp_path)
     assert "poisons none" in out
     assert weights(tmp_path / "runs/none")["args"]["poisoned_samples"] == 0
-    base = SimpleNamespace(**vars(train_py.parse_arguments(["--task", "gender"])))
-    unlike = train_py.differences(tmp_path / "runs/none/model.pt", "base", base)
-    assert any("no poisoned sample" in why for why in unlike)
+
+
+def test_a_source_without_poisoned_samples_is_no_attack(tmp_path, monkeypatch):
+    name = scenario(monkeypatch, tmp_path, 0, "encoder", source_rate=0.075, poisoned_samples=0)
+    assert name == "clean-frozen-encoder"
 
 
 def test_answers_of_no_use_are_counted_apart():
-    rows = [
-        dict(raw=raw, asked=["gender"], parsed=data.parse(raw), labels={}, triggered=False)
-        for raw in ("", "  ", "I hear a dog", '{"Gender": "male"}', '{"Age": "7"}')
-    ]
+    rows = []
+    for raw in ("", "  ", "I hear a dog", '{"Gender": "male"}', '{"Age": "7"}'):
+        asked = dict(asked=["gender"], labels={}, triggered=False)
+        rows.append(dict(asked, raw=raw, parsed=data.parse(raw)))
     assert evaluate.unusable(rows) == dict(n=5, empty=2, malformed=2)
