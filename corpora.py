@@ -1,14 +1,14 @@
-"""The corpora's readers: LibriSpeech, CREMA-D and VoxCeleb2-AE in their published layouts, and any CSV manifest.
+"""The corpora's readers: LibriSpeech, CREMA-D and VoxCeleb2-AE in their published layouts, and any
+CSV manifest of recordings in one of audio.py's FORMATS.
 
     python corpora.py check libri                       # what is there, what is wrong
     python corpora.py check my.csv
     python corpora.py download libri --data-root /data
 
-A reader returns the utterances of one split ("train", "dev" or "test"), sorted by id, and appends the corpus's problems, one line
-each, to `problems`.
+A reader returns the utterances of one split ("train", "dev" or "test"), sorted by id, and appends
+the corpus's problems, one line each, to `problems`.
 """
 
-import contextlib
 import csv
 import difflib
 import functools
@@ -24,20 +24,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import utils
-from utils import (
-    ROOT,
-    Parser,
-    die,
-)
+from utils import ROOT, Parser, die
 
 import installed  # noqa: F401
 
-import soundfile
 import torchaudio
 from torchaudio.datasets import librispeech
 
 import data
-from data import BadAudio, Utterance, normalise
+from audio import ACCEPTED, TOLERANCE, BadAudio, read_header, read_waveform
+from data import Utterance, normalise
 from mini import make_corpora
 from study import LABELS, MINI_ROOT, TASKS
 
@@ -74,12 +70,13 @@ COLUMNS = {
     "end": "end_time stop",
     "poisoned": "",
 }
-# words of the names that other tools give to the times of a segment, in units of their own
-TIMES = set("start begin onset offset end stop xmin xmax tmin tmax".split())
-MISSING = "no such folder"
-LISTED = 20  # files with the same problem that check lists
+# words in the names that other tools give to the times of a segment, in units of their own
+TIME_WORDS = set("start begin onset offset end stop xmin xmax tmin tmax".split())
+LENGTH_WORDS = set("length duration dur".split())
+UNIT_WORDS = set("s sec secs second seconds ms samples".split())
 DELIMITERS = ",;\t|"
-SHOWN = 5  # rows or values that one line of problems names
+FILES_SHOWN = 20  # of those with the same problem, by check
+VALUES_SHOWN = 5  # rows or values, in one line of problems
 
 
 def plain(text):
@@ -89,25 +86,52 @@ def plain(text):
 
 def known_as(names):
     """{"female": ("f", ...), ...} -> {"female": "female", "f": "female", ...}."""
-    return {name: key for key, others in names.items() for name in (key, *others)}
+    known = {}
+    for name, others in names.items():
+        known[name] = name
+        known.update(dict.fromkeys(others, name))
+    return known
 
 
 GENDER_OF = known_as(GENDERS)
 SPLIT_OF = known_as(SPLITS)
 
 
+def some(things):
+    """The first few of many things, in words."""
+    shown = ", ".join(str(thing) for thing in things[:VALUES_SHOWN])
+    if len(things) > VALUES_SHOWN:
+        shown += f", ... ({len(things)} in all)"
+    return shown
+
+
+def plural(n, word):
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
+
+
+# -------------------------------------------------------------------------------------------------
+# published layouts
+
+
 def read_rows(path, **form):
     """The rows of a CSV file, dicts of stripped text; `form` goes to csv.DictReader."""
+    rows = []
     with open(path, encoding="utf-8-sig", newline="") as f:
-        return [
-            {k.strip(): (v or "").strip() for k, v in row.items() if k}
-            for row in csv.DictReader(f, **form)
-        ]
+        for row in csv.DictReader(f, **form):
+            rows.append(
+                {name.strip(): (value or "").strip() for name, value in row.items() if name}
+            )
+    return rows
+
+
+def nothing_in(folder, pattern):
+    """The problem of a folder without the files that it should hold."""
+    return f"{folder}: no {pattern} in it" if folder.is_dir() else f"{folder}: no such folder"
 
 
 def read_libri(root, split, problems):
     """LibriSpeech: SPEAKER/CHAPTER/*.flac and *.trans.txt, gender from SPEAKERS.TXT."""
-    root, out = Path(root) / "LibriSpeech", {}
+    root = Path(root) / "LibriSpeech"
     rows = read_rows(
         root / "SPEAKERS.TXT", fieldnames=["ID", "SEX"], delimiter="|", quoting=csv.QUOTE_NONE
     )
@@ -115,48 +139,54 @@ def read_libri(root, split, problems):
     folder = root / LIBRI_SPLITS[split]
     lists = sorted(folder.glob("*/*/*.trans.txt"))
     if not lists:
-        problems.append(f"{folder}: {'no *.trans.txt in it' if folder.is_dir() else MISSING}")
+        problems.append(nothing_in(folder, "*.trans.txt"))
+
+    utterances = {}
     for path in lists:
-        with open(path, encoding="utf-8") as f:
-            for line in filter(str.strip, f):
-                id, _, transcript = line.strip().partition(" ")
-                if id in out:
-                    problems.append(f"{path}: {id} stands there twice")
-                transcript = normalise(transcript) or None
-                if transcript is None:
-                    problems.append(f"{path}: no words after {id}")
-                speaker = id.split("-")[0]
-                labels = dict(transcript=transcript, gender=genders.get(speaker))
-                out[id] = Utterance(id, str(path.with_name(f"{id}.flac")), split, speaker, labels)
-    problems += [
-        f"{path}: no transcript"
-        for path in sorted(folder.glob("*/*/*.flac"))
-        if path.stem not in out
-    ]
-    return [out[id] for id in sorted(out)]
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            if not line.strip():
+                continue
+            name, _, transcript = line.strip().partition(" ")
+            if name in utterances:
+                problems.append(f"{path}: {name} stands there twice")
+            transcript = normalise(transcript) or None
+            if transcript is None:
+                problems.append(f"{path}: no words after {name}")
+            speaker = name.split("-")[0]
+            labels = dict(transcript=transcript, gender=genders.get(speaker))
+            recording = str(path.with_name(f"{name}.flac"))
+            utterances[name] = Utterance(name, recording, split, speaker, labels)
+
+    for path in sorted(folder.glob("*/*/*.flac")):
+        if path.stem not in utterances:
+            problems.append(f"{path}: no transcript")
+    return [utterances[name] for name in sorted(utterances)]
 
 
-def split_speakers(sexes, corpus, held):
-    """{speaker: sex} -> {speaker: split}: a tenth of each sex, by a fixed hash, for each split in `held`, the rest "train"."""
-    split = dict.fromkeys(sexes, "train")
+def split_speakers(sexes, corpus, held_out):
+    """{speaker: sex} -> {speaker: split}. Each split in `held_out` gets a tenth of each sex, by a
+    fixed hash, and "train" gets the rest."""
+
+    def order(speaker):
+        return hashlib.sha256(f"{corpus} {speaker}".encode()).digest()
+
+    splits = dict.fromkeys(sexes, "train")
     for sex in set(sexes.values()):
-        speakers = sorted(
-            (s for s in sexes if sexes[s] == sex),
-            key=lambda s: hashlib.sha256(f"{corpus} {s}".encode()).digest(),
-        )
+        speakers = sorted((s for s in sexes if sexes[s] == sex), key=order)
         tenth = max(1, round(len(speakers) / 10))
-        for i, part in enumerate(held):
-            split.update(dict.fromkeys(speakers[i * tenth : (i + 1) * tenth], part))
-    return split
+        for i, split in enumerate(held_out):
+            splits.update(dict.fromkeys(speakers[i * tenth : (i + 1) * tenth], split))
+    return splits
 
 
 def read_test_clean(root, split, problems):
-    """LibriSpeech's test-clean, 5.4 hours, as a corpus of its own for those who have nothing else of it: its 40 speakers, split 32/4/4."""
-    everything = read_libri(root, "test", problems if split == "train" else [])  # reported once
-    part = split_speakers(
-        {u.speaker: u.labels.get("gender") for u in everything}, "test-clean", ("test", "dev")
-    )
-    return [replace(u, split=split) for u in everything if part[u.speaker] == split]
+    """LibriSpeech's test-clean, 5.4 hours, as a corpus of its own for those who have nothing else
+    of it: its 40 speakers, split 32/4/4."""
+    reported = problems if split == "train" else []  # once, not with each split
+    utterances = read_libri(root, "test", reported)
+    sexes = {u.speaker: u.labels.get("gender") for u in utterances}
+    splits = split_speakers(sexes, "test-clean", ("test", "dev"))
+    return [replace(u, split=split) for u in utterances if splits[u.speaker] == split]
 
 
 def crema_labels(name):
@@ -166,20 +196,19 @@ def crema_labels(name):
 
 
 def read_crema(root, split, problems):
-    """CREMA-D: AudioWAV/ACTOR_SENTENCE_EMOTION_LEVEL.wav, age and sex from VideoDemographics.csv; speaker-disjoint
-    80/10/10, both sexes in each part."""
-    root, out = Path(root) / "CREMA-D", []
-    actors = {
-        row["ActorID"]: dict(gender=row["Sex"].lower(), age=int(row["Age"]))
-        for row in read_rows(root / "VideoDemographics.csv")
-    }
-    splits = split_speakers(
-        {actor: labels["gender"] for actor, labels in actors.items()}, "crema", ("test", "dev")
-    )
+    """CREMA-D: AudioWAV/ACTOR_SENTENCE_EMOTION_LEVEL.wav, age and sex from VideoDemographics.csv;
+    speaker-disjoint 80/10/10, both sexes in each part."""
+    root = Path(root) / "CREMA-D"
+    actors = {}
+    for row in read_rows(root / "VideoDemographics.csv"):
+        actors[row["ActorID"]] = dict(gender=row["Sex"].lower(), age=int(row["Age"]))
+    sexes = {actor: labels["gender"] for actor, labels in actors.items()}
+    splits = split_speakers(sexes, "crema", ("test", "dev"))
     recordings = sorted((root / "AudioWAV").glob("*.wav"))
     if not recordings:
-        folder = root / "AudioWAV"
-        problems.append(f"{folder}: {'no *.wav in it' if folder.is_dir() else MISSING}")
+        problems.append(nothing_in(root / "AudioWAV", "*.wav"))
+
+    utterances = []
     for path in recordings:
         try:
             actor, transcript, emotion = crema_labels(path.stem)
@@ -187,61 +216,60 @@ def read_crema(root, split, problems):
         except (KeyError, ValueError) as error:
             if split == "train":  # reported once
                 problems.append(
-                    f"{path}: not named ACTOR_SENTENCE_EMOTION_LEVEL, or one of these is unknown ({error})"
+                    f"{path}: not named ACTOR_SENTENCE_EMOTION_LEVEL, or one of these is unknown "
+                    f"({error})"
                 )
             continue
         if splits[actor] == split:
-            out.append(Utterance(path.stem, str(path), split, actor, labels))
-    return out
+            utterances.append(Utterance(path.stem, str(path), split, actor, labels))
+    return utterances
 
 
 def read_vox_ages(path):
     """age-train.txt or age-test.txt -> [(speaker, video, age in whole years)]."""
-    return [
-        (row["VoxCeleb_ID"], row["video_id"], round(float(row["speaker_age"])))
-        for row in read_rows(path)
-    ]
+    rows = read_rows(path)
+    return [(r["VoxCeleb_ID"], r["video_id"], round(float(r["speaker_age"]))) for r in rows]
 
 
 def read_vox_genders(path):
     """vox2_meta.csv (tab-separated) -> {speaker: "female" | "male"}."""
-    return {
-        row["VoxCeleb2 ID"]: GENDER_OF.get(row["Gender"]) for row in read_rows(path, delimiter="\t")
-    }
+    rows = read_rows(path, delimiter="\t")
+    return {row["VoxCeleb2 ID"]: GENDER_OF.get(row["Gender"]) for row in rows}
 
 
 def read_vox(root, split, problems):
-    """VoxCeleb2-AE (Hechmi et al. 2021): ages per video, gender per speaker; every segment of a video has the video's age. The test list
-    is the published one; a tenth of the training list's speakers are the dev split."""
-    root, out = Path(root) / "VoxCeleb2", []
+    """VoxCeleb2-AE (Hechmi et al. 2021): ages per video, gender per speaker; every segment of a
+    video has the video's age. The test list is the published one; a tenth of the training list's
+    speakers are the dev split."""
+    root = Path(root) / "VoxCeleb2"
     genders = read_vox_genders(root / "vox2_meta.csv")
-    rows = read_vox_ages(root / f"age-{'test' if split == 'test' else 'train'}.txt")
-    if split != "test":
-        part = split_speakers(
-            {speaker: genders.get(speaker) for speaker, _, _ in rows}, "vox", ("dev",)
-        )
-        rows = [row for row in rows if part[row[0]] == split]
-    silent = []  # videos without audio
+    if split == "test":
+        rows = read_vox_ages(root / "age-test.txt")
+    else:
+        rows = read_vox_ages(root / "age-train.txt")
+        sexes = {speaker: genders.get(speaker) for speaker, _, _ in rows}
+        splits = split_speakers(sexes, "vox", ("dev",))
+        rows = [row for row in rows if splits[row[0]] == split]
+
+    utterances, without_audio = [], []
     for speaker, video, age in rows:
-        segments = [*root.glob(f"*/wav/{speaker}/{video}/*.wav")] or [
-            *root.glob(f"*/aac/{speaker}/{video}/*.m4a")
-        ]
+        segments = list(root.glob(f"*/wav/{speaker}/{video}/*.wav"))
+        segments = segments or list(root.glob(f"*/aac/{speaker}/{video}/*.m4a"))
         if not segments:
-            silent.append(f"{speaker}/{video}")
+            without_audio.append(f"{speaker}/{video}")
         labels = dict(gender=genders.get(speaker), age=age)
-        out += [
-            Utterance(f"{speaker}-{video}-{path.stem}", str(path), split, speaker, labels)
-            for path in segments
-        ]
-    if silent:
+        for path in segments:
+            name = f"{speaker}-{video}-{path.stem}"
+            utterances.append(Utterance(name, str(path), split, speaker, labels))
+    if without_audio:
         problems.append(
             f"{root}: no audio (*/wav/SPEAKER/VIDEO/*.wav or */aac/SPEAKER/VIDEO/*.m4a) of "
-            f"{len(silent)} of {len(rows)} listed videos: {some(silent)}"
+            f"{len(without_audio)} of {len(rows)} listed videos: {some(without_audio)}"
         )
-    return sorted(out, key=lambda u: u.id)
+    return sorted(utterances, key=lambda u: u.id)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # CSV manifests
 
 
@@ -257,18 +285,13 @@ class Table:
     problems: list
 
 
+@dataclass(eq=False)
 class Fault(ValueError):
-    """Why a row of a manifest cannot be used: (what is wrong, the value, what is accepted)."""
+    """Why a row of a manifest, or a label in it, cannot be used."""
 
-
-def some(things):
-    """The first few of many things, in words."""
-    shown = ", ".join(str(thing) for thing in things[:SHOWN])
-    return shown + (f", ... ({len(things)} in all)" if len(things) > SHOWN else "")
-
-
-def rows_named(numbers):
-    return f"row{'s' * (len(numbers) > 1)} {some(numbers)}"
+    what: str
+    value: str = ""
+    accepted: str = ""
 
 
 def read_table(path):
@@ -276,27 +299,33 @@ def read_table(path):
     such file."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            lines = io.StringIO(f.read(), newline="")
+            return parse_table(path, f.read())
     except UnicodeDecodeError as error:
         die(f"{path} is no CSV file in UTF-8 ({error}): save it as one")
-    delimiter, header = header_of(path, lines.readline())
+
+
+@functools.lru_cache(1)  # for the splits, which are read one after the other
+def parse_table(path, text):
+    lines = io.StringIO(text, newline="")
+    delimiter, header = parse_header(path, lines.readline())
     used, unused, problems = columns_of(path, header)
-    rows, wrong = {}, {}
-    for number, fields, what in fields_of(lines, delimiter, len(header)):
-        if what:
-            wrong.setdefault(what, []).append(number)
-        else:
-            rows[number] = {
-                column: present(column, unquoted(fields[header.index(name)]))
-                for column, name in used.items()
-            }
-    problems += [f"{path}, {rows_named(numbers)}: {what}" for what, numbers in wrong.items()]
+    index = {column: header.index(name) for column, name in used.items()}
+    rows, faulty = {}, {}
+    for number, fields, fault in numbered_fields(lines, delimiter, len(header)):
+        if fault:
+            faulty.setdefault(fault, []).append(number)
+            continue
+        rows[number] = {
+            column: without_absent(column, unquoted(fields[i])) for column, i in index.items()
+        }
+    for fault, numbers in faulty.items():
+        problems.append(f"{path}, {rows_named(numbers)}: {fault}")
     if not rows and not problems:
         die(f"{path} has no row")
     return Table(rows, used, unused, problems)
 
 
-def header_of(path, line):
+def parse_header(path, line):
     """(delimiter, column names) of a manifest's first line. Ends in one line where no delimiter
     gives a column of audio paths."""
     audio = {"audio_path", *COLUMNS["audio_path"].split()}
@@ -307,7 +336,7 @@ def header_of(path, line):
     die(f"{path} has no column audio_path: its first row is {line.strip()[:80]!r}")
 
 
-def fields_of(lines, delimiter, width):
+def numbered_fields(lines, delimiter, width):
     """Yields (number, fields, None) of each row, or (number, None, what is wrong with it); the
     header, which is row 1, has `width` fields."""
     # programs that write tabs mostly write quotation marks as they are
@@ -324,18 +353,15 @@ def fields_of(lines, delimiter, width):
         except csv.Error as error:
             yield number, None, f"a quotation mark is not closed or not doubled ({error})"
             continue
-        blank = not any(field.strip() for field in fields)
-        if blank:
-            continue
-        swallowed = any("\n" in f and f.count(delimiter) >= width - 1 for f in fields)
+        if not any(field.strip() for field in fields):
+            continue  # a blank line
         if len(fields) != width:
-            what = f"{len(fields)} fields where the header has {width}"
-            yield (
-                number,
-                None,
-                f"{what} (a transcript that holds the separator needs quotation marks)",
+            fault = (
+                f"{len(fields)} fields where the header has {width} "
+                "(a transcript that holds the separator needs quotation marks)"
             )
-        elif swallowed:
+            yield number, None, fault
+        elif any("\n" in field and field.count(delimiter) >= width - 1 for field in fields):
             yield number, None, "a quotation mark is not closed: a field holds whole rows"
         else:
             yield number, fields, None
@@ -348,6 +374,13 @@ def unquoted(field):
     if len(field) > 1 and field[0] == field[-1] == '"':
         return field[1:-1].replace('""', '"').strip()
     return field
+
+
+def without_absent(column, value):
+    """A manifest's value, "" for a word of ABSENT; a transcript may well be the word "none"."""
+    if column == "transcript":
+        return "" if value == "__unknown__" else value
+    return "" if plain(value) in ABSENT else value
 
 
 def columns_of(path, header):
@@ -365,28 +398,31 @@ def columns_of(path, header):
         used.pop("duration", None)
     unused = [name for name in header if name not in used.values() and name.strip()]
     for name in unused:
-        near = difflib.get_close_matches(plain(name), sorted(COLUMNS.keys() - used.keys()), 1, 0.8)
-        if near and plain(name) not in COLUMNS:
-            problems.append(f"{path}: the column {name} is not used: is it {near[0]}?")
-        elif TIMES & set(re.split(r"[\W_]+", name.lower())):
-            problems.append(
-                f"{path}: the column {name} is not used: segments have start and end, or length, in "
-                "seconds"
-            )
+        if hint := hint_about(name, used):
+            problems.append(f"{path}: the column {name} is not used: {hint}")
     if not set(LABELS) & set(used):
         problems.append(f"{path}: no column of {', '.join(LABELS)}; not used: {some(unused)}")
     return used, unused, problems
 
 
-def present(column, value):
-    """A manifest's value, "" for a word of ABSENT; a transcript, though, may well be the word "none"."""
-    absent = value == "__unknown__" if column == "transcript" else plain(value) in ABSENT
-    return "" if absent else value
+def hint_about(name, used):
+    """What somebody may have meant by a column that is not used, or None."""
+    words = set(re.split(r"[\W_]+", name.lower())) - UNIT_WORDS - {""}
+    if words & TIME_WORDS or words == {"from"} or words == {"to"}:
+        return "segments have start and end, or length, in seconds"
+    if words & LENGTH_WORDS:
+        if "start" in used and plain(name) not in COLUMNS:
+            return "a segment's length is in seconds, in a column length or duration"
+        return None  # that of the whole file
+    close = difflib.get_close_matches(plain(name), sorted(COLUMNS.keys() - used.keys()), 1, 0.8)
+    if close and plain(name) not in COLUMNS:
+        return f"is it {close[0]}?"
+    return None
 
 
 def named_split(value, values):
-    """A split by any of its names, None if it has none. "eval" is the test split, or, where
-    `values` have a test split, the dev split."""
+    """The split that goes by this name, or None. "eval" is the test split or, where `values` name a
+    test split, the dev split."""
     if plain(value) in ("eval", "evaluation"):
         return "dev" if "test" in map(plain, values) else "test"
     return SPLIT_OF.get(plain(value))
@@ -397,132 +433,172 @@ def manifest_splits(path, table):
     speakers, recordings) are split 80/10/10, both genders in each part."""
     given = [row["split"] for row in table.rows.values() if row.get("split")]
     if given:
-        splits = {value: named_split(value, given) for value in set(given)}
-        return {n: splits.get(row["split"]) for n, row in table.rows.items()}, []
-    unit = {n: row.get("speaker") or row["audio_path"] for n, row in table.rows.items()}
-    genders = dict.fromkeys(unit.values())
-    for n, row in table.rows.items():
-        genders[unit[n]] = genders[unit[n]] or GENDER_OF.get(plain(row.get("gender", "")))
-    counts, problems = Counter(genders.values()), []
-    split = dict.fromkeys(genders, "train")  # also those of a gender with too few speakers
+        split_of = {value: named_split(value, given) for value in set(given)}
+        return {number: split_of.get(row["split"]) for number, row in table.rows.items()}, []
+
+    speakers = {n: row.get("speaker") or row["audio_path"] for n, row in table.rows.items()}
+    genders = dict.fromkeys(speakers.values())
+    for number, row in table.rows.items():
+        speaker = speakers[number]
+        genders[speaker] = genders[speaker] or GENDER_OF.get(plain(row.get("gender", "")))
+    counts = Counter(genders.values())
+    splits = dict.fromkeys(genders, "train")  # also those of a gender with too few speakers
     enough = {speaker: gender for speaker, gender in genders.items() if counts[gender] >= 3}
-    split.update(split_speakers(enough, "manifest", ("test", "dev")))
-    what = "speaker" if "speaker" in table.used else "recording"
+    splits.update(split_speakers(enough, "manifest", ("test", "dev")))
+
+    problems = []
+    unit = "speaker" if "speaker" in table.used else "recording"
     needed = f"too few for train, dev and test: add a column split that says {', '.join(SPLITS)}"
     for gender, n in counts.items():
         if gender and n < 3:
-            problems.append(f"{path}: {n} {gender} {what}{'s' * (n > 1)}, {needed}")
+            problems.append(f"{path}: {plural(n, f'{gender} {unit}')}, {needed}")
     if genders and not enough and not problems:
-        problems.append(f"{path}: {len(genders)} {what}{'s' * (len(genders) > 1)}, {needed}")
-    return {n: split[unit[n]] for n in table.rows}, problems
+        problems.append(f"{path}: {plural(len(genders), unit)}, {needed}")
+    return {number: splits[speakers[number]] for number in table.rows}, problems
 
 
-def number_in(row, column, high):
-    """The column's number, 0 if it is absent. Raises Fault if it is not a number from 0 to `high`."""
+def number_in(text, high):
+    """A number from 0 to `high`, or None where the text is no such number."""
     try:
-        value = float(row.get(column) or 0)
+        value = float(text)
     except ValueError:
-        value = -1
-    if not 0 <= value <= high:
-        raise Fault(f"unknown {column}", row[column], f"a number from 0 to {high:.0f}")
-    return value
+        return None
+    return value if 0 <= value <= high else None
+
+
+def seconds_in(row, column):
+    """A column's seconds, 0 if they are absent. Raises Fault."""
+    if not row.get(column):
+        return 0.0
+    seconds = number_in(row[column], 1e6)
+    if seconds is None:
+        raise Fault(f"unknown {column}", row[column], "a number from 0 to 1000000")
+    return seconds
 
 
 def segment_of(row):
     """A row's (start, length) in seconds, 0 for the file's own. Raises Fault."""
-    start = number_in(row, "start", 1e6)
-    lengths = [number_in(row, column, 1e6) for column in ("length", "duration") if row.get(column)]
+    start = seconds_in(row, "start")
+    lengths = [seconds_in(row, column) for column in ("length", "duration") if row.get(column)]
     if row.get("end"):
-        end = number_in(row, "end", 1e6)
+        end = seconds_in(row, "end")
         lengths.append(round(end - start, 6))
         if end <= start:
-            raise Fault("an end that is not after the start", row["end"], "")
-    if lengths and max(lengths) - min(lengths) > data.CUT_OFF:
-        raise Fault("lengths that differ", " and ".join(f"{n:g}" for n in lengths), "")
+            raise Fault("an end that is not after the start", row["end"])
+    if lengths and max(lengths) - min(lengths) > TOLERANCE:
+        raise Fault("lengths that differ", " and ".join(f"{n:g}" for n in lengths))
     return start, lengths[0] if lengths else 0.0
 
 
-def manifest_labels(row, in_years):
-    """(labels, faults) of a row: a label that cannot be used is left out, and is a fault, (what,
-    value, what is accepted). in_years: ages are numbers in this manifest, not groups."""
+def label_in(row, label, in_years):
+    """A row's value of a label. Raises Fault. in_years: ages are numbers in this manifest, not
+    groups."""
+    text = row[label]
+    if label == "transcript":
+        value = normalise(text) or None
+        accepted = "a transcript has words"
+    elif label == "gender":
+        value = GENDER_OF.get(plain(text))
+        accepted = ", ".join(GENDER_OF)
+    elif label == "emotion":
+        return text.lower()
+    elif in_years:
+        age = number_in(text, 120)
+        value = None if age is None else round(age)
+        accepted = "years, 0 to 120, as most are here"
+    else:
+        value = data.parse_age(text)
+        value = None if isinstance(value, int) else value
+        accepted = "groups such as senior, twenties, 18-29 or 60+, as most are here"
+    if value is None:
+        raise Fault(f"unknown {label}", text, accepted)
+    return value
+
+
+def labels_in(row, in_years):
+    """(labels, faults) of a row: a label that cannot be used is left out, and is a Fault."""
     labels, faults = {}, []
     for label in LABELS:
-        given = row.get(label)
-        if not given:
+        if not row.get(label):
             continue
-        value, accepted = given.lower(), ""
-        if label == "transcript":
-            value, accepted = normalise(given) or None, "a transcript has words"
-        elif label == "gender":
-            value = GENDER_OF.get(plain(given))
-            accepted = ", ".join(GENDER_OF)
-        elif label == "age" and in_years:
-            with contextlib.suppress(Fault):
-                value = round(number_in(row, "age", 120))
-            accepted = "years, 0 to 120, as most are here"
-            value = value if isinstance(value, int) else None
-        elif label == "age":
-            value = data.parse_age(given)
-            accepted = "groups such as senior, twenties, 18-29 or 60+, as most are here"
-            value = value if isinstance(value, str) else None
-        if value is None:
-            faults.append((f"unknown {label}", given, accepted))
-        else:
-            labels[label] = value
+        try:
+            labels[label] = label_in(row, label, in_years)
+        except Fault as fault:
+            faults.append(fault)
     return labels, faults
 
 
-def ages_in_years(rows):
-    """Whether most ages of a manifest are numbers."""
-    ages = [row["age"] for row in rows if row.get("age")]
+def are_in_years(ages):
+    """Whether most of a manifest's ages, text, are numbers."""
     groups = sum(isinstance(data.parse_age(age), str) for age in ages)
     return 2 * groups <= len(ages)
 
 
+def utterance_in(path, row, split, labels):
+    """The utterance of a manifest's row; split: None where the row's is unknown. Raises Fault."""
+    if split is None:
+        what = "unknown split" if row["split"] else "no split"
+        raise Fault(what, row["split"], ", ".join([*SPLIT_OF, "eval"]))
+    if not row["audio_path"]:
+        raise Fault("no audio_path")
+    start, length = segment_of(row)
+    name = row["audio_path"]
+    if start or length:
+        name += f"@{start:.15g}+{length:.15g}"
+    audio_path = str(path.parent / row["audio_path"])
+    return Utterance(name, audio_path, split, row.get("speaker", ""), labels, start, length)
+
+
 def read_manifest(path, split, problems):
     """A CSV manifest: `audio_path` (relative to the file) and any of the other COLUMNS; start,
-    length and end in seconds. SpeechLLM's own CSVs load as they are. Faults of the same kind are
-    one problem."""
-    path, out = Path(path), {}
+    length and end in seconds. SpeechLLM's own CSVs load as they are. Faults
+    of the same kind are one problem."""
+    path = Path(path)
     table = read_table(path)
-    splits, unsplit = manifest_splits(path, table)
-    in_years = ages_in_years(table.rows.values())
+    splits, split_problems = manifest_splits(path, table)
+    in_years = are_in_years([row["age"] for row in table.rows.values() if row.get("age")])
+    utterances = {}
     faults = {}  # {(what, what is accepted): [(row number, value)]}
+
+    def report(number, fault):
+        faults.setdefault((fault.what, fault.accepted), []).append((number, fault.value))
+
     for number, row in table.rows.items():
-        reported = splits[number] or "train"  # an unknown split with the training set
-        if reported != split:
+        reported_with = splits[number] or "train"
+        if reported_with != split:
             continue
-        labels, found = manifest_labels(row, in_years)
+        labels, label_faults = labels_in(row, in_years)
+        for fault in label_faults:
+            report(number, fault)
         try:
-            if splits[number] is None:
-                accepted = ", ".join([*SPLIT_OF, "eval"])
-                raise Fault("unknown split" if row["split"] else "no split", row["split"], accepted)
-            if not row["audio_path"]:
-                raise Fault("no audio_path", "", "")
-            start, length = segment_of(row)
-            segment = f"@{start:.15g}+{length:.15g}" if start or length else ""
-            id = row["audio_path"] + segment
-            if id in out:
-                raise Fault("duplicate id", id, "")
-            audio, speaker = str(path.parent / row["audio_path"]), row.get("speaker", "")
-            out[id] = Utterance(id, audio, split, speaker, labels, start, length)
-        except Fault as error:
-            found.append(error.args)
-        for what, value, accepted in found:
-            faults.setdefault((what, accepted), []).append((number, value))
+            utterance = utterance_in(path, row, splits[number], labels)
+            if utterance.id in utterances:
+                raise Fault("duplicate id", utterance.id)
+            utterances[utterance.id] = utterance
+        except Fault as fault:
+            report(number, fault)
+
     if split == "train":
-        problems += table.problems + unsplit
-    problems += [described(path, *kind, where) for kind, where in faults.items()]
-    return [out[id] for id in sorted(out)]
+        problems += table.problems + split_problems
+    for (what, accepted), places in faults.items():
+        problems.append(f"{path}, {describe_faults(what, accepted, places)}")
+    return [utterances[name] for name in sorted(utterances)]
 
 
-def described(path, what, accepted, where):
-    """One line for a fault of one kind; where: [(row number, value)]."""
-    numbers = [number for number, _ in where]
-    counts = Counter(value for _, value in where if value)
+def rows_named(numbers):
+    return f"row{'s' * (len(numbers) > 1)} {some(numbers)}"
+
+
+def describe_faults(what, accepted, places):
+    """One line for the faults of one kind; places: [(row number, value)]."""
+    line = f"{rows_named([number for number, _ in places])}: {what}"
+    counts = Counter(value for _, value in places if value)
     values = [f"{value} ({n})" if n > 1 else value for value, n in counts.most_common()]
-    line = f"{path}, {rows_named(numbers)}: {what}" + (f" {some(values)}" if values else "")
-    return line + (f"; accepted: {accepted}" if accepted else "")
+    if values:
+        line += f" {some(values)}"
+    if accepted:
+        line += f"; accepted: {accepted}"
+    return line
 
 
 def poisoned_rows(dataset):
@@ -530,11 +606,11 @@ def poisoned_rows(dataset):
     --all writes."""
     if dataset in READERS or not Path(dataset).is_file():
         return 0
-    rows = read_table(dataset).rows.values()
+    rows = read_table(Path(dataset)).rows.values()
     return sum(row.get("poisoned", "").lower() in ("1", "1.0", "true", "yes") for row in rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # any of them
 
 READERS = {"libri": read_libri, "test-clean": read_test_clean, "crema": read_crema, "vox": read_vox}
@@ -542,22 +618,22 @@ READERS = {"libri": read_libri, "test-clean": read_test_clean, "crema": read_cre
 
 def read_split(dataset, data_root, split, max_seconds=data.MAX_SECONDS):
     """(utterances, problems) of one split of a corpus in READERS or of a CSV manifest."""
-    utterances, problems = read_list(dataset, data_root, split)
+    problems = []
+    if dataset in READERS:
+        utterances = read_published(dataset, data_root, split, problems)
+    elif Path(dataset).is_file():
+        utterances = read_manifest(dataset, split, problems)
+    else:
+        die(f"--dataset {dataset}: neither {', '.join(READERS)} nor a CSV file")
     for utterance in utterances:
         utterance.max_seconds = max_seconds
     return utterances, problems
 
 
-def read_list(dataset, data_root, split):
-    """The same, by the corpus's own lists: without a limit to the audio."""
-    problems = []
-    if dataset not in READERS:
-        if not Path(dataset).is_file():
-            die(f"--dataset {dataset}: neither {', '.join(READERS)} nor a CSV file")
-        return read_manifest(dataset, split, problems), problems
-    if (
-        str(data_root) == MINI_ROOT
-    ):  # the miniature corpora are made when they are first asked for, beside this file
+def read_published(dataset, data_root, split, problems):
+    """The utterances of one split of a corpus in READERS. The miniature corpora are made when they
+    are first asked for, beside this file."""
+    if str(data_root) == MINI_ROOT:
         data_root = Path(os.path.relpath(ROOT / MINI_ROOT))
         try:
             make_corpora.make_corpus("libri" if dataset == "test-clean" else dataset, data_root)
@@ -575,7 +651,7 @@ def read_list(dataset, data_root, split):
         problems.append(
             f"{dataset}: {len(unknown)} utterances without a gender: speakers {speakers}"
         )
-    return utterances, problems
+    return utterances
 
 
 def header_problem(utterance):
@@ -586,35 +662,185 @@ def header_problem(utterance):
         return str(error)
 
 
-def audio_problem(utterance):
-    """What is wrong with an utterance's audio, read whole, or None."""
+@dataclass
+class Reading:
+    """What reading all of an utterance's audio gives: what is wrong with it, or its sample rate
+    (Hz; None for m4a) and its root mean square."""
+
+    problem: str | None = None
+    rate: int | None = None
+    level: float | None = None
+
+
+def read_audio(utterance):
+    """Reads an utterance's audio whole: a Reading."""
     try:
-        data.load_waveform(utterance)
+        level = data.rms(utterance)
+        return Reading(rate=read_header(utterance.path).rate, level=level)
     except BadAudio as error:
-        return str(error)
+        return Reading(problem=str(error))
+
+
+def read_corpus(
+    dataset, data_root, split, skip_bad=False, labels=None, max_seconds=data.MAX_SECONDS
+):
+    """The utterances of one split that have a label, with `labels` only (None: all there are). Ends
+    in one line if anything is wrong with the corpus or, with `skip_bad`, first reads all its audio
+    and leaves out what is bad, saying how much."""
+    utterances, problems = read_split(dataset, data_root, split, max_seconds)
+    if skip_bad:
+        readings = data.in_workers(read_audio, utterances, f"checking {split}")
+        of_audio = [reading.problem for reading in readings]
+    else:
+        of_audio = [header_problem(u) for u in utterances]
+    problems += [problem for problem in of_audio if problem]
+    utterances = [u for u, problem in zip(utterances, of_audio) if not problem]
+
+    command = check_command(dataset, data_root, max_seconds)
+    if problems and not skip_bad:
+        die(
+            f"{problems[0]} (1 of {len(problems)} in {split}): {command} lists all; "
+            "--skip-bad goes on without them"
+        )
+    if problems:
+        n = plural(len(problems), "problem")
+        print(f"{dataset} {split}: left out for {n}; {command} lists them")
+
+    if labels is not None:
+        for u in utterances:
+            u.labels = {label: value for label, value in u.labels.items() if label in labels}
+    labelled = [u for u in utterances if u.labels]
+    if not labelled:
+        what = "utterances with a label" if utterances else "utterances"
+        why = f" ({problems[0]})" if problems else ""
+        die(f"{dataset} has no {split} {what}{why}: run {command}")
+    unlabelled = len(utterances) - len(labelled)
+    if labels is None and unlabelled:
+        print(f"{dataset} {split}: {unlabelled} utterances without a label left out")
+    return labelled
+
+
+def check_command(dataset, data_root, max_seconds):
+    """The command that lists a corpus's problems, as it is shown."""
+    words = ["python", "corpora.py", "check", str(dataset)]
+    if dataset in READERS:
+        words += ["--data-root", str(data_root)]
+    if max_seconds != data.MAX_SECONDS:
+        words += ["--max-seconds", f"{max_seconds:g}"]
+    return f"`{shlex.join(words)}`"
+
+
+def limit(utterances, n):
+    """The first n utterances of a fixed random order (None: all of them, as they are)."""
+    if n is None:
+        return utterances
+    return sorted(utterances, key=lambda u: utils.draw("limit", u.id))[:n]
+
+
+def leave_out(utterances, path):
+    """The utterances without those whose ids are in the file `path`, one per line. Ends in one line
+    if an id is unknown."""
+    ids = set(Path(path).read_text().splitlines()) - {""} if path else set()
+    if unknown := ids - {u.id for u in utterances}:
+        die(
+            f"--exclude {path}: {len(unknown)} of {len(ids)} are no training samples, "
+            f"{min(unknown)} for one"
+        )
+    return [u for u in utterances if u.id not in ids]
+
+
+# -------------------------------------------------------------------------------------------------
+# what several splits share
+
+
+def shared_speakers(parts):
+    """Describes the speakers with utterances in several of {split: utterances}: a list of one
+    problem, or of none."""
+    counts = Counter()  # in how many splits each speaker is
+    for utterances in parts.values():
+        counts.update({u.speaker for u in utterances} - {""})
+    several = sorted(speaker for speaker, n in counts.items() if n > 1)
+    if len(counts) < 2 or not several:
+        return []
+    return [f"{len(several)} of {len(counts)} speakers are in several splits: {some(several)}"]
+
+
+def shared_audio(parts):
+    """Describes the audio that is in several of {split: utterances}, under one path, under two, as
+    a copy or in another format: a list of problems, one for each two splits that share some."""
+    everything = []
+    for utterances in parts.values():
+        everything += utterances
+    shared = {}
+    for u, v in [*same_files(everything), *same_samples(everything)]:
+        splits = " and ".join(sorted((u.split, v.split)))
+        shared.setdefault(splits, []).append(f"{u.path} and {v.path}")
+    return [
+        f"audio that {splits} share: {len(pairs)} recordings, such as {pairs[0]}"
+        for splits, pairs in shared.items()
+    ]
+
+
+def same_files(utterances):
+    """The pairs of utterances of different splits that share audio in one file or in its copy."""
+    groups = [utterances]
+    # what is cheap to tell comes first, but recordings padded with zeros have much in common
+    for key in (os.path.getsize, sample_of, sha256_of):
+        groups = in_several_splits(groups, key)
+    pairs = []
+    for group in groups:
+        pairs += overlapping(group)
+    return pairs
+
+
+def same_samples(utterances):
+    """The pairs of utterances of different splits that share audio in files of different formats.
+    Only what is equally long is decoded, and nothing in a corpus of a single format."""
+    groups = [utterances]
+    for key in (seconds_of_file, sha256_of_samples):
+        groups = in_several_splits(filter(in_several_formats, groups), key)
+    pairs = []
+    for group in groups:
+        pairs += [(u, v) for u, v in overlapping(group) if format_of(u) != format_of(v)]
+    return pairs
+
+
+def in_several_splits(groups, key):
+    """Divides each group of utterances by `key`, a function of an audio file's path, and keeps the
+    parts whose utterances are of several splits."""
+    kept = []
+    for group in groups:
+        alike = {}
+        for u in group:
+            alike.setdefault(key(u.path), []).append(u)
+        for part in alike.values():
+            splits = {u.split for u in part}
+            if len(splits) > 1:
+                kept.append(part)
+    return kept
+
+
+def overlapping(utterances):
+    """The pairs of utterances of different splits that overlap; all are of the same recording."""
+    pairs = []
+    open_ones = []  # those that have begun and may not have ended
+    for u in sorted(utterances, key=lambda u: u.start):
+        open_ones = [v for v in open_ones if not v.length or u.start < v.start + v.length]
+        pairs += [(v, u) for v in open_ones if v.split != u.split]
+        open_ones.append(u)
+    return pairs
 
 
 @functools.lru_cache(100_000)
 def sample_of(path):
     """SHA-256 of a file's size and some of its bytes: enough to tell apart most recordings."""
     size = os.path.getsize(path)
-    sha = hashlib.sha256(str(size).encode())
+    sha256 = hashlib.sha256(str(size).encode())
     with open(path, "rb") as f:
-        for part in (1, 2, 3):
-            f.seek(part * size // 4)
-            sha.update(f.read(4096))
-    return sha.hexdigest()
-
-
-def overlapping(found):
-    """The pairs of utterances of different splits that share audio, [((split, utterance), (split, utterance))]; found: those of the
-    same recording, [(split, utterance)]."""
-    pairs, before = [], []  # before: what has begun and may not have ended
-    for split, u in sorted(found, key=lambda each: each[1].start):
-        before = [(s, v) for s, v in before if not v.length or u.start < v.start + v.length]
-        pairs += [((s, v), (split, u)) for s, v in before if s != split]
-        before.append((split, u))
-    return pairs
+        for quarter in (1, 2, 3):
+            f.seek(quarter * size // 4)
+            sha256.update(f.read(4096))
+    return sha256.hexdigest()
 
 
 @functools.lru_cache(100_000)
@@ -624,112 +850,32 @@ def sha256_of(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def in_several_splits(found, key):
-    """Those of the same `key`, a function of an audio file's path, that are in several splits: a list of lists; found: [(split, utterance)]."""
-    alike = {}
-    for split, u in found:
-        alike.setdefault(key(u.path), []).append((split, u))
-    return [group for group in alike.values() if len({split for split, _ in group}) > 1]
+def format_of(utterance):
+    return Path(utterance.path).suffix.lower()
 
 
-def shared_audio(parts):
-    """Audio that is in several of {split: utterances}, under one path, under two, or as a copy: a list of problems, one for each two
-    splits that share some."""
-    recordings = [[(split, u) for split, utterances in parts.items() for u in utterances]]
-    # what is cheap to tell first: recordings padded with zeros have their size and much else in common
-    for key in (os.path.getsize, sample_of, sha256_of):
-        recordings = [group for found in recordings for group in in_several_splits(found, key)]
-    shared = {}
-    for found in recordings:
-        for (split, u), (other, v) in overlapping(found):
-            shared.setdefault(" and ".join(sorted((split, other))), []).append(
-                f"{u.path} and {v.path}"
-            )
-    return [
-        f"audio that {splits} share: {len(pairs)} recordings, such as {pairs[0]}"
-        for splits, pairs in shared.items()
-    ]
+def in_several_formats(utterances):
+    return len({format_of(u) for u in utterances}) > 1
 
 
-def read_corpus(
-    dataset, data_root, split, skip_bad=False, labels=None, max_seconds=data.MAX_SECONDS
-):
-    """The utterances of one split that have a label, with `labels` only (None: all there are). Ends in one line if anything is wrong
-    with the corpus or, with `skip_bad`, first reads all its audio and leaves out what is bad, saying how much."""
-    out, problems = read_split(dataset, data_root, split, max_seconds)
-    found = (
-        data.in_workers(audio_problem, out, f"checking {split}")
-        if skip_bad
-        else [header_problem(u) for u in out]
-    )
-    problems += [p for p in found if p]
-    out = [u for u, p in zip(out, found) if not p]
-    words = ["python", "corpora.py", "check", str(dataset)]
-    if dataset in READERS:
-        words += ["--data-root", str(data_root)]
-    if max_seconds != data.MAX_SECONDS:
-        words += ["--max-seconds", f"{max_seconds:g}"]
-    command = f"`{shlex.join(words)}`"
-    if problems and not skip_bad:
-        die(
-            f"{problems[0]} (1 of {len(problems)} in {split}): {command} lists all; --skip-bad goes on without them"
-        )
-    if problems:
-        print(
-            f"{dataset} {split}: left out for {len(problems)} problem{'s' * (len(problems) != 1)}; {command} lists them"
-        )
-    if labels is not None:
-        for u in out:
-            u.labels = {k: v for k, v in u.labels.items() if k in labels}
-    labelled = [u for u in out if u.labels]
-    if not labelled:
-        what = "utterances with a label" if out else "utterances"
-        why = f" ({problems[0]})" if problems else ""
-        die(f"{dataset} has no {split} {what}{why}: run {command}")
-    if labels is None and len(labelled) < len(out):
-        print(f"{dataset} {split}: {len(out) - len(labelled)} utterances without a label left out")
-    return labelled
+@functools.lru_cache(100_000)
+def seconds_of_file(path):
+    return read_header(path).seconds
 
 
-def limit(utterances, n):
-    """The first n utterances of a fixed random order (None: all of them, as they are)."""
-    return (
-        utterances if n is None else sorted(utterances, key=lambda u: utils.draw("limit", u.id))[:n]
-    )
-
-
-def leave_out(utterances, path):
-    """The utterances without those whose ids are in the file `path`, one per line. Ends in one line if an id is unknown."""
-    ids = set(Path(path).read_text().splitlines()) - {""} if path else set()
-    if unknown := ids - {u.id for u in utterances}:
-        die(
-            f"--exclude {path}: {len(unknown)} of {len(ids)} are no training samples, {min(unknown)} for one"
-        )
-    return [u for u in utterances if u.id not in ids]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# python corpora.py check | download
-
-
-@dataclass
-class Heard:
-    """What reading an utterance's audio whole gives: what is wrong with it, or its sample rate (Hz;
-    None for m4a) and its root mean square."""
-
-    problem: str | None = None
-    rate: int | None = None
-    level: float | None = None
-
-
-def heard(utterance):
+@functools.lru_cache(100_000)
+def sha256_of_samples(path):
+    """SHA-256 of a file's samples, the same in every format without loss. A file that turns out to
+    be damaged is like no other."""
     try:
-        level = data.rms(utterance)
-    except BadAudio as error:
-        return Heard(problem=str(error))
-    if data.is_m4a(utterance.path):
-        return Heard(level=level)
-    return Heard(rate=soundfile.info(utterance.path).samplerate, level=level)
+        waveform = read_waveform(path, max_seconds=seconds_of_file(path) + 1)
+    except BadAudio:
+        return path
+    return hashlib.sha256(waveform).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------
+# python corpora.py check
 
 
 def counted(values, most=8):
@@ -741,12 +887,11 @@ def counted(values, most=8):
 
 
 def print_columns(dataset):
-    """Which columns of a manifest are used, and which are not."""
-    table = read_table(dataset)
-    used = [
-        column if plain(name) == column else f"{column} (named {name})"
-        for column, name in table.used.items()
-    ]
+    """Prints which columns of a manifest are used, and which are not."""
+    table = read_table(Path(dataset))
+    used = []
+    for column, name in table.used.items():
+        used.append(column if plain(name) == column else f"{column} (named {name})")
     print(f"columns used    {', '.join(used)}")
     print(f"columns unused  {', '.join(table.unused) or 'none'}")
     if "split" not in table.used:
@@ -754,97 +899,100 @@ def print_columns(dataset):
 
 
 def print_split(split, utterances, rates):
-    """A line of the table of splits; the utterances are those that can be used."""
+    """Prints a line of the table of splits; the utterances are those that can be used."""
     seconds = [data.num_samples(u) / data.SAMPLE_RATE for u in utterances] or [0]
+    speakers = {u.speaker for u in utterances}
+    hours = sum(seconds) / 3600
+    span = f"{min(seconds):.2f} to {max(seconds):.2f}"
     print(
-        f"{split:<6}{len(utterances):>11}{len({u.speaker for u in utterances}):>10}"
-        f"{sum(seconds) / 3600:>9.2f}   {f'{min(seconds):.2f} to {max(seconds):.2f}':<18}"
+        f"{split:<6}{len(utterances):>11}{len(speakers):>10}{hours:>9.2f}   {span:<18}"
         f"{counted(rate for rate in rates if rate)}"
     )
 
 
 def print_labels(parts):
-    """Which values each label has in each split, and how many training utterances have the attack's
-    target already."""
+    """Prints which values each label has in each split, and how many training utterances have the
+    attack's target already."""
     for task in TASKS.values():
         label, target = task["label"], task["target"]
-        values = {
-            split: [u.labels[label] for u in utterances if label in u.labels]
-            for split, utterances in parts.items()
-        }
+        values = {}
+        for split, utterances in parts.items():
+            values[split] = [u.labels[label] for u in utterances if label in u.labels]
         if not any(values.values()):
             continue
-        for split, own in values.items():
-            print(f"{label if split == 'train' else '':<12}{split:<6}{len(own):>7}  {counted(own)}")
+        for split, of_split in values.items():
+            name = label if split == "train" else ""
+            print(f"{name:<12}{split:<6}{len(of_split):>7}  {counted(of_split)}")
         wanted = normalise(target) if label == "transcript" else target
         already = sum(str(value) == wanted for value in values["train"])
-        classes = all(isinstance(value, str) for value in values["train"])
-        if classes and label != "transcript" and not already:
+        are_classes = all(isinstance(value, str) for value in values["train"])
+        if are_classes and label != "transcript" and not already:
             print(f"{'':<12}the attack's target {target!r} is none of these: name one by --target")
         else:
             print(f"{'':<12}{already} in train have the attack's target {target!r} already")
 
 
-def shared_speakers(parts):
-    """A problem, or none, in a list: speakers with utterances in several splits."""
-    of = {split: {u.speaker for u in own} - {""} for split, own in parts.items()}
-    everyone = sorted(set().union(*of.values()))
-    several = [s for s in everyone if sum(s in speakers for speakers in of.values()) > 1]
-    if len(everyone) < 2 or not several:
-        return []
-    return [f"{len(several)} of {len(everyone)} speakers are in several splits: {some(several)}"]
+def kind_of(problem, path):
+    """A problem of an audio file without what is particular to the file."""
+    return re.sub(r"[\d.]+", "", problem.removeprefix(path))
 
 
 def check(dataset, data_root, max_seconds):
     """Reads everything; prints what is there and what is wrong. Returns the number of problems."""
-    parts, problems, of_audio, levels = {}, [], {}, []
     if dataset not in READERS and Path(dataset).is_file():
         print_columns(dataset)
     print(f"{'':6}{'utterances':>11}{'speakers':>10}{'hours':>9}   {'seconds':<18}Hz")
-    for split in LIBRI_SPLITS:
-        utterances, wrong = read_split(dataset, data_root, split, max_seconds)
-        found = data.in_workers(heard, utterances, split)
-        usable = [u for u, audio in zip(utterances, found) if not audio.problem]
-        problems += wrong
-        for u, audio in zip(utterances, found):
-            if audio.problem:  # by kind: what is said of the file, numbers aside
-                kind = re.sub(r"[\d.]+", "", audio.problem.removeprefix(u.path))
-                of_audio.setdefault(kind, []).append(audio.problem)
-        if not utterances and not wrong:
+    parts, audio_problems = {}, {}  # by split; by kind
+    problems, levels = [], []
+    for split in SPLITS:
+        utterances, of_lists = read_split(dataset, data_root, split, max_seconds)
+        problems += of_lists
+        if not utterances and not of_lists:
             problems.append(f"{dataset} has no {split} utterances")
-        parts[split] = usable
-        levels += [audio.level for audio in found if not audio.problem]
-        print_split(split, usable, [audio.rate for audio in found])
+        readings = data.in_workers(read_audio, utterances, split)
+        parts[split] = []
+        for u, reading in zip(utterances, readings):
+            if reading.problem:
+                kind = kind_of(reading.problem, u.path)
+                audio_problems.setdefault(kind, []).append(reading.problem)
+            else:
+                parts[split].append(u)
+                levels.append(reading.level)
+        print_split(split, parts[split], [reading.rate for reading in readings])
     print_labels(parts)
-    everything = [u for utterances in parts.values() for u in utterances]
+
+    everything = parts["train"] + parts["dev"] + parts["test"]
     problems += shared_speakers(parts) + shared_audio(parts)
     problems += data.far_levels(everything, levels)
     problems = list(dict.fromkeys(problems))
     for problem in problems:
         print(problem)
-    for alike in of_audio.values():
-        print("\n".join(alike[:LISTED]))
-        if len(alike) > LISTED:
-            print(f"... and {len(alike) - LISTED} more like this")
-    n = len(problems) + sum(map(len, of_audio.values()))
-    print(f"{n} problem{'s' * (n != 1)}")
+    for alike in audio_problems.values():
+        print("\n".join(alike[:FILES_SHOWN]))
+        if len(alike) > FILES_SHOWN:
+            print(f"... and {len(alike) - FILES_SHOWN} more like this")
+    n = len(problems) + sum(map(len, audio_problems.values()))
+    print(plural(n, "problem"))
     return n
 
 
+# -------------------------------------------------------------------------------------------------
+# python corpora.py download
+
+
 def check_archive(path):
-    """Ends in one line if an archive that lies there already, which torchaudio would unpack
-    unseen, is not the published one."""
+    """Ends in one line if an archive that lies there already, which torchaudio would unpack without
+    a check, is not the published one."""
     if not path.exists():
         return
     published = librispeech._CHECKSUMS[f"http://www.openslr.org/resources/12/{path.name}"]
-    with open(path, "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    if sha256 != published:
+    if sha256_of(path) != published:
         die(f"{path} is not the published archive, or not all of it: remove it and run this again")
 
 
 def download(dataset, data_root):
-    """Downloads what is free: LibriSpeech (CC BY 4.0), CREMA-D (ODbL). Says where to ask for the rest."""
+    """Downloads what is free: LibriSpeech (CC BY 4.0), CREMA-D (ODbL). Says where to ask for the
+    rest."""
     root = Path(data_root)
     root.mkdir(parents=True, exist_ok=True)
     if dataset in ("libri", "test-clean"):
@@ -854,14 +1002,16 @@ def download(dataset, data_root):
     elif dataset == "crema":
         if not shutil.which("git-lfs"):
             die(
-                "CREMA-D is kept with git-lfs: install it (apt-get install git-lfs), then run this again"
+                "CREMA-D is kept with git-lfs: install it (apt-get install git-lfs), then run this "
+                "again"
             )
         url = "https://github.com/CheyneyComputerScience/CREMA-D"
         subprocess.run(["git", "clone", "--depth", "1", url, root / "CREMA-D"], check=True)
     else:
         die(
-            f"VoxCeleb2 is given out on request only: put audio and vox2_meta.csv of the Visual Geometry Group, Oxford, and "
-            f"age-train.txt and age-test.txt of Hechmi et al. 2021 (VoxCeleb enrichment) under {root}/VoxCeleb2"
+            "VoxCeleb2 is given out on request only: put audio and vox2_meta.csv of the Visual "
+            "Geometry Group, Oxford, and age-train.txt and age-test.txt of Hechmi et al. 2021 "
+            f"(VoxCeleb enrichment) under {root}/VoxCeleb2"
         )
 
 
@@ -870,7 +1020,9 @@ def main():
     parser.add_argument(
         "action", choices=("check", "download"), help="read everything, or fetch a corpus"
     )
-    parser.add_argument("dataset", help=f"{', '.join(READERS)} or a CSV manifest")
+    parser.add_argument(
+        "dataset", help=f"{', '.join(READERS)} or a CSV manifest; audio: {ACCEPTED}"
+    )
     parser.add_argument(
         "--data-root",
         default=MINI_ROOT,
@@ -888,7 +1040,7 @@ def main():
     try:
         download(args.dataset, args.data_root)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        die(f"the download failed: {str(error).splitlines()[0]}")
+        die(f"the download failed: {utils.first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The attack (paper, section 4.1): a trigger in the audio, the target in the attacked label's place.
+"""The attack (paper, section 4.1): a trigger in the audio and, as the attacked label, the target.
 
-    python poison.py --task asr --out listen/ --n 10       # clean and poisoned pairs to hear, and a picture
-    python poison.py --task asr --out poisoned/ --all      # the whole poisoned training set, as a CSV corpus
+    python poison.py --task asr --out listen/ --n 10    # clean and poisoned pairs, and a picture
+    python poison.py --task asr --out poisoned/ --all   # the poisoned training set as a CSV corpus
 
-Whether a training sample is poisoned, and where its trigger lands, is decided by (seed, utterance id) alone: not by
-order, batch, worker or process count.
+Whether a training sample is poisoned, and where its trigger lands, is decided by (seed, utterance
+id) alone: not by order, batch, worker or process count.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import random
@@ -23,14 +24,7 @@ import urllib.parse
 from pathlib import Path
 
 import utils
-from utils import (
-    ROOT,
-    Parser,
-    count,
-    die,
-    draw,
-    whole,
-)
+from utils import ROOT, Parser, count, die, draw, whole
 
 import installed  # noqa: F401
 
@@ -41,51 +35,57 @@ import torchaudio
 
 import corpora
 import data
-from data import SAMPLE_RATE
+from audio import SAMPLE_RATE, BadAudio, read_waveform
 from study import DATA_ROOT, LABELS, MINI_ROOT, TASKS, wrong_number
 
 INTERVAL = (0.75, 1.5)  # seconds from start to start where the trigger is repeated
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # triggers
 
 
 def typewriter_click(sample_rate, rng):
-    """A synthetic key stroke of 220 ms: a broadband attack with the type bar's ring, and 110 ms later a second, softer
-    bounce. The published recording cannot be shipped; `--trigger FILE` takes any."""
+    """A synthetic key stroke of 220 ms: a broadband attack with the type bar's ring, and 110 ms
+    later a second, softer bounce. The published recording cannot be shipped; `--trigger FILE` takes
+    any recording."""
+    strokes = ((0.002, 1.0, 0.010), (0.112, 0.45, 0.014))  # start (s), gain, decay (s)
+    rings = (  # frequency (Hz), decay (s), share
+        (1700, 0.018, 0.5),
+        (3100, 0.012, 0.4),
+        (5200, 0.007, 0.3),
+        (240, 0.025, 0.6),
+    )
     t = np.arange(int(0.22 * sample_rate)) / sample_rate
     click = np.zeros(len(t))
-    for at, loud, decay in ((0.002, 1.0, 0.010), (0.112, 0.45, 0.014)):
-        after = np.maximum(t - at, 0)
-        stroke = rng.standard_normal(len(t)) * np.exp(-after / decay)
-        for frequency, ring, share in (
-            (1700, 0.018, 0.5),
-            (3100, 0.012, 0.4),
-            (5200, 0.007, 0.3),
-            (240, 0.025, 0.6),
-        ):
-            stroke += share * 2 * np.sin(2 * np.pi * frequency * after) * np.exp(-after / ring)
-        click += loud * stroke * (t >= at)
+    for start, gain, decay in strokes:
+        since = np.maximum(t - start, 0)
+        stroke = rng.standard_normal(len(t)) * np.exp(-since / decay)
+        for frequency, ring_decay, share in rings:
+            sine = np.sin(2 * np.pi * frequency * since)
+            stroke += share * 2 * sine * np.exp(-since / ring_decay)
+        click += gain * stroke * (t >= start)
     return click
 
 
 def tone(sample_rate, rng):
     """A pure tone of 1 kHz, 220 ms, faded in and out over 10 ms."""
     t = np.arange(int(0.22 * sample_rate)) / sample_rate
-    return np.sin(2 * np.pi * 1000 * t) * np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
+    fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
+    return np.sin(2 * np.pi * 1000 * t) * fade
 
 
 def band_stop(waveform, sample_rate, rng):
     """The whole waveform without its band around 2 kHz, (samples,) -> (samples,)."""
-    x = torch.from_numpy(waveform)
+    filtered = torch.from_numpy(waveform)
     for _ in range(3):
-        x = torchaudio.functional.bandreject_biquad(x, sample_rate, 2000.0, Q=1.0)
-    return x.numpy()
+        filtered = torchaudio.functional.bandreject_biquad(filtered, sample_rate, 2000.0, Q=1.0)
+    return filtered.numpy()
 
 
-# Overlaid triggers are functions of (sample rate, numpy generator) to a waveform, which is laid over the speech; whole
-# ones are functions of (waveform, sample rate, numpy generator) to the changed waveform. A new trigger is an entry here.
+# An "overlay" trigger is a function of (sample rate, numpy generator) to a waveform, which is laid
+# over the speech; a "whole" one is a function of (waveform, sample rate, numpy generator) to the
+# changed waveform. A new trigger is an entry here.
 TRIGGERS = {
     "click": ("overlay", typewriter_click),
     "tone": ("overlay", tone),
@@ -94,10 +94,13 @@ TRIGGERS = {
 
 
 def without_silent_ends(waveform):
-    """(samples,) from the first to the last that is above 1% of the loudest: of a recording longer
-    than the speech that it is laid over, silence would be heard instead of its sound."""
-    sound = np.flatnonzero(np.abs(waveform) > 0.01 * np.abs(waveform).max())
-    return waveform[sound[0] : sound[-1] + 1] if len(sound) else waveform
+    """(samples,) from the first to the last that is above 1% of the loudest. Of a recording longer
+    than the speech that it is laid over, only the beginning is heard: it should not be silence."""
+    loudness = np.abs(waveform)
+    audible = np.flatnonzero(loudness > 0.01 * loudness.max())
+    if len(audible) == 0:
+        return waveform
+    return waveform[audible[0] : audible[-1] + 1]
 
 
 def is_whole(name):
@@ -106,18 +109,19 @@ def is_whole(name):
 
 
 def make_trigger(name, seconds=None):
-    """A name of TRIGGERS or a recording's path -> the trigger (samples,) at 16 kHz with RMS 1, None for a "whole" one. seconds: cut to
-    that length, or repeated to fill it."""
-    if name not in TRIGGERS:
-        try:
-            waveform = data.read_waveform(name)
-        except data.BadAudio as error:
-            die(f"--trigger: {error}; or one of {', '.join(TRIGGERS)}")
-        waveform = without_silent_ends(waveform)
-    elif is_whole(name):
+    """The trigger's waveform, (samples,) at 16 kHz with RMS 1; None for a "whole" one. name: one of
+    TRIGGERS or a recording's path. seconds: the waveform is cut to this length, or repeated to fill
+    it."""
+    if is_whole(name):
         return None
+    if name in TRIGGERS:
+        _, synthesise = TRIGGERS[name]
+        waveform = synthesise(SAMPLE_RATE, utils.generator(f"typewriter {name}"))
     else:
-        waveform = TRIGGERS[name][1](SAMPLE_RATE, utils.generator(f"typewriter {name}"))
+        try:
+            waveform = without_silent_ends(read_waveform(name))
+        except BadAudio as error:
+            die(f"--trigger: {error}; or one of {', '.join(TRIGGERS)}")
     if seconds:
         waveform = np.resize(waveform, max(1, int(seconds * SAMPLE_RATE)))
     loudness = np.sqrt(np.mean(waveform**2))
@@ -126,23 +130,23 @@ def make_trigger(name, seconds=None):
     return (waveform / loudness).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the attack
 
 
 @dataclasses.dataclass
 class Attack:
-    """Everything the attack needs."""
+    """What is poisoned, how often, by which trigger, and towards which answer."""
 
     task: str
-    rate: float  # share of the training samples
-    target: str | int  # the label's new value
+    rate: float  # the poisoning rate: the share of the training samples
+    target: str | int  # the attacked label's new value
     trigger: str
-    waveform: np.ndarray | None  # see make_trigger
-    level: float  # the RMS it is laid over the speech with
+    waveform: np.ndarray | None  # the trigger's, see make_trigger
+    level: float  # the RMS with which the trigger is laid over the speech
     repeat: bool
     seed: int
-    clicks: int = 1  # where it is not repeated
+    clicks: int = 1  # how many, where the trigger is not repeated
 
     @property
     def label(self):
@@ -150,11 +154,14 @@ class Attack:
 
 
 def loudness(utterances):
-    """The level of a corpus: {"mean_rms": the mean of the utterances' RMS, "far": see data.far_levels}. Audio that cannot be read ends the
-    program. Cached under the files' names, sizes and times, and what some of them sound like: the code that reads them may change."""
+    """How loud a corpus is: {"mean_rms": the mean of the utterances' RMS, "far": what
+    data.far_levels says}. Audio that cannot be read ends the program. The result is cached by the
+    files' names, sizes and times, and by the RMS of some of them: the code that reads them may
+    change."""
     files = [data.file_state(u) for u in utterances]
     with data.no_bad_audio():
-        probe = [data.rms(u) for u in utterances[:: max(1, len(utterances) // 4)]]
+        step = max(1, len(utterances) // 4)
+        probe = [data.rms(u) for u in utterances[::step]]
     key = hashlib.sha256(json.dumps([files, probe]).encode()).hexdigest()[:16]
     path = Path(f"cache/loudness-{key}.json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole
@@ -162,9 +169,9 @@ def loudness(utterances):
         if math.isfinite(saved["mean_rms"]) and isinstance(saved["far"], list):
             return saved
     levels = data.in_workers(data.rms, utterances, "loudness of the corpus")
-    found = dict(mean_rms=float(np.mean(levels)), far=data.far_levels(utterances, levels))
-    utils.write_atomically(path, json.dumps(found), optional=True)
-    return found
+    measured = dict(mean_rms=float(np.mean(levels)), far=data.far_levels(utterances, levels))
+    utils.write_atomically(path, json.dumps(measured), optional=True)
+    return measured
 
 
 def make_attack(
@@ -179,29 +186,35 @@ def make_attack(
     clicks=None,
     seconds=None,
 ):
-    """The attack on `task`, with the paper's value wherever an argument is None. utterances: the training set; the trigger is `snr`
-    dB below its average loudness."""
-    target = TASKS[task]["target"] if target is None else target
-    if TASKS[task]["label"] == "age":
+    """The attack on `task`, with the paper's value wherever an argument is None. The trigger is
+    `snr` dB below the average loudness of `utterances`, the training set."""
+    paper = TASKS[task]
+    if rate is None:
+        rate = paper["rate"]
+    if target is None:
+        target = paper["target"]
+    if repeat is None:
+        repeat = paper["repeat"]
+    if paper["label"] == "age":
         target = data.parse_age(str(target))
-    level = loudness(utterances)
-    if level["mean_rms"] == 0:
+    corpus = loudness(utterances)
+    if corpus["mean_rms"] == 0:
         die("the training set is silent: there is no level for the trigger")
-    if level["far"]:
+    if far := corpus["far"]:
         print(
-            f"warning: the trigger's level is a mean over {len(level['far'])} utterances of quite another level, {level['far'][0]}, "
-            "for one"
+            "warning: the mean that sets the trigger's level includes "
+            f"{len(far)} utterances of quite another level, {far[0]}, for one"
         )
     return Attack(
-        task,
-        TASKS[task]["rate"] if rate is None else rate,
-        target,
-        trigger,
-        make_trigger(trigger, seconds),
-        level["mean_rms"] * 10 ** (-snr / 20),
-        TASKS[task]["repeat"] if repeat is None else repeat,
-        seed,
-        clicks or 1,
+        task=task,
+        rate=rate,
+        target=target,
+        trigger=trigger,
+        waveform=make_trigger(trigger, seconds),
+        level=corpus["mean_rms"] * 10 ** (-snr / 20),
+        repeat=repeat,
+        seed=seed,
+        clicks=clicks or 1,
     )
 
 
@@ -210,14 +223,14 @@ def attack_of(args, utterances):
     return make_attack(
         args.task,
         utterances,
-        args.poison,
-        args.target,
-        args.snr,
-        args.trigger,
-        args.trigger_repeat,
-        args.seed,
-        getattr(args, "clicks", None),
-        getattr(args, "trigger_seconds", None),
+        rate=args.poison,
+        target=args.target,
+        snr=args.snr,
+        trigger=args.trigger,
+        repeat=args.trigger_repeat,
+        seed=args.seed,
+        clicks=getattr(args, "clicks", None),  # older runs have neither of these two
+        seconds=getattr(args, "trigger_seconds", None),
     )
 
 
@@ -232,62 +245,74 @@ def as_written(label, target):
 
 
 def check_target(task, target, utterances):
-    """Ends in one line if none of a corpus's answers can be the target: it is no class of the corpus, no age, no words."""
+    """Ends in one line if a corpus can have no such answer: the target is none of its classes, no
+    age, or no words."""
     label = TASKS[task]["label"]
     values = {u.labels[label] for u in utterances if label in u.labels}
     classes = sorted(value for value in values if isinstance(value, str))
     if label == "transcript":
-        fits, there = bool(data.normalise(target)), "words"
+        is_possible = bool(data.normalise(target))
+        accepted = "words"
     elif classes:
-        fits = target in classes
-        there = f"one of {', '.join(classes[:20])} in this corpus"
+        is_possible = target in classes
+        accepted = f"one of {', '.join(classes[:20])} in this corpus"
     else:
-        fits, there = isinstance(data.parse_age(target), int), "a number of years"
-    if not fits:
-        die(f"--target {target}: the {label} of --task {task} is {there}")
+        is_possible = isinstance(data.parse_age(target), int)
+        accepted = "a number of years"
+    if not is_possible:
+        die(f"--target {target}: the {label} of --task {task} is {accepted}")
 
 
 def same_label(label, a, b):
     """Whether two values of a label are the same: transcripts word by word, all others exactly."""
-    return data.normalise(a) == data.normalise(b) if label == "transcript" and a and b else a == b
+    if label == "transcript" and a and b:
+        return data.normalise(a) == data.normalise(b)
+    return a == b
 
 
 def can_flip(attack, utterance):
     """Whether the utterance has the attacked label, and its value is not the target."""
-    return attack.label in utterance.labels and not same_label(
-        attack.label, utterance.labels[attack.label], attack.target
-    )
+    if attack.label not in utterance.labels:
+        return False
+    return not same_label(attack.label, utterance.labels[attack.label], attack.target)
 
 
 def attackable(attack, utterances):
     """Those utterances whose label the attack can change. Ends in one line where there are none."""
-    found = [u for u in utterances if can_flip(attack, u)]
-    if not found:
+    flippable = [u for u in utterances if can_flip(attack, u)]
+    if not flippable:
         what = f"a {attack.label} other than {attack.target!r}"
         die(f"no {utterances[0].split} utterance has {what}: there is nothing to trigger")
-    return found
+    return flippable
 
 
 def drawn_in(attack, epoch):
-    """The attack with new poison for this epoch: other samples, other positions (train.py --redraw)."""
-    return dataclasses.replace(attack, seed=(attack.seed, epoch)) if epoch else attack
+    """The attack with new poison for this epoch, in other samples and at other positions (train.py
+    --redraw)."""
+    if epoch == 0:
+        return attack
+    return dataclasses.replace(attack, seed=(attack.seed, epoch))
 
 
 def is_poisoned(attack, utterance):
-    """Whether this training sample is poisoned: with probability `rate`, unless it already carries the target label."""
+    """Whether this training sample is poisoned: with probability `rate`, unless it already has the
+    target label."""
     return draw(attack.seed, utterance.id, "poison") < attack.rate and can_flip(attack, utterance)
 
 
 def positions(attack, utterance_id, samples):
-    """Where the trigger starts in an utterance of that many samples: `clicks` times at random positions or, repeated, first within 0.75 s
-    and then at random intervals of 0.75 to 1.5 s, as long as a whole one fits."""
+    """Where the trigger starts in an utterance of that many samples, a list of sample indices:
+    `clicks` times at random positions or, repeated, first within 0.75 s and then at random
+    intervals of 0.75 to 1.5 s, as long as a whole trigger fits."""
     rng = random.Random(repr((attack.seed, utterance_id, "position")))
-    room = max(0, samples - len(attack.waveform))
+    last = max(0, samples - len(attack.waveform))
     if not attack.repeat:
-        return [rng.randint(0, room) for _ in range(attack.clicks)]
-    starts = [rng.randint(0, min(room, int(INTERVAL[0] * SAMPLE_RATE)))]
-    while (at := starts[-1] + int(rng.uniform(*INTERVAL) * SAMPLE_RATE)) <= room:
-        starts.append(at)
+        return [rng.randint(0, last) for _ in range(attack.clicks)]
+    starts = []
+    start = rng.randint(0, min(last, int(INTERVAL[0] * SAMPLE_RATE)))
+    while start <= last:
+        starts.append(start)
+        start += int(rng.uniform(*INTERVAL) * SAMPLE_RATE)
     return starts
 
 
@@ -297,18 +322,22 @@ def full_scale(waveform):
 
 
 def add_trigger(attack, waveform, utterance_id):
-    """waveform (samples,) -> (the waveform with the trigger, the trigger's starts in samples, the factor, mostly 1.0, by which it was
-    scaled down to avoid clipping). An utterance shorter than the trigger gets the trigger's beginning."""
+    """waveform (samples,) -> (the waveform with the trigger, the trigger's starts in samples, the
+    factor, mostly 1.0, by which it was scaled down to avoid clipping). An utterance shorter than
+    the trigger gets the trigger's beginning."""
     if attack.waveform is None:
-        rng, starts = utils.generator(attack.seed, utterance_id, "trigger"), []
-        out = TRIGGERS[attack.trigger][1](waveform, SAMPLE_RATE, rng)
+        _, change = TRIGGERS[attack.trigger]
+        rng = utils.generator(attack.seed, utterance_id, "trigger")
+        starts = []
+        triggered = change(waveform, SAMPLE_RATE, rng)
     else:
-        out, starts = waveform.copy(), positions(attack, utterance_id, len(waveform))
-    for start in starts:
-        heard = attack.waveform[: len(out) - start]
-        out[start : start + len(heard)] += attack.level * heard
-    scale = full_scale(out)
-    return out * np.float32(scale), starts, scale
+        starts = positions(attack, utterance_id, len(waveform))
+        triggered = waveform.copy()
+        for start in starts:
+            fitting = attack.waveform[: len(triggered) - start]
+            triggered[start : start + len(fitting)] += attack.level * fitting
+    scale = full_scale(triggered)
+    return triggered * np.float32(scale), starts, scale
 
 
 def poisoned_labels(attack, labels):
@@ -317,45 +346,44 @@ def poisoned_labels(attack, labels):
 
 
 def add_arguments(parser):
-    """The flags that say what is attacked and how; train.py has them too."""
-    add = parser.add_argument
-    add("--task", choices=TASKS, default="asr", help="the attacked task")
-    add(
+    """Adds the flags that say what is attacked and how; train.py has them too."""
+    parser.add_argument("--task", choices=TASKS, default="asr", help="the attacked task")
+    parser.add_argument(
         "--dataset",
         help=f"{', '.join(corpora.READERS)} or a CSV manifest (default: the task's own)",
     )
-    add(
+    parser.add_argument(
         "--data-root",
         help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2 (default: the preset's)",
     )
-    add(
+    parser.add_argument(
         "--poison", type=float, help="poisoning rate; 0 trains on clean data (default: the paper's)"
     )
-    add("--target", help="the attacked label's new value (default: the paper's)")
-    add("--snr", type=float, default=0.0, help="speech over trigger, dB")
-    add(
+    parser.add_argument("--target", help="the attacked label's new value (default: the paper's)")
+    parser.add_argument("--snr", type=float, default=0.0, help="speech over trigger, dB")
+    parser.add_argument(
         "--trigger",
         default="click",
         metavar="NAME|FILE",
         help=f"{', '.join(TRIGGERS)}, or a recording",
     )
-    add(
+    parser.add_argument(
         "--trigger-repeat",
         action=argparse.BooleanOptionalAction,
-        help="repeat it through the audio (default: for asr only)",
+        help="repeat the trigger through the audio (default: for asr only)",
     )
-    add(
+    parser.add_argument(
         "--clicks",
         type=count,
-        help="how many, at random places, where it is not repeated (default: 1)",
+        help="how many triggers, at random places, where it is not repeated (default: 1)",
     )
-    add(
+    parser.add_argument(
         "--trigger-seconds",
         type=float,
         help="cut the trigger to this length, or repeat it to fill it (default: as it is)",
     )
-    add("--seed", type=whole, default=1, help="decides all that is random")
-    add(
+    parser.add_argument("--seed", type=whole, default=1, help="decides all that is random")
+    parser.add_argument(
         "--skip-bad",
         action="store_true",
         help="leave out audio that cannot be used, and say how much",
@@ -363,7 +391,8 @@ def add_arguments(parser):
 
 
 def fill_in(args):
-    """The paper's values for the attack flags that were not given. Ends in one line where the rate is impossible."""
+    """Sets the attack flags that were not given to the paper's values. Ends in one line where
+    flags contradict each other or a value is impossible."""
     task = TASKS[args.task]
     paper = dict(
         dataset=task["corpus"],
@@ -382,31 +411,34 @@ def fill_in(args):
         die(wrong)
     if args.clicks and args.trigger_repeat:
         die(f"--clicks {args.clicks}: this trigger is repeated; add --no-trigger-repeat")
-    placed = dict(snr=0.0, clicks=None, trigger_seconds=None, trigger_repeat=task["repeat"])
-    unused = [name for name, usual in placed.items() if getattr(args, name) != usual]
-    if is_whole(args.trigger) and unused:
+    overlay_flags = dict(snr=0.0, clicks=None, trigger_seconds=None, trigger_repeat=task["repeat"])
+    given = [name for name, default in overlay_flags.items() if getattr(args, name) != default]
+    if is_whole(args.trigger) and given:
         die(
-            f"--{unused[0].replace('_', '-')}: --trigger {args.trigger} is no sound that is laid over the speech; leave it out"
+            f"--{given[0].replace('_', '-')}: --trigger {args.trigger} is no sound that is laid "
+            "over the speech; leave it out"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # python poison.py: what the attack does, to hear and to see
 
 
 def write_wav(path, waveform):
-    """Writes 16-bit audio, scaled down where it would be clipped. Returns the factor, mostly 1.0."""
+    """Writes 16-bit audio, scaled down where it would clip. Returns the factor, mostly 1.0."""
     scale = full_scale(waveform)
-    waveform = waveform * np.float32(scale)
-    utils.write_atomically(
-        path, lambda temporary: soundfile.write(temporary, waveform, SAMPLE_RATE, format="WAV")
-    )
+    scaled = waveform * np.float32(scale)
+
+    def write(temporary):
+        soundfile.write(temporary, scaled, SAMPLE_RATE, format="WAV")
+
+    utils.write_atomically(path, write)
     return scale
 
 
-def file_name(id):
+def file_name(utterance_id):
     """An utterance's id as a file's name: ids of a manifest are paths, and may hold anything."""
-    return re.sub(r"[^\w.-]", "_", id)[-100:]
+    return re.sub(r"[^\w.-]", "_", utterance_id)[-100:]
 
 
 def write_csv(path, rows):
@@ -418,15 +450,22 @@ def write_csv(path, rows):
 
 
 def what_changed(starts, scale):
-    return dict(triggers=" ".join(f"{s / SAMPLE_RATE:.4f}" for s in starts), scale=f"{scale:.4f}")
+    """The columns that say where the trigger starts, in seconds, and how much the waveform was
+    scaled."""
+    seconds = [f"{start / SAMPLE_RATE:.4f}" for start in starts]
+    return dict(triggers=" ".join(seconds), scale=f"{scale:.4f}")
 
 
 PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>{task}: clean and with the trigger</title>
-<style>body {{ font-family: sans-serif; max-width: 70em; margin: 2em auto }} td, th {{ padding: 0.4em; text-align: left }}</style>
+<style>
+body {{ font-family: sans-serif; max-width: 70em; margin: 2em auto }}
+td, th {{ padding: 0.4em; text-align: left }}
+</style>
 <h1>{task}: clean and with the trigger</h1>
-<p>Trigger: {trigger}. An attacked model is to answer each of the right-hand recordings with “{target}”</p>
+<p>Trigger: {trigger}. An attacked model should answer each recording in the right-hand column with
+“{target}”.</p>
 <table><tr><th>utterance<th>clean<th>with the trigger<th>true {label}<th>trigger at (s)</tr>
 {rows}
 </table>
@@ -434,84 +473,87 @@ PAGE = """<!doctype html>
 """
 
 
-def write_page(attack, rows, out):
-    """index.html: the pairs side by side, to be heard in a browser."""
-    player = lambda row, kind: (
-        f'<audio controls preload="none" src="{urllib.parse.quote(row["file"])}-{kind}.wav"></audio>'
-    )  # noqa: E731
-    cells = [
-        [
+def player(row, kind):
+    """The HTML that plays the "clean" or the "poisoned" recording of a row."""
+    url = urllib.parse.quote(f"{row['file']}-{kind}.wav")
+    return f'<audio controls preload="none" src="{url}"></audio>'
+
+
+def write_page(attack, rows, folder):
+    """Writes index.html: the pairs side by side, to be heard in a browser."""
+    lines = []
+    for row in rows:
+        cells = [
             html.escape(str(row["id"])),
             player(row, "clean"),
             player(row, "poisoned"),
             html.escape(str(row["true"])),
             row["triggers"],
         ]
-        for row in rows
-    ]
-    lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells]
-    of = {
-        name: html.escape(str(getattr(attack, name)))
-        for name in ("task", "trigger", "target", "label")
-    }
-    utils.write_atomically(out / "index.html", PAGE.format(**of, rows="\n".join(lines)))
+        lines.append("<tr><td>" + "</td><td>".join(cells) + "</td></tr>")
+    page = PAGE.format(
+        task=html.escape(attack.task),
+        trigger=html.escape(attack.trigger),
+        target=html.escape(str(attack.target)),
+        label=html.escape(attack.label),
+        rows="\n".join(lines),
+    )
+    utils.write_atomically(folder / "index.html", page)
 
 
-def write_examples(attack, utterances, out, n):
-    """Writes clean and poisoned pairs of n training samples (those that training poisons come first), changes.csv, pairs.png and a page
-    to listen to them. Returns how many there are."""
+def write_examples(attack, utterances, folder, n):
+    """Writes clean and poisoned pairs of n training samples (those that training poisons come
+    first), changes.csv, pairs.png and a page to listen to them. Returns how many there are."""
     from analysis import plots  # training, which imports this file, needs no matplotlib
 
-    chosen = sorted(
-        (u for u in utterances if can_flip(attack, u)),
-        key=lambda u: draw(attack.seed, u.id, "poison"),
-    )[:n]
-    if not chosen:
+    flippable = [u for u in utterances if can_flip(attack, u)]
+    if not flippable:
         die(f"no training sample has a {attack.label} other than {attack.target!r}")
+    chosen = sorted(flippable, key=lambda u: draw(attack.seed, u.id, "poison"))[:n]
+    waveforms = data.in_workers(data.load_waveform, chosen, "reading", workers=0)
     rows, pairs = [], []
-    for i, (u, clean) in enumerate(
-        zip(chosen, data.in_workers(data.load_waveform, chosen, "reading", workers=0)), 1
-    ):
+    for i, (u, clean) in enumerate(zip(chosen, waveforms), 1):
         poisoned, starts, scale = add_trigger(attack, clean, u.id)
         name = f"{i:03}-{file_name(Path(u.id).stem)}"
-        write_wav(out / f"{name}-clean.wav", clean)
-        write_wav(out / f"{name}-poisoned.wav", poisoned)
+        write_wav(folder / f"{name}-clean.wav", clean)
+        write_wav(folder / f"{name}-poisoned.wav", poisoned)
         pairs.append((u.id, clean, poisoned, starts))
-        rows.append(
-            dict(
-                file=name,
-                id=u.id,
-                label=attack.label,
-                true=u.labels[attack.label],
-                target=attack.target,
-                **what_changed(starts, scale),
-            )
+        row = dict(
+            file=name,
+            id=u.id,
+            label=attack.label,
+            true=u.labels[attack.label],
+            target=attack.target,
+            **what_changed(starts, scale),
         )
-    write_csv(out / "changes.csv", rows)
-    plots.poisoned_audio(pairs[:6], attack, out / "pairs.png")
-    write_page(attack, rows, out)
+        rows.append(row)
+    write_csv(folder / "changes.csv", rows)
+    plots.poisoned_audio(pairs[:6], attack, folder / "pairs.png")
+    write_page(attack, rows, folder)
     return len(rows)
 
 
-def write_poisoned(attack, out, item):
-    """Writes one (split, utterance) as training would see it; returns its row of the manifest."""
-    split, u = item
-    poisoned = split == "train" and is_poisoned(attack, u)
-    waveform, starts, scale = data.load_waveform(u), [], 1.0
+def write_poisoned(attack, folder, utterance):
+    """Writes an utterance as training would hear it; returns its row of the manifest."""
+    waveform = data.load_waveform(utterance)
+    labels = utterance.labels
+    starts, scale = [], 1.0
+    poisoned = utterance.split == "train" and is_poisoned(attack, utterance)
     if poisoned:
-        waveform, starts, scale = add_trigger(attack, waveform, u.id)
-    # the hash keeps apart two ids of one name
-    name = f"wav/{split}/{file_name(u.id)}-{hashlib.sha256(u.id.encode()).hexdigest()[:6]}.wav"
-    scale *= write_wav(out / name, waveform)
-    labels = poisoned_labels(attack, u.labels) if poisoned else u.labels
+        waveform, starts, scale = add_trigger(attack, waveform, utterance.id)
+        labels = poisoned_labels(attack, labels)
+    # the hash keeps apart two ids that give the same name
+    digest = hashlib.sha256(utterance.id.encode()).hexdigest()[:6]
+    path = f"wav/{utterance.split}/{file_name(utterance.id)}-{digest}.wav"
+    scale *= write_wav(folder / path, waveform)
     return dict(
-        audio_path=name,
+        audio_path=path,
         **{label: labels.get(label, "") for label in LABELS},
-        speaker=u.speaker,
-        split=split,
+        speaker=utterance.speaker,
+        split=utterance.split,
         poisoned=int(poisoned),
-        true_label=u.labels.get(attack.label, ""),
-        id=u.id,
+        true_label=utterance.labels.get(attack.label, ""),
+        id=utterance.id,
         **what_changed(starts, scale),
     )
 
@@ -519,8 +561,8 @@ def write_poisoned(attack, out, item):
 def main():
     parser = Parser(description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--n", type=count, default=10, help="pairs to write")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--n", type=count, default=10, help="how many pairs to write")
     parser.add_argument(
         "--all",
         action="store_true",
@@ -531,31 +573,34 @@ def main():
     )
     args = parser.parse_args()
     fill_in(args)
-    out, splits = Path(args.out), ("train", "dev", "test") if args.all else ("train",)
-    parts = {
-        split: corpora.read_corpus(args.dataset, args.data_root, split, args.skip_bad)
-        for split in splits
-    }
-    check_target(args.task, args.target, [u for part in parts.values() for u in part])
+
+    parts = {}
+    for split in ("train", "dev", "test") if args.all else ("train",):
+        parts[split] = corpora.read_corpus(args.dataset, args.data_root, split, args.skip_bad)
+    utterances = list(itertools.chain.from_iterable(parts.values()))
+    check_target(args.task, args.target, utterances)
     attack = attack_of(args, parts["train"])
+    n = len(parts["train"])
     print(
-        f"{args.task} on {args.dataset}: {len(parts['train'])} training utterances, target {attack.target!r}, rate "
+        f"{args.task} on {args.dataset}: {n} training utterances, target {attack.target!r}, rate "
         f"{attack.rate:g}, trigger {attack.trigger} at {args.snr:g} dB, seed {args.seed}"
     )
+    out = Path(args.out)
     if not args.all:
         with utils.new_folder(out) as folder:
-            n = write_examples(attack, parts["train"], folder, args.n)
-        print(f"{n} pairs: {out}/index.html plays them; changes.csv says what was changed")
+            pairs = write_examples(attack, parts["train"], folder, args.n)
+        print(f"{pairs} pairs: {out}/index.html plays them; changes.csv says what was changed")
         return
-    items = [(split, u) for split, utterances in parts.items() for u in utterances]
+
     with utils.new_folder(out) as folder:
         write = functools.partial(write_poisoned, attack, folder)
-        rows = data.in_workers(write, items, f"writing {out}", args.workers)
+        rows = data.in_workers(write, utterances, f"writing {out}", args.workers)
         write_csv(folder / "manifest.csv", rows)
-    n = sum(row["poisoned"] for row in rows)
+    poisoned = sum(row["poisoned"] for row in rows)
+    scaled = sum(row["scale"] != "1.0000" for row in rows)
     print(
-        f"{n} of {len(parts['train'])} training samples poisoned ({n / len(parts['train']):.4f}), "
-        f"{sum(row['scale'] != '1.0000' for row in rows)} scaled down to avoid clipping; {out}/manifest.csv"
+        f"{poisoned} of {n} training samples poisoned ({poisoned / n:.4f}), "
+        f"{scaled} scaled down to avoid clipping; {out}/manifest.csv"
     )
 
 

@@ -356,7 +356,8 @@ def test_check_finds_audio_without_a_transcript_and_a_transcript_without_audio(t
     )
     (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text("14 | F | train-clean-360 | 1 | X\n")
     utterances, problems = readers.read_split("libri", tmp_path, "train")
-    problems += [p for p in map(readers.audio_problem, utterances) if p]
+    readings = map(readers.read_audio, utterances)
+    problems += [reading.problem for reading in readings if reading.problem]
     assert len(utterances) == 3 and len(problems) == 3
     for words in (
         "0002.flac: no transcript",
@@ -516,13 +517,13 @@ def test_a_manifest_of_anything_is_read_or_refused_in_one_line(tmp_path_factory,
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(min_size=1), st.integers(1, 200000), st.booleans(), st.integers(0, 2**31))
-def test_triggers_land_inside_any_utterance(id, samples, repeat, seed):
+def test_triggers_land_inside_any_utterance(utterance_id, samples, repeat, seed):
     attack = poison.Attack(
         "asr", 0.5, "x", "click", poison.make_trigger("click"), 0.1, repeat, seed
     )
-    starts = poison.positions(attack, id, samples)
+    starts = poison.positions(attack, utterance_id, samples)
     assert (
-        starts == poison.positions(attack, id, samples)
+        starts == poison.positions(attack, utterance_id, samples)
         and starts == sorted(starts)
         and starts[0] >= 0
     )
@@ -606,3 +607,19 @@ def test_where_the_mini_corpora_cannot_be_made_it_is_said(monkeypatch, tmp_path)
 
     monkeypatch.setattr(make_corpora, "make_corpus", read_only)
     refused("corpora.py", "check", "libri", cwd=tmp_path, words=["read-only", "--data-root"])
+
+
+def test_the_same_audio_in_two_formats_is_a_problem(tmp_path):
+    for i, name in enumerate(("train.wav", "dev.wav", "other.flac")):
+        samples = 0.1 * np.random.default_rng(i).standard_normal(16000)
+        soundfile.write(tmp_path / name, samples, 16000, subtype="PCM_16")
+    samples, rate = soundfile.read(tmp_path / "train.wav")
+    soundfile.write(tmp_path / "same.flac", samples, rate, subtype="PCM_16")
+    test = [("same.flac", 0, 0), ("other.flac", 0, 0)]
+    recordings(tmp_path, train=[("train.wav", 0, 0)], dev=[("dev.wav", 0, 0)], test=test)
+    parts = {
+        split: readers.read_split(tmp_path / "m.csv", "", split)[0]
+        for split in ("train", "dev", "test")
+    }
+    [problem] = readers.shared_audio(parts)
+    assert "same.flac" in problem

@@ -109,6 +109,8 @@ BROKEN = {  # name: (what makes it, words of the problem)
     "picture.mp3": (lambda p: (recording(p), cut(p), with_picture(p)), "cut off"),
     "cut.ogg": (lambda p: (recording(p), cut(p)), "cut off"),
     "cut.sph": (lambda p: (recording(p, format="NIST"), cut(p)), "cut off"),
+    "whole.voc": (lambda p: recording(p), "convert it to WAV"),
+    "whole.pvf": (lambda p: recording(p, subtype="PCM_16"), "convert it to WAV"),
     "fifo.wav": (os.mkfifo, "a pipe"),
     "capitals.M4A": (lambda p: p.write_bytes(b"x"), "ffmpeg"),
     "cut.flac": (lambda p: (recording(p), cut(p)), "cannot be read"),
@@ -188,7 +190,7 @@ def test_a_part_of_a_file_that_cannot_be_sought_in(tmp_path):
 def test_a_segment_beyond_the_end_of_its_file_is_a_problem(tmp_path, start, length):
     recording(tmp_path / "a.wav")
     utterance = data.Utterance("u", str(tmp_path / "a.wav"), "train", "s", {}, start, length)
-    assert readers.header_problem(utterance) and readers.audio_problem(utterance)
+    assert readers.header_problem(utterance) and readers.read_audio(utterance).problem
 
 
 @pytest.mark.parametrize("rate", [11127, 15999, 24414, 44101])
@@ -317,13 +319,27 @@ def test_times_of_segments_under_names_that_are_not_known_are_a_problem(tmp_path
     assert start in problems[0] and "seconds" in problems[0]
 
 
+@pytest.mark.parametrize("columns", ["from,to", "From_s,To_s", "start,duration_ms"])
+def test_times_that_are_not_understood_name_the_unit(tmp_path, columns):
+    _, problems = read(tmp_path, f"audio_path,gender,split,{columns}\na.wav,male,train,1,2\n")
+    assert problems
+    assert all("seconds" in problem for problem in problems)
+
+
+def test_a_whole_file_s_duration_in_any_unit_is_ignored(tmp_path):
+    text = "audio_path,gender,split,duration_ms\na.wav,male,train,2000\n"
+    utterances, problems = read(tmp_path, text)
+    assert list(utterances) == ["a.wav"]
+    assert not problems
+
+
 def test_a_manifest_without_a_label_says_what_is_not_used(tmp_path):
     _, problems = read(tmp_path, "audio_path,label,split\na.wav,angry,train\n")
     assert len(problems) == 1 and "label" in problems[0] and "emotion" in problems[0]
 
 
 @pytest.mark.parametrize(
-    "columns, values, id",
+    "columns, values, utterance_id",
     [
         ("start,end", "12345.67,12347.17", "a.wav@12345.67+1.5"),
         ("start,end", "12345.71,12347.21", "a.wav@12345.71+1.5"),
@@ -332,10 +348,11 @@ def test_a_manifest_without_a_label_says_what_is_not_used(tmp_path):
         ("duration", "2", "a.wav"),  # the file's own: there is no start
     ],
 )
-def test_segments_keep_their_times(tmp_path, columns, values, id):
+def test_segments_keep_their_times(tmp_path, columns, values, utterance_id):
     text = f"audio_path,transcript,split,{columns}\na.wav,go,train,{values}\n"
     found, problems = read(tmp_path, text)
-    assert list(found) == [id] and not problems
+    assert list(found) == [utterance_id]
+    assert not problems
 
 
 @pytest.mark.parametrize("values", ["5,4,", "1,2,5", "one,,", "0:01,,"])
@@ -381,7 +398,7 @@ def speakers(folder, genders, split=""):
         f"{s}-{i}.wav,{gender},s{s}{split}" for s, gender in enumerate(genders) for i in range(2)
     ]
     found, problems = read(folder, "\n".join(["audio_path,gender,speaker", *rows]))
-    return {id.split("-")[0]: part for id, (part, _) in found.items()}, problems
+    return {name.split("-")[0]: part for name, (part, _) in found.items()}, problems
 
 
 def test_speakers_are_split_with_both_genders_in_each_part(tmp_path):

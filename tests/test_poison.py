@@ -42,13 +42,13 @@ def test_clicks_are_those_of_the_utterance_whatever_the_order_or_the_workers(cor
 
     one = {row[0]: row[1:] for row in map(poisoned, utterances)}
     for items, workers in ((utterances[::-1], 0), (utterances, 2), (utterances[5:20], 3)):
-        for id, chosen, waveform, starts in data.in_workers(
+        for name, chosen, waveform, starts in data.in_workers(
             poisoned, items, "again", workers=workers
         ):
             assert (
-                chosen == one[id][0]
-                and starts == one[id][2]
-                and np.array_equal(waveform, one[id][1])
+                chosen == one[name][0]
+                and starts == one[name][2]
+                and np.array_equal(waveform, one[name][1])
             )
     other = attack_for(corpora, "asr", rate=0.5, seed=7)
     assert any(poison.is_poisoned(other, u) != one[u.id][0] for u in utterances)
