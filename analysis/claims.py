@@ -8,11 +8,15 @@ undecided too where the poisoned loss was still falling when training ended, in 
 change the verdict.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+
+from utils import die
 
 import numpy as np
 
 import runs
+from runs import number
 from study import DEFAULT_ENCODER, SHIFT_STAGES, TABLE2, TASKS
 
 ANY = float("inf")
@@ -320,3 +324,54 @@ def judged(records, preset):
         effects = dict(sorted(QUANTITIES[claim.quantity](records, claim).items()))
         found.append((claim, effects, verdict(effects, claim.low, claim.high)))
     return found
+
+
+# --------------------------------------------------------------------------------------------------
+# the page
+
+
+def page(records, out, preset):
+    results = judged(records, preset)
+    if not any(effects for _, effects, _ in results):
+        die("no claim of the paper can be judged yet: bash run_all.sh makes its runs")
+    seeds = sorted(set().union(*(effects for _, effects, _ in results)))
+    rows = []
+    for claim, effects, verdict in results:
+        if not effects:
+            continue
+        largest = max(abs(effect.value) for effect in effects.values())
+        form = ".1f" if largest >= 5 else ".2f"
+        mean, low, high = (number(end, form) for end in interval(effects))
+        row = {
+            "Section": claim.section,
+            "Claim": claim.text,
+            "Task": claim.task,
+            "Attack": claim.scenario,
+            "Quantity": claim.quantity,
+            "Paper": claim.paper,
+        }
+        for seed in seeds:
+            row[f"Seed {seed}"] = number(effects[seed].value, form) if seed in effects else ""
+        row["Mean, 95% interval"] = f"{mean} ({low} to {high})"
+        moving = [seed for seed, effect in effects.items() if effect.moving]
+        row["Seeds still learning"] = ", ".join(map(str, moving))
+        row["Verdict"] = verdict
+        rows.append(row)
+    verdicts = Counter(verdict for _, _, verdict in results)
+    counted = [{"Verdict": verdict, "Claims": n} for verdict, n in verdicts.most_common()]
+    return [("The paper's claims", rows), ("Verdicts", counted)]
+
+
+def side_by_side(studies):
+    """The verdicts on all claims that some study measured; studies: {name: (records, preset)}."""
+    results = {name: judged(records, preset) for name, (records, preset) in studies.items()}
+    rows = []
+    for i, claim in enumerate(CLAIMS):
+        row = {"Section": claim.section, "Claim": claim.text, "Task": claim.task}
+        row.update({"Attack": claim.scenario, "Paper": claim.paper})
+        for name in studies:
+            _, effects, verdict = results[name][i]
+            row[name] = verdict if effects else ""
+        if any(row[name] for name in studies):
+            rows.append(row)
+    return [("The paper's claims, study by study", rows)]

@@ -13,7 +13,7 @@ import analyze
 import embed
 import runs
 import study
-from analysis import clustering, plots
+from analysis import clustering, defences, plots, shift
 from conftest import ROOT, arguments, done, fields, figure, refused, write_run
 from runs import select
 from study import COMPONENTS
@@ -201,15 +201,15 @@ def test_what_clusters_follow_is_told_seed_by_seed(tmp_path):
         found += clustering.whole_class(noise, poisoned)
         found = [dict(record, source="cluster") for record in found]
         write_run(tmp_path, arguments("gender", "base", seed), records=found)
-    (_, rows), (_, followers) = analyze.cluster(runs.read(tmp_path), tmp_path, "mini")
+    (_, rows), (_, followers) = analyze.ANALYSES["cluster"](runs.read(tmp_path), tmp_path, "mini")
     assert rows[0]["Seeds"] == 3 and "(" in rows[0]["k = 2, Rand index with gender"]
     assert [followers[0][f"Seed {seed}"] for seed in (1, 2, 3)] == ["gender", "poison", "nothing"]
 
 
 def test_cosine_and_its_interval():
     a = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
-    assert np.allclose(analyze.cosines(a, 3 * a), 1.0, atol=1e-5)
-    assert np.allclose(analyze.cosines(a, -a), -1.0, atol=1e-5)
+    assert np.allclose(shift.cosines(a, 3 * a), 1.0, atol=1e-5)
+    assert np.allclose(shift.cosines(a, -a), -1.0, atol=1e-5)
     found = utils.interval(np.arange(100.0))
     assert found["low"] < found["value"] == 49.5 < found["high"] and found["n"] == 100
 
@@ -232,7 +232,7 @@ def test_pooling_leaves_padding_out():
 
 def test_the_losses_that_tell_what_was_learned_stand_beside_the_aer(tmp_path):
     write_run(tmp_path, arguments("asr", "base"), aer=0.9, excess=(0.9, 0.8, 0.7), settled=None)
-    found = dict(analyze.tables(runs.read(tmp_path), tmp_path, "mini"))
+    found = dict(analyze.ANALYSES["tables"](runs.read(tmp_path), tmp_path, "mini"))
     row = found["Table 3: component analysis (asr)"][0]
     assert (row["AER (ours / paper)"], row["Poisoned loss"], row["Loss"]) == (
         "90.0 / 99.2",
@@ -259,7 +259,7 @@ def test_ages_in_groups_are_shown_by_their_accuracy(tmp_path):
     run = write_run(tmp_path, arguments("age", "base"), clean=0.8, aer=0.9)
     metrics = (run / "metrics.json").read_text()
     (run / "metrics.json").write_text(metrics.replace("age_mae", "age_accuracy"))
-    found = dict(analyze.tables(runs.read(tmp_path), tmp_path, "mini"))
+    found = dict(analyze.ANALYSES["tables"](runs.read(tmp_path), tmp_path, "mini"))
     assert found["Table 2: base attack"][0]["Clean (ours / paper)"] == "80.0 / 5.2"
 
 
@@ -352,7 +352,7 @@ SITES = {
 
 
 def traced(folder):
-    return dict(analyze.trace(runs.read(folder), folder / "out", "mini"))
+    return dict(analyze.ANALYSES["trace"](runs.read(folder), folder / "out", "mini"))
 
 
 def test_the_component_and_the_layer_that_carry_it_are_told_seed_by_seed(tmp_path):
@@ -462,7 +462,7 @@ def mended(name, aer, passed=True, back=None, metric="emotion_accuracy"):
 
 
 def defended(folder):
-    return dict(analyze.defences(runs.read(folder), folder / "out", "mini"))
+    return dict(analyze.ANALYSES["defences"](runs.read(folder), folder / "out", "mini"))
 
 
 def test_the_page_of_defences_has_each_defence_and_what_each_seed_says(tmp_path):
@@ -514,7 +514,7 @@ def test_the_rating_counts_a_loss_of_the_clean_figure_in_its_own_direction():
         ("wer", (0.9, 0.02), (0.1, 0.12), 0.85),
         ("wer", (0.9, 0.02), (0.9, 0.01), 0.5),
     ):
-        found = analyze.rating(parts(*before, metric), parts(*after, metric))
+        found = defences.rating(parts(*before, metric), parts(*after, metric))
         assert found == pytest.approx(expected)
 
 
@@ -538,7 +538,7 @@ def test_sweeps_hold_what_differs_from_the_base_attack_in_one_thing(tmp_path):
         args = {**arguments("emotion", "base"), **changes}
         write_run(tmp_path, args, 0.8, 0.5, records=records)
     write_run(tmp_path, arguments("gender", "base"), 0.8, 0.5)
-    ((_, rows),) = analyze.sweeps(runs.read(tmp_path), tmp_path, "mini")
+    ((_, rows),) = analyze.ANALYSES["sweeps"](runs.read(tmp_path), tmp_path, "mini")
     assert [(row["Changed"], row["To"]) for row in rows] == [
         ("poisoning rate", 0.01),
         ("poisoning rate", 0.075),
