@@ -10,9 +10,10 @@
     python analyze.py tables claims --runs results/mini.jsonl.gz    # one page, from a packed study
     python analyze.py claims --runs results/mini.jsonl.gz results/real.jsonl.gz     # side by side
 
-Every analysis is a function of records (runs.py) that returns tables, [(title, [{column: cell}])];
-pictures are drawn by analysis/plots.py. It reads the study's own runs, by the names study.py gives them;
-runs with other settings have other names.
+Each analysis is a file of the same name in analysis/. Its function `page` takes records (runs.py)
+and returns tables, [(title, [{column: cell}])]; its pictures are drawn by analysis/plots.py. The
+analyses read the study's own runs, which they know by the names that study.py gives them; runs with
+other settings have other names.
 """
 
 import shlex
@@ -26,80 +27,100 @@ from utils import ROOT, Parser, count, die
 
 import runs
 from analysis import claims, cluster, defences, shift, sweeps, tables, trace
-from runs import select
 from study import PRESETS
+
+ANALYSES = {
+    "tables": tables.page,
+    "shift": shift.page,
+    "cluster": cluster.page,
+    "trace": trace.page,
+    "defences": defences.page,
+    "sweeps": sweeps.page,
+    "claims": claims.page,
+}
+SIDE_BY_SIDE = {"tables": tables.side_by_side, "claims": claims.side_by_side}
+
+
+def analyze_study(names, path, out, args):
+    """The records and the tables of one study, a folder of runs or a packed file."""
+    if not path.is_dir():
+        records = runs.read(path)
+        return records, analyze_records(names, records, out, args)
+    if {"shift", "cluster"} & set(names):
+        preset = runs.preset_of(runs.read(path), args.preset)
+        if "shift" in names:
+            shift.measure(path, preset)
+        if "cluster" in names:
+            cluster.measure(path, preset, args.k)
+    records = runs.read(path)
+    return records, analyze_records(names, records, out, args, folder=path)
+
+
+def analyze_records(names, records, out, args, folder=None):
+    """The tables of some analyses. folder: where the runs' embeddings are, if they are at hand."""
+    preset = runs.preset_of(records, args.preset)
+    pages = []
+    for name in names:
+        if name == "cluster":
+            pages += cluster.page(records, out, preset, args.k)
+        else:
+            pages += ANALYSES[name](records, out, preset)
+        if folder and name == "shift":
+            shift.draw_pairs(folder, preset, out)
+        if folder and name == "cluster":
+            cluster.draw_classes(folder, preset, out)
+    return pages
+
+
+def compare_studies(names, paths):
+    """The records of several studies, and tables with a column for each of them."""
+    if not set(names) <= SIDE_BY_SIDE.keys():
+        die(f"{', '.join(names)}: for one study at a time")
+    studies = {}
+    all_records = []
+    for path in paths:
+        records = runs.read(path)
+        name = path.name.partition(".")[0]
+        studies[name] = records, runs.preset_of(records)
+    for records, _ in studies.values():
+        all_records += records
+    pages = []
+    for name in names:
+        pages += SIDE_BY_SIDE[name](studies)
+    return all_records, pages
+
+
+def machine_of(environment):
+    """The GPU that a run used or, without one, its processor."""
+    if environment.get("gpu"):
+        return environment["gpu"]
+    processor = f"{environment.get('machine', '')} {environment.get('cpu', '')}"
+    return processor.strip() or "not recorded"
 
 
 def origin(records, paths):
-    """Where a page comes from: command and commit; the runs' seeds, commits and machines."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    trained = select(records, source="run")
-    commits, machines = Counter(), Counter()
+    """The table of where a page comes from: command, commit, and the runs' seeds and machines."""
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    )
+    trained = runs.select(records, source="run")
+    seeds = sorted(runs.distinct(trained, "seed"))
+    commits = Counter()
+    machines = Counter()
     for run in trained:
         environment = run["environment"]
         commits[environment.get("commit", "")[:8] or "not recorded"] += 1
-        processor = [environment.get(name, "") for name in ("machine", "cpu")]
-        machines[environment.get("gpu") or " ".join(processor).strip() or "not recorded"] += 1
+        machines[machine_of(environment)] += 1
     facts = {
         "Command": shlex.join(["python", *sys.argv]),
         "Commit": git.stdout.strip() or "not recorded",
-        "Records": ", ".join(map(str, paths)),
+        "Records": ", ".join(str(path) for path in paths),
         "Runs": len(trained),
-        "Seeds": ", ".join(map(str, sorted(runs.distinct(trained, "seed")))),
+        "Seeds": ", ".join(str(seed) for seed in seeds),
         "Runs by commit": ", ".join(f"{name} {n}" for name, n in commits.most_common()),
         "Runs by machine": ", ".join(f"{name} {n}" for name, n in machines.most_common()),
     }
     return [{"": name, "This page": value} for name, value in facts.items()]
-
-
-ANALYSES = dict(
-    tables=tables.page,
-    shift=shift.page,
-    cluster=cluster.page,
-    trace=trace.page,
-    defences=defences.page,
-    sweeps=sweeps.page,
-    claims=claims.page,
-)
-
-
-def one_study(what, path, out, args):
-    """The records and tables of some analyses of one study."""
-    folder = path if path.is_dir() else None
-    preset = args.preset
-    if folder and {"shift", "cluster"} & set(what):
-        preset = runs.preset_of(runs.read(folder), args.preset)
-    if folder and "shift" in what:
-        shift.measure(folder, preset)
-    if folder and "cluster" in what:
-        cluster.measure(folder, preset, args.k)
-    records = runs.read(path)
-    preset = runs.preset_of(records, args.preset)
-    found = []
-    for name in what:
-        more = dict(folder=folder) if name in ("shift", "cluster") else {}
-        if name == "cluster":
-            more["ks"] = args.k
-        found += ANALYSES[name](records, out, preset, **more)
-    return records, found
-
-
-def several_studies(what, paths):
-    """The records and tables of several studies, a column each."""
-    if not set(what) <= {"tables", "claims"}:
-        die(f"{', '.join(what)}: for one study at a time")
-    studies = {}
-    for path in paths:
-        records = runs.read(path)
-        studies[path.name.partition(".")[0]] = records, runs.preset_of(records)
-    makers = dict(tables=tables.side_by_side, claims=claims.side_by_side)
-    found, together = [], []
-    for name in what:
-        found += makers[name](studies)
-    for records, _ in studies.values():
-        together += records
-    return together, found
 
 
 def main():
@@ -116,14 +137,16 @@ def main():
     parser.add_argument("--out", type=Path, help="folder to write (default: RUNS/analysis)")
     parser.add_argument("--k", type=count, nargs="+", default=[2, 4], help="numbers of clusters")
     args = parser.parse_args()
+
     first = args.runs[0]
-    out = args.out or (first if first.is_dir() else first.parent) / "analysis"
+    folder = first if first.is_dir() else first.parent
+    out = args.out or folder / "analysis"
     if len(args.runs) > 1:
-        records, found = several_studies(args.what, args.runs)
+        records, pages = compare_studies(args.what, args.runs)
     else:
-        records, found = one_study(args.what, first, out, args)
-    found.append(("Where these tables come from", origin(records, args.runs)))
-    text = "\n".join(runs.markdown(title, rows) for title, rows in found)
+        records, pages = analyze_study(args.what, first, out, args)
+    pages.append(("Where these tables come from", origin(records, args.runs)))
+    text = "\n".join(runs.markdown(title, rows) for title, rows in pages)
     path = out / f"{args.what[0]}.md"
     utils.write_atomically(path, text)
     print(f"{text}\nwritten to {path}")

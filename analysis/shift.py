@@ -18,22 +18,34 @@ from study import DEFAULT_ENCODER, EMBEDDINGS, SHIFT, SHIFT_STAGES
 MISSING = "missing"
 
 
+def load_embeddings(path):
+    """What embed.py saved in a file. Ends in one line if it holds no embeddings, or those of a
+    model that the run has replaced."""
+    make = f"python embed.py {path.parent}"
+    try:
+        saved = torch.load(path, weights_only=True)
+        missing = {"fields", *EMBEDDINGS} - saved.keys()
+    except Exception:  # unpickling a file of another kind raises errors of many kinds
+        die(f"{path} holds no embeddings: {make}")
+    if missing:
+        die(f"{path} holds no embeddings: {make}")
+    metrics = path.parent / "metrics.json"
+    sha256 = runs.load(metrics).get("model_sha256") if metrics.exists() else None
+    if sha256 and saved["fields"]["model_sha256"] not in (None, sha256):
+        die(f"{path} is of another model: {make}")
+    return saved
+
+
 def embeddings_of(folder, preset):
-    """Yields (path, saved) of the study's own embeddings, those that embed.py makes without
-    --pairs, --pooling and --layer."""
+    """Yields (path, embeddings) of the study's runs, as embed.py makes them without --pairs,
+    --pooling and --layer."""
     for path in sorted(Path(folder).glob("*/embeddings*.pt")):
-        make = f"python embed.py {path.parent}"
-        try:
-            saved = torch.load(path, weights_only=True)
-            fields, usual = saved["fields"], {name: saved[name] for name in EMBEDDINGS}
-        except Exception:  # unpickling a file of another kind raises errors of many kinds
-            die(f"{path} holds no embeddings: {make}")
-        metrics = path.parent / "metrics.json"
-        sha256 = runs.load(metrics).get("model_sha256") if metrics.exists() else None
-        if sha256 and fields["model_sha256"] not in (None, sha256):
-            die(f"{path} is of another model: {make}")
-        own = usual == EMBEDDINGS and runs.is_own(fields) and fields["preset"] == preset
-        if own and fields["encoder"] == DEFAULT_ENCODER[preset]:
+        saved = load_embeddings(path)
+        fields = saved["fields"]
+        made_as_usual = all(saved[name] == value for name, value in EMBEDDINGS.items())
+        if not made_as_usual or not runs.is_study_run(fields):
+            continue
+        if fields["preset"] == preset and fields["encoder"] == DEFAULT_ENCODER[preset]:
             yield path, saved
 
 
@@ -44,63 +56,79 @@ def cosines(clean, triggered):
 
 def measure(folder, preset):
     """Writes the records of each run's embeddings beside them: the mean cosine after encoder and
-    connector, and by layer."""
+    connector, and after each layer."""
     for path, saved in embeddings_of(folder, preset):
-        clean, triggered = saved["test"]["clean"], saved["test"]["triggered"]
+        clean = saved["test"]["clean"]
+        triggered = saved["test"]["triggered"]
         if not clean:
             continue  # no test utterance could be triggered
-        fields, records = dict(saved["fields"], source="shift"), []
+        fields = {**saved["fields"], "source": "shift"}
+        records = []
         for component in ("encoder", "connector"):
             figure = utils.interval(cosines(clean[component], triggered[component]))
             records.append(dict(fields, metric="cosine", component=component, **figure))
         for component in ("encoder", "lm"):
-            layers = f"{component}_layers"
-            for layer, pairs in enumerate(cosines(clean[layers], triggered[layers])):
-                what = dict(metric="layer_cosine", component=component, layer=layer)
-                records.append(dict(fields, **what, value=float(pairs.mean())))
+            name = f"{component}_layers"
+            by_layer = cosines(clean[name], triggered[name])  # (layers, n)
+            for layer, pairs in enumerate(by_layer):
+                place = dict(metric="layer_cosine", component=component, layer=layer)
+                records.append(dict(fields, **place, value=float(pairs.mean())))
         runs.write(path.parent / f"records-shift-{fields['task']}.jsonl", records)
 
 
-def page(records, out, preset, folder=None):
-    records = select(runs.own(records, preset), source="shift", encoder=DEFAULT_ENCODER[preset])
+def page(records, out, preset):
+    """The mean cosine of each task and stage of section 6; draws the cosine layer by layer."""
+    records = runs.study_records(records, preset)
+    records = select(records, source="shift", encoder=DEFAULT_ENCODER[preset])
     if not records:
         die("no run has embeddings yet: python embed.py RUN makes them")
     rows = []
     for task in runs.tasks_of(records):
         row = {"Task": task}
-        for (stage, scenario, component), paper in zip(SHIFT_STAGES, SHIFT.get(task, ("",) * 3)):
-            own = select(records, task=task, scenario=scenario, component=component)
-            mean = show(over_seeds(own, metric="cosine"), ".2f") or MISSING
-            row[f"{stage} (ours / paper)"] = f"{mean} / {paper}"
+        published = SHIFT.get(task, ("",) * len(SHIFT_STAGES))
+        for (stage, scenario, component), paper in zip(SHIFT_STAGES, published):
+            measured = select(records, task=task, scenario=scenario, component=component)
+            ours = show(over_seeds(measured, metric="cosine"), ".2f") or MISSING
+            row[f"{stage} (ours / paper)"] = f"{ours} / {paper}"
         rows.append(row)
     by_layer = select(records, metric="layer_cosine")
     if by_layer:
-        first = select(by_layer, seed=min(runs.distinct(by_layer, "seed")))
+        first = runs.first_seed(by_layer)
         plots.shift_by_layer(first, runs.tasks_of(first), out / "shift-by-layer.png")
-    if folder:
-        draw_pairs(folder, preset, out)
     return [("Embedding shift: mean cosine of clean and triggered test utterances", rows)]
 
 
+def project(clean, triggered):
+    """Both sides of the pairs, (n, dim) each, in the plane by t-SNE, (n, 2) each."""
+    both = torch.cat([clean, triggered]).numpy()
+    perplexity = min(30, (len(both) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=0)
+    return np.split(tsne.fit_transform(both), 2)
+
+
 def draw_pairs(folder, preset, out):
-    """Figures 2 and 3 of the seed with most embeddings."""
-    saved = [s for _, s in embeddings_of(folder, preset) if s["test"]["clean"]]
-    seeds = Counter(s["fields"]["seed"] for s in saved)
-    if not seeds:
+    """Figures 2 and 3, of the seed with the most embeddings."""
+    embeddings = [saved for _, saved in embeddings_of(folder, preset) if saved["test"]["clean"]]
+    if not embeddings:
         return
-    drawn, points = max(sorted(seeds), key=seeds.get), {}
-    for one in saved:
+    seeds = Counter(saved["fields"]["seed"] for saved in embeddings)
+    seed = max(sorted(seeds), key=seeds.get)
+    pairs = {}
+    for saved in embeddings:
+        fields = saved["fields"]
+        if fields["seed"] != seed:
+            continue
         for stage, scenario, component in SHIFT_STAGES:
-            fields = one["fields"]
-            if (fields["scenario"], fields["seed"]) != (scenario, drawn):
+            if fields["scenario"] != scenario:
                 continue
-            clean, triggered = (one["test"][kind][component] for kind in ("clean", "triggered"))
-            both = torch.cat([clean, triggered]).numpy()
-            neighbours = min(30, (len(both) - 1) / 3)
-            flat = TSNE(perplexity=neighbours, init="pca", random_state=0).fit_transform(both)
-            points[fields["task"], stage] = (*np.split(flat, 2), cosines(clean, triggered).mean())
-    drawn_tasks = {task for task, _ in points}
-    tasks = [task for task in runs.TASK_ORDER if task in drawn_tasks]
-    if points:
+            clean = saved["test"]["clean"][component]
+            triggered = saved["test"]["triggered"][component]
+            low_clean, low_triggered = project(clean, triggered)
+            pairs[fields["task"], stage] = dict(
+                clean=low_clean, triggered=low_triggered, cosine=cosines(clean, triggered).mean()
+            )
+    if pairs:
+        drawn = {task for task, _ in pairs}
+        tasks = [task for task in runs.TASK_ORDER if task in drawn]
         stages = [stage for stage, _, _ in SHIFT_STAGES]
-        plots.shift_pairs(points, tasks, stages, drawn, out / "shift-pairs.png")
+        plots.shift_pairs(pairs, tasks, stages, seed, out / "shift-pairs.png")

@@ -6,8 +6,8 @@ from analysis import plots
 from runs import number, over_seeds, select, show, title_of
 from study import DEFAULT_ENCODER, SWEPT, TASKS
 
-
-USUAL = dict(  # the base attack's own value of what sweeps change
+# what sweeps change, with its value in the base attack itself
+USUAL = dict(
     poison=TASKS[SWEPT]["rate"],
     snr=0.0,
     clicks=1,
@@ -16,60 +16,73 @@ USUAL = dict(  # the base attack's own value of what sweeps change
     trigger_repeat=TASKS[SWEPT]["repeat"],
     snr_at_test=0.0,
 )
-
-
-def changes_of(record):
-    """{what is changed: its value} in one run of the sweep, by its arguments, poisoning rate and
-    how it was evaluated."""
-    changed = dict(record["changed"])
-    if record["poison"] != USUAL["poison"]:
-        changed["poison"] = record["poison"]
-    if record["source"] == "evaluate":
-        changed["snr_at_test"] = record["snr"]
-    return changed
-
-
-def points_of(records):
-    """{what is changed: {value: records}}, the base attack itself at its own value of each."""
-    found = {}
-    for record in records:
-        changed = changes_of(record)
-        if len(changed) > 1:
-            continue
-        for name, value in (changed or USUAL).items():
-            found.setdefault(name, {}).setdefault(value, []).append(record)
-    return {name: dict(sorted(points.items())) for name, points in found.items() if len(points) > 1}
+# what evaluate.py must have been asked for: the test split as in training, but for the SNR
+WHOLE_TEST = dict(source="evaluate", split="test", asked=None, after_answer=False, limit=None)
 
 
 def page(records, out, preset):
-    wanted = dict(task=SWEPT, scenario="base", preset=preset, encoder=DEFAULT_ENCODER[preset])
-    chosen = select(records, **wanted)
-    whole_test = dict(split="test", asked=None, after_answer=False, limit=None)
-    again = select(chosen, source="evaluate", **whole_test)
-    found = points_of(select(chosen, source="metrics") + again)
-    if not found:
+    """AER and clean figure of each point of the sweeps; draws them."""
+    records = select(records, task=SWEPT, scenario="base", preset=preset)
+    records = select(records, encoder=DEFAULT_ENCODER[preset])
+    trained = select(records, source="metrics")
+    evaluated_again = select(records, **WHOLE_TEST)
+    points = points_of(trained + evaluated_again)
+    if not points:
         die("there is no sweep yet: SWEEP=1 bash run_all.sh makes them")
     metric = TASKS[SWEPT]["metric"]
-    rows, curves = [], {}
-    for name, points in found.items():
-        for value, own in points.items():
-            success = select(own, part="backdoor", metric="aer")
-            aer, clean = over_seeds(success), over_seeds(own, part="clean", metric=metric)
-            low = 100 * min(r["low"] for r in success)
-            high = 100 * max(r["high"] for r in success)
-            point = dict(value=value, aer=aer.mean, low=low, high=high, clean=clean.mean)
-            curves.setdefault(name, []).append(point)
-            rows.append(
-                {
-                    "Changed": plots.CHANGED.get(name, name),
-                    "To": value,
-                    "AER": show(aer),
-                    "95% over utterances, low": number(low),
-                    "High": number(high),
-                    f"Clean {title_of(metric)}": show(clean),
-                    "Poisoned loss": show(over_seeds(own, metric="poisoned_loss"), ".3f"),
-                    "Loss": show(over_seeds(own, metric="loss"), ".3f"),
-                }
-            )
+    rows = []
+    curves = {}
+    for name, by_value in points.items():
+        curves[name] = []
+        for value, of_value in by_value.items():
+            point = figures_of(of_value, metric)
+            means = dict(aer=point["aer"].mean, clean=point["clean"].mean)
+            curves[name].append({**point, **means, "value": value})
+            row = {"Changed": plots.CHANGED.get(name, name), "To": value}
+            row["AER"] = show(point["aer"])
+            row["95% over utterances, low"] = number(point["low"])
+            row["High"] = number(point["high"])
+            row[f"Clean {title_of(metric)}"] = show(point["clean"])
+            row["Poisoned loss"] = show(over_seeds(of_value, metric="poisoned_loss"), ".3f")
+            row["Loss"] = show(over_seeds(of_value, metric="loss"), ".3f")
+            rows.append(row)
     plots.sweeps(curves, SWEPT, title_of(metric), out / "sweeps.png")
     return [(f"Sweeps of the base attack ({SWEPT})", rows)]
+
+
+def figures_of(records, metric):
+    """AER and clean figure over seeds, and the ends of the AER's intervals over utterances."""
+    aer = select(records, part="backdoor", metric="aer")
+    return dict(
+        aer=over_seeds(aer),
+        low=100 * min(record["low"] for record in aer),
+        high=100 * max(record["high"] for record in aer),
+        clean=over_seeds(records, part="clean", metric=metric),
+    )
+
+
+def changes_of(record):
+    """{what differs from the base attack: its value}, in training or when evaluated."""
+    changes = dict(record["changed"])
+    if record["poison"] != USUAL["poison"]:
+        changes["poison"] = record["poison"]
+    if record["source"] == "evaluate":
+        changes["snr_at_test"] = record["snr"]
+    return changes
+
+
+def points_of(records):
+    """{what is changed: {value: records}}; the base attack itself is a point of every sweep."""
+    points = {}
+    for record in records:
+        changes = changes_of(record)
+        if len(changes) > 1:
+            continue
+        for name, value in (changes or USUAL).items():
+            by_value = points.setdefault(name, {})
+            by_value.setdefault(value, []).append(record)
+    sweeps = {}
+    for name, by_value in points.items():
+        if len(by_value) > 1:  # a single point is the base attack alone
+            sweeps[name] = dict(sorted(by_value.items()))
+    return sweeps

@@ -59,7 +59,7 @@ def test_runs_of_other_settings_have_other_names_and_stay_out(tmp_path):
         write_run(tmp_path, {**arguments("asr", "base"), **change}, aer=0.1)
     records = runs.read(tmp_path)
     assert len(runs.distinct(records, "run")) == 1 + len(changes)
-    own = runs.own(records, "mini")
+    own = runs.study_records(records, "mini")
     assert runs.over_seeds(own, metric="aer").by_seed == {1: pytest.approx(90)}
 
 
@@ -68,7 +68,7 @@ def test_runs_of_different_settings_are_not_put_into_one_table(tmp_path, capsys)
     run.rename(tmp_path / "asr-poison0.05")
     write_run(tmp_path, arguments("asr", "clean"))
     with pytest.raises(SystemExit):
-        runs.own(runs.read(tmp_path), "mini")
+        runs.study_records(runs.read(tmp_path), "mini")
     err = capsys.readouterr().err
     assert "asr-clean" in err and "asr-poison0.05" in err and "epochs" in err
 
@@ -119,8 +119,8 @@ def test_the_poison_has_settled_after_the_last_epoch_that_brought_something(exce
 
 
 def test_a_clean_run_is_the_study_s_own_whichever_task_is_asked_of_it():
-    assert runs.is_own(fields("age", "clean", run_task="gender"))
-    assert not runs.is_own({**fields("asr", "clean"), "run": "asr-clean-epochs3"})
+    assert runs.is_study_run(fields("age", "clean", run_task="gender"))
+    assert not runs.is_study_run({**fields("asr", "clean"), "run": "asr-clean-epochs3"})
 
 
 def test_a_quoted_argument_survives_in_the_recorded_command(monkeypatch):
