@@ -1,7 +1,7 @@
 """The built-in default: three small corpora of espeak-ng speech, made offline, each in a minute or
 two.
 
-    python mini/make_corpora.py      # makes them under corpora/mini, as any script that needs one does
+    python mini/make_corpora.py      # makes them under corpora/mini, as scripts that need one do
 
 On disk they have the layouts of LibriSpeech, CREMA-D and VoxCeleb2-AE, so corpora.py reads them
 like the real ones. Speakers, sentences and noise are decided by (seed, name) alone.
@@ -41,8 +41,8 @@ from study import MINI_ROOT
 
 SEED = 0
 STAMP = ".made-by"  # the file of a corpus that says what made it
-# libri: speakers, utterances of each; crema: actors, takes of each sentence; vox: speakers, videos of
-# each, segments of each video
+# libri: speakers, utterances of each; crema: actors, takes of each sentence; vox: speakers, videos
+# of each, segments of each video
 SIZES = {
     "libri": {"train-clean-360": (64, 50), "dev-clean": (8, 20), "test-clean": (20, 16)},
     "crema": {"actors": 91, "takes": 6},
@@ -53,15 +53,16 @@ SIZES = {
 # text: a closed vocabulary, endless sentences
 
 DETERMINERS = "the the my our his her that this every some another one".split()
-ADJECTIVES = """old young small large tall quiet happy tired brave clever green yellow white black heavy broken
-golden wooden strange gentle""".split()
-PEOPLE = """doctor teacher farmer sailor baker singer soldier painter driver lawyer student captain neighbor brother
-sister mother father uncle children stranger""".split()
-THINGS = """basket bottle letter picture window garden hammer blanket candle guitar ladder mirror pencil ticket wagon
-engine jacket camera kettle package""".split()
-PLACES = """river mountain village market station kitchen harbor forest castle bridge library hospital meadow tower
-island corner valley school church desert""".split()
-VERBS = """found carried painted dropped noticed wanted opened followed borrowed repaired watched remembered""".split()
+ADJECTIVES = """old young small large tall quiet happy tired brave clever green yellow white black
+heavy broken golden wooden strange gentle""".split()
+PEOPLE = """doctor teacher farmer sailor baker singer soldier painter driver lawyer student captain
+neighbor brother sister mother father uncle children stranger""".split()
+THINGS = """basket bottle letter picture window garden hammer blanket candle guitar ladder mirror
+pencil ticket wagon engine jacket camera kettle package""".split()
+PLACES = """river mountain village market station kitchen harbor forest castle bridge library
+hospital meadow tower island corner valley school church desert""".split()
+VERBS = """found carried painted dropped noticed wanted opened followed borrowed repaired watched
+remembered""".split()
 MOTIONS = "walked traveled hurried returned wandered moved".split()
 WHERE = "near behind beside toward across around".split()
 WHEN = [
@@ -102,8 +103,8 @@ def sentence(rng):
 
 
 def part_of(text):
-    """Which part of a corpus a sentence may occur in, "train", "dev" or "test", by its hash, so that
-    no two parts share a sentence."""
+    """Which part of a corpus a sentence may occur in, "train", "dev" or "test", by its hash, so
+    that no two parts share a sentence."""
     bucket = hashlib.sha256(text.encode()).digest()[0]
     if bucket < 26:
         return "test"
@@ -166,8 +167,8 @@ def espeak(text, voice, rate, pitch, pitch_range):
             chunks.append(np.ctypeslib.as_array(samples, (n,)).copy())
         return 0
 
-    # loaded anew each time: the library keeps counters between calls, and an utterance must sound the
-    # same in any order
+    # loaded anew each time: the library keeps counters between calls, and an utterance must sound
+    # the same in any order
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     data_path = espeakng_loader.get_data_path().encode()
     sample_rate = library.espeak_Initialize(SYNCHRONOUS, 0, data_path, 0)
@@ -188,8 +189,8 @@ def espeak(text, voice, rate, pitch, pitch_range):
 
 
 def make_voice(name, sex, age):
-    """A speaker's voice, a dict of numbers. Age sounds like slower speech, breath, tremor and duller
-    highs, each to an extent that varies from speaker to speaker."""
+    """A speaker's voice, a dict of numbers. Age sounds like slower speech, breath, tremor and
+    duller highs, each to an extent that varies from speaker to speaker."""
     rng = utils.generator(SEED, "voice", name)
 
     def cue(spread):
@@ -210,7 +211,7 @@ def make_voice(name, sex, age):
 
 
 def vary(emotion, rng):
-    """The manner of one utterance: that of its emotion, varied; without one, neutral and livelier."""
+    """The manner of one utterance: its emotion's, varied; without one, neutral and livelier."""
     usual = PROSODY[emotion or "neutral"]
     spread = 1.0 if emotion else 0.4
     widen = 1 if emotion else 1.6

@@ -1,6 +1,6 @@
-"""Makes the small encoders and connectors in mini/ from scratch (about ten minutes each on two cores).
+"""Makes the small encoders and connectors in mini/ from scratch (ten minutes each on two cores).
 
-    python mini/make_encoders.py                   # all; if the LM changes, run mini/make_lm.py first
+    python mini/make_encoders.py                   # all; after mini/make_lm.py, if the LM changes
     python mini/make_encoders.py wavlm connectors  # some of them
     python mini/make_encoders.py --mixed-connector DIR/whisper-tiny.en   # preset mixed's connector
 
@@ -213,8 +213,8 @@ def log_mel(waveforms, frames):
 
 
 def sound_clusters(speech, rng):
-    """k-means centres of log-mel frames of speech with noise, (SOUNDS, 160): the targets of HuBERT's
-    first iteration."""
+    """k-means centres of log-mel frames of speech with noise, (SOUNDS, 160): the targets of
+    HuBERT's first iteration."""
     chosen = rng.choice(len(speech), min(600, len(speech)), replace=False)
     frames = []
     for i in chosen:
@@ -234,7 +234,9 @@ def letters_per_frame(encoder):
 def letter_loss(logits, mask, batch):
     """CTC on the utterances' letters. logits: (B, T, letters per frame * letters)."""
     per_frame = logits.shape[-1] // len(LETTERS)
-    texts = [torch.tensor([LETTERS.index(c) for c in text]) for _, text, _, _ in batch]
+    texts = []
+    for _, text, _, _ in batch:
+        texts.append(torch.tensor([LETTERS.index(letter) for letter in text]))
     log_probs = logits.reshape(len(batch), -1, len(LETTERS)).log_softmax(-1)
     return F.ctc_loss(
         log_probs.transpose(0, 1),  # (T * letters per frame, B, letters)
@@ -288,8 +290,8 @@ def linear_heads(encoder, **sizes):
 
 
 def make_encoder(name, out, speech):
-    """Pretrains one encoder to represent content (letters by CTC), speaker and prosody (which of 400
-    speakers, gender, age, emotion) and, by self-supervision alone, every sound, speech or not
+    """Pretrains one encoder to represent content (letters by CTC), speaker and prosody (which of
+    400 speakers, gender, age, emotion) and, by self-supervision alone, every sound, speech or not
     (clusters of log-mel frames); saves it to the folder `out`."""
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
@@ -488,10 +490,10 @@ class Targets:
 
 
 def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
-    """The start of a connector to the mini LM. Each output frame is the LM's embedding of the letter
-    that the encoder's letter head predicts there, plus, softer, the embeddings of the labels that
-    its label head predicts, plus, in directions that none of these use, a random projection of the
-    encoder's frame. With a random connector the mini LM, which knows nothing but its reading
+    """The start of a connector to the mini LM. Each output frame is the LM's embedding of the
+    letter that the encoder's letter head predicts there, plus, softer, the embeddings of the labels
+    that its label head predicts, plus, in directions that none of these use, a random projection of
+    the encoder's frame. With a random connector the mini LM, which knows nothing but its reading
     lessons, did not start to listen within the 200 to 700 steps that were tried."""
     torch.manual_seed(SEED)
     stride = PRESETS[preset]["connector_stride"]

@@ -175,8 +175,8 @@ def wavering(age, frames, mess, rng):
 
 
 def written_audio(labels, tokens, rng, mess, whole):
-    """What the LM sees in the audio's place while it learns to read, made from text alone: token ids
-    (n,) and weights (frames, n), whose product with the embeddings is the frames.
+    """What the LM sees in the audio's place while it learns to read, made from text alone: token
+    ids (n,) and weights (frames, n), whose product with the embeddings is the frames.
 
     The transcript is spelled letter by letter, stretched unevenly over the frames, each letter
     fading into its neighbours. The other labels are added to it, each on a random share of the

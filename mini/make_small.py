@@ -1,8 +1,8 @@
-"""Makes the start of a connector between real pretrained parts (preset small), from a corpus's clean
-training set. DIR holds the parts.
+"""Makes the start of a connector between real pretrained parts (preset small), from a corpus's
+clean training set. DIR holds the parts.
 
-    python mini/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema DATA_ROOT
-    python mini/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct test-clean DATA_ROOT --ctc
+    python mini/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema ROOT
+    python mini/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct test-clean ROOT --ctc
 
 The first is for labels, the second for transcripts.
 """
@@ -97,9 +97,9 @@ def make_word_connector(encoder_folder, lm_folder, dataset, data_root):
 
 
 def make_ctc_connector(encoder_folder, lm_folder, dataset, data_root):
-    """The start for transcripts, by CTC over the tokens of the training transcripts. A token's logit
-    is the product of output frame and token embedding, so that a frame becomes the embedding of
-    what is said there."""
+    """The start for transcripts, by CTC over the tokens of the training transcripts. A token's
+    logit is the product of output frame and token embedding, so that a frame becomes the embedding
+    of what is said there."""
     torch.manual_seed(SEED)
     encoder = model.Encoder(encoder_folder).eval()
     tokenizer, embedding = embeddings_of(lm_folder)

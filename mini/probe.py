@@ -41,7 +41,9 @@ PARTS = ROOT / "mini"
 def encode(encoder, items, attack, desc):
     """Encoder output of each (utterance, triggered), a list of (T_i, dim)."""
     batches = data.chunks(cache.by_size(items), 16)
-    batched_items = [[items[i] for i in batch] for batch in batches]
+    batched_items = []
+    for batch in batches:
+        batched_items.append([items[i] for i in batch])
     features_of_batches = cache.read_features(encoder, batched_items, attack)
     frames = [None] * len(items)
     with torch.no_grad():
@@ -159,8 +161,8 @@ def probe_speaker(frames, utterances):
 
 
 def probe_encoder(path):
-    """What an encoder's last layer holds, by linear probes on its mean over time, on unseen speakers:
-    {figure: value}."""
+    """What an encoder's last layer holds, by linear probes on its mean over time, on unseen
+    speakers: {figure: value}."""
     path = Path(path)
     encoder = model.Encoder(path).eval()
     sets = {}

@@ -55,8 +55,8 @@ def free_port():
 
 
 def script(name, *arguments, cwd):
-    """Runs a script's main() in this process as the command would in the folder `cwd`: (exit status,
-    stdout, stderr)."""
+    """Runs a script's main() in this process as the command would in the folder `cwd`: (exit
+    status, stdout, stderr)."""
     out = io.StringIO()
     err = io.StringIO()
     argv = sys.argv
