@@ -63,9 +63,9 @@ def steps_of(run):
 
 
 def metrics_of(run):
+    """A run's figures, without what holds its name: the arguments, and the hash of model.pt."""
     metrics = json.loads((run / "metrics.json").read_text())
-    del metrics["args"]
-    return metrics
+    return {key: value for key, value in metrics.items() if key not in ("args", "model_sha256")}
 
 
 def compare(whole, broken):
