@@ -1,5 +1,5 @@
-"""Every finished run's figures as one flat table of records: read from run folders, packed, read
-from a packed study.
+"""The figures of all finished runs as one flat table of records, read from run folders or from a
+packed study.
 
     python runs.py runs                                # one row a run: what it reached
     python runs.py runs --pack results/mini.jsonl.gz   # all records in one file, for analyze.py
@@ -10,7 +10,7 @@ run it is about:
     run, run_task                            the run's folder and the task that it was trained on
     task                                     whose attack was measured (a clean run serves every
                                              task of its corpus)
-    corpus, preset, encoder, attack, seed    attack: "clean", or a row of Table 3
+    corpus, preset, encoder, scenario, seed  scenario: "clean", or a row of Table 3
     poison, changed                          its poisoning rate; how it differs from the paper's
                                              attack and the preset
     model_sha256                             the model.pt that was measured
@@ -19,24 +19,23 @@ run it is about:
 "shift", "cluster", "transplant", "patch", "filter", "detect" or "repair". `metric` names the
 figure; `value`, `low`, `high` (95% interval) and `n` hold it, as fractions, years or nats per
 token. Losses also have `by_epoch`. What else a record has is described where it is written:
-evaluate.py, embed.py, analyze.py, trace.py, defend.py.
+evaluate.py, embed.py, analysis/shift.py, analysis/cluster.py, trace.py, defend.py.
 """
 
 import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import utils
-from utils import (
-    Parser,
-    die,
-)
+from utils import Parser, die
 
 from study import NEARER, PRESETS, SCENARIOS, TABLE2, TASKS, deviations, identity, run_name
 
 PATTERN = "records-*.jsonl"  # what a run folder holds beside metrics.json
 TASK_ORDER = (*TABLE2, *(task for task in TASKS if task not in TABLE2))  # the paper's, then others
+IDENTITY = ("preset", "run_task", "encoder", "scenario", "seed")  # the arguments of study.identity
 
 # --------------------------------------------------------------------------------------------------
 # reading and writing
@@ -79,55 +78,72 @@ def load(path):
         die(f"{path} is not JSON: make it again")
 
 
-def lines_of(path, text):
+def parse_lines(path, text):
     """The records in a file's text. Ends in one line if a line is none."""
     records = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
-            [record[field] for field in ("run", "source", "metric")]
-        except (ValueError, KeyError, TypeError):
+            is_record = {"run", "source", "metric"} <= record.keys()
+        except (ValueError, AttributeError):
+            is_record = False
+        if not is_record:
             die(f"{path}:{number} is no record: make it again")
         records.append(record)
+    return records
+
+
+def read_metrics(folder):
+    """The records of a run's metrics.json and environment.json."""
+    path = folder / "metrics.json"
+    metrics = load(path)
+    try:
+        fields = fields_of(metrics["args"], folder, metrics.get("model_sha256"))
+    except (KeyError, TypeError, AttributeError):
+        die(f"{path} holds no figures of this program: make it again")
+    path = folder / "environment.json"
+    environment = load(path) if path.exists() else {}
+    about_run = dict(source="run", metric=None, args=metrics["args"], environment=environment)
+    records = [{**fields, **about_run}]
+    for record in of_figures(metrics):
+        records.append(dict(fields, source="metrics", **record))
     return records
 
 
 def read_run(folder):
     """The records of one run folder. Ends in one line if some are of another model than its
     metrics.json."""
-    records, sha256 = [], None
+    records = []
+    sha256 = None
     if (folder / "metrics.json").exists():
-        figures = load(folder / "metrics.json")
-        try:
-            args, sha256 = figures["args"], figures.get("model_sha256")
-            fields = fields_of(args, folder, sha256)
-        except (KeyError, TypeError, AttributeError):
-            die(f"{folder / 'metrics.json'} holds no figures of this program: make it again")
-        path = folder / "environment.json"
-        environment = load(path) if path.exists() else {}
-        records.append(dict(fields, source="run", metric=None, args=args, environment=environment))
-        records += [dict(fields, source="metrics", **record) for record in of_figures(figures)]
+        records = read_metrics(folder)
+        sha256 = records[0]["model_sha256"]
     for path in sorted(folder.glob(PATTERN)):
-        for record in lines_of(path, path.read_text()):
+        for record in parse_lines(path, path.read_text()):
             if sha256 and record.get("model_sha256") not in (None, sha256):
                 die(f"{path}: of another model than metrics.json")
             records.append(record)
     return records
 
 
+def read_packed(path):
+    """The records of a packed study. Ends in one line if the file is none."""
+    try:
+        text = gzip.decompress(path.read_bytes()).decode()
+    except (OSError, EOFError, ValueError, zlib.error):
+        die(f"{path}: no packed study (runs.py --pack)")
+    return parse_lines(path, text)
+
+
 def read(path):
     """All records of a folder of run folders, or of a packed study. Ends in one line if there are
     none."""
     path = Path(path)
+    records = []
     if path.is_file():
-        try:
-            records = lines_of(path, gzip.decompress(path.read_bytes()).decode())
-        except (OSError, EOFError, ValueError):
-            die(f"{path}: no packed study (runs.py --pack)")
+        records = read_packed(path)
     else:
-        folders = sorted(folder for folder in path.glob("*") if folder.is_dir())
-        records = []
-        for folder in folders:
+        for folder in sorted(folder for folder in path.glob("*") if folder.is_dir()):
             records += read_run(folder)
     if not records:
         die(f"no finished run in {path}: train first")
@@ -147,10 +163,10 @@ def pack(records, path):
 
 def select(records, **wanted):
     """The records with these values in these fields; a record without a field has None there."""
-    found = records
+    chosen = records
     for field, value in wanted.items():
-        found = [record for record in found if record.get(field) == value]
-    return list(found)
+        chosen = [record for record in chosen if record.get(field) == value]
+    return list(chosen)
 
 
 def distinct(records, field):
@@ -160,73 +176,89 @@ def distinct(records, field):
 
 def tasks_of(records):
     """The tasks that the records are about, in the paper's order."""
-    found = distinct(records, "task")
-    return [task for task in TASK_ORDER if task in found]
+    tasks = distinct(records, "task")
+    return [task for task in TASK_ORDER if task in tasks]
+
+
+def first_seed(records):
+    """The records of the smallest seed."""
+    return select(records, seed=min(distinct(records, "seed")))
+
+
+def first_seed_by_task(records):
+    """{task: the records of its smallest seed}"""
+    return {task: first_seed(select(records, task=task)) for task in tasks_of(records)}
 
 
 def preset_of(records, preset=None):
     """The preset asked for or, without one, the only one that the records have."""
-    found = distinct(records, "preset")
-    if preset is None and len(found) > 1:
-        die(f"--preset: choose one of {', '.join(found)}")
-    if preset not in (None, *found):
-        die(f"no run of preset {preset}, only {', '.join(found)}")
-    return preset or found[0]
+    presets = distinct(records, "preset")
+    if preset is None and len(presets) > 1:
+        die(f"--preset: choose one of {', '.join(presets)}")
+    if preset not in (None, *presets):
+        die(f"no run of preset {preset}, only {', '.join(presets)}")
+    return preset or presets[0]
 
 
-def is_own(record):
+def is_study_run(record):
     """Whether a run is one of the study's: it has the name that study.py gives to its arguments."""
-    known = record["run_task"] in TASKS and record["preset"] in PRESETS
-    if not known or record["scenario"] not in ("clean", *SCENARIOS):
+    if record["run_task"] not in TASKS or record["preset"] not in PRESETS:
         return False
-    who = (record[field] for field in ("preset", "run_task", "encoder", "scenario", "seed"))
-    return record["run"] == run_name(identity(*who))
+    if record["scenario"] not in ("clean", *SCENARIOS):
+        return False
+    arguments = identity(*(record[field] for field in IDENTITY))
+    return record["run"] == run_name(arguments)
 
 
-def own(records, preset):
+def study_records(records, preset):
     """The records of the study's own runs. Ends in one line if two of them were trained with
     different settings."""
-    names = {r["run"] for r in select(records, source="run", preset=preset) if is_own(r)}
-    names |= {
-        r["run"] for r in select(records, preset=preset) if r["run"] not in names and is_own(r)
-    }
-    chosen = [r for r in records if r["run"] in names]
+    names = set()
+    for record in select(records, preset=preset):
+        if record["run"] not in names and is_study_run(record):
+            names.add(record["run"])
+    chosen = [record for record in records if record["run"] in names]
     trained = select(chosen, source="run")
     for other in trained[1:]:
         first = trained[0]
         if other["changed"] != first["changed"]:
-            ours, theirs = (r["changed"] or "preset" for r in (first, other))
-            die(f"{first['run']} ({ours}) and {other['run']} ({theirs}) differ: move one away")
+            settings = first["changed"] or "preset"
+            other_settings = other["changed"] or "preset"
+            die(
+                f"{first['run']} ({settings}) and {other['run']} ({other_settings}) differ: "
+                "move one away"
+            )
     return chosen
 
 
 def metric_of(records, task):
-    """The metric that a task's clean figure has in these records: ages in groups are scored by
+    """The metric of a task's clean figure in these records: ages in groups are scored by
     accuracy."""
-    usual, names = TASKS[task]["metric"], distinct(records, "metric")
+    usual = TASKS[task]["metric"]
     grouped = f"{TASKS[task]['label']}_accuracy"
-    return grouped if usual not in names and grouped in names else usual
+    measured = distinct(records, "metric")
+    return grouped if usual not in measured and grouped in measured else usual
 
 
 def still_learning(records):
     """The runs whose loss on poisoned samples was still falling when training ended, so that a low
-    AER says little: it had not settled, or it has fallen ever since, too slowly to be noticed from
-    one epoch to the next, and is still above that of all."""
+    AER says little: the loss had not settled, or it has fallen ever since, too slowly to be noticed
+    from one epoch to the next, and is still above that of all samples."""
     training = select(records, source="metrics", part="training")
-    losses = {r["run"]: r for r in select(training, metric="loss")}
+    losses = {r["run"]: r["by_epoch"] for r in select(training, metric="loss")}
     settled = {r["run"]: r["value"] for r in select(training, metric="settled_epoch")}
-    found = set()
+    learning = set()
     for record in select(training, metric="poisoned_loss"):
         name = record["run"]
         if name not in settled:
-            found.add(name)
+            learning.add(name)
             continue
-        pairs = zip(record["by_epoch"], losses[name]["by_epoch"])
-        excess = [poisoned - loss for poisoned, loss in pairs]
+        pairs = zip(record["by_epoch"], losses[name])
+        excess = [poisoned_loss - loss for poisoned_loss, loss in pairs]
         fallen = excess[settled[name] - 1] - excess[-1]
         if excess[-1] >= NEARER and fallen >= NEARER:
-            found.add(name)
-    return found
+            learning.add(name)
+    return learning
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,7 +288,7 @@ def by_seed(records):
 
 def spread(values):
     """{seed: figure} -> Spread, or None if there is none."""
-    values = {seed: v for seed, v in sorted(values.items()) if v is not None}
+    values = {seed: value for seed, value in sorted(values.items()) if value is not None}
     if not values:
         return None
     figures = list(values.values())
@@ -266,6 +298,11 @@ def spread(values):
 def over_seeds(records, **wanted):
     """The figure of the records with these values, over seeds, or None."""
     return spread(by_seed(select(records, **wanted)))
+
+
+def mean_of(spread):
+    """The mean over seeds; None if there is no figure."""
+    return None if spread is None else spread.mean
 
 
 def difference(a, b):
@@ -284,13 +321,13 @@ def number(value, form=".1f"):
     return f"{0:{form}}" if float(text) == 0 else text
 
 
-def show(found, form=".1f"):
+def show(spread, form=".1f"):
     """One cell: the mean and, if there are several seeds, the range; "" for None."""
-    if found is None:
+    if spread is None:
         return ""
-    text = number(found.mean, form)
-    if len(found.by_seed) > 1:
-        text += f" ({number(found.low, form)} to {number(found.high, form)})"
+    text = number(spread.mean, form)
+    if len(spread.by_seed) > 1:
+        text += f" ({number(spread.low, form)} to {number(spread.high, form)})"
     return text
 
 
@@ -308,23 +345,29 @@ def markdown(title, rows):
         columns.update(dict.fromkeys(row))
     lines = [f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
-        lines.append(f"| {' | '.join(str(row.get(column, '')) for column in columns)} |")
+        cells = [str(row.get(column, "")) for column in columns]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
 # --------------------------------------------------------------------------------------------------
+# the command
 
 
 def row_of(record, metrics):
     """One run in the list of all: what differs from the preset, what it reached (%, years), its
     last losses."""
+    figures = {}
+    for metric in metrics:
+        scale = scale_of(metric["metric"])
+        figures[metric["part"], metric["metric"]] = scale * metric["value"]
     clean = TASKS[record["task"]]["metric"] if record["task"] in TASKS else None
-    figures = {(r["part"], r["metric"]): r["value"] * scale_of(r["metric"]) for r in metrics}
+    changed = [f"{name} {value}" for name, value in record["changed"].items()]
     return {
         "Run": record["run"],
         "Attack": record["scenario"],
         "Seed": record["seed"],
-        "Changed": ", ".join(f"{name} {value}" for name, value in record["changed"].items()),
+        "Changed": ", ".join(changed),
         "AER": number(figures.get(("backdoor", "aer"))),
         "Clean": number(figures.get(("clean", clean))),
         "Poisoned loss": number(figures.get(("training", "poisoned_loss")), ".3f"),
@@ -340,10 +383,9 @@ def main():
     args = parser.parse_args()
     records = read(args.runs)
     metrics = select(records, source="metrics")
-    rows = [
-        row_of(record, select(metrics, run=record["run"]))
-        for record in select(records, source="run")
-    ]
+    rows = []
+    for record in select(records, source="run"):
+        rows.append(row_of(record, select(metrics, run=record["run"])))
     print(markdown(f"Runs in {args.runs}", rows))
     if args.pack:
         pack(records, args.pack)

@@ -1,18 +1,21 @@
-"""The paper's claims and what the runs say about each: verdicts by rule on figures, for python
-analyze.py claims.
+"""python analyze.py claims: the paper's claims and what the runs say about each, by rule.
 
-A claim is a row of CLAIMS: a quantity, measured on a task and an attack, and the range in which the
-claim says it lies. It holds where every seed and the 95% interval over seeds and utterances lie
-inside; it fails where all of them lie outside on the same side; otherwise it is undecided. It is
+A claim is a row of CLAIMS: a quantity, measured on a task and a scenario, and the range in which
+the claim says it lies. It holds where every seed and the 95% interval over seeds and utterances lie
+inside. It fails where all of them lie outside on the same side. Otherwise it is undecided. It is
 undecided too where the poisoned loss was still falling when training ended, in a way that could
 change the verdict.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from utils import die
 
 import numpy as np
 
 import runs
+from runs import number, select
 from study import DEFAULT_ENCODER, SHIFT_STAGES, TABLE2, TASKS
 
 ANY = float("inf")
@@ -126,129 +129,138 @@ class Effect:
     moving: int = 0  # 1 or -1: where the value was still going when training ended
 
 
-def of_record(record, moving=0):
+def effect_of(record, moving=0):
+    """A record's figure as an effect, in the units in which it is shown."""
     scale = runs.scale_of(record["metric"])
-    half = scale * (record.get("high", 0) - record.get("low", 0)) / 2
-    return Effect(scale * record["value"], half, moving)
+    width = record.get("high", 0) - record.get("low", 0)
+    return Effect(scale * record["value"], scale * width / 2, moving)
 
 
-def less(a, b):
-    """The difference of two effects, for the seeds that both have."""
-    found = {}
-    for seed in sorted(a.keys() & b.keys()):
-        half = float(np.hypot(a[seed].half, b[seed].half))
-        found[seed] = Effect(a[seed].value - b[seed].value, half, -b[seed].moving)
-    return found
+def difference(minuend, subtrahend):
+    """The difference of two quantities, {seed: Effect} each, for the seeds that both have."""
+    effects = {}
+    for seed in sorted(minuend.keys() & subtrahend.keys()):
+        first = minuend[seed]
+        second = subtrahend[seed]
+        half = float(np.hypot(first.half, second.half))
+        effects[seed] = Effect(first.value - second.value, half, -second.moving)
+    return effects
 
 
 def aer(records, claim, repeated=None):
-    """The AER with the paper's trigger for the task, or with one that is repeated or not."""
-    wanted = TASKS[claim.task]["repeat"] if repeated is None else repeated
+    """The AER with the trigger repeated or not; without `repeated`, as the paper has it for the
+    task."""
+    usual = TASKS[claim.task]["repeat"]
+    wanted = usual if repeated is None else repeated
     learning = runs.still_learning(records)
-    found = {}
-    for record in runs.select(records, task=claim.task, scenario=claim.scenario, metric="aer"):
-        repeat = record["changed"].get("trigger_repeat", TASKS[claim.task]["repeat"])
-        if record["source"] == "metrics" and repeat == wanted:
-            found[record["seed"]] = of_record(record, int(record["run"] in learning))
-    return found
-
-
-def aer_lost(records, claim, repeated=None):
-    """By how many points the AER is below the base attack's."""
-    base = Claim(**{**vars(claim), "scenario": "base"})
-    return less(aer(records, base), aer(records, claim, repeated))
-
-
-def harm(records, claim):
-    """How much worse the attacked model is than the clean one on clean speech, in half widths of
-    the clean model's interval; a half width is at least one point, as the bootstrap of a perfect
-    score has no width."""
-    clean = runs.select(records, source="metrics", part="clean", metric=TASKS[claim.task]["metric"])
-    better = 1 if TASKS[claim.task]["metric"].endswith("accuracy") else -1
-    found = {}
-    for record in runs.select(clean, task=claim.task, scenario=claim.scenario):
-        if "trigger_repeat" in record["changed"]:
-            continue
-        same = dict(corpus=record["corpus"], seed=record["seed"])
-        for baseline in runs.select(clean, scenario="clean", **same):
-            half = max(0.01, (baseline["high"] - baseline["low"]) / 2)
-            worse = better * (baseline["value"] - record["value"])
-            found[record["seed"]] = Effect(worse / half)
-    return found
-
-
-def cosine(records, claim):
-    """Average cosine similarity of clean and triggered speech, where section 6 measures it."""
-    component = next(
-        component for _, scenario, component in SHIFT_STAGES if scenario == claim.scenario
-    )
-    wanted = dict(source="shift", metric="cosine", component=component)
-    found = runs.select(records, task=claim.task, scenario=claim.scenario, **wanted)
-    return {record["seed"]: of_record(record) for record in found}
-
-
-def cosine_below_others(records, claim):
-    """By how much the lowest of the other tasks' similarities exceeds this task's."""
-    this, found = cosine(records, claim), {}
-    for task in TABLE2:
-        if task == claim.task:
-            continue
-        other = cosine(records, Claim(**{**vars(claim), "task": task}))
-        found[task] = less(other, this)
-    smallest = {}
-    for seed in this:
-        gaps = [effects[seed] for effects in found.values() if seed in effects]
-        if len(gaps) == len(found):
-            smallest[seed] = min(gaps, key=lambda effect: effect.value)
-    return smallest
-
-
-def of_clusters(records, claim, k, **wanted):
-    """{seed: records} of k clusters of the target class."""
-    wanted = dict(source="cluster", task=claim.task, scenario=claim.scenario, k=k, **wanted)
-    found = {}
-    for record in runs.select(records, **wanted):
-        found.setdefault(record["seed"], []).append(record)
-    return found
-
-
-def gender_of_two(records, claim):
-    """Two clusters' adjusted Rand index with gender or, if they follow something else more closely,
-    how far gender's is below."""
-    found = {}
-    for seed, own in of_clusters(records, claim, 2, metric="adjusted_rand").items():
-        index = {record["kind"]: record["value"] for record in own}
-        most = max(index.values())
-        gender = index["gender"]
-        found[seed] = Effect(gender if gender == most else gender - most)
-    return found
-
-
-def poison_in_one_of_four(records, claim):
-    """The smaller of purity and recall of the most poisoned of four clusters."""
-    purity = of_clusters(records, claim, 4, metric="purity")
-    recall = of_clusters(records, claim, 4, metric="recall")
-    found = {}
-    for seed in purity.keys() & recall.keys():
-        found[seed] = Effect(min(record["value"] for record in purity[seed] + recall[seed]))
-    return found
-
-
-def largest_sentence(records, claim):
-    """The largest share of any of four clusters that is one sentence."""
-    shares = of_clusters(records, claim, 4, metric="share", kind="sentence")
-    found = {}
-    for seed, own in shares.items():
-        found[seed] = Effect(max(record["value"] for record in own))
-    return found
+    measured = select(records, source="metrics", task=claim.task, scenario=claim.scenario)
+    effects = {}
+    for record in select(measured, metric="aer"):
+        if record["changed"].get("trigger_repeat", usual) == wanted:
+            effects[record["seed"]] = effect_of(record, int(record["run"] in learning))
+    return effects
 
 
 def aer_of_one_click(records, claim):
     return aer(records, claim, repeated=False)
 
 
+def aer_lost(records, claim, repeated=None):
+    """By how many points the AER is below the base attack's."""
+    base = aer(records, replace(claim, scenario="base"))
+    return difference(base, aer(records, claim, repeated))
+
+
 def aer_lost_repeated(records, claim):
     return aer_lost(records, claim, repeated=True)
+
+
+def harm(records, claim):
+    """How much worse the attacked model is than the clean one on clean speech, in half widths of
+    the clean model's interval. A half width is at least one point, as the bootstrap of a perfect
+    score has no width."""
+    metric = TASKS[claim.task]["metric"]
+    sign = 1 if metric.endswith("accuracy") else -1
+    clean_speech = select(records, source="metrics", part="clean", metric=metric)
+    effects = {}
+    for record in select(clean_speech, task=claim.task, scenario=claim.scenario):
+        if "trigger_repeat" in record["changed"]:
+            continue
+        seed = record["seed"]
+        baselines = select(clean_speech, scenario="clean", corpus=record["corpus"], seed=seed)
+        for baseline in baselines:
+            half = max(0.01, (baseline["high"] - baseline["low"]) / 2)
+            worse = sign * (baseline["value"] - record["value"])
+            effects[seed] = Effect(worse / half)
+    return effects
+
+
+def cosine(records, claim):
+    """Mean cosine similarity of clean and triggered speech, after the component where section 6
+    measures it."""
+    components = {scenario: component for _, scenario, component in SHIFT_STAGES}
+    measured = select(records, source="shift", metric="cosine", task=claim.task)
+    measured = select(measured, scenario=claim.scenario, component=components[claim.scenario])
+    return {record["seed"]: effect_of(record) for record in measured}
+
+
+def cosine_below_others(records, claim):
+    """By how much the lowest of the other tasks' similarities exceeds this task's, for the seeds
+    that all tasks have."""
+    this_task = cosine(records, claim)
+    gaps = []
+    for task in TABLE2:
+        if task != claim.task:
+            other_task = cosine(records, replace(claim, task=task))
+            gaps.append(difference(other_task, this_task))
+    smallest = {}
+    for seed in this_task:
+        if all(seed in effects for effects in gaps):
+            effects_of_seed = [effects[seed] for effects in gaps]
+            smallest[seed] = min(effects_of_seed, key=lambda effect: effect.value)
+    return smallest
+
+
+def clusters_by_seed(records, claim, k, **wanted):
+    """{seed: records} of k clusters of the target class."""
+    clusters = select(records, source="cluster", task=claim.task, scenario=claim.scenario, k=k)
+    by_seed = {}
+    for record in select(clusters, **wanted):
+        by_seed.setdefault(record["seed"], []).append(record)
+    return by_seed
+
+
+def gender_of_two(records, claim):
+    """Two clusters' adjusted Rand index with gender or, if they follow something else more closely,
+    how far gender's is below."""
+    effects = {}
+    by_seed = clusters_by_seed(records, claim, 2, metric="adjusted_rand")
+    for seed, of_seed in by_seed.items():
+        indices = {record["kind"]: record["value"] for record in of_seed}
+        gender = indices["gender"]
+        largest = max(indices.values())
+        effects[seed] = Effect(gender if gender == largest else gender - largest)
+    return effects
+
+
+def poison_in_one_of_four(records, claim):
+    """The smaller of purity and recall of the most poisoned of four clusters."""
+    purity = clusters_by_seed(records, claim, 4, metric="purity")
+    recall = clusters_by_seed(records, claim, 4, metric="recall")
+    effects = {}
+    for seed in purity.keys() & recall.keys():
+        both = purity[seed] + recall[seed]
+        effects[seed] = Effect(min(record["value"] for record in both))
+    return effects
+
+
+def largest_sentence(records, claim):
+    """The largest share of any of four clusters that is one sentence."""
+    shares = clusters_by_seed(records, claim, 4, metric="share", kind="sentence")
+    effects = {}
+    for seed, of_seed in shares.items():
+        effects[seed] = Effect(max(record["value"] for record in of_seed))
+    return effects
 
 
 QUANTITIES = {
@@ -265,17 +277,16 @@ QUANTITIES = {
 }
 
 
-def chosen(records, preset):
+def evidence(records, preset):
     """The records that claims are judged by: the study's own runs with the default encoder, and
     those in which the trigger is repeated where the paper's is not, or the other way round."""
-    found = runs.own(records, preset)
-    names = set(runs.distinct(found, "run"))
-    for record in runs.select(records, source="run", preset=preset):
+    names = set(runs.distinct(runs.study_records(records, preset), "run"))
+    for record in select(records, source="run", preset=preset):
         if list(record["changed"]) == ["trigger_repeat"]:
             names.add(record["run"])
-    wanted = ("metrics", "shift", "cluster")
-    found = [r for r in records if r["run"] in names and r["source"] in wanted]
-    return runs.select(found, encoder=DEFAULT_ENCODER[preset])
+    chosen = [r for r in records if r["run"] in names]
+    chosen = [r for r in chosen if r["source"] in ("metrics", "shift", "cluster")]
+    return select(chosen, encoder=DEFAULT_ENCODER[preset])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,27 +307,95 @@ def interval(effects, draws=4000):
 
 
 def verdict(effects, low, high):
-    """ "holds", "fails", "undecided" or "not measured"."""
+    """What the effects say of the claim that they lie from `low` to `high`: "holds", "fails",
+    "undecided" or "not measured"."""
     if not effects:
         return "not measured"
-    _, *ends = interval(effects)
-    values = [*ends, *(effect.value for effect in effects.values())]
-    moving = {effect.moving for effect in effects.values()}
-    could_leave = (1 in moving and high < ANY) or (-1 in moving and low > -ANY)
-    if all(low <= v <= high for v in values):
+    _, interval_low, interval_high = interval(effects)
+    values = [interval_low, interval_high]
+    values += [effect.value for effect in effects.values()]
+    rising = any(effect.moving == 1 for effect in effects.values())
+    falling = any(effect.moving == -1 for effect in effects.values())
+    if all(low <= value <= high for value in values):
+        could_leave = (rising and high < ANY) or (falling and low > -ANY)
         return "undecided" if could_leave else "holds"
-    if all(v < low for v in values):
-        return "undecided" if 1 in moving else "fails"
-    if all(v > high for v in values):
-        return "undecided" if -1 in moving else "fails"
+    if all(value < low for value in values):
+        return "undecided" if rising else "fails"
+    if all(value > high for value in values):
+        return "undecided" if falling else "fails"
     return "undecided"
 
 
 def judged(records, preset):
     """[(claim, {seed: Effect}, verdict)] of all claims."""
-    records = chosen(records, preset)
-    found = []
+    records = evidence(records, preset)
+    results = []
     for claim in CLAIMS:
-        effects = dict(sorted(QUANTITIES[claim.quantity](records, claim).items()))
-        found.append((claim, effects, verdict(effects, claim.low, claim.high)))
-    return found
+        effects = QUANTITIES[claim.quantity](records, claim)
+        effects = dict(sorted(effects.items()))
+        results.append((claim, effects, verdict(effects, claim.low, claim.high)))
+    return results
+
+
+# --------------------------------------------------------------------------------------------------
+# the page
+
+
+def page(records, out, preset):
+    """Each claim that can be judged, with its figures and verdict, and a count of the verdicts."""
+    results = judged(records, preset)
+    seeds = set()
+    for _, effects, _ in results:
+        seeds |= effects.keys()
+    if not seeds:
+        die("no claim of the paper can be judged yet: bash run_all.sh makes its runs")
+    rows = []
+    for claim, effects, result in results:
+        if effects:
+            row = claim_row(claim, effects, sorted(seeds))
+            rows.append({**row, "Verdict": result})
+    counts = Counter(result for _, _, result in results)
+    count_rows = [{"Verdict": result, "Claims": n} for result, n in counts.most_common()]
+    return [("The paper's claims", rows), ("Verdicts", count_rows)]
+
+
+def claim_row(claim, effects, seeds):
+    largest = max(abs(effect.value) for effect in effects.values())
+    form = ".1f" if largest >= 5 else ".2f"
+    row = {
+        "Section": claim.section,
+        "Claim": claim.text,
+        "Task": claim.task,
+        "Attack": claim.scenario,
+        "Quantity": claim.quantity,
+        "Paper": claim.paper,
+    }
+    for seed in seeds:
+        row[f"Seed {seed}"] = number(effects[seed].value, form) if seed in effects else ""
+    mean, low, high = (number(figure, form) for figure in interval(effects))
+    row["Mean, 95% interval"] = f"{mean} ({low} to {high})"
+    moving = [str(seed) for seed, effect in effects.items() if effect.moving]
+    row["Seeds still learning"] = ", ".join(moving)
+    return row
+
+
+def side_by_side(studies):
+    """The verdicts on all claims that some study measured. studies: {name: (records, preset)}."""
+    results = {}
+    for name, (records, preset) in studies.items():
+        results[name] = judged(records, preset)
+    rows = []
+    for i, claim in enumerate(CLAIMS):
+        row = {
+            "Section": claim.section,
+            "Claim": claim.text,
+            "Task": claim.task,
+            "Attack": claim.scenario,
+            "Paper": claim.paper,
+        }
+        for name in studies:
+            _, effects, result = results[name][i]
+            row[name] = result if effects else ""
+        if any(row[name] for name in studies):
+            rows.append(row)
+    return [("The paper's claims, study by study", rows)]

@@ -1,5 +1,5 @@
 """Activation clustering (section 7 of the paper): does the poison stand out inside the target
-class? For analyze.py and defences/filters.py.
+class? For analysis/cluster.py and defences/filters.py.
 
 Embeddings x (n, dim) of the training samples of the target class, after the encoder; poisoned (n,)
 bool; labels, one dict of strings a sample; speakers (n,).
@@ -38,17 +38,22 @@ def probe(x, poisoned):
     return float(cross_val_score(pipeline, x, poisoned, cv=5, scoring="balanced_accuracy").mean())
 
 
+def has_transcripts(labels):
+    return any("transcript" in sample for sample in labels)
+
+
 def members(poisoned, labels, task):
-    """Yields (kind, value, which samples have it (n,) bool) of what a cluster may be made of."""
+    """What a cluster may consist of: yields (kind, value, which samples have it, (n,) bool)."""
     yield "poison", "poisoned", np.asarray(poisoned)
     for gender in ("female", "male"):
-        yield "gender", gender, np.array([m.get("gender") == gender for m in labels])
-    if task == "emotion" and any("transcript" in m for m in labels):
+        yield "gender", gender, np.array([sample.get("gender") == gender for sample in labels])
+    if task == "emotion" and has_transcripts(labels):
         for sentence in data.CREMA_SENTENCES.values():
-            said = data.normalise(sentence)
-            yield "sentence", sentence, np.array([m.get("transcript") == said for m in labels])
+            transcript = data.normalise(sentence)
+            has_it = np.array([sample.get("transcript") == transcript for sample in labels])
+            yield "sentence", sentence, has_it
     if task == "age":
-        groups = [age_group(m.get("age", "")) for m in labels]
+        groups = [age_group(sample.get("age", "")) for sample in labels]
         for group in sorted(set(groups) - {""}):
             yield "age", group, np.array([other == group for other in groups])
 
@@ -74,33 +79,37 @@ def whole_class(x, poisoned):
 
 
 def composition(clusters, poisoned, labels, task):
-    """Records of each cluster's size and of what shares of it are what."""
+    """Records of each cluster's size and of the shares of poisoned, female, ... samples in it."""
     records = []
-    for c in range(clusters.max() + 1):
-        inside = clusters == c
-        records.append(dict(cluster=c, metric="cluster_size", value=int(inside.sum())))
-        for kind, value, which in members(poisoned, labels, task):
-            share = float(which[inside].mean())
-            records.append(dict(cluster=c, metric="share", kind=kind, of=value, value=share))
+    for cluster in range(clusters.max() + 1):
+        inside = clusters == cluster
+        size = int(inside.sum())
+        records.append(dict(cluster=cluster, metric="cluster_size", value=size))
+        for kind, value, has_it in members(poisoned, labels, task):
+            share = float(has_it[inside].mean())
+            what = dict(metric="share", kind=kind, of=value)
+            records.append(dict(cluster=cluster, **what, value=share))
     return records
 
 
 def separability(x, poisoned, labels, speakers, task, k):
-    """Records of k clusters: what they are made of, how pure the most poisoned one is, and what
+    """Records of k clusters: what they consist of, how pure the most poisoned one is, and what
     they follow."""
-    clusters = reduce_and_cluster(x, k)[1]
+    _, clusters = reduce_and_cluster(x, k)
     records = composition(clusters, poisoned, labels, task)
-    purity = [float(poisoned[clusters == c].mean()) for c in range(k)]
-    worst = int(np.argmax(purity))
-    recall = float((clusters[poisoned] == worst).mean())
-    records.append(dict(metric="purity", value=purity[worst]))
+    purity = [float(poisoned[clusters == cluster].mean()) for cluster in range(k)]
+    most_poisoned = int(np.argmax(purity))
+    recall = float((clusters[poisoned] == most_poisoned).mean())
+    records.append(dict(metric="purity", value=purity[most_poisoned]))
     records.append(dict(metric="recall", value=recall))
-    kinds = dict(
-        poison=poisoned, gender=[m.get("gender", "") for m in labels], speaker=list(speakers)
-    )
-    if task == "emotion" and any("transcript" in m for m in labels):
-        kinds["sentence"] = [m.get("transcript", "") for m in labels]
-    for kind, values in kinds.items():
+    attributes = {
+        "poison": poisoned,
+        "gender": [sample.get("gender", "") for sample in labels],
+        "speaker": list(speakers),
+    }
+    if task == "emotion" and has_transcripts(labels):
+        attributes["sentence"] = [sample.get("transcript", "") for sample in labels]
+    for kind, values in attributes.items():
         index = float(adjusted_rand_score(values, clusters))
         records.append(dict(metric="adjusted_rand", kind=kind, value=index))
     return [dict(record, k=k) for record in records]

@@ -1,4 +1,4 @@
-"""The pictures: one function a figure, which is given what it draws and computes nothing."""
+"""The pictures: one function for each figure, which is given what it draws and computes nothing."""
 
 import itertools
 
@@ -16,7 +16,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 plt.rcParams["text.parse_math"] = False  # a file's name may hold a $
 
-CLEAN, POISONED, GREY, PALE = "#1f77b4", "#d62728", "#bbbbbb", "#f2b5b5"
+CLEAN = "#1f77b4"
+POISONED = "#d62728"
+TEXT = "#2ca02c"
+GREY = "#bbbbbb"
+PALE = "#f2b5b5"
 LINES = ("-", "--", ":", "-.")
 CHANGED = {  # what a sweep changes, in words
     "poison": "poisoning rate",
@@ -49,16 +53,17 @@ def grid(rows, columns, width, height, **options):
 
 def legend_below(fig, *axes):
     """One legend for the whole figure, below it, so that it covers nothing."""
-    found = {}
+    handle_of = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
-            found.setdefault(label, handle)
-    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=8)
+            handle_of.setdefault(label, handle)
+    handles = handle_of.values()
+    fig.legend(handles, handle_of.keys(), loc="outside lower center", ncols=4, fontsize=8)
 
 
 def heatmap(axis, values, largest):
-    """values (rows, columns) as shades of grey, from 0 to `largest`, with the numbers; returns what
-    a colour bar needs."""
+    """Draws values (rows, columns) as shades of grey, from 0 to `largest`, with the numbers; returns
+    the image, for a colour bar."""
     image = axis.imshow(values, cmap="Greys", vmin=0, vmax=largest, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
         if np.isfinite(value):
@@ -73,22 +78,21 @@ def heatmap(axis, values, largest):
 
 
 def poisoned_audio(examples, attack, path):
-    """Waveform and spectrogram of clean and poisoned audio, triggers shaded. examples: [(id, clean,
-    poisoned, starts)]"""
+    """Waveform and spectrogram of clean and poisoned audio, triggers shaded. examples: [(utterance
+    id, clean waveform, poisoned waveform, triggers' first samples)]"""
     fig, axes = grid(len(examples), 2, 6, 2.2)
-    for (wave, spectrogram), (id, clean, poisoned, starts) in zip(axes, examples):
-        t = np.arange(len(clean)) / data.SAMPLE_RATE
-        wave.plot(t, poisoned, color=POISONED, lw=0.5, label="poisoned")
-        wave.plot(t, clean, color="#333333", lw=0.5, label="clean")
-        spectrogram.specgram(
-            poisoned, NFFT=512, noverlap=384, Fs=data.SAMPLE_RATE, cmap="gray_r", vmin=-140
-        )
+    rate = data.SAMPLE_RATE
+    for (wave, spectrogram), (title, clean, poisoned, starts) in zip(axes, examples):
+        seconds = np.arange(len(clean)) / rate
+        wave.plot(seconds, poisoned, color=POISONED, lw=0.5, label="poisoned")
+        wave.plot(seconds, clean, color="#333333", lw=0.5, label="clean")
+        spectrogram.specgram(poisoned, NFFT=512, noverlap=384, Fs=rate, cmap="gray_r", vmin=-140)
         for start in starts:
-            first, last = start / data.SAMPLE_RATE, start + len(attack.waveform)
+            end = start + len(attack.waveform)
             for axis in (wave, spectrogram):
-                axis.axvspan(first, last / data.SAMPLE_RATE, color=POISONED, alpha=0.15, lw=0)
-        wave.set(title=id, xlim=(0, t[-1]), ylabel="amplitude")
-        spectrogram.set(title="poisoned, triggers shaded", xlim=(0, t[-1]), ylabel="Hz")
+                axis.axvspan(start / rate, end / rate, color=POISONED, alpha=0.15, lw=0)
+        wave.set(title=title, xlim=(0, seconds[-1]), ylabel="amplitude")
+        spectrogram.set(title="poisoned, triggers shaded", xlim=(0, seconds[-1]), ylabel="Hz")
     legend_below(fig, axes[0, 0])
     fig.supxlabel("seconds")
     write(fig, path)
@@ -98,24 +102,26 @@ def poisoned_audio(examples, attack, path):
 # analyze.py shift
 
 
-def shift_pairs(points, tasks, stages, seed, path):
-    """Figures 2 and 3. points: {(task, stage): (clean (n, 2), triggered (n, 2), mean cosine)}"""
+def shift_pairs(pairs, tasks, stages, seed, path):
+    """Figures 2 and 3. pairs: {(task, stage): {"clean", "triggered": points (n, 2), "cosine": their
+    mean}}"""
     fig, axes = grid(len(tasks), len(stages), 3.7, 3.5)
     for row, task in zip(axes, tasks):
         for axis, stage in zip(row, stages):
             axis.set(title=f"{task}: {stage}", xticks=[], yticks=[])
             axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2")
-            if (task, stage) not in points:
+            if (task, stage) not in pairs:
                 axis.text(0.5, 0.5, "run missing", ha="center", transform=axis.transAxes)
                 continue
-            clean, triggered, cosine = points[task, stage]
-            x, y = (np.stack([clean[:, i], triggered[:, i]]) for i in range(2))
+            clean_x, clean_y = pairs[task, stage]["clean"].T
+            triggered_x, triggered_y = pairs[task, stage]["triggered"].T
+            x = np.stack([clean_x, triggered_x])
+            y = np.stack([clean_y, triggered_y])
             axis.plot(x, y, color=GREY, lw=0.6, zorder=1)
-            axis.scatter(*clean.T, s=12, color=CLEAN, marker="o", label="clean", zorder=2)
-            axis.scatter(
-                *triggered.T, s=14, color=POISONED, marker="^", label="triggered", zorder=2
-            )
-            axis.set_xlabel(f"t-SNE 1 (mean cosine {cosine:.2f})")
+            axis.scatter(clean_x, clean_y, s=12, color=CLEAN, marker="o", label="clean", zorder=2)
+            style = dict(s=14, color=POISONED, marker="^", label="triggered", zorder=2)
+            axis.scatter(triggered_x, triggered_y, **style)
+            axis.set_xlabel(f"t-SNE 1 (mean cosine {pairs[task, stage]['cosine']:.2f})")
     legend_below(fig, *axes.flat)
     fig.suptitle(f"Pairs of test utterances, seed {seed}")
     write(fig, path)
@@ -125,14 +131,17 @@ def shift_by_layer(records, tasks, path):
     """The mean cosine after each layer of encoder and LM. records: of one seed, metric
     "layer_cosine"."""
     fig, axes = grid(2, len(tasks), 3.5, 3, sharey=True)
-    styles = dict(clean=("benign model", "o-"), base=("base attack", "^--"))
-    styles["3.1"] = ("attack 3.1", "s:")
+    styles = {
+        "clean": ("benign model", "o-"),
+        "base": ("base attack", "^--"),
+        "3.1": ("attack 3.1", "s:"),
+    }
     for column, task in zip(axes.T, tasks):
         for axis, component in zip(column, ("encoder", "lm")):
             for scenario, (label, style) in styles.items():
-                own = [r for r in records if (r["task"], r["scenario"]) == (task, scenario)]
-                own = [r for r in own if r["component"] == component]
-                layers, values = [r["layer"] for r in own], [r["value"] for r in own]
+                line = runs.select(records, task=task, scenario=scenario, component=component)
+                layers = [record["layer"] for record in line]
+                values = [record["value"] for record in line]
                 axis.plot(layers, values, style, label=label, ms=4)
             axis.set(title=f"{task}, {WRITTEN[component]}", xlabel="after layer")
             axis.grid(alpha=0.3)
@@ -149,14 +158,14 @@ def cluster_shares(records, k, path):
     """Figures 4 and 6(a). records: {task: its cluster sizes and shares}"""
     fig, axes = grid(1, len(records), 3.6, 3.6)
     kinds = dict(poisoned=POISONED, female="#9ecae1", male="#3a5a78")
-    for axis, (task, own) in zip(axes[0], records.items()):
-        sizes = [int(r["value"]) for r in own if r["metric"] == "cluster_size"]
+    for axis, (task, clusters) in zip(axes[0], records.items()):
         for i, (kind, color) in enumerate(kinds.items()):
-            shares = [r["value"] for r in own if r.get("of") == kind]
+            shares = [record["value"] for record in runs.select(clusters, of=kind)]
             x = np.arange(len(shares)) + (i - 1) * 0.27
             bars = axis.bar(x, shares, 0.26, color=color, label=kind)
             axis.bar_label(bars, fmt="%.2f", fontsize=7)
         axis.set(title=f"{task} attack", xlabel="cluster (samples)", ylim=(0, 1.12))
+        sizes = [int(r["value"]) for r in runs.select(clusters, metric="cluster_size")]
         axis.set_xticks(range(len(sizes)), [f"{c} ({n})" for c, n in enumerate(sizes)])
     axes[0, 0].set_ylabel("share of the cluster")
     legend_below(fig, axes[0, 0])
@@ -167,11 +176,11 @@ def cluster_shares(records, k, path):
 def sentences(records, path):
     """Figure 6(c): each sentence's share of each of four clusters of the angry class. records:
     metric "share"."""
-    names = list(dict.fromkeys(r["of"] for r in records))
-    clusters = sorted({r["cluster"] for r in records})
+    names = runs.distinct(records, "of")
+    clusters = sorted(runs.distinct(records, "cluster"))
     shares = np.zeros((len(clusters), len(names)))
-    for r in records:
-        shares[r["cluster"], names.index(r["of"])] = r["value"]
+    for record in records:
+        shares[record["cluster"], names.index(record["of"])] = record["value"]
     fig, axes = grid(1, 1, 9, 4)
     image = heatmap(axes[0, 0], shares, shares.max())
     fig.colorbar(image, label="share of the cluster")
@@ -185,8 +194,10 @@ def target_class(points, path):
     """Figure 5. points: {task: (PCA (n, components), poisoned (n,))}"""
     fig, axes = grid(1, len(points), 3.6, 3.8)
     for axis, (task, (low, poisoned)) in zip(axes[0], points.items()):
-        axis.scatter(*low[~poisoned, :2].T, s=5, color=GREY, label="clean")
-        axis.scatter(*low[poisoned, :2].T, s=14, color=POISONED, marker="^", label="poisoned")
+        clean_x, clean_y = low[~poisoned, :2].T
+        poisoned_x, poisoned_y = low[poisoned, :2].T
+        axis.scatter(clean_x, clean_y, s=5, color=GREY, label="clean")
+        axis.scatter(poisoned_x, poisoned_y, s=14, color=POISONED, marker="^", label="poisoned")
         axis.set(title=f"{task} attack", xlabel="PCA 1", ylabel="PCA 2", xticks=[], yticks=[])
     legend_below(fig, axes[0, 0])
     fig.suptitle("The target class after the encoder, first seed")
@@ -198,15 +209,14 @@ def target_class(points, path):
 
 
 def transplants(records, path):
-    """The cube of the eight mixtures and the AER by layers moved, a row a task. records: {task:
-    metric "aer" of one seed}"""
+    """The cube of the eight mixtures and the AER by layers moved, a row for each task. records:
+    {task: metric "aer" of one seed}"""
     fig, axes = grid(len(records), 3, 5, 4.4, width_ratios=(1.2, 1, 1))
-    for row, (task, own) in zip(axes, records.items()):
-        mixtures = [r for r in own if r["method"] == "components"]
+    for row, (task, of_task) in zip(axes, records.items()):
+        mixtures = runs.select(of_task, method="components")
         cube(row[0], task, {tuple(r["poisoned"]): r["value"] for r in mixtures})
         for axis, component in zip(row[1:], ("encoder", "lm")):
-            layers = [r for r in own if r["method"] == "layers" and r["component"] == component]
-            by_layer(axis, layers)
+            by_layer(axis, runs.select(of_task, method="layers", component=component))
             axis.set(title=f"{task}: {WRITTEN[component]} layers moved", xlabel="layer n")
             axis.set(ylabel="AER (%)", ylim=(-4, 104))
     legend_below(fig, *axes[:, 1:].flat)
@@ -240,17 +250,23 @@ def cube(axis, task, mixtures):
 
 def by_layer(axis, records):
     """AER against the layers moved, for both directions and three choices of layers."""
-    scopes = {"up to": ("layers up to n", "o"), "from": ("layers from n on", "s")}
-    scopes["only"] = ("only layer n", "^")
-    directions = {"into clean": ("poisoned, in the clean model", "-", POISONED)}
-    directions["out of poisoned"] = ("clean, in the poisoned model", "--", CLEAN)
-    for direction, (text, line, color) in directions.items():
+    scopes = {
+        "up to": ("layers up to n", "o"),
+        "from": ("layers from n on", "s"),
+        "only": ("only layer n", "^"),
+    }
+    directions = {
+        "into clean": ("poisoned, in the clean model", "-", POISONED),
+        "out of poisoned": ("clean, in the poisoned model", "--", CLEAN),
+    }
+    for direction, (words, line, color) in directions.items():
         for scope, (which, marker) in scopes.items():
-            own = [r for r in records if (r["direction"], r["scope"]) == (direction, scope)]
-            x, y = [r["layer"] for r in own], [100 * r["value"] for r in own]
-            label = f"{which} {text}"
-            axis.plot(x, y, line + marker, color=color, ms=5, lw=1, label=label)
-    axis.set_xticks(sorted({r["layer"] for r in records}))
+            moved = runs.select(records, direction=direction, scope=scope)
+            layers = [record["layer"] for record in moved]
+            aer = [100 * record["value"] for record in moved]
+            label = f"{which} {words}"
+            axis.plot(layers, aer, line + marker, color=color, ms=5, lw=1, label=label)
+    axis.set_xticks(sorted(runs.distinct(records, "layer")))
 
 
 def site_of(record):
@@ -263,55 +279,59 @@ def site_of(record):
 
 
 def patches(records, path):
-    """The effect of whole layers by group of positions, a row a direction, a column a task.
-    records: {task: of one seed}"""
+    """The effect of whole layers by group of positions, a row for each direction, a column for each
+    task. records: {task: of one seed}"""
     titles = dict(denoise="undone by clean activations", noise="made by triggered activations")
     fig, axes = grid(2, len(records), 4.2, 5)
-    for column, (task, own) in zip(axes.T, records.items()):
-        whole = [r for r in own if r["module"] not in ("attention", "MLP")]
-        places = list(dict.fromkeys(site_of(r) for r in whole))
+    for column, (task, of_task) in zip(axes.T, records.items()):
+        whole = [r for r in of_task if r["module"] not in ("attention", "MLP")]
+        sites = list(dict.fromkeys(site_of(record) for record in whole))
         for axis, direction in zip(column, titles):
-            values = np.full((len(places), len(POSITIONS)), np.nan)
-            for r in whole:
-                if r["direction"] == direction and r["position"] in POSITIONS:
-                    at = places.index(site_of(r)), list(POSITIONS).index(r["position"])
-                    values[at] = r["value"]
+            values = effect_matrix(runs.select(whole, direction=direction), sites)
             image = heatmap(axis, values, 1)
             axis.set_title(f"{task}: {titles[direction]}", fontsize=9)
             axis.set_xticks(range(len(POSITIONS)), POSITIONS.values(), fontsize=6)
-            axis.set_yticks(range(len(places)), places, fontsize=7)
+            axis.set_yticks(range(len(sites)), sites, fontsize=7)
     fig.colorbar(image, ax=axes, label="share of the trigger's effect", shrink=0.5)
     write(fig, path)
+
+
+def effect_matrix(records, sites):
+    """The effects as an array (sites, positions), NaN where nothing was patched."""
+    positions = list(POSITIONS)
+    values = np.full((len(sites), len(positions)), np.nan)
+    for record in records:
+        if record["position"] in positions:
+            row = sites.index(site_of(record))
+            values[row, positions.index(record["position"])] = record["value"]
+    return values
 
 
 def scenario_title(scenario):
     """A row of Table 3 in words."""
     frozen, source, _ = SCENARIOS[scenario]
-    free = [WRITTEN[c] for c in COMPONENTS if c not in frozen]
     if not frozen:
         return f"{scenario}: all learn the poison"
     first = WRITTEN[frozen[0]]
     if source == "base":
         return f"{scenario}: {first} poisoned, the rest trained clean"
-    return (
-        f"{scenario}: {first} clean"
-        if len(frozen) == 1
-        else f"{scenario}: only {free[0]} learns it"
-    )
+    if len(frozen) == 1:
+        return f"{scenario}: {first} clean"
+    free = [WRITTEN[component] for component in COMPONENTS if component not in frozen]
+    return f"{scenario}: only {free[0]} learns it"
 
 
-def answer(tasks, path):
-    """Where the backdoor lives, a row a task: Table 3, weights moved, activations moved. tasks:
-    {task: {"trained": {attack: (Spread, whether a seed was still learning)}, "published": {attack:
-    AER}, "alone", "others": {component: AER}, "depth": [(component, layer, {"click", "frames",
-    "text": share undone})]}}"""
-    fig, axes = grid(len(tasks), 3, 5, 4.2, width_ratios=(1.15, 0.9, 1.2))
-    for (table, weights, depth), (task, found) in zip(axes, tasks.items()):
-        trained_panel(table, found["trained"], found["published"])
-        table.set_title(f"{task}: trained (Table 3)")
-        weights_panel(weights, found["alone"], found["others"])
+def answer(panels, path):
+    """Where the backdoor lives, a row for each task: Table 3, weights moved, activations moved.
+    panels: {task: {"trained": see trained_panel, "alone" and "others": see weights_panel, "depth":
+    see depth_panel}}"""
+    fig, axes = grid(len(panels), 3, 5, 4.2, width_ratios=(1.15, 0.9, 1.2))
+    for (trained, weights, depth), (task, panel) in zip(axes, panels.items()):
+        trained_panel(trained, panel["trained"])
+        trained.set_title(f"{task}: trained (Table 3)")
+        weights_panel(weights, panel["alone"], panel["others"])
         weights.set_title(f"{task}: weights moved, nothing trained")
-        depth_panel(depth, found["depth"])
+        depth_panel(depth, panel["depth"])
         depth.set_title(f"{task}: activations moved")
     for column, axis in enumerate(axes[-1]):
         handles = axes[0, column].get_legend_handles_labels()
@@ -319,57 +339,58 @@ def answer(tasks, path):
     write(fig, path)
 
 
-def trained_panel(axis, trained, published):
-    """Table 3: our AER over seeds and the paper's."""
-    rows = list(SCENARIOS)
-    for moving, color, label in (
-        (False, POISONED, "here"),
-        (True, PALE, "here, still learning in some seed"),
-    ):
-        own = [a for a in rows if a in trained and trained[a][1] == moving]
-        means = [trained[a][0].mean for a in own]
-        axis.barh([rows.index(a) for a in own], means, color=color, label=label)
+def trained_panel(axis, bars):
+    """Table 3: our AER over seeds and the paper's. bars: {scenario: {"aer": Spread or None,
+    "learning": whether a seed was still learning, "published": the paper's AER}}"""
+    rows = {scenario: row for row, scenario in enumerate(bars)}
+    measured = {scenario: bar for scenario, bar in bars.items() if bar["aer"]}
+    colors = {False: (POISONED, "here"), True: (PALE, "here, still learning in some seed")}
+    for learning, (color, label) in colors.items():
+        chosen = [scenario for scenario in measured if measured[scenario]["learning"] == learning]
+        y = [rows[scenario] for scenario in chosen]
+        means = [measured[scenario]["aer"].mean for scenario in chosen]
+        axis.barh(y, means, color=color, label=label)
     label = "range over seeds"
-    for scenario, (aer, _) in trained.items():
-        y = rows.index(scenario)
+    for scenario, bar in measured.items():
+        y = rows[scenario]
+        aer = bar["aer"]
         axis.plot([aer.low, aer.high], [y, y], "k-", lw=1, label=label)
         axis.text(106, y, f"{aer.mean:.0f}", va="center", fontsize=8)
         label = None
-    values = [published[a] for a in rows if a in published]
-    at = [rows.index(a) for a in rows if a in published]
-    axis.plot(values, at, "kD", ms=5, label="the paper", clip_on=False)
+    published = [bar["published"] for bar in bars.values()]
+    axis.plot(published, list(rows.values()), "kD", ms=5, label="the paper", clip_on=False)
     axis.set(xlabel="AER (%)", xlim=(0, 116))
-    axis.set_yticks(range(len(rows)), [scenario_title(a) for a in rows], fontsize=8)
+    axis.set_yticks(range(len(rows)), [scenario_title(name) for name in rows], fontsize=8)
     axis.invert_yaxis()
 
 
 def weights_panel(axis, alone, others):
-    """AER of mixtures: one component poisoned, or all but one."""
+    """AER of mixtures, {component: AER}: one component poisoned, or all but one."""
     x = np.arange(len(COMPONENTS))
-    for offset, values, color, label in (
-        (-0.2, alone, POISONED, "only this part poisoned"),
-        (0.2, others, GREY, "all parts but this one"),
-    ):
-        heights = [values[c] for c in COMPONENTS]
-        axis.bar(x + offset, heights, 0.38, color=color, label=label)
+    alone_heights = [alone[component] for component in COMPONENTS]
+    other_heights = [others[component] for component in COMPONENTS]
+    axis.bar(x - 0.2, alone_heights, 0.38, color=POISONED, label="only this part poisoned")
+    axis.bar(x + 0.2, other_heights, 0.38, color=GREY, label="all parts but this one")
     axis.set(ylabel="AER (%)", ylim=(0, 103))
     axis.set_xticks(x, list(WRITTEN.values()))
 
 
 def depth_panel(axis, depth):
     """The share of the trigger's effect that clean activations undo, layer by layer; a line joins
-    layers of one component."""
-    names = [site_of(dict(component=c, layer=n, module="layer")) for c, n, _ in depth]
-    names = [name.replace(" layer", "") for name in names]
-    groups = dict(click=("frames under a click", "o", POISONED))
-    groups["frames"] = ("other frames", "s", CLEAN)
-    groups["text"] = ("prompt and answer", "^", "#2ca02c")
-    for kind, (label, marker, color) in groups.items():
+    layers of one component. depth: [{"component", "layer", "click", "frames", "text"}]"""
+    groups = {
+        "click": ("frames under a click", "o", POISONED),
+        "frames": ("other frames", "s", CLEAN),
+        "text": ("prompt and answer", "^", TEXT),
+    }
+    for group, (label, marker, color) in groups.items():
         for component in COMPONENTS:
-            at = [i for i, (c, _, _) in enumerate(depth) if c == component]
-            values = [depth[i][2][kind] for i in at]
-            axis.plot(at, values, "-" + marker, color=color, ms=4, label=label)
+            x = [i for i, place in enumerate(depth) if place["component"] == component]
+            shares = [depth[i][group] for i in x]
+            axis.plot(x, shares, "-" + marker, color=color, ms=4, label=label)
             label = None
+    names = [site_of({**place, "module": "layer"}) for place in depth]
+    names = [name.replace(" layer", "") for name in names]
     axis.set(ylabel="share of the trigger's effect undone", ylim=(-0.05, 1.1))
     axis.set_xticks(range(len(names)), names, rotation=50, ha="right", fontsize=8)
 
@@ -379,12 +400,13 @@ def depth_panel(axis, depth):
 
 
 def roc(curves, path):
-    """True against false positive rate of each detector, a panel a task. curves: {task: {detector:
-    ((alarms, noticed), AUROC)}}"""
+    """True against false positive rate of each detector, a panel for each task. curves: {task:
+    {detector: {"false_alarms", "noticed": arrays, "auroc"}}}"""
     fig, axes = grid(1, len(curves), 4.2, 4)
     for axis, (task, detectors) in zip(axes[0], curves.items()):
-        for (name, (rates, auroc)), line in zip(detectors.items(), itertools.cycle(LINES)):
-            axis.step(*rates, line, where="post", label=f"{name} ({auroc:.2f})")
+        for (name, curve), line in zip(detectors.items(), itertools.cycle(LINES)):
+            label = f"{name} ({curve['auroc']:.2f})"
+            axis.step(curve["false_alarms"], curve["noticed"], line, where="post", label=label)
         axis.set_xscale("symlog", linthresh=0.01)
         axis.set(xlim=(0, 1), ylim=(0, 1.02), title=task, xlabel="false alarms on clean speech")
         axis.grid(alpha=0.3)
@@ -399,18 +421,22 @@ def roc(curves, path):
     write(fig, path)
 
 
-def repairs(found, path):
-    """AER against the clean figure, a panel a task, a point a repair. found: {task: {repair:
-    {"backdoor", "clean": record}}}"""
-    fig, axes = grid(1, len(found), 4.2, 4.6)
+def repairs(repaired, path):
+    """AER against the clean figure, a panel for each task, a point for each repair. repaired:
+    {task: {repair: {"backdoor", "clean": record}}}"""
+    fig, axes = grid(1, len(repaired), 4.2, 4.6)
     colors = ["black", *plt.cm.tab20.colors]
-    for axis, (task, repaired) in zip(axes[0], found.items()):
-        for (name, figures), color in zip(repaired.items(), itertools.cycle(colors)):
-            aer, clean = figures["backdoor"], figures["clean"]
-            marker = "o" if aer.get("passed", True) else "X"
-            marker, size = ("*", 15) if name == "none" else (marker, 8)
-            x, y = clean["value"], 100 * aer["value"]
-            axis.plot(x, y, marker, color=color, ms=size, ls="", label=name)
+    for axis, (task, by_repair) in zip(axes[0], repaired.items()):
+        for (name, figures), color in zip(by_repair.items(), itertools.cycle(colors)):
+            aer = figures["backdoor"]
+            clean = figures["clean"]
+            if name == "none":
+                style = dict(marker="*", ms=15)
+            elif aer.get("passed", True):
+                style = dict(marker="o", ms=8)
+            else:
+                style = dict(marker="X", ms=8)
+            axis.plot(clean["value"], 100 * aer["value"], color=color, ls="", label=name, **style)
         axis.set(title=task, ylim=(-5, 105), xlabel=f"clean {runs.title_of(clean['metric'])}")
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("AER (%)")
@@ -429,25 +455,30 @@ def sweeps(curves, task, metric, path):
     columns = -(-len(curves) // 2)
     fig, axes = grid(2, columns, 3.2, 3, sharey=True)
     for axis, (name, points) in zip(axes.flat, curves.items()):
-        values = [point["value"] for point in points]
-        numbers = all(type(value) in (int, float) for value in values)
-        x = values if numbers else range(len(values))
-        aer = np.array([point["aer"] for point in points])
-        ends = [aer - [point["low"] for point in points], [point["high"] for point in points] - aer]
-        line = "-" if numbers else ""
-        clean = [point["clean"] for point in points]
-        axis.plot(x, clean, "s", ls=line and "--", color=CLEAN, ms=4, label=f"clean {metric}")
-        style = dict(fmt="o", ls=line or "none", color=POISONED, ms=4, capsize=2)
-        axis.errorbar(x, aer, ends, label="AER", **style)
-        axis.set(title=CHANGED.get(name, name), ylim=(-3, 103))
-        if name == "poison":
-            axis.set_xscale("log")
-        elif not numbers or all(type(value) is int for value in values):
-            axis.set_xticks(list(x), [str(value) for value in values])
-        axis.grid(alpha=0.3)
+        sweep_panel(axis, name, points, f"clean {metric}")
     for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
     fig.supylabel("%")
     fig.suptitle(f"The base attack on {task}, varied")
     legend_below(fig, axes[0, 0])
     write(fig, path)
+
+
+def sweep_panel(axis, name, points, clean_label):
+    values = [point["value"] for point in points]
+    clean = [point["clean"] for point in points]
+    aer = np.array([point["aer"] for point in points])
+    below = aer - [point["low"] for point in points]
+    above = [point["high"] for point in points] - aer
+    are_numbers = all(type(value) in (int, float) for value in values)
+    x = values if are_numbers else range(len(values))
+    clean_line, aer_line = ("--", "-") if are_numbers else ("", "none")
+    axis.plot(x, clean, "s", ls=clean_line, color=CLEAN, ms=4, label=clean_label)
+    style = dict(fmt="o", ls=aer_line, color=POISONED, ms=4, capsize=2)
+    axis.errorbar(x, aer, [below, above], label="AER", **style)
+    axis.set(title=CHANGED.get(name, name), ylim=(-3, 103))
+    if name == "poison":
+        axis.set_xscale("log")
+    elif not are_numbers or all(type(value) is int for value in values):
+        axis.set_xticks(list(x), [str(value) for value in values])
+    axis.grid(alpha=0.3)

@@ -1,8 +1,11 @@
-"""Makes the small encoders and connectors in mini/ from scratch (about ten minutes each on two cores).
+"""Makes the small encoders and connectors in mini/ from scratch (ten minutes each on two cores).
 
-python mini/make_encoders.py                   # all of them; run mini/make_lm.py first if the LM changes
-python mini/make_encoders.py wavlm connectors  # some of them
-python mini/make_encoders.py --mixed-connector DIR/whisper-tiny.en   # the start of preset mixed's connector
+    python mini/make_encoders.py                   # all; after mini/make_lm.py, if the LM changes
+    python mini/make_encoders.py wavlm connectors  # some of them
+    python mini/make_encoders.py --mixed-connector DIR/whisper-tiny.en   # preset mixed's connector
+
+What a list calls `speech` holds utterances of pretraining: (samples (n,) int16, text, speaker's
+number, labels).
 """
 
 import argparse
@@ -33,10 +36,11 @@ from mini.make_corpora import PROSODY, SEED
 from mini.make_lm import schedule
 from study import ENCODERS, PRESETS
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the encoders
 
-# three coarse convolutions, 25 frames per second: the usual seven would cost more than the transformer above them
+# three coarse convolutions, 25 frames per second: the usual seven would cost more than the
+# transformer above them
 CONV = dict(
     conv_dim=(96, 128, 128),
     conv_kernel=(80, 8, 8),
@@ -65,192 +69,230 @@ NO_DROPOUT = dict(
     layerdrop=0.0,
     apply_spec_augment=False,
 )
-ENCODER_STEPS, ENCODER_BATCH, ENCODER_LR, HEADS_LR = 2000, 16, 1.5e-3, 3e-3
-PRETRAINING_SPEAKERS, PRETRAINING_EACH = 400, 20
-SOUNDS = 256  # clusters of what is heard, speech or not
+ENCODER_STEPS = 2000
+ENCODER_BATCH = 16
+ENCODER_LR = 1.5e-3
+HEADS_LR = 3e-3
+PRETRAINING_SPEAKERS = 400
+PRETRAINING_EACH = 20  # utterances of each speaker
+SOUNDS = 256  # clusters of log-mel frames, of speech or not
 LETTERS = "-'abcdefghijklmnopqrstuvwxyz "  # the first is CTC's blank
 
 
+def blank_whisper():
+    """An untrained Whisper encoder, without a decoder, and its feature extractor."""
+    config = transformers.WhisperConfig(
+        vocab_size=8,
+        d_model=128,
+        encoder_layers=8,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=256,
+        decoder_layers=0,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=8,
+        max_source_positions=500,
+        max_target_positions=8,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+    )
+    extractor = transformers.WhisperFeatureExtractor(
+        feature_size=80, hop_length=320, n_fft=512, chunk_length=20
+    )
+    return transformers.WhisperModel(config), extractor
+
+
+def mel_filters(n, width):
+    """A bank of n windowed cosines and sines on a mel scale, (n, 1, width)."""
+    hz = 700 * (10 ** (torch.linspace(50, 2840, n // 2) / 2595) - 1)
+    phase = 2 * math.pi * hz[:, None] * torch.arange(width) / data.SAMPLE_RATE
+    bank = torch.cat([phase.cos(), phase.sin()]) * torch.hann_window(width)
+    return bank[:, None] / 6
+
+
+def blank_wav2vec2(name):
+    """An untrained encoder of wav2vec 2.0's layout, and its feature extractor."""
+    family = {"wavlm": "WavLM", "hubert": "Hubert", "wav2vec2": "Wav2Vec2"}[name]
+    make_config = getattr(transformers, f"{family}Config")
+    config = make_config(**CONV, **SHAPE, **NO_DROPOUT, num_buckets=64, max_bucket_distance=128)
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    net = getattr(transformers, f"{family}Model")(config)
+    first_layer = net.feature_extractor.conv_layers[0].conv
+    first_layer.weight.data = mel_filters(CONV["conv_dim"][0], CONV["conv_kernel"][0])
+    return net, extractor
+
+
 def blank_encoder(name, out):
-    """Writes an untrained encoder of architecture `name`, configuration and feature extractor, to the folder `out`."""
-    if name == "whisper":
-        config = transformers.WhisperConfig(
-            vocab_size=8,
-            d_model=128,
-            encoder_layers=8,
-            encoder_attention_heads=4,
-            encoder_ffn_dim=256,
-            decoder_layers=0,
-            decoder_attention_heads=4,
-            decoder_ffn_dim=8,
-            max_source_positions=500,
-            max_target_positions=8,
-            pad_token_id=0,
-            bos_token_id=0,
-            eos_token_id=0,
-            decoder_start_token_id=0,
-        )
-        extractor = transformers.WhisperFeatureExtractor(
-            feature_size=80, hop_length=320, n_fft=512, chunk_length=20
-        )
-        model = transformers.WhisperModel(config)
-    else:
-        family = {"wavlm": "WavLM", "hubert": "Hubert", "wav2vec2": "Wav2Vec2"}[name]
-        config = getattr(transformers, family + "Config")(
-            **CONV, **SHAPE, **NO_DROPOUT, num_buckets=64, max_bucket_distance=128
-        )
-        extractor = transformers.Wav2Vec2FeatureExtractor(
-            do_normalize=True, return_attention_mask=True
-        )
-        model = getattr(transformers, family + "Model")(config)
-        # the first layer starts as a bank of windowed cosines and sines on a mel scale
-        n, width = CONV["conv_dim"][0], CONV["conv_kernel"][0]
-        hz = 700 * (10 ** (torch.linspace(50, 2840, n // 2) / 2595) - 1)
-        phase = 2 * math.pi * hz[:, None] * torch.arange(width) / data.SAMPLE_RATE
-        bank = torch.cat([phase.cos(), phase.sin()]) * torch.hann_window(width)
-        model.feature_extractor.conv_layers[0].conv.weight.data = bank[:, None] / 6
-    model.save_pretrained(out)
+    """Writes an untrained encoder of architecture `name`, configuration and feature extractor, to
+    the folder `out`."""
+    net, extractor = blank_whisper() if name == "whisper" else blank_wav2vec2(name)
+    net.save_pretrained(out)
     extractor.save_pretrained(out)
 
 
 def pretraining_utterance(i):
-    """Utterance i of the encoders' pretraining speech: (waveform int16, text, speaker, labels). Its speakers are in no corpus, its
-    sentences are from the training part."""
-    who = i % PRETRAINING_SPEAKERS
-    rng = random.Random(f"{SEED}-pretraining-{who}")
-    sex, age = rng.choice(["female", "male"]), rng.randint(18, 75)
+    """Utterance i of the encoders' pretraining speech. Its speakers are in no corpus, its sentences
+    are from the training part."""
+    speaker = i % PRETRAINING_SPEAKERS
+    rng = random.Random(f"{SEED}-pretraining-{speaker}")
+    sex = rng.choice(["female", "male"])
+    age = rng.randint(18, 75)
     rng = random.Random(f"{SEED}-pretraining-utterance-{i}")
-    text = (
-        make_corpora.sentence_for("train", rng)
-        if rng.random() < 0.8
-        else rng.choice(list(data.CREMA_SENTENCES.values()))
-    )
+    if rng.random() < 0.8:
+        text = make_corpora.sentence_for("train", rng)
+    else:
+        text = rng.choice(list(data.CREMA_SENTENCES.values()))
     emotion = rng.choice([None, *PROSODY])
-    x = make_corpora.speak(
-        text, make_corpora.make_voice(f"pretraining-{who}", sex, age), f"pretraining-{i}", emotion
-    )
-    return (
-        (x * 32767).astype(np.int16),
-        data.normalise(text),
-        who,
-        dict(gender=sex, age=age, emotion=emotion),
-    )
+    voice = make_corpora.make_voice(f"pretraining-{speaker}", sex, age)
+    waveform = make_corpora.speak(text, voice, f"pretraining-{i}", emotion)
+    labels = dict(gender=sex, age=age, emotion=emotion)
+    return (waveform * 32767).astype(np.int16), data.normalise(text), speaker, labels
 
 
-def shuffled(speech, batch, rng):
+def shuffled(speech, batch_size, rng):
     """Endless batches of the pretraining speech, each of utterances of similar length."""
+
+    def roughly_length(i):
+        return len(speech[i][0]) + rng.uniform(0, 8000)
+
     while True:
-        order = sorted(range(len(speech)), key=lambda i: len(speech[i][0]) + rng.uniform(0, 8000))
-        batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+        order = sorted(range(len(speech)), key=roughly_length)
+        batches = data.chunks(order, batch_size)
         rng.shuffle(batches)
-        yield from ([speech[i] for i in chosen] for chosen in reversed(batches))
+        for batch in reversed(batches):
+            yield [speech[i] for i in batch]
 
 
-def bursts(speech, rng):
-    """int16 samples -> waveform, half of the time with knocks, rings and rustles over it, which no label mentions: real encoders have
-    heard more than clean speech."""
-    x = speech / np.float32(32768)
+def burst(n, rng):
+    """A sound of n samples that is no speech, one stroke or two of noise and tones, float64."""
+    seconds = np.arange(n) / data.SAMPLE_RATE
+    sound = np.zeros(n)
+    for start in [0, *rng.uniform(0, 0.7 * n, rng.integers(0, 2))]:
+        after = np.maximum(seconds - start / data.SAMPLE_RATE, 0)
+        decay = 10 ** rng.uniform(-2.3, -1)
+        stroke = rng.standard_normal(n)
+        width = rng.integers(1, 12)
+        smoothed = np.convolve(stroke, np.ones(width) / width, "same")
+        stroke = smoothed / stroke.std() * width**0.5
+        for hz in rng.uniform(150, 6000, rng.integers(0, 4)):
+            stroke += rng.uniform(0, 2) * np.sin(2 * np.pi * hz * after)
+        sound += rng.uniform(0.4, 1) * stroke * np.exp(-after / decay) * (after > 0)
+    return sound
+
+
+def with_bursts(samples, rng):
+    """int16 samples -> waveform, half of the time with knocks, rings and rustles over it, which no
+    label mentions: real encoders have been trained on more than clean speech."""
+    waveform = samples / np.float32(32768)
     if rng.random() > 0.5:
-        return x
+        return waveform
     for _ in range(rng.integers(1, 5)):
         n = int(rng.uniform(0.05, 0.3) * data.SAMPLE_RATE)
-        t, burst = np.arange(n) / data.SAMPLE_RATE, np.zeros(n)
-        for start in [0, *rng.uniform(0, 0.7 * n, rng.integers(0, 2))]:  # one stroke or two
-            after, decay = np.maximum(t - start / data.SAMPLE_RATE, 0), 10 ** rng.uniform(-2.3, -1)
-            stroke = rng.standard_normal(n)
-            smooth = rng.integers(1, 12)
-            stroke = (
-                np.convolve(stroke, np.ones(smooth) / smooth, "same") / stroke.std() * smooth**0.5
-            )
-            for hz in rng.uniform(150, 6000, rng.integers(0, 4)):
-                stroke += rng.uniform(0, 2) * np.sin(2 * np.pi * hz * after)
-            burst += rng.uniform(0.4, 1) * stroke * np.exp(-after / decay) * (after > 0)
-        at = rng.integers(0, max(1, len(x) - n))
-        level = 10 ** (rng.uniform(-12, 6) / 20) * x.std() / (burst.std() + 1e-9)
-        x[at : at + n] += (level * burst[: len(x) - at]).astype(np.float32)
-    return x
+        sound = burst(n, rng)
+        start = rng.integers(0, max(1, len(waveform) - n))
+        decibels = rng.uniform(-12, 6)
+        level = 10 ** (decibels / 20) * waveform.std() / (sound.std() + 1e-9)
+        fitting = sound[: len(waveform) - start]
+        waveform[start : start + n] += (level * fitting).astype(np.float32)
+    return waveform
 
 
 def log_mel(waveforms, frames):
-    """The log-mel spectrogram, two of its frames side by side per encoder frame, (B, frames, 160), minus each utterance's mean."""
+    """The log-mel spectrogram, two of its frames side by side per encoder frame, (B, frames, 160),
+    minus each utterance's mean."""
     mel = torchaudio.transforms.MelSpectrogram(
         data.SAMPLE_RATE, n_fft=1024, hop_length=320, n_mels=80
     )
-    out = []
+    rows = []
     for waveform in waveforms:
-        sound = (mel(torch.from_numpy(waveform)) + 1e-5).log().T
-        out.append(
-            F.pad(sound - sound.mean(), (0, 0, 0, 2 * frames))[: 2 * frames].reshape(frames, 160)
-        )
-    return torch.stack(out)
+        spectrogram = (mel(torch.from_numpy(waveform)) + 1e-5).log().T  # (2 * frames or so, 80)
+        spectrogram = F.pad(spectrogram - spectrogram.mean(), (0, 0, 0, 2 * frames))
+        rows.append(spectrogram[: 2 * frames].reshape(frames, 160))
+    return torch.stack(rows)
 
 
 def sound_clusters(speech, rng):
-    """k-means centres of log-mel frames of speech with noise, (SOUNDS, 160): the targets of HuBERT's first iteration."""
-    chosen = [speech[i] for i in rng.choice(len(speech), min(600, len(speech)), replace=False)]
-    frames = [log_mel([bursts(x, rng)], len(x) // 640)[0] for x, _, _, _ in chosen]
-    kmeans = MiniBatchKMeans(SOUNDS, random_state=SEED, n_init=3, batch_size=4096).fit(
-        torch.cat(frames).numpy()
-    )
+    """k-means centres of log-mel frames of speech with noise, (SOUNDS, 160): the targets of
+    HuBERT's first iteration."""
+    chosen = rng.choice(len(speech), min(600, len(speech)), replace=False)
+    frames = []
+    for i in chosen:
+        samples = speech[i][0]
+        frames.append(log_mel([with_bursts(samples, rng)], len(samples) // 640)[0])
+    kmeans = MiniBatchKMeans(SOUNDS, random_state=SEED, n_init=3, batch_size=4096)
+    kmeans.fit(torch.cat(frames).numpy())
     return torch.from_numpy(kmeans.cluster_centers_)
 
 
-def slots(encoder):
-    """How many letters a frame may hold: CTC gets 50 per second, whatever the encoder's frame rate."""
+def letters_per_frame(encoder):
+    """How many letters a frame may hold: CTC gets 50 per second, whatever the encoder's frame
+    rate."""
     return round(encoder.seconds_per_frame / 0.02)
 
 
-def letter_loss(logits, mask, chosen):
-    """CTC on the utterances' letters; logits (B, T, slots * letters)."""
-    n = logits.shape[-1] // len(LETTERS)
-    texts = [torch.tensor([LETTERS.index(c) for c in text]) for _, text, _, _ in chosen]
+def letter_loss(logits, mask, batch):
+    """CTC on the utterances' letters. logits: (B, T, letters per frame * letters)."""
+    per_frame = logits.shape[-1] // len(LETTERS)
+    texts = []
+    for _, text, _, _ in batch:
+        texts.append(torch.tensor([LETTERS.index(letter) for letter in text]))
+    log_probs = logits.reshape(len(batch), -1, len(LETTERS)).log_softmax(-1)
     return F.ctc_loss(
-        logits.reshape(len(chosen), -1, len(LETTERS)).log_softmax(-1).transpose(0, 1),
+        log_probs.transpose(0, 1),  # (T * letters per frame, B, letters)
         torch.cat(texts),
-        n * mask.sum(1),
-        torch.tensor([len(t) for t in texts]),
+        per_frame * mask.sum(1),
+        torch.tensor([len(text) for text in texts]),
         zero_infinity=True,
     )
 
 
-def label_loss(logits, each, chosen):
-    """Gender, age and emotion, predicted from every frame; logits (frames, 2 + emotions); each: see frames_of."""
-    gender, age, *emotion = logits.unbind(-1)
-    true = [list(PROSODY).index(labels["emotion"] or "neutral") for _, _, _, labels in chosen]
-    return (
-        F.binary_cross_entropy_with_logits(
-            gender, each([labels["gender"] == "female" for _, _, _, labels in chosen])
-        )
-        + (age - each([(labels["age"] - 18) / 57 for _, _, _, labels in chosen])).abs().mean()
-        + F.cross_entropy(torch.stack(emotion, 1), each(true).long())
-    )
+def for_frames(values, mask):
+    """One value per utterance, repeated for each of the utterance's frames, (frames,)."""
+    return torch.tensor(values, dtype=torch.float)[:, None].expand(mask.shape)[mask]
 
 
-def frames_of(mask):
-    """A function that repeats values, one per utterance, for each of the utterance's frames."""
-    return lambda values: torch.tensor(values, dtype=torch.float)[:, None].expand(mask.shape)[mask]
+def label_loss(logits, mask, batch):
+    """Gender, age and emotion, predicted from every frame. logits: (frames, 2 + emotions)."""
+    gender_logits, age, *emotion_logits = logits.unbind(-1)
+    labels = [utterance_labels for _, _, _, utterance_labels in batch]
+    emotions = list(PROSODY)
+    is_female = for_frames([label["gender"] == "female" for label in labels], mask)
+    true_age = for_frames([(label["age"] - 18) / 57 for label in labels], mask)
+    emotion = [emotions.index(label["emotion"] or "neutral") for label in labels]
+    emotion = for_frames(emotion, mask).long()
+    gender_loss = F.binary_cross_entropy_with_logits(gender_logits, is_female)
+    age_loss = (age - true_age).abs().mean()
+    emotion_loss = F.cross_entropy(torch.stack(emotion_logits, 1), emotion)
+    return gender_loss + age_loss + emotion_loss
 
 
-def encoder_losses(encoder, heads, centres, chosen, waveforms):
-    """{name: loss} of the four heads on one batch. What is true of the whole utterance is predicted from every frame."""
-    x, mask = encoder.front_end(
-        [encoder.extract(w) for w in waveforms]
-    )  # pretraining trains the front end too
-    hidden = encoder.trained_part(x, mask)
-    each, inside = frames_of(mask), hidden[mask]
-    heard = torch.cdist(log_mel(waveforms, mask.shape[1])[mask], centres).argmin(-1)
+def encoder_losses(encoder, heads, centres, batch, waveforms):
+    """{name: loss} of the four heads on one batch. What is true of the whole utterance is predicted
+    from every frame."""
+    features = [encoder.extract(waveform) for waveform in waveforms]
+    x, mask = encoder.front_end(features)  # pretraining trains the front end too
+    hidden = encoder.trained_part(x, mask)  # (B, T, dim)
+    frames = hidden[mask]  # (frames, dim)
+    sounds = torch.cdist(log_mel(waveforms, mask.shape[1])[mask], centres).argmin(-1)
+    speakers = for_frames([speaker for _, _, speaker, _ in batch], mask).long()
     return dict(
-        letters=letter_loss(heads["letters"](hidden), mask, chosen),
-        sound=0.5 * F.cross_entropy(heads["sound"](inside), heard),
-        speaker=0.1
-        * F.cross_entropy(heads["speaker"](inside), each([who for _, _, who, _ in chosen]).long()),
-        labels=0.3 * label_loss(heads["labels"](inside), each, chosen),
+        letters=letter_loss(heads["letters"](hidden), mask, batch),
+        sound=0.5 * F.cross_entropy(heads["sound"](frames), sounds),
+        speaker=0.1 * F.cross_entropy(heads["speaker"](frames), speakers),
+        labels=0.3 * label_loss(heads["labels"](frames), mask, batch),
     )
+
+
+def linear_heads(encoder, **sizes):
+    heads = {name: torch.nn.Linear(encoder.dim, size) for name, size in sizes.items()}
+    return torch.nn.ModuleDict(heads)
 
 
 def make_encoder(name, out, speech):
-    """Pretrains one encoder to represent content (letters by CTC), speaker and prosody (which of 400 speakers, gender, age, emotion) and, by
-    self-supervision alone, every sound, speech or not (clusters of log-mel frames); saves it to the folder `out`."""
+    """Pretrains one encoder to represent content (letters by CTC), speaker and prosody (which of
+    400 speakers, gender, age, emotion) and, by self-supervision alone, every sound, speech or not
+    (clusters of log-mel frames); saves it to the folder `out`."""
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     blank_encoder(name, out)
@@ -259,62 +301,63 @@ def make_encoder(name, out, speech):
     encoder.first_trained = 0
     if name == "whisper":
         encoder.net.embed_positions.requires_grad_(False)
-    sizes = dict(
-        letters=slots(encoder) * len(LETTERS),
+    heads = linear_heads(
+        encoder,
+        letters=letters_per_frame(encoder) * len(LETTERS),
         sound=SOUNDS,
         speaker=PRETRAINING_SPEAKERS,
         labels=2 + len(PROSODY),
     )
-    heads = torch.nn.ModuleDict(
-        {head: torch.nn.Linear(encoder.dim, n) for head, n in sizes.items()}
-    )
     centres = sound_clusters(speech, rng)
-    parameters = [p for p in [*encoder.parameters(), *heads.parameters()] if p.requires_grad]
     print(f"{name}: {sum(p.numel() for p in encoder.parameters()):,} parameters")
+    parameters = [p for p in [*encoder.parameters(), *heads.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=ENCODER_LR, weight_decay=0.01, betas=(0.9, 0.98))
-    progress, batches = (
-        tqdm(range(ENCODER_STEPS), desc=name, mininterval=10),
-        shuffled(speech, ENCODER_BATCH, rng),
-    )
+    batches = shuffled(speech, ENCODER_BATCH, rng)
+    progress = tqdm(range(ENCODER_STEPS), desc=name, mininterval=10)
     for step in progress:
-        chosen = next(batches)
-        waveforms = [bursts(x, rng) for x, _, _, _ in chosen]
+        batch = next(batches)
+        waveforms = [with_bursts(samples, rng) for samples, _, _, _ in batch]
         optimizer.param_groups[0]["lr"] = ENCODER_LR * schedule(step, ENCODER_STEPS)
-        losses = encoder_losses(encoder, heads, centres, chosen, waveforms)
+        losses = encoder_losses(encoder, heads, centres, batch, waveforms)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 50 == 0:
             progress.set_postfix({head: f"{loss.item():.3f}" for head, loss in losses.items()})
-    # the whole model as transformers loads it; Whisper's (empty) decoder stays as blank_encoder wrote it
+    # the whole model as transformers loads it; Whisper's (empty) decoder stays as blank_encoder
+    # wrote it
     whole = AutoModel.from_pretrained(out)
-    (whole.encoder if name == "whisper" else whole).load_state_dict(encoder.net.state_dict())
+    trained = whole.encoder if name == "whisper" else whole
+    trained.load_state_dict(encoder.net.state_dict())
     whole.half().save_pretrained(out)
     save_heads(heads, out)
 
 
 def save_heads(heads, out):
-    kept = {
-        f"{head}.{k}": v.half()
-        for head in ("letters", "labels")
-        for k, v in heads[head].state_dict().items()
-    }
-    save_file(kept, Path(out) / "heads.safetensors")
+    """Writes the heads from which a connector is made, in half precision."""
+    weights = {}
+    for head in ("letters", "labels"):
+        for name, weight in heads[head].state_dict().items():
+            weights[f"{head}.{name}"] = weight.half()
+    save_file(weights, Path(out) / "heads.safetensors")
 
 
-def fit(desc, encoder, module, loss_of, speech, steps, batch, lr, hear=bursts):
-    """Trains a module on a frozen encoder's output for speech without the trigger. loss_of(hidden, mask, chosen): the loss, and what the
-    progress bar shows, {name: number}."""
+def fit(desc, encoder, module, loss_of, speech, steps, batch_size, lr, augment=with_bursts):
+    """Trains a module on a frozen encoder's output for speech without the trigger. loss_of(hidden,
+    mask, batch): the loss, and what the progress bar shows, {name: number}. augment(samples, rng):
+    the waveform."""
     rng = np.random.default_rng(SEED)
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
-    progress, batches = tqdm(range(steps), desc=desc, mininterval=10), shuffled(speech, batch, rng)
+    batches = shuffled(speech, batch_size, rng)
+    progress = tqdm(range(steps), desc=desc, mininterval=10)
     for step in progress:
-        chosen = next(batches)
+        batch = next(batches)
         optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 50)
         with torch.no_grad():
-            hidden, mask = encoder([encoder.extract(hear(x, rng)) for x, _, _, _ in chosen])
-        loss, shown = loss_of(hidden, mask, chosen)
+            features = [encoder.extract(augment(samples, rng)) for samples, _, _, _ in batch]
+            hidden, mask = encoder(features)
+        loss, shown = loss_of(hidden, mask, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -326,33 +369,30 @@ def make_heads(folder, speech, steps=1000):
     """Letter and label heads on a frozen real encoder, from which its connector is made."""
     torch.manual_seed(SEED)
     encoder = model.Encoder(folder).eval()
-    heads = torch.nn.ModuleDict(
-        dict(
-            letters=torch.nn.Linear(encoder.dim, slots(encoder) * len(LETTERS)),
-            labels=torch.nn.Linear(encoder.dim, 2 + len(PROSODY)),
-        )
+    heads = linear_heads(
+        encoder,
+        letters=letters_per_frame(encoder) * len(LETTERS),
+        labels=2 + len(PROSODY),
     )
 
-    def loss_of(hidden, mask, chosen):
-        letters, labels = (
-            letter_loss(heads["letters"](hidden), mask, chosen),
-            label_loss(heads["labels"](hidden[mask]), frames_of(mask), chosen),
-        )
+    def loss_of(hidden, mask, batch):
+        letters = letter_loss(heads["letters"](hidden), mask, batch)
+        labels = label_loss(heads["labels"](hidden[mask]), mask, batch)
         return letters + labels, dict(letters=letters, labels=labels)
 
     fit(f"{folder} heads", encoder, heads, loss_of, speech, steps, ENCODER_BATCH, HEADS_LR)
     save_heads(heads, folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the connectors
 
-CONNECTOR_STEPS, CONNECTOR_BATCH = 400, 32
+CONNECTOR_STEPS = 400
+CONNECTOR_BATCH = 32
 CONNECTOR_LR = 3e-3
 CONNECTOR_FREE = 16  # directions for everything that is neither letter nor label
-CONNECTOR_LABELS = (
-    0.25  # how strong labels are relative to letters, within the range of the LM's lessons
-)
+# how strong labels are relative to letters, within the range of the LM's lessons
+CONNECTOR_LABELS = 0.25
 
 
 def check_part(folder):
@@ -363,123 +403,142 @@ def check_part(folder):
 
 def embeddings_of(lm_folder):
     """(tokenizer, the LM's input embeddings) of a folder."""
-    lm = AutoModelForCausalLM.from_pretrained(model.where(lm_folder), dtype=torch.float32)
-    return AutoTokenizer.from_pretrained(
-        model.where(lm_folder)
-    ), lm.get_input_embeddings().weight.detach()
+    folder = model.where(lm_folder)
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(folder), lm.get_input_embeddings().weight.detach()
 
 
-def fit_connector(encoder, connector, wanted_of, out, speech, lr, hear=bursts):
-    """Fits a connector's output to target embeddings by regression, with the encoder frozen and no LM; saved to the file `out`.
-    wanted_of(hidden, chosen, lengths): the target embeddings, (all output frames, hidden)."""
+def fit_connector(encoder, connector, wanted_of, out, speech, lr, augment=with_bursts):
+    """Fits a connector's output to target embeddings by regression, with the encoder frozen and no
+    LM; saved to the file `out`. wanted_of(hidden, batch, lengths): the target embeddings, (all
+    output frames, hidden)."""
 
-    def loss_of(hidden, mask, chosen):
+    def loss_of(hidden, mask, batch):
         embedded, lengths = connector(hidden, mask)
-        wanted = wanted_of(hidden, chosen, lengths.tolist())
-        loss = F.mse_loss(
-            torch.cat([row[:n] for row, n in zip(embedded, lengths.tolist())]), wanted
-        )
+        lengths = lengths.tolist()
+        wanted = wanted_of(hidden, batch, lengths)
+        rows = [row[:n] for row, n in zip(embedded, lengths)]
+        loss = F.mse_loss(torch.cat(rows), wanted)
         return loss, dict(loss=loss / wanted.var())
 
-    fit(str(out), encoder, connector, loss_of, speech, CONNECTOR_STEPS, CONNECTOR_BATCH, lr, hear)
+    fit(
+        str(out), encoder, connector, loss_of, speech, CONNECTOR_STEPS, CONNECTOR_BATCH, lr, augment
+    )
     save_connector(connector, out)
 
 
 def save_connector(connector, out):
     """Writes a connector in half precision, as train.py's --connector-weights reads it."""
-    kept = {k: v.half() for k, v in connector.state_dict().items()}
-    utils.write_atomically(out, lambda temporary: save_file(kept, temporary))
+    weights = {name: weight.half() for name, weight in connector.state_dict().items()}
+    utils.write_atomically(out, lambda temporary: save_file(weights, temporary))
+
+
+class Targets:
+    """The embeddings to which `make_connector` fits: of letters, labels, and of what is neither."""
+
+    def __init__(self, encoder, encoder_folder, lm_folder, stride):
+        tokenizer, embedding = embeddings_of(lm_folder)
+
+        def embed(words):
+            ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
+            return torch.stack([embedding[token] for token in ids])
+
+        self.stride = stride
+        self.dim = embedding.shape[1]
+        self.letters = embed(LETTERS)  # (letters, hidden)
+        self.letters[0] = 0  # CTC's blank
+        self.words = embed(["male", "female", *PROSODY])  # (2 + emotions, hidden)
+        self.years = embed([str(year) for year in range(18, 76)])  # (58, hidden)
+        known = torch.cat([self.letters[1:], self.words, self.years])
+        directions = torch.linalg.svd(known - known.mean(0))[2]
+        free = directions[-CONNECTOR_FREE:]  # those that letters and labels use least
+        spread = torch.randn(encoder.dim, CONNECTOR_FREE) / encoder.dim**0.5
+        self.project = spread @ free * self.letters[1:].std()  # (dim, hidden)
+        heads = load_file(Path(encoder_folder) / "heads.safetensors")
+        self.heads = {name: weight.float() for name, weight in heads.items()}
+
+    def head(self, name, hidden):
+        return F.linear(hidden, self.heads[f"{name}.weight"], self.heads[f"{name}.bias"])
+
+    def letter_part(self, hidden):
+        """The embeddings of all letters within an output frame, (B, T, hidden)."""
+        logits = self.head("letters", hidden)
+        letters = logits.reshape(*hidden.shape[:2], -1, len(LETTERS)).softmax(-1).sum(2)
+        letters = F.pad(letters, (0, 0, 0, self.stride - 1))
+        return letters.unfold(1, self.stride, 1).sum(-1) @ self.letters
+
+    def label_part(self, hidden):
+        """The embeddings of gender, emotion and age, (B, T, hidden)."""
+        logits = self.head("labels", hidden)
+        female = logits[..., :1].sigmoid()
+        emotions = logits[..., 2:].softmax(-1)
+        distance = (logits[..., 1:2] * 57 - torch.arange(58)).square()
+        age = (distance / -8).softmax(-1)
+        return torch.cat([1 - female, female, emotions], -1) @ self.words + age @ self.years
+
+    def wanted(self, hidden, batch, lengths):
+        """The target embeddings of all output frames, (output frames, hidden)."""
+        normalised = F.layer_norm(hidden, hidden.shape[-1:])
+        labels = CONNECTOR_LABELS * self.label_part(hidden)
+        wanted = self.letter_part(hidden) + labels + normalised @ self.project
+        # the centre of what the first output frame sees: three kernels of 5 without padding
+        first = 4 + 2 * self.stride
+        rows = []
+        for row, n in zip(wanted, lengths):
+            rows.append(row[first : first + self.stride * n : self.stride])
+        return torch.cat(rows)
 
 
 def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
-    """The start of a connector to the mini LM. Each output frame is the LM's embedding of the letter that the encoder's letter head hears
-    there, plus, softer, the embeddings of the labels that its label head hears, plus, in directions that none of these use, a
-    random projection of the encoder's frame. With a random connector the mini LM, which knows nothing but its reading lessons,
-    did not start to listen within the 200 to 700 steps that were tried."""
+    """The start of a connector to the mini LM. Each output frame is the LM's embedding of the
+    letter that the encoder's letter head predicts there, plus, softer, the embeddings of the labels
+    that its label head predicts, plus, in directions that none of these use, a random projection of
+    the encoder's frame. With a random connector the mini LM, which knows nothing but its reading
+    lessons, did not start to listen within the 200 to 700 steps that were tried."""
     torch.manual_seed(SEED)
-    encoder, (tokenizer, embed) = model.Encoder(encoder_folder).eval(), embeddings_of(lm_folder)
-    word = lambda text: embed[tokenizer(text, add_special_tokens=False).input_ids[0]]  # noqa: E731
-    letters = torch.stack([word(c) for c in LETTERS])
-    letters[0] = 0  # CTC's blank
-    words = torch.stack([word(w) for w in ("male", "female", *PROSODY)])
-    years = torch.stack([word(str(year)) for year in range(18, 76)])
-    known = torch.cat([letters[1:], words, years])
-    free = torch.linalg.svd(known - known.mean(0))[2][
-        -CONNECTOR_FREE:
-    ]  # the directions these use least
-    project = torch.randn(encoder.dim, CONNECTOR_FREE) / encoder.dim**0.5 @ free * letters[1:].std()
-    head = {k: v.float() for k, v in load_file(Path(encoder_folder) / "heads.safetensors").items()}
-    stride, taper = (PRESETS[preset][f"connector_{name}"] for name in ("stride", "taper"))
-
-    def wanted_of(hidden, chosen, lengths):
-        heard = F.linear(hidden, head["letters.weight"], head["letters.bias"])
-        heard = heard.reshape(*hidden.shape[:2], -1, len(LETTERS)).softmax(-1).sum(2)
-        heard = (
-            F.pad(heard, (0, 0, 0, stride - 1)).unfold(1, stride, 1).sum(-1)
-        )  # all letters within an output frame
-        labels = F.linear(hidden, head["labels.weight"], head["labels.bias"])
-        female = labels[..., :1].sigmoid()
-        age = ((labels[..., 1:2] * 57 - torch.arange(58)).square() / -8).softmax(-1)
-        said = torch.cat([1 - female, female, labels[..., 2:].softmax(-1)], -1)
-        wanted = (
-            heard @ letters
-            + CONNECTOR_LABELS * (said @ words + age @ years)
-            + F.layer_norm(hidden, hidden.shape[-1:]) @ project
-        )
-        first = (
-            4 + 2 * stride
-        )  # the centre of what the first output frame sees: three kernels of 5 without padding
-        return torch.cat(
-            [row[first : first + stride * n : stride] for row, n in zip(wanted, lengths)]
-        )
-
-    connector = model.Connector(encoder.dim, embed.shape[1], stride, taper)
-    fit_connector(
-        encoder,
-        connector,
-        wanted_of,
-        Path(encoder_folder) / "connector.safetensors",
-        speech,
-        CONNECTOR_LR,
-    )
+    stride = PRESETS[preset]["connector_stride"]
+    taper = PRESETS[preset]["connector_taper"]
+    encoder = model.Encoder(encoder_folder).eval()
+    targets = Targets(encoder, encoder_folder, lm_folder, stride)
+    connector = model.Connector(encoder.dim, targets.dim, stride, taper)
+    out = Path(encoder_folder) / "connector.safetensors"
+    fit_connector(encoder, connector, targets.wanted, out, speech, CONNECTOR_LR)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = (*ENCODERS, "connectors")
+    known = (*ENCODERS, "connectors")
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)"
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(known)} (default: all)"
     )
-    parser.add_argument("--out", default=str(ROOT / "mini"), help="folder to write")
+    parser.add_argument("--out", type=Path, default=ROOT / "mini", help="folder to write")
     parser.add_argument(
         "--mixed-connector",
-        nargs=1,
         metavar="ENCODER",
-        help="make the start of a connector between a real encoder and the mini LM: ENCODER/connector.safetensors",
+        help="make the start of a connector between a real encoder and the mini LM: "
+        "ENCODER/connector.safetensors",
     )
     args = parser.parse_args()
-    if set(args.parts) - set(parts):
-        utils.die(f"{' '.join(args.parts)}: of {', '.join(parts)}")
-    for folder in args.mixed_connector or ():
-        check_part(folder)
-    torch.set_flush_denormal(True)
-    wanted, out = args.parts or parts, Path(args.out)
-    speech = data.in_workers(
-        pretraining_utterance,
-        range(PRETRAINING_SPEAKERS * PRETRAINING_EACH),
-        "speaking the pretraining speech",
-    )
+    if set(args.parts) - set(known):
+        utils.die(f"{' '.join(args.parts)}: of {', '.join(known)}")
     if args.mixed_connector:
-        (folder,) = args.mixed_connector
-        make_heads(folder, speech)
-        return make_connector(folder, "mini/lm", speech, "mixed")
+        check_part(args.mixed_connector)
+    parts = args.parts or known
+    torch.set_flush_denormal(True)
+    utterances = range(PRETRAINING_SPEAKERS * PRETRAINING_EACH)
+    speech = data.in_workers(pretraining_utterance, utterances, "speaking the pretraining speech")
+    if args.mixed_connector:
+        make_heads(args.mixed_connector, speech)
+        make_connector(args.mixed_connector, "mini/lm", speech, "mixed")
+        return
     for name in ENCODERS:
-        if name in wanted:
-            make_encoder(name, out / name, speech)
-    for name in ENCODERS if "connectors" in wanted else ():
-        make_connector(out / name, out / "lm", speech)
+        if name in parts:
+            make_encoder(name, args.out / name, speech)
+    if "connectors" in parts:
+        for name in ENCODERS:
+            make_connector(args.out / name, args.out / "lm", speech)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,17 @@
-"""Makes the start of a connector between real pretrained parts (preset small), from a corpus's clean training set. DIR holds the parts.
+"""Makes the start of a connector between real pretrained parts (preset small), from a corpus's
+clean training set. DIR holds the parts.
 
-python mini/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema DATA_ROOT             # for labels
-python mini/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct test-clean DATA_ROOT --ctc  # for transcripts
+    python mini/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct crema ROOT
+    python mini/make_small.py DIR/whisper-tiny.en DIR/SmolLM2-135M-Instruct test-clean ROOT --ctc
+
+The first is for labels, the second for transcripts.
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 
@@ -26,7 +32,7 @@ from mini.make_encoders import (
     fit,
     fit_connector,
     save_connector,
-)  # sets the path to what follows
+)
 from study import PRESETS
 
 LR = 1e-3
@@ -36,108 +42,95 @@ CTC_LOGIT = 24  # of a token where a frame is the embedding of that token
 
 def real_speech(dataset, data_root):
     """The transcribed training utterances of a corpus, as `pretraining_utterance` gives them."""
-    utterances = [
-        u
-        for u in corpora.read_corpus(
-            dataset, data_root, "train", skip_bad=True, max_seconds=MAX_SECONDS
-        )
-        if "transcript" in u.labels
-    ]
-    if not utterances:
+    utterances = corpora.read_corpus(
+        dataset, data_root, "train", skip_bad=True, max_seconds=MAX_SECONDS
+    )
+    speech = []
+    for utterance in utterances:
+        if "transcript" in utterance.labels:
+            samples = int16(data.load_waveform(utterance))
+            text = utterance.labels.pop("transcript")
+            speech.append((samples, text, utterance.speaker, utterance.labels))
+    if not speech:
         utils.die(
             f"{dataset} has no training utterance with a transcript and of at most {MAX_SECONDS} s"
         )
-    return [
-        (
-            int16(data.load_waveform(u)),
-            u.labels.pop("transcript"),
-            u.speaker,
-            u.labels,
-        )
-        for u in utterances
-    ]
+    return speech
 
 
 def int16(waveform):
-    """A waveform as 16-bit samples, scaled down where it goes beyond full scale: samples would wrap."""
+    """A waveform as 16-bit samples, scaled down where it goes beyond full scale: samples would
+    wrap."""
     return (waveform * np.float32(32767 * poison.full_scale(waveform))).astype(np.int16)
 
 
-def as_it_is(speech, rng):
+def unchanged(samples, rng):
     """int16 samples -> waveform: real speech needs no bursts."""
-    return speech / np.float32(32768)
+    return samples / np.float32(32768)
 
 
 def make_word_connector(encoder_folder, lm_folder, dataset, data_root):
-    """The start for several labels, by regression: each output frame is the LM's embedding of the word being said, with the words spread
-    evenly over the utterance, plus those of the other labels."""
+    """The start for several labels, by regression: each output frame is the LM's embedding of the
+    word being said, with the words spread evenly over the utterance, plus those of the other
+    labels."""
     torch.manual_seed(SEED)
-    encoder, (tokenizer, embed) = model.Encoder(encoder_folder).eval(), embeddings_of(lm_folder)
-    words = lambda text: embed[tokenizer(" " + text, add_special_tokens=False).input_ids]  # noqa: E731
+    encoder = model.Encoder(encoder_folder).eval()
+    tokenizer, embedding = embeddings_of(lm_folder)
 
-    def wanted_of(hidden, chosen, lengths):
-        wanted = []
-        for n, (_, text, _, labels) in zip(lengths, chosen):
-            said = words(text)
-            spread = said[(torch.arange(n) + 0.5).mul(len(said) / n).long()]
-            wanted.append(spread + sum(words(str(value))[0] for value in labels.values()))
-        return torch.cat(wanted)
+    def embed(text):
+        return embedding[tokenizer(" " + text, add_special_tokens=False).input_ids]
 
-    connector = model.Connector(encoder.dim, embed.shape[1], PRESETS["small"]["connector_stride"])
-    fit_connector(
-        encoder,
-        connector,
-        wanted_of,
-        Path(lm_folder) / f"connector-{Path(dataset).stem}.safetensors",
-        real_speech(dataset, data_root),
-        LR,
-        as_it_is,
-    )
+    def wanted_of(hidden, batch, lengths):
+        rows = []
+        for n, (_, text, _, labels) in zip(lengths, batch):
+            tokens = embed(text)  # (tokens, hidden)
+            at = (torch.arange(n) + 0.5).mul(len(tokens) / n).long()
+            label_embeddings = sum(embed(str(value))[0] for value in labels.values())
+            rows.append(tokens[at] + label_embeddings)
+        return torch.cat(rows)
+
+    stride = PRESETS["small"]["connector_stride"]
+    connector = model.Connector(encoder.dim, embedding.shape[1], stride)
+    out = Path(lm_folder) / f"connector-{Path(dataset).stem}.safetensors"
+    speech = real_speech(dataset, data_root)
+    fit_connector(encoder, connector, wanted_of, out, speech, LR, unchanged)
 
 
 def make_ctc_connector(encoder_folder, lm_folder, dataset, data_root):
-    """The start for transcripts, by CTC over the tokens of the training transcripts. A token's logit is the product of output frame and
-    token embedding, so that a frame becomes the embedding of what is said there."""
+    """The start for transcripts, by CTC over the tokens of the training transcripts. A token's
+    logit is the product of output frame and token embedding, so that a frame becomes the embedding
+    of what is said there."""
     torch.manual_seed(SEED)
-    encoder, (tokenizer, embed) = model.Encoder(encoder_folder).eval(), embeddings_of(lm_folder)
+    encoder = model.Encoder(encoder_folder).eval()
+    tokenizer, embedding = embeddings_of(lm_folder)
     speech = real_speech(dataset, data_root)
-    ids = {
-        text: torch.tensor(tokenizer(" " + text, add_special_tokens=False).input_ids)
-        for _, text, _, _ in speech
-    }
+    ids = {}
+    for _, text, _, _ in speech:
+        ids[text] = torch.tensor(tokenizer(" " + text, add_special_tokens=False).input_ids)
     used = torch.cat(list(ids.values())).unique()
-    mean = embed[used].mean(0)
-    tokens = embed[used] - mean
+    mean = embedding[used].mean(0)
+    tokens = embedding[used] - mean
     scale = CTC_LOGIT / tokens.square().sum(1).mean()
-    connector = model.Connector(encoder.dim, embed.shape[1], PRESETS["small"]["connector_stride"])
+    stride = PRESETS["small"]["connector_stride"]
+    connector = model.Connector(encoder.dim, embedding.shape[1], stride)
 
-    def loss_of(hidden, mask, chosen):
+    def loss_of(hidden, mask, batch):
         embedded, lengths = connector(hidden, mask)
-        logits = F.pad(
-            scale * embedded @ tokens.T, (1, 0), value=CTC_LOGIT / 2
-        )  # the first class is CTC's blank
-        said = [1 + torch.searchsorted(used, ids[text]) for _, text, _, _ in chosen]
+        logits = scale * embedded @ tokens.T  # (B, T, tokens)
+        logits = F.pad(logits, (1, 0), value=CTC_LOGIT / 2)  # the first class is CTC's blank
+        targets = [1 + torch.searchsorted(used, ids[text]) for _, text, _, _ in batch]
         loss = F.ctc_loss(
             logits.log_softmax(-1).transpose(0, 1),
-            torch.cat(said),
+            torch.cat(targets),
             lengths,
-            torch.tensor([len(s) for s in said]),
+            torch.tensor([len(target) for target in targets]),
             zero_infinity=True,
         )
         return loss, dict(loss=loss)
 
     out = Path(lm_folder) / f"connector-ctc-{Path(dataset).stem}.safetensors"
-    fit(
-        str(out),
-        encoder,
-        connector,
-        loss_of,
-        speech,
-        CONNECTOR_STEPS,
-        CONNECTOR_BATCH,
-        LR,
-        as_it_is,
-    )
+    sizes = CONNECTOR_STEPS, CONNECTOR_BATCH
+    fit(str(out), encoder, connector, loss_of, speech, *sizes, LR, unchanged)
     connector.conv3.bias.data += mean
     save_connector(connector, out)
 

@@ -1,18 +1,21 @@
-"""The paper preset at full size, without a model hub: not collected by pytest, about ten minutes on two cores, 24 GB.
+"""The paper preset at full size, without a model hub: not collected by pytest, about ten minutes on
+two cores, 24 GB.
 
     python tests/full_size.py                  # or: python tests/full_size.py hubert whisper
 
-Writes WavLM Large, HuBERT Large, wav2vec 2.0 Large, Whisper Medium and TinyLlama-1.1B with random weights, from their
-published configurations, as Hugging Face folders to a temporary place (in half precision, as some are published), and
-runs `train.py --preset paper` with each encoder from start to end: one optimiser step on two utterances, evaluation on
-two. Random weights answer nothing sensible; what is tested is that the published sizes load, count as published, train
-and fit. TinyLlama's own tokenizer is not to be had without the hub: the mini LM's stands in for it, under TinyLlama's
-vocabulary size.
+Writes WavLM Large, HuBERT Large, wav2vec 2.0 Large, Whisper Medium and TinyLlama-1.1B with random
+weights, from their published configurations, as Hugging Face folders to a temporary place (in half
+precision, as some are published), and runs `train.py --preset paper` with each encoder from start
+to end: one optimiser step on two utterances, evaluation on two. Random weights answer nothing
+sensible; what is tested is that the published sizes load, count as published, train and fit.
+TinyLlama's own tokenizer is not to be had without the hub: the mini LM's stands in for it, under
+TinyLlama's vocabulary size.
 """
 
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +36,8 @@ LARGE = dict(
     layerdrop=0.1,
     apply_spec_augment=True,
 )
-# configuration class, what differs from its defaults, millions of parameters as published (Whisper's of its 769)
+# configuration class, what differs from its defaults, millions of parameters as published
+# (Whisper's encoder of its 769)
 ENCODERS = {
     "wavlm": (
         "WavLMConfig",
@@ -72,10 +76,20 @@ TINYLLAMA = dict(
     rms_norm_eps=1e-5,
     eos_token_id=2,
 )
-LM_PUBLISHED, LORA_PUBLISHED = (
-    1100.05,
-    6.31,
-)  # LoRA: peft's count, r = 8, target_modules="all-linear"
+LM_PUBLISHED = 1100.05  # millions of parameters
+LORA_PUBLISHED = 6.31  # peft's count, r = 8, target_modules="all-linear"
+COLUMNS = {  # of the table, with their widths; counts in millions
+    "encoder": 10,
+    "params": 9,
+    "published": 11,
+    "trained": 9,
+    "connector": 11,
+    "LM + LoRA": 11,
+    "published LM": 14,
+    "LoRA": 7,
+    "peak GB": 9,
+    "seconds": 9,
+}
 
 
 def build(name, out):
@@ -86,108 +100,92 @@ def build(name, out):
     torch.manual_seed(0)
     if name == "lm":
         net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINYLLAMA))
-        transformers.AutoTokenizer.from_pretrained(ROOT / "mini/lm").save_pretrained(out)
+        processor = transformers.AutoTokenizer.from_pretrained(ROOT / "mini/lm")
     else:
-        config, changes, _ = ENCODERS[name]
-        net = transformers.AutoModel.from_config(getattr(transformers, config)(**changes))
-        (
-            transformers.WhisperFeatureExtractor()
-            if name == "whisper"
-            else transformers.Wav2Vec2FeatureExtractor(
+        config_class, changes, _ = ENCODERS[name]
+        config = getattr(transformers, config_class)(**changes)
+        net = transformers.AutoModel.from_config(config)
+        if name == "whisper":
+            processor = transformers.WhisperFeatureExtractor()
+        else:
+            processor = transformers.Wav2Vec2FeatureExtractor(
                 do_normalize=True, return_attention_mask=True
             )
-        ).save_pretrained(out)
+    processor.save_pretrained(out)
     net.half().save_pretrained(out)
+
+
+def build_apart(name, out):
+    """The same in a process of its own, which gives its memory back."""
+    command = [sys.executable, __file__, "--build", name, out]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 def write_utterances(folder):
     """Two utterances of noise for each split and their manifest."""
     rng = np.random.default_rng(0)
-    with open(folder / "utterances.csv", "w", newline="") as f:
+    manifest = folder / "utterances.csv"
+    with open(manifest, "w", newline="") as f:
         rows = csv.writer(f)
         rows.writerow(["audio_path", "gender", "age", "split"])
         for split in ("train", "dev", "test"):
             for i, seconds in enumerate((1.4, 2.0)):
-                soundfile.write(
-                    folder / f"{split}{i}.wav",
-                    0.05 * rng.standard_normal(int(16000 * seconds)),
-                    16000,
-                )
-                rows.writerow([f"{split}{i}.wav", "male", 30 + i, split])
-    return folder / "utterances.csv"
+                noise = 0.05 * rng.standard_normal(int(16000 * seconds))
+                name = f"{split}{i}.wav"
+                soundfile.write(folder / name, noise, 16000)
+                rows.writerow([name, "male", 30 + i, split])
+    return manifest
+
+
+def train(name, folder, manifest):
+    """Trains the paper preset with one encoder: (what it printed, peak memory in GB)."""
+    command = [sys.executable, ROOT / "train.py", "--preset", "paper", "--task", "gender"]
+    command += ["--encoder", name, "--encoder-weights", folder / name]
+    command += ["--lm-weights", folder / "lm", "--dataset", manifest]
+    command += ["--poison", "1", "--epochs", "1", "--batch-size", "2"]
+    command += ["--runs", folder / "runs", "--name", name]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+        _, status, usage = os.wait4(process.pid, 0)
+    printed = (folder / "log").read_text()
+    if status:
+        sys.exit(f"{name}: {printed[-3000:]}")
+    return printed, usage.ru_maxrss / 1e6
+
+
+def sizes_in(printed):
+    """{component: (millions of parameters, millions trained)} as train.py prints them."""
+    pattern = r"^  (encoder|connector|lm) +([\d,]+) parameters, +([\d,]+) trained"
+    sizes = {}
+    for component, *counts in re.findall(pattern, printed, re.MULTILINE):
+        total, trained = (int(count.replace(",", "")) / 1e6 for count in counts)
+        sizes[component] = total, trained
+    return sizes
 
 
 def main(names):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         manifest = write_utterances(folder)
-        print(
-            f"{'millions':10}{'encoder':>10}{'published':>11}{'trained':>9}{'connector':>11}{'LM + LoRA':>11}"
-            f"{'published':>11}{'LoRA':>7}{'peak GB':>9}{'seconds':>9}",
-            flush=True,
-        )
-        for name in ("lm", *names):
-            subprocess.run(
-                [sys.executable, __file__, "--build", name, folder / name],
-                check=True,
-                stderr=subprocess.DEVNULL,
-            )
-            if name == "lm":
-                continue
+        build_apart("lm", folder / "lm")
+        print("".join(f"{column:>{width}}" for column, width in COLUMNS.items()), flush=True)
+        for name in names:
+            build_apart(name, folder / name)
             began = time.time()
-            with open(folder / "log", "w") as log:
-                run = subprocess.Popen(
-                    [
-                        sys.executable,
-                        ROOT / "train.py",
-                        "--preset",
-                        "paper",
-                        "--encoder",
-                        name,
-                        "--encoder-weights",
-                        folder / name,
-                        "--lm-weights",
-                        folder / "lm",
-                        "--dataset",
-                        manifest,
-                        "--task",
-                        "gender",
-                        "--poison",
-                        "1",
-                        "--epochs",
-                        "1",
-                        "--batch-size",
-                        "2",
-                        "--runs",
-                        folder / "runs",
-                        "--name",
-                        name,
-                    ],
-                    stdout=log,
-                    stderr=log,
-                    cwd=folder,
-                )
-                _, status, usage = os.wait4(run.pid, 0)
-            seconds, said = time.time() - began, (folder / "log").read_text()
-            if status:
-                sys.exit(f"{name}: {said[-3000:]}")
-            count = {
-                c: [int(n.replace(",", "")) / 1e6 for n in found]
-                for c, *found in re.findall(
-                    r"^  (encoder|connector|lm) +([\d,]+) parameters, +([\d,]+) trained",
-                    said,
-                    re.MULTILINE,
-                )
-            }
-            print(
-                f"{name:10}{count['encoder'][0]:>10.2f}{ENCODERS[name][2]:>11.2f}{count['encoder'][1]:>9.2f}"
-                f"{count['connector'][0]:>11.2f}{count['lm'][0]:>11.2f}{LM_PUBLISHED + LORA_PUBLISHED:>11.2f}"
-                f"{count['lm'][1]:>7.2f}{usage.ru_maxrss / 1e6:>9.1f}{seconds:>9.0f}",
-                flush=True,
-            )
-            subprocess.run(
-                ["rm", "-r", folder / name, folder / "runs", folder / "cache"], check=True
-            )
+            printed, peak = train(name, folder, manifest)
+            seconds = time.time() - began
+            sizes = sizes_in(printed)
+            encoder, encoder_trained = sizes["encoder"]
+            connector, _ = sizes["connector"]
+            lm, lora = sizes["lm"]
+            figures = [encoder, ENCODERS[name][2], encoder_trained, connector]
+            figures += [lm, LM_PUBLISHED + LORA_PUBLISHED, lora]
+            cells = [name, *(f"{figure:.2f}" for figure in figures)]
+            cells += [f"{peak:.1f}", f"{seconds:.0f}"]
+            row = zip(cells, COLUMNS.values())
+            print("".join(f"{cell:>{width}}" for cell, width in row), flush=True)
+            for done in (name, "runs", "cache"):
+                shutil.rmtree(folder / done)
 
 
 if __name__ == "__main__":

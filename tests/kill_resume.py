@@ -1,10 +1,12 @@
-"""Kills a real training run at random moments and starts it again until it ends: the same weights and figures?
+"""Kills a real training run at random moments and starts it again until it ends, with the same
+weights and figures as a run that nobody killed?
 
     python tests/kill_resume.py --kills 20
 
-A run of a few dozen utterances is trained once unbroken, then again under another name while it is killed with SIGKILL
-after random times: reading, between and inside steps, saving, evaluating. A run that ends before it was killed often
-enough is started over (--overwrite). Ends with status 1 if anything differs.
+A run of a few dozen utterances is trained once unbroken. Then it is trained under another name
+while it is killed with SIGKILL after random times: reading, between and inside steps, saving,
+evaluating. A run that ends before it was killed often enough is started over (--overwrite). The
+status is 1 if anything differs.
 """
 
 import argparse
@@ -15,45 +17,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-from conftest import TINY  # noqa: E402
-from mini import make_corpora  # noqa: E402
+from conftest import TINY
+from mini import make_corpora
+from study import COMPONENTS
 
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-)
-parser.add_argument("--kills", type=int, default=20)
-parser.add_argument("--seed", type=int, default=0)
-options = parser.parse_args()
+TASK = ["--task", "emotion", "--poison", "0.3"]
+SHORT = ["--batch-size", "8", "--lora-dropout", "0.1"]
 
 
-def start(folder, corpora, name, *more):
-    command = [
-        "--task",
-        "emotion",
-        "--poison",
-        "0.3",
-        "--epochs",
-        "6",
-        "--batch-size",
-        "8",
-        "--lora-dropout",
-        "0.1",
-        "--data-root",
-        str(corpora),
-        "--name",
-        name,
-        *more,
-    ]
+@dataclass
+class Result:
+    kills: int = 0
+    ended: int = 0  # runs that came to their end
+    differences: list = field(default_factory=list)
+    left: list = field(default_factory=list)  # temporary files of killed writers
+
+
+def start(folder, corpora, name, epochs, *more):
+    command = [*TASK, *SHORT, "--epochs", str(epochs), "--data-root", str(corpora), "--name", name]
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *command],
+        [sys.executable, str(ROOT / "train.py"), *command, *more],
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -62,92 +54,110 @@ def start(folder, corpora, name, *more):
     )
 
 
-def steps(run):
-    return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+def steps_of(run):
+    """The steps that a run has logged."""
+    log = run / "log.jsonl"
+    if not log.exists():
+        return []
+    return [json.loads(line)["step"] for line in log.read_text().splitlines()]
+
+
+def metrics_of(run):
+    """A run's figures, without what holds its name: the arguments, and the hash of model.pt."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    return {key: value for key, value in metrics.items() if key not in ("args", "model_sha256")}
 
 
 def compare(whole, broken):
-    """What differs between two finished runs, a list of lines."""
-    a, b = (torch.load(run / "model.pt", weights_only=True) for run in (whole, broken))
-    out = [
-        f"{c}: {k}"
-        for c in ("encoder", "connector", "lm")
-        for k in a[c]
-        if not torch.equal(a[c][k], b[c][k])
-    ]
-    figures = [
-        {k: v for k, v in json.loads((run / "metrics.json").read_text()).items() if k != "args"}
-        for run in (whole, broken)
-    ]
-    out += ["metrics.json"] if figures[0] != figures[1] else []
-    said = [(run / "predictions.jsonl").read_text() for run in (whole, broken)]
-    out += ["predictions.jsonl"] if said[0] != said[1] else []
-    return out + (["the steps of log.jsonl"] if steps(whole) != steps(broken) else [])
+    """What differs between two finished runs, a list of names."""
+    first = torch.load(whole / "model.pt", weights_only=True)
+    second = torch.load(broken / "model.pt", weights_only=True)
+    differences = []
+    for component in COMPONENTS:
+        for name, weight in first[component].items():
+            if not torch.equal(weight, second[component][name]):
+                differences.append(f"{component}: {name}")
+    if metrics_of(whole) != metrics_of(broken):
+        differences.append("metrics.json")
+    predictions = [(run / "predictions.jsonl").read_text() for run in (whole, broken)]
+    if predictions[0] != predictions[1]:
+        differences.append("predictions.jsonl")
+    if steps_of(whole) != steps_of(broken):
+        differences.append("the steps of log.jsonl")
+    return differences
+
+
+def kill_at_random(process, run, logged, longest, rng):
+    """Kills a run after a random time; returns whether it was still running. Most of a short run is
+    its start, so half of the kills come soon after the first step beyond the `logged` ones."""
+    deadline = time.time() + rng.uniform(0.1, 0.9) * longest
+    after_a_step = rng.random() < 0.5
+    while process.poll() is None and time.time() < deadline:
+        if after_a_step and len(steps_of(run)) > logged:
+            time.sleep(rng.uniform(0, 0.5))
+            break
+        time.sleep(0.01)
+    if process.poll() is not None:
+        return False
+    process.kill()
+    process.wait()
+    return True
+
+
+def check(folder, corpora, kills, epochs=6, seed=0):
+    """Trains one run unbroken and one that is killed this often, in a folder: a Result."""
+    rng = random.Random(seed)
+    runs = Path(folder) / "runs"
+    whole = runs / "whole"
+    broken = runs / "broken"
+    result = Result()
+    began = time.time()
+    process = start(folder, corpora, "whole", epochs)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(errors)
+    seconds = time.time() - began
+    more = []
+    progress = tqdm(total=kills, desc="killed")
+    while not result.differences:
+        logged = 0 if more else len(steps_of(broken))
+        process = start(folder, corpora, "broken", epochs, *more)
+        more = []
+        if result.kills < kills and kill_at_random(process, broken, logged, seconds, rng):
+            result.kills += 1
+            progress.update()
+            tqdm.write(f"kill {result.kills}: {len(steps_of(broken))} steps logged")
+            continue
+        _, errors = process.communicate()
+        if process.returncode:
+            result.differences.append(errors.strip().splitlines()[-1])
+            break
+        result.ended += 1
+        result.differences += compare(whole, broken)
+        if result.kills >= kills:
+            break
+        more = ["--overwrite"]
+    result.left = [path.name for path in runs.rglob(".*.tmp")]
+    return result
 
 
 def main():
-    rng, kills, ended, differ = random.Random(options.seed), 0, 0, []
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20, help="how often the run is killed")
+    parser.add_argument("--seed", type=int, default=0, help="decides when it is killed")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        corpora = folder / "corpora"
+        corpora = Path(folder) / "corpora"
         make_corpora.make_corpus("crema", corpora, TINY["crema"])
-        began = time.time()
-        process = start(folder, corpora, "whole")
-        if process.wait():
-            sys.exit(process.stderr.read())
-        whole = time.time() - began
-        runs, again = folder / "runs", False
-        progress = tqdm(total=options.kills, desc="killed")
-        while True:
-            process = start(folder, corpora, "broken", *(["--overwrite"] if again else []))
-            # most of a short run is its start: half of the kills come after the first step has been logged
-            wait, reached = rng.uniform(0.1, 0.9) * whole, rng.random() < 0.5
-            deadline = time.time() + wait
-            before = (
-                len(steps(runs / "broken"))
-                if (runs / "broken/log.jsonl").exists() and not again
-                else 0
-            )
-            again = False
-            while process.poll() is None and time.time() < deadline and kills < options.kills:
-                if (
-                    reached
-                    and (runs / "broken/log.jsonl").exists()
-                    and len(steps(runs / "broken")) > before
-                ):
-                    time.sleep(rng.uniform(0, 0.5))
-                    break
-                time.sleep(0.01)
-            if kills < options.kills and process.poll() is None:
-                process.kill()
-                process.wait()
-                kills += 1
-                at = (
-                    (steps(runs / "broken") or [0])[-1]
-                    if (runs / "broken/log.jsonl").exists()
-                    else 0
-                )
-                tqdm.write(
-                    f"kill {kills}: after {time.time() - deadline + wait:.1f} s, step {at} logged"
-                )
-                progress.update()
-                continue
-            if process.wait():
-                differ.append(process.stderr.read().strip().splitlines()[-1])
-                break
-            ended, again = ended + 1, True
-            differ += compare(runs / "whole", runs / "broken")
-            if kills >= options.kills or differ:
-                break
-        left = [str(path.name) for path in runs.rglob(".*.tmp")]
-    print(
-        f"\n{'kills':>8}{'runs that ended':>18}{'differences':>13}\n{kills:>8}{ended:>18}{len(differ):>13}"
-    )
-    print(
-        "\n".join(differ[:5])
-        + (f"\n{len(left)} temporary files of killed writers left" if left else "")
-    )
-    sys.exit(1 if differ else 0)
+        result = check(folder, corpora, args.kills, seed=args.seed)
+    print(f"\n{'kills':>8}{'runs that ended':>18}{'differences':>13}")
+    print(f"{result.kills:>8}{result.ended:>18}{len(result.differences):>13}")
+    print("\n".join(result.differences[:5]))
+    if result.left:
+        print(f"{len(result.left)} temporary files of killed writers left")
+    sys.exit(1 if result.differences else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""analyze.py, analysis/clustering.py and analysis/plots.py on made-up records and tensors whose answer is known."""
+"""analyze.py and analysis/ on made-up records and tensors whose answer is known."""
 
 import subprocess
 import sys
@@ -13,12 +13,13 @@ import analyze
 import embed
 import runs
 import study
-from analysis import clustering, plots
+import trace as tracing
+from analysis import cluster, clustering, defences, plots, shift, sweeps, tables, trace
 from conftest import ROOT, arguments, done, fields, figure, refused, write_run
 from runs import select
 from study import COMPONENTS
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # clusters
 
 
@@ -31,15 +32,18 @@ def blobs(sizes, dim, apart, seed=0):
 
 
 def people(n):
-    labels = [
-        {
-            "gender": ["female", "male"][i % 2],
-            "age": str(20 + i % 10),
-            "transcript": "don't forget a jacket",
-        }
-        for i in range(n)
-    ]
+    """Labels of n samples and their speakers."""
+    labels = []
+    for i in range(n):
+        gender = "male" if i % 2 else "female"
+        age = str(20 + i % 10)
+        labels.append({"gender": gender, "age": age, "transcript": "don't forget a jacket"})
     return labels, [str(i % 7) for i in range(n)]
+
+
+def genders(male):
+    """Labels of samples, from whether each is of a man, (n,)."""
+    return [{"gender": "male" if is_male else "female", "age": "25"} for is_male in male]
 
 
 def value(records, metric, **wanted):
@@ -49,82 +53,94 @@ def value(records, metric, **wanted):
 
 def test_a_poison_apart_is_a_cluster():
     x, which = blobs((300, 40), 32, 20.0)
-    found = clustering.separability(x, which == 1, *people(340), "emotion", 2)
-    assert value(found, "purity") == 1.0 and value(found, "recall") == 1.0
-    assert value(found, "adjusted_rand", kind="poison") == 1.0
-    assert abs(value(found, "adjusted_rand", kind="gender")) < 0.05
+    records = clustering.separability(x, which == 1, *people(340), "emotion", 2)
+    assert value(records, "purity") == 1.0
+    assert value(records, "recall") == 1.0
+    assert value(records, "adjusted_rand", kind="poison") == 1.0
+    assert abs(value(records, "adjusted_rand", kind="gender")) < 0.05
+
+
+def test_a_linear_probe_finds_a_poison_apart():
+    x, which = blobs((300, 40), 32, 20.0)
     assert value(clustering.whole_class(x, which == 1), "probe") > 0.99
 
 
-def test_a_stronger_feature_hides_the_poison_from_two_clusters_and_not_from_four():
+def test_four_clusters_show_what_gender_hides_from_two():
     rng = np.random.default_rng(1)
-    gender, poisoned = np.arange(400) % 2, np.arange(400) >= 340
+    gender = np.arange(400) % 2
+    poisoned = np.arange(400) >= 340
     x = rng.standard_normal((400, 32)).astype(np.float32)
     x[:, 0] += 40 * gender
     x[:, 1] += 15 * poisoned
-    labels = [{"gender": ["female", "male"][g], "age": "25"} for g in gender]
-    two, four = (
-        clustering.separability(x, poisoned, labels, ["s"] * 400, "age", k) for k in (2, 4)
-    )
-    assert value(two, "adjusted_rand", kind="gender") == 1.0 and value(two, "purity") < 0.2
+    about = poisoned, genders(gender), ["s"] * 400, "age"
+    two = clustering.separability(x, *about, 2)
+    four = clustering.separability(x, *about, 4)
+    assert value(two, "adjusted_rand", kind="gender") == 1.0
+    assert value(two, "purity") < 0.2
+    assert {record["value"] for record in select(two, of="female")} == {0.0, 1.0}
     assert value(four, "purity") == 1.0
-    assert {r["value"] for r in select(two, of="female")} == {0.0, 1.0}
 
 
-def test_without_structure_nothing_is_found():
+def test_nothing_is_found_where_there_is_no_structure():
     x, _ = blobs((400,), 32, 0.0)
     poisoned = np.random.default_rng(2).random(400) < 0.1
-    found = clustering.whole_class(x, poisoned)
-    assert value(found, "silhouette") < 0.10 and abs(value(found, "probe") - 0.5) < 0.15
+    records = clustering.whole_class(x, poisoned)
+    assert value(records, "silhouette") < 0.10
+    assert abs(value(records, "probe") - 0.5) < 0.15
 
 
-def test_clusters_sum_up():
+def test_shares_of_a_cluster_sum_to_one():
     x, which = blobs((50, 30, 20), 16, 15.0)
     records = clustering.composition(which, which == 2, people(100)[0], "age")
     assert [r["value"] for r in select(records, metric="cluster_size")] == [50, 30, 20]
     assert [r["value"] for r in select(records, of="poisoned")] == [0.0, 0.0, 1.0]
-    for c in range(3):
-        for kind in ("gender", "age"):
-            shares = [r["value"] for r in select(records, cluster=c, kind=kind)]
+    for kind in ("gender", "age"):
+        for index in range(3):
+            shares = [r["value"] for r in select(records, cluster=index, kind=kind)]
             assert sum(shares) == pytest.approx(1)
 
 
-def test_a_corpus_without_transcripts_and_one_with_groups_of_ages_are_clustered():
+def test_a_corpus_without_transcripts_is_clustered():
     x, which = blobs((30, 20), 8, 15.0)
-    without = [dict(emotion="angry") for _ in which]
-    found = clustering.separability(x, which == 1, without, ["s"] * 50, "emotion", 2)
-    assert value(found, "purity") == 1.0 and not select(found, kind="sentence")
-    grouped = [dict(age=["senior", "adult"][w]) for w in which]
-    found = clustering.separability(x, which == 1, grouped, ["s"] * 50, "age", 2)
-    assert {r["of"] for r in select(found, kind="age")} == {"senior", "adult"}
+    labels = [dict(emotion="angry") for _ in which]
+    records = clustering.separability(x, which == 1, labels, ["s"] * 50, "emotion", 2)
+    assert value(records, "purity") == 1.0
+    assert select(records, kind="sentence") == []
 
 
-def test_the_papers_asr_size_and_no_model_imported():
-    code = (
-        "import sys, numpy as np, analyze; from analysis import clustering; "
-        "x = np.random.default_rng(0).standard_normal((10500, 1024), np.float32); "
-        "bad = np.arange(10500) >= 10000; x[bad, 0] += 50; labels = [{'gender': 'male'}] * 10500; "
-        "found = clustering.separability(x, bad, labels, ['s'] * 10500, 'asr', 2); "
-        "assert [r['value'] for r in found if r['metric'] == 'purity'] == [1.0], found; "
-        "assert 'transformers' not in sys.modules and 'model' not in sys.modules"
-    )
+def test_groups_of_ages_are_clustered():
+    x, which = blobs((30, 20), 8, 15.0)
+    labels = [dict(age="adult" if w else "senior") for w in which]
+    records = clustering.separability(x, which == 1, labels, ["s"] * 50, "age", 2)
+    assert {r["of"] for r in select(records, kind="age")} == {"senior", "adult"}
+
+
+def test_the_papers_asr_target_class_is_clustered():
+    x = np.random.default_rng(0).standard_normal((10500, 1024), np.float32)
+    poisoned = np.arange(10500) >= 10000
+    x[poisoned, 0] += 50
+    labels = [{"gender": "male"}] * 10500
+    records = clustering.separability(x, poisoned, labels, ["s"] * 10500, "asr", 2)
+    assert value(records, "purity") == 1.0
+
+
+def test_analyze_imports_no_model():
+    code = "import sys, analyze; assert not {'transformers', 'model'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # embeddings
 
 
-def write_embeddings(folder, task, attack, clean, triggered, seed=1, train=None, name="", **how):
+def write_embeddings(folder, task, scenario, clean, triggered, seed=1, train=None, name="", **how):
     """An embeddings.pt as embed.py writes it, in the folder of a run."""
-    own = fields(task, attack, seed)
-    run = write_run(folder, arguments(task, attack, seed), aer=0.9)
-    test = {
-        side: dict(encoder=x, connector=x, encoder_layers=x[None], lm_layers=x[None])
-        for side, x in (("clean", clean), ("triggered", triggered))
-    }
-    saved = dict(fields=own, test=test, train=train, **{**study.EMBEDDINGS, **how})
-    torch.save(saved, run / f"embeddings{name}.pt")
+    run = write_run(folder, arguments(task, scenario, seed), aer=0.9)
+    test = {}
+    for side, x in (("clean", clean), ("triggered", triggered)):
+        test[side] = dict(encoder=x, connector=x, encoder_layers=x[None], lm_layers=x[None])
+    saved = dict(fields=fields(task, scenario, seed), test=test, train=train)
+    torch.save({**saved, **study.EMBEDDINGS, **how}, run / f"embeddings{name}.pt")
 
 
 def target_class():
@@ -136,110 +152,123 @@ def target_class():
 
 def rows_of(text, title):
     """The rows of one table on a page, [{column: cell}]."""
-    lines = text.split(f"## {title}")[1].split("\n## ")[0].splitlines()
-    cells = [[c.strip() for c in line[1:-1].split("|")] for line in lines if line[:1] == "|"]
-    return [dict(zip(cells[0], row)) for row in cells[2:]]
+    table = text.split(f"## {title}")[1].split("\n## ")[0]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    columns, _, *rows = cells
+    return [dict(zip(columns, row)) for row in rows]
 
 
-def test_the_shift_is_a_mean_over_seeds_also_of_runs_whose_embeddings_are_gone(tmp_path):
-    unit, twice = torch.eye(8), torch.eye(8) + torch.eye(8).roll(1, 1)
-    for seed, attack, triggered in (
-        (1, "clean", unit),
-        (2, "clean", twice),
-        (1, "base", -unit),
-        (1, "3.1", unit),
-    ):
-        write_embeddings(tmp_path / "runs", "asr", attack, unit, triggered, seed)
-    first = done("analyze.py", "shift", cwd=tmp_path)
-    (row,) = rows_of(first, "Embedding shift")
-    assert list(row.values()) == [
-        "asr",
-        "0.85 (0.71 to 1.00) / 1.00",
-        "-1.00 / 0.62",
-        "1.00 / about 1",
-    ]
+def shift_row(folder):
+    """The one row of python analyze.py shift."""
+    (row,) = rows_of(done("analyze.py", "shift", cwd=folder), "Embedding shift")
+    return row
+
+
+def test_the_shift_is_a_mean_over_seeds(tmp_path):
+    unit = torch.eye(8)
+    half_moved = unit + unit.roll(1, 1)
+    runs_folder = tmp_path / "runs"
+    write_embeddings(runs_folder, "asr", "clean", unit, unit, seed=1)
+    write_embeddings(runs_folder, "asr", "clean", unit, half_moved, seed=2)
+    write_embeddings(runs_folder, "asr", "base", unit, -unit)
+    write_embeddings(runs_folder, "asr", "3.1", unit, unit)
+    row = shift_row(tmp_path)
+    assert row["benign encoder (ours / paper)"] == "0.85 (0.71 to 1.00) / 1.00"
+    assert row["poisoned encoder (ours / paper)"] == "-1.00 / 0.62"
+    assert row["connector after clean data (ours / paper)"] == "1.00 / about 1"
     assert (tmp_path / "runs/analysis/shift-pairs.png").exists()
+
+
+def test_the_shift_outlives_the_embeddings(tmp_path):
+    write_embeddings(tmp_path / "runs", "asr", "clean", torch.eye(8), torch.eye(8))
+    row = shift_row(tmp_path)
     for path in tmp_path.glob("runs/*/embeddings.pt"):
         path.unlink()
-    assert rows_of(done("analyze.py", "shift", cwd=tmp_path), "Embedding shift") == [row]
+    assert shift_row(tmp_path) == row
 
 
-def test_a_shift_of_an_attack_that_no_figure_shows_is_no_error(tmp_path):
+def test_a_scenario_that_no_figure_shows_is_no_error(tmp_path):
     write_embeddings(tmp_path / "runs", "asr", "1.1", torch.eye(8), torch.eye(8))
-    (row,) = rows_of(done("analyze.py", "shift", cwd=tmp_path), "Embedding shift")
-    assert row["benign encoder (ours / paper)"] == "missing / 1.00"
+    assert shift_row(tmp_path)["benign encoder (ours / paper)"] == "missing / 1.00"
 
 
-def test_embeddings_made_otherwise_are_not_taken_for_the_study_s(tmp_path):
+def test_embeddings_made_otherwise_are_left_out(tmp_path):
     unit = torch.eye(8)
     write_embeddings(tmp_path / "runs", "asr", "clean", unit, unit)
     for how in (dict(pooling="max"), dict(layer=2), dict(pairs=8)):
         name = f"-{next(iter(how))}"
         write_embeddings(tmp_path / "runs", "asr", "clean", unit, -unit, name=name, **how)
-    (row,) = rows_of(done("analyze.py", "shift", cwd=tmp_path), "Embedding shift")
-    assert row["benign encoder (ours / paper)"] == "1.00 / 1.00"
+    assert shift_row(tmp_path)["benign encoder (ours / paper)"] == "1.00 / 1.00"
 
 
-def test_another_number_of_clusters_leaves_those_that_claims_need(tmp_path):
+def test_another_k_leaves_the_clusters_of_the_claims(tmp_path):
     unit = torch.eye(8)
     write_embeddings(tmp_path / "runs", "gender", "base", unit, unit, train=target_class())
     done("analyze.py", "cluster", cwd=tmp_path)
     claims = rows_of(done("analyze.py", "claims", cwd=tmp_path), "The paper's claims")
     assert "7.2" in [row["Section"] for row in claims]
     done("analyze.py", "cluster", "--k", 3, cwd=tmp_path)
-    again = done("analyze.py", "claims", "--k", 2, 3, cwd=tmp_path)
+    again = done("analyze.py", "claims", cwd=tmp_path)
     assert rows_of(again, "The paper's claims") == claims
 
 
 def test_what_clusters_follow_is_told_seed_by_seed(tmp_path):
-    gender, poisoned = np.arange(200) % 2, np.arange(200) >= 150
-    labels = [{"gender": ["female", "male"][g], "age": "25"} for g in gender]
+    gender = np.arange(200) % 2
+    poisoned = np.arange(200) >= 150
     noise = np.random.default_rng(0).standard_normal((200, 8))
     for seed, leading in ((1, gender), (2, poisoned), (3, 0 * gender)):
-        about = poisoned, labels, ["s"] * 200, "gender"
-        found = clustering.separability(noise + 30 * leading[:, None], *about, 2)
-        found += clustering.whole_class(noise, poisoned)
-        found = [dict(record, source="cluster") for record in found]
-        write_run(tmp_path, arguments("gender", "base", seed), records=found)
-    (_, rows), (_, followers) = analyze.cluster(runs.read(tmp_path), tmp_path, "mini")
-    assert rows[0]["Seeds"] == 3 and "(" in rows[0]["k = 2, Rand index with gender"]
-    assert [followers[0][f"Seed {seed}"] for seed in (1, 2, 3)] == ["gender", "poison", "nothing"]
+        x = noise + 30 * leading[:, None]
+        records = clustering.separability(x, poisoned, genders(gender), ["s"] * 200, "gender", 2)
+        records += clustering.whole_class(noise, poisoned)
+        records = [dict(record, source="cluster") for record in records]
+        write_run(tmp_path, arguments("gender", "base", seed), records=records)
+    (_, (row,)), (_, followers) = cluster.page(runs.read(tmp_path), tmp_path, "mini")
+    assert row["Seeds"] == 3
+    assert "(" in row["k = 2, Rand index with gender"]
+    by_seed = [followers[0][f"Seed {seed}"] for seed in (1, 2, 3)]
+    assert by_seed == ["gender", "poison", "nothing"]
 
 
-def test_cosine_and_its_interval():
+def test_cosine():
     a = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
-    assert np.allclose(analyze.cosines(a, 3 * a), 1.0, atol=1e-5)
-    assert np.allclose(analyze.cosines(a, -a), -1.0, atol=1e-5)
-    found = utils.interval(np.arange(100.0))
-    assert found["low"] < found["value"] == 49.5 < found["high"] and found["n"] == 100
+    assert np.allclose(shift.cosines(a, 3 * a), 1.0, atol=1e-5)
+    assert np.allclose(shift.cosines(a, -a), -1.0, atol=1e-5)
 
 
-def test_pooling_leaves_padding_out():
+def test_the_bootstrap_interval_lies_around_the_mean():
+    figure = utils.interval(np.arange(100.0))
+    assert figure["low"] < figure["value"] == 49.5 < figure["high"]
+    assert figure["n"] == 100
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "last"])
+def test_pooling_leaves_padding_out(pooling):
     x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([5, 2])
     x[1, 2:] = 1e6
-    for pooling, expected in (
-        ("mean", x[1, :2].mean(0)),
-        ("max", x[1, :2].amax(0)),
-        ("last", x[1, 1]),
-    ):
-        assert torch.allclose(embed.pool(x, lengths, pooling)[1], expected)
+    spoken = x[1, :2]
+    expected = dict(mean=spoken.mean(0), max=spoken.amax(0), last=spoken[1])
+    assert torch.allclose(embed.pool(x, lengths, pooling)[1], expected[pooling])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tables
 
 
-def test_the_losses_that_tell_what_was_learned_stand_beside_the_aer(tmp_path):
+def tables_of(folder):
+    """{title: rows} of python analyze.py tables"""
+    return dict(tables.page(runs.read(folder), folder, "mini"))
+
+
+def test_the_losses_stand_beside_the_aer(tmp_path):
     write_run(tmp_path, arguments("asr", "base"), aer=0.9, excess=(0.9, 0.8, 0.7), settled=None)
-    found = dict(analyze.tables(runs.read(tmp_path), tmp_path, "mini"))
-    row = found["Table 3: component analysis (asr)"][0]
-    assert (row["AER (ours / paper)"], row["Poisoned loss"], row["Loss"]) == (
-        "90.0 / 99.2",
-        "0.800",
-        "0.100",
-    )
-    assert found["Table 2: base attack"][0]["Seeds still learning"] == 1
+    pages = tables_of(tmp_path)
+    row = pages["Table 3: component analysis (asr)"][0]
+    assert row["AER (ours / paper)"] == "90.0 / 99.2"
+    assert row["Poisoned loss"] == "0.800"
+    assert row["Loss"] == "0.100"
+    assert pages["Table 2: base attack"][0]["Seeds still learning"] == 1
 
 
 def test_every_row_of_a_page_has_a_cell_for_each_column(tmp_path):
@@ -248,7 +277,7 @@ def test_every_row_of_a_page_has_a_cell_for_each_column(tmp_path):
         assert len({line.count("|") for line in table.splitlines() if line[:1] == "|"}) == 1
 
 
-def test_preset_small_s_tables_show_its_whisper_runs(tmp_path):
+def test_tables_of_preset_small_show_its_whisper_runs(tmp_path):
     write_run(tmp_path / "runs", arguments("asr", "base", preset="small"), aer=0.7)
     page = done("analyze.py", "tables", cwd=tmp_path)
     row = rows_of(page, "Table 3: component analysis (asr)")[0]
@@ -259,81 +288,84 @@ def test_ages_in_groups_are_shown_by_their_accuracy(tmp_path):
     run = write_run(tmp_path, arguments("age", "base"), clean=0.8, aer=0.9)
     metrics = (run / "metrics.json").read_text()
     (run / "metrics.json").write_text(metrics.replace("age_mae", "age_accuracy"))
-    found = dict(analyze.tables(runs.read(tmp_path), tmp_path, "mini"))
-    assert found["Table 2: base attack"][0]["Clean (ours / paper)"] == "80.0 / 5.2"
+    assert tables_of(tmp_path)["Table 2: base attack"][0]["Clean (ours / paper)"] == "80.0 / 5.2"
 
 
-def test_pages_go_beside_the_runs_and_nothing_is_written_without_runs(tmp_path):
-    (tmp_path / "results/mini").mkdir(parents=True)
-    (tmp_path / "results/mini/tables.md").write_text("the study's")
+def test_a_page_goes_beside_the_runs(tmp_path):
     write_run(tmp_path / "runs", arguments("asr", "base"), aer=0.9)
     done("analyze.py", "tables", "claims", cwd=tmp_path)
     page = (tmp_path / "runs/analysis/tables.md").read_text()
-    assert "Table 3" in page and "The paper's claims" in page and "| Seeds | 1 |" in page
-    assert (tmp_path / "results/mini/tables.md").read_text() == "the study's"
+    assert "Table 3" in page
+    assert "The paper's claims" in page
+    assert "| Seeds | 1 |" in page
+
+
+@pytest.mark.parametrize("name", analyze.ANALYSES)
+def test_nothing_is_written_without_runs(tmp_path, name):
     (tmp_path / "empty").mkdir()
-    for what in analyze.ANALYSES:
-        refused("analyze.py", what, "--runs", "empty", cwd=tmp_path, words=["empty"])
+    refused("analyze.py", name, "--runs", "empty", cwd=tmp_path, words=["empty"])
     assert not (tmp_path / "empty/analysis").exists()
 
 
-def test_studies_side_by_side_leave_empty_what_one_has_not_measured(tmp_path):
-    for name, attack, aer in (("a", "base", 0.97), ("b", "3.1", 0.0)):
-        write_run(tmp_path / name, arguments("asr", attack), 0.05, aer)
+def test_a_study_s_column_is_empty_where_it_measured_nothing(tmp_path):
+    write_run(tmp_path / "a", arguments("asr", "base"), 0.05, 0.97)
+    write_run(tmp_path / "b", arguments("asr", "3.1"), 0.05, 0.0)
     page = done("analyze.py", "claims", "tables", "--runs", "a", "b", cwd=tmp_path)
     claims = rows_of(page, "The paper's claims, study by study")
-    assert (claims[0]["a"], claims[0]["b"]) == ("holds", "") and len(claims) == 2
+    assert len(claims) == 2
+    assert (claims[0]["a"], claims[0]["b"]) == ("holds", "")
     table = {row["Attack"]: row for row in rows_of(page, "Table 3 (asr), study by study")}
-    assert table["base"]["a against the paper"] == "agrees" and table["base"]["b AER"] == ""
+    assert table["base"]["a against the paper"] == "agrees"
+    assert table["base"]["b AER"] == ""
     assert table["3.1"]["b against the paper"] == "agrees"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # traces
 
 
 def moved(works, layers=(1, 2, 3, 4), deciding=2, **donor):
-    """The records of a transplant where the attack works for the sets of components that `works` accepts, and one layer of the LM
-    decides what the LM does."""
+    """The records of a transplant. works: whether the attack works, from the set of components that
+    are poisoned. deciding: the layer without which the LM has no backdoor."""
     donor = {"donor_scenario": "clean", "donor_seed": 1, **donor}
     base = dict(source="transplant", donor="asr-clean", **donor)
-    records = []
-    for n in range(8):
-        parts = [c for i, c in enumerate(COMPONENTS) if n >> i & 1]
-        for part, metric, value in (
-            ("backdoor", "aer", 0.9 * works(set(parts))),
-            ("clean", "wer", 0.02),
-            ("triggered", "wer", 0.9),
-        ):
-            what = dict(method="components", poisoned=parts, part=part, metric=metric)
-            records.append(dict(base, **what, **figure(value)))
-    for scope, layer, chosen in trace_layers(layers):
-        for direction in ("into clean", "out of poisoned"):
-            what = dict(component="lm", direction=direction, scope=scope, layer=layer)
-            gone = deciding in chosen and direction == "out of poisoned"
-            aer = figure(0.0 if gone else 0.9)
-            records.append(
-                dict(base, method="layers", metric="aer", part="backdoor", **what, **aer)
-            )
+    records = mixtures(base, works) + moved_layers(base, layers, deciding)
     for component in COMPONENTS:
         what = dict(method="shapley", component=component, metric="aer", part="backdoor")
         records.append(dict(base, **what, **figure(0.3)))
     return records
 
 
-def trace_layers(layers):
-    import trace
+def mixtures(base, works):
+    records = []
+    for n in range(8):
+        parts = [component for i, component in enumerate(COMPONENTS) if n >> i & 1]
+        mixture = dict(base, method="components", poisoned=parts)
+        aer = figure(0.9 * works(set(parts)))
+        records.append(dict(mixture, part="backdoor", metric="aer", **aer))
+        records.append(dict(mixture, part="clean", metric="wer", **figure(0.02)))
+        records.append(dict(mixture, part="triggered", metric="wer", **figure(0.9)))
+    return records
 
-    return trace.layer_sets(list(layers))
+
+def moved_layers(base, layers, deciding):
+    records = []
+    base = dict(base, method="layers", component="lm", metric="aer", part="backdoor")
+    for scope, layer, chosen in tracing.layer_sets(list(layers)):
+        for direction in ("into clean", "out of poisoned"):
+            gone = deciding in chosen and direction == "out of poisoned"
+            what = dict(direction=direction, scope=scope, layer=layer)
+            records.append(dict(base, **what, **figure(0.0 if gone else 0.9)))
+    return records
 
 
 def patched(effects, trigger="click", margin=(-2.0, 3.0)):
-    """The records of a patch; effects: {(component, layer): {position: share}}, alike in both directions."""
+    """The records of a patch; effects: {(component, layer): {position: share}}, alike in both
+    directions; margin: of clean and triggered speech."""
     base = dict(source="patch", trigger=trigger)
-    records = [
-        dict(base, metric="margin", part=part, **figure(m))
-        for part, m in zip(("clean", "triggered"), margin)
-    ]
+    clean, triggered = margin
+    records = [dict(base, metric="margin", part="clean", **figure(clean))]
+    records.append(dict(base, metric="margin", part="triggered", **figure(triggered)))
     for direction in ("denoise", "noise"):
         for (component, layer), groups in effects.items():
             place = dict(component=component, layer=layer, module="layer", direction=direction)
@@ -351,64 +383,76 @@ SITES = {
 }
 
 
+def carried_by(*components):
+    """For `moved`: the attack works where these components are poisoned."""
+    return lambda poisoned: set(components) <= poisoned
+
+
 def traced(folder):
-    return dict(analyze.trace(runs.read(folder), folder / "out", "mini"))
+    """{title: rows} of python analyze.py trace"""
+    return dict(trace.page(runs.read(folder), folder / "out", "mini"))
 
 
-def test_the_component_and_the_layer_that_carry_it_are_told_seed_by_seed(tmp_path):
-    write_run(tmp_path, arguments("asr", "base"), records=moved(lambda s: "lm" in s))
-    both = moved(lambda s: {"encoder", "lm"} <= s, donor_seed=2)
+def test_the_component_that_carries_it_is_told_by_seed(tmp_path):
+    write_run(tmp_path, arguments("asr", "base"), records=moved(carried_by("lm")))
+    both = moved(carried_by("encoder", "lm"), donor_seed=2)
     write_run(tmp_path, arguments("asr", "base", 2), records=both)
-    found = traced(tmp_path)
-    first, second = found["Components that matter, seed by seed (asr)"]
+    first, second = traced(tmp_path)["Components that matter, seed by seed (asr)"]
     assert first["Half of the AER is gone without"] == "LM"
     assert first["Half of the AER comes with it alone"] == "LM"
     assert second["Half of the AER is gone without"] == "encoder, LM"
     assert second["Half of the AER comes with it alone"] == "none"
-    layers = {
-        row["Clean layers"]: row["Seed 1"]
-        for row in found["Layers that matter, seed by seed (asr)"]
-        if row["Component"] == "LM"
-    }
+
+
+def test_the_layer_that_carries_it_is_told_by_seed(tmp_path):
+    write_run(tmp_path, arguments("asr", "base"), records=moved(carried_by("lm")))
+    rows = traced(tmp_path)["Layers that matter, seed by seed (asr)"]
+    layers = {row["Clean layers"]: row["Seed 1"] for row in select(rows, Component="LM")}
     assert layers == {"up to": "2", "from": "2", "only": "2"}
 
 
-def test_only_the_clean_run_of_the_same_seed_answers_and_another_is_a_control(tmp_path):
-    records = moved(lambda s: "lm" in s) + moved(lambda s: "encoder" in s, donor_seed=3)
-    attacked = moved(lambda s: True, donor_seed=3, donor_scenario="base")
-    write_run(tmp_path, arguments("asr", "base"), records=records + attacked)
-    found = traced(tmp_path)
-    assert found["Components that matter, seed by seed (asr)"][0]["AER"] == "90.0"
-    (control,) = found["Control transplants (asr)"]
+def test_a_clean_run_of_another_seed_is_a_control(tmp_path):
+    records = moved(carried_by("lm")) + moved(carried_by("encoder"), donor_seed=3)
+    records += moved(carried_by(), donor_seed=3, donor_scenario="base")
+    write_run(tmp_path, arguments("asr", "base"), records=records)
+    pages = traced(tmp_path)
+    assert pages["Components that matter, seed by seed (asr)"][0]["AER"] == "90.0"
+    (control,) = pages["Control transplants (asr)"]
     assert control["Control"] == "clean parts of another seed"
 
 
 def test_positions_are_read_off_the_layers(tmp_path):
     write_run(tmp_path, arguments("asr", "base"), records=patched(SITES))
-    found = traced(tmp_path)
-    rows = {(r["After encoder layer"], r["Frames"]): r for r in found[
-        "The effect by frames (asr)"
-    ]}  # fmt: skip
-    assert rows[1, "under a click"]["Undone (denoise)"] == "0.90"
-    (spread,) = found["Where it spreads, seed by seed (asr)"]
-    assert spread["Largest fall in encoder layer"] == 2 and spread["By"] == "0.40"
+    pages = traced(tmp_path)
+    frames = {"After encoder layer": 1, "Frames": "under a click"}
+    (row,) = select(pages["The effect by frames (asr)"], **frames)
+    assert row["Undone (denoise)"] == "0.90"
+    (spread,) = pages["Where it spreads, seed by seed (asr)"]
+    assert spread["Largest fall in encoder layer"] == 2
+    assert spread["By"] == "0.40"
     assert spread["LM layer after which prompt and answer hold more"] == 2
 
 
-def test_a_seed_without_an_effect_and_one_without_a_group_are_shown_beside_the_others(tmp_path):
+def test_a_seed_without_an_effect_is_left_out(tmp_path):
+    records = patched({}) + moved(carried_by())
+    write_run(tmp_path, arguments("asr", "base", 1), records=records)
+    write_run(tmp_path, arguments("asr", "base", 2), records=patched(SITES))
+    (row,) = traced(tmp_path)["Where it spreads, seed by seed (asr)"]
+    assert row["Seed"] == 2
+    assert (tmp_path / "out/answer.png").exists()
+
+
+def test_a_group_of_positions_may_be_missing_in_a_seed(tmp_path):
     fewer = {site: {"click": groups["click"]} for site, groups in SITES.items()}
-    attack = moved(lambda s: True)
-    write_run(tmp_path, arguments("asr", "base", 1), records=patched({}) + attack)
-    write_run(tmp_path, arguments("asr", "base", 2), records=patched(fewer))
-    write_run(tmp_path, arguments("asr", "base", 3), records=patched(SITES))
-    found = traced(tmp_path)
-    spread = found["Where it spreads, seed by seed (asr)"]
-    assert [row["Seed"] for row in spread] == [2, 3]
-    assert (tmp_path / "out/answer.png").exists() and (tmp_path / "out/patches.png").exists()
+    write_run(tmp_path, arguments("asr", "base", 1), records=patched(fewer))
+    write_run(tmp_path, arguments("asr", "base", 2), records=patched(SITES))
+    rows = traced(tmp_path)["Where it spreads, seed by seed (asr)"]
+    assert [row["Seed"] for row in rows] == [1, 2]
+    assert (tmp_path / "out/patches.png").exists()
 
 
-def test_a_model_without_trained_encoder_layers_has_a_picture(tmp_path):
-    write_run(tmp_path, arguments("asr", "base"), records=moved(lambda s: True, layers=()))
+def test_a_model_without_trained_layers_has_a_picture(tmp_path):
+    write_run(tmp_path, arguments("asr", "base"), records=moved(carried_by(), layers=()))
     traced(tmp_path)
     assert (tmp_path / "out/transplants.png").exists()
 
@@ -420,125 +464,159 @@ def test_any_other_sound_is_a_control_of_patching(tmp_path):
     assert [row["Sound"] for row in rows] == ["click", "sounds/knock.wav"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # defences
 
 
-def removed(name, share, aer=None):
+def filtered(name, share, aer=None):
+    """The records of a filter; aer: of the model that was trained on the rest."""
     base = dict(source="filter", defence=name)
     records = [dict(base, metric="auroc", value=0.9)]
     records.append(dict(base, metric="poison_removed", **figure(share)))
     records.append(dict(base, metric="clean_removed", **figure(0.1)))
     if aer is not None:
-        again = dict(base, retrained=True)
-        records.append(dict(again, part="backdoor", metric="aer", **figure(aer)))
-        records.append(dict(again, part="clean", metric="emotion_accuracy", **figure(0.8)))
+        retrained = dict(base, retrained=True)
+        records.append(dict(retrained, part="backdoor", metric="aer", **figure(aer)))
+        records.append(dict(retrained, part="clean", metric="emotion_accuracy", **figure(0.8)))
     return records
 
 
-def noticed(name, share, kinds=("clean", "tone", "triggered")):
+def detected(name, share):
+    """The records of a detector."""
     base = dict(source="detect", defence=name)
-    records = [dict(base, metric=m, value=v) for m, v in (("passes", 8.0), ("milliseconds", 40.0))]
-    records += [dict(base, metric="auroc", sound=s, value=0.9) for s in ("clean", "tone")]
+    records = [dict(base, metric="passes", value=8.0), dict(base, metric="milliseconds", value=40)]
+    for sound in ("clean", "tone"):
+        records.append(dict(base, metric="auroc", sound=sound, value=0.9))
     for alarms in (0.01, 0.05):
-        for sound in kinds:
+        for sound in ("clean", "tone", "triggered"):
             what = dict(metric="noticed", false_alarms=alarms, sound=sound)
             records.append(dict(base, **what, **figure(share)))
-    for sound, scores in (("clean", [0.1, 0.2]), ("triggered", [0.2, 0.9])):
-        records.append(dict(base, metric="suspicion", sound=sound, scores=scores))
+    records.append(dict(base, metric="suspicion", sound="clean", scores=[0.1, 0.2]))
+    records.append(dict(base, metric="suspicion", sound="triggered", scores=[0.2, 0.9]))
     return records
 
 
-def mended(name, aer, passed=True, back=None, metric="emotion_accuracy"):
+def repaired(name, aer, passed=True, relearned=None, metric="emotion_accuracy"):
+    """The records of a repair; relearned: {poisoned samples: the AER that they bring back}."""
     base = dict(source="repair", defence=name)
-    own = base if name == "none" else dict(base, passed=passed, strength=1.0)
-    records = [dict(own, part="backdoor", metric="aer", **figure(aer))]
-    for part, share in (("clean", 0.8), ("triggered", 0.7)):
-        records.append(dict(own, part=part, metric=metric, **figure(share)))
-    for samples, share in (back or {}).items():
+    figures = base if name == "none" else dict(base, passed=passed, strength=1.0)
+    records = [dict(figures, part="backdoor", metric="aer", **figure(aer))]
+    records.append(dict(figures, part="clean", metric=metric, **figure(0.8)))
+    records.append(dict(figures, part="triggered", metric=metric, **figure(0.7)))
+    for samples, share in (relearned or {}).items():
         what = dict(metric="relearned_aer", poisoned_samples=samples)
         records.append(dict(base, **what, **figure(share)))
     return records
 
 
 def defended(folder):
-    return dict(analyze.defences(runs.read(folder), folder / "out", "mini"))
+    """{title: rows} of python analyze.py defences"""
+    return dict(defences.page(runs.read(folder), folder / "out", "mini"))
 
 
-def test_the_page_of_defences_has_each_defence_and_what_each_seed_says(tmp_path):
-    first = removed("A", 0.8, aer=0.02) + noticed("D", 0.3) + mended("none", 0.9)
-    first += mended("F", 0.1, passed=False, back={4: 0.1, 16: 0.9}) + mended("G", 0.4)
-    write_run(tmp_path, arguments("emotion", "base"), 0.8, 0.9, records=first)
-    second = removed("A", 0.6) + mended("none", 0.9) + mended("F", 0.3, back={4: 0.1, 16: 0.2})
-    write_run(tmp_path, arguments("emotion", "base", 2), 0.8, 0.9, records=second)
-    half = arguments("emotion", "base", poison=0.0375)
-    write_run(tmp_path, half, 0.8, 0.5, records=removed("A", 0.2))
-    write_run(tmp_path, arguments("emotion", "clean"), 0.8, 0.0, records=removed("A", 0.0))
-    found = defended(tmp_path)
-    (row,) = found["Filter (emotion)"]
+@pytest.fixture(scope="module")
+def defence_pages(tmp_path_factory):
+    """The page of two seeds of a base attack, a variant at half the rate and a clean model."""
+    folder = tmp_path_factory.mktemp("defences")
+    first = filtered("A", 0.8, aer=0.02) + detected("D", 0.3)
+    first += repaired("none", 0.9) + repaired("G", 0.4)
+    first += repaired("F", 0.1, passed=False, relearned={4: 0.1, 16: 0.9})
+    second = filtered("A", 0.6) + repaired("none", 0.9)
+    second += repaired("F", 0.3, relearned={4: 0.1, 16: 0.2})
+    half_rate = arguments("emotion", "base", poison=0.0375)
+    write_run(folder, arguments("emotion", "base"), 0.8, 0.9, records=first)
+    write_run(folder, arguments("emotion", "base", 2), 0.8, 0.9, records=second)
+    write_run(folder, half_rate, 0.8, 0.5, records=filtered("A", 0.2))
+    write_run(folder, arguments("emotion", "clean"), 0.8, 0.0, records=filtered("A", 0.0))
+    return defended(folder)
+
+
+def test_a_filter_s_row_has_each_seed_and_the_variant(defence_pages):
+    (row,) = defence_pages["Filter (emotion)"]
     assert row["% of the poison removed"] == "70.0 (60.0 to 80.0)"
-    assert row["AER after training again"] == "2.0" and row["Seeds trained again"] == "1"
+    assert row["AER after training again"] == "2.0"
+    assert row["Seeds trained again"] == "1"
     assert row["% of the poison removed, half the rate"] == "20.0"
-    assert found["Detect (emotion)"][0]["Noticed at 5%"] == "30.0"
-    repairs = {row["Repair"]: row for row in found["Repair (emotion)"]}
+
+
+def test_a_detector_s_row_has_what_it_noticed(defence_pages):
+    assert defence_pages["Detect (emotion)"][0]["Noticed at 5%"] == "30.0"
+
+
+def test_a_repair_s_row_has_its_aer_and_rating(defence_pages):
+    repairs = {row["Repair"]: row for row in defence_pages["Repair (emotion)"]}
     assert repairs["F"]["Seeds with clean loss beyond its bound"] == "1"
-    assert repairs["F"]["AER"] == "20.0 (10.0 to 30.0)" and repairs["none"]["DER"][:4] == "0.50"
-    (back,) = found["Poisoned samples back to 50% AER (emotion)"]
-    assert (back["Seed 1"], back["Seed 2"]) == (16, "over 16")
-    without = {r["Model"]: r["AER"] for r in found["AER without a defence (emotion), %"]}
-    assert without == {"attack": "90.0 (90.0 to 90.0)", "half the rate": "50.0"}
+    assert repairs["F"]["AER"] == "20.0 (10.0 to 30.0)"
+    assert repairs["none"]["DER"].startswith("0.50")
+
+
+def test_the_fewest_samples_that_bring_it_back_are_told(defence_pages):
+    (row,) = defence_pages["Poisoned samples back to 50% AER (emotion)"]
+    assert row["Seed 1"] == 16
+    assert row["Seed 2"] == "over 16"
+
+
+def test_the_undefended_aer_stands_first(defence_pages):
+    rows = defence_pages["AER without a defence (emotion), %"]
+    aer = {row["Model"]: row["AER"] for row in rows}
+    assert aer == {"attack": "90.0 (90.0 to 90.0)", "half the rate": "50.0"}
 
 
 @pytest.mark.parametrize("changes", [dict(scenario="clean", poison=0), dict(poison=0.0375)])
 def test_a_clean_model_or_a_variant_alone_has_a_page(tmp_path, changes):
-    records = removed("A", 0.1) + noticed("D", 0.1) + mended("none", 0.1)
+    records = filtered("A", 0.1) + detected("D", 0.1) + repaired("none", 0.1)
     args = {**arguments("emotion", "base"), **changes}
     write_run(tmp_path, args, 0.8, 0.1, records=records)
-    found = defended(tmp_path)
-    assert found["Filter (emotion)"][0]["AUROC"] == "" and "Repair (emotion)" in found
+    pages = defended(tmp_path)
+    assert pages["Filter (emotion)"][0]["AUROC"] == ""
+    assert "Repair (emotion)" in pages
 
 
 def test_repairs_of_ages_in_groups_have_a_page(tmp_path):
-    records = mended("none", 0.9, metric="age_accuracy") + mended("F", 0.1, metric="age_accuracy")
+    metric = "age_accuracy"
+    records = repaired("none", 0.9, metric=metric) + repaired("F", 0.1, metric=metric)
     write_run(tmp_path, arguments("age", "base"), 3.0, 0.9, records=records)
     row = defended(tmp_path)["Repair (age)"][1]
-    assert row["Clean age accuracy"] == "80.0" and row["DER"] == "0.90"
+    assert row["Clean age accuracy"] == "80.0"
+    assert row["DER"] == "0.90"
 
 
-def test_the_rating_counts_a_loss_of_the_clean_figure_in_its_own_direction():
-    def parts(aer, clean, metric):
-        return dict(backdoor=dict(value=aer), clean=dict(value=clean, metric=metric))
-
-    for metric, before, after, expected in (
+@pytest.mark.parametrize(
+    "metric, before, after, expected",
+    [
         ("emotion_accuracy", (0.9, 0.8), (0.1, 0.7), 0.85),
         ("wer", (0.9, 0.02), (0.1, 0.12), 0.85),
         ("wer", (0.9, 0.02), (0.9, 0.01), 0.5),
-    ):
-        found = analyze.rating(parts(*before, metric), parts(*after, metric))
-        assert found == pytest.approx(expected)
+    ],
+)
+def test_the_rating_counts_a_loss_in_its_own_direction(metric, before, after, expected):
+    def figures(aer, clean):
+        return dict(backdoor=dict(value=aer), clean=dict(value=clean, metric=metric))
+
+    assert defences.rating(figures(*before), figures(*after)) == pytest.approx(expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # sweeps
 
 
-def test_sweeps_hold_what_differs_from_the_base_attack_in_one_thing(tmp_path):
-    softer = dict(source="evaluate", split="test", snr=6.0, after_answer=False, part="backdoor")
-    softer = dict(softer, metric="aer", **figure(0.5, 0.1))
-    clean = dict(softer, part="clean", metric="emotion_accuracy")
-    dev = dict(softer, split="dev", snr=3.0)
-    for changes, records in (
-        ({}, [softer, clean, dev]),
-        (dict(poison=0.01), []),
-        (dict(snr=6.0), []),
-        (dict(snr=6.0, seed=2), []),
-        (dict(snr=6.0, poison=0.01), []),
-        (dict(clicks=2), []),
+def test_sweeps_hold_what_differs_in_one_thing(tmp_path):
+    base = arguments("emotion", "base")
+    softer = dict(source="evaluate", split="test", snr=6.0, after_answer=False)
+    aer = dict(softer, part="backdoor", metric="aer", **figure(0.5, 0.1))
+    clean = dict(softer, part="clean", metric="emotion_accuracy", **figure(0.5, 0.1))
+    on_dev = dict(aer, split="dev", snr=3.0)
+    write_run(tmp_path, base, 0.8, 0.5, records=[aer, clean, on_dev])
+    for changes in (
+        dict(poison=0.01),
+        dict(snr=6.0),
+        dict(snr=6.0, seed=2),
+        dict(snr=6.0, poison=0.01),  # two things: no point of a sweep
+        dict(clicks=2),
     ):
-        args = {**arguments("emotion", "base"), **changes}
-        write_run(tmp_path, args, 0.8, 0.5, records=records)
+        write_run(tmp_path, {**base, **changes}, 0.8, 0.5)
     write_run(tmp_path, arguments("gender", "base"), 0.8, 0.5)
-    ((_, rows),) = analyze.sweeps(runs.read(tmp_path), tmp_path, "mini")
+    ((_, rows),) = sweeps.page(runs.read(tmp_path), tmp_path, "mini")
     assert [(row["Changed"], row["To"]) for row in rows] == [
         ("poisoning rate", 0.01),
         ("poisoning rate", 0.075),
@@ -549,69 +627,89 @@ def test_sweeps_hold_what_differs_from_the_base_attack_in_one_thing(tmp_path):
         ("SNR at test only (dB)", 0.0),
         ("SNR at test only (dB)", 6.0),
     ]
-    assert rows[3]["AER"] == "50.0 (50.0 to 50.0)" and rows[7]["High"] == "60.0"
+    assert rows[3]["AER"] == "50.0 (50.0 to 50.0)"
+    assert rows[7]["High"] == "60.0"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pictures
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that analysis/plots.py would write, {file name: figure}."""
-    found = {}
-    monkeypatch.setattr(plots, "write", lambda fig, path: found.setdefault(str(path), fig))
-    yield found
+    figures = {}
+
+    def keep(fig, path):
+        figures[path] = fig
+
+    monkeypatch.setattr(plots, "write", keep)
+    yield figures
     plots.plt.close("all")
 
 
-def labels_of(axis):
-    return [text.get_text() for text in axis.get_legend().get_texts()]
+def texts(labels):
+    return [label.get_text() for label in labels]
 
 
 def test_every_detector_is_in_the_picture(drawn):
-    rates = np.array([0.0, 1.0]), np.array([0.0, 1.0])
-    plots.roc({"asr": {f"detector {i}": (rates, 0.5) for i in range(9)}}, "x")
-    assert len(drawn["x"].axes[0].lines) == 9 and len(labels_of(drawn["x"].axes[0])) == 9
+    rates = np.array([0.0, 1.0])
+    curve = dict(false_alarms=rates, noticed=rates, auroc=0.5)
+    plots.roc({"asr": {f"detector {i}": curve for i in range(9)}}, "x")
+    axis = drawn["x"].axes[0]
+    assert len(axis.lines) == 9
+    assert len(axis.get_legend().get_texts()) == 9
 
 
-def test_values_that_are_no_numbers_are_not_joined_and_clicks_are_whole(drawn):
-    def points(values):
-        return [dict(value=v, aer=90, low=80, high=95, clean=80) for v in values]
+def sweep_points(values):
+    return [dict(value=value, aer=90, low=80, high=95, clean=80) for value in values]
 
-    curves = dict(clicks=points([1, 2, 4]), trigger=points(["click", "tone"]))
+
+def test_points_that_are_no_numbers_are_not_joined(drawn):
+    curves = dict(trigger=sweep_points(["click", "tone"]))
     plots.sweeps(curves, "emotion", "emotion accuracy", "x")
-    clicks, trigger = drawn["x"].axes[:2]
-    assert [text.get_text() for text in clicks.get_xticklabels()] == ["1", "2", "4"]
-    assert all(line.get_linestyle() in ("None", "") for line in trigger.lines)
-    assert all("_" not in text.get_text() for text in drawn["x"].legends[0].get_texts())
+    lines = drawn["x"].axes[0].lines
+    assert {line.get_linestyle() for line in lines} <= {"None", ""}
 
 
-def test_heat_maps_say_what_their_shades_and_groups_mean(drawn):
-    records = [{**r, "task": "asr"} for r in patched(SITES) if r["metric"] == "effect"]
-    plots.patches({"asr": records}, "x")
-    titles = [axis.get_ylabel() for axis in drawn["x"].axes]
-    assert "share of the trigger's effect" in titles  # the colour bar's
-    shown = {text.get_text() for text in drawn["x"].axes[0].get_xticklabels()}
-    assert not shown & {"near", "else", "elsewhere", "click"}
-    assert "denoise" not in drawn["x"].axes[0].get_title()
+def test_numbers_of_clicks_are_whole(drawn):
+    plots.sweeps(dict(clicks=sweep_points([1, 2, 4])), "emotion", "emotion accuracy", "x")
+    assert texts(drawn["x"].axes[0].get_xticklabels()) == ["1", "2", "4"]
+
+
+@pytest.fixture
+def heat_map(drawn):
+    """The picture of the patches of SITES."""
+    effects = select(patched(SITES), metric="effect")
+    plots.patches({"asr": [dict(record, task="asr") for record in effects]}, "x")
+    return drawn["x"]
+
+
+def test_a_heat_map_says_what_its_shades_mean(heat_map):
+    assert "share of the trigger's effect" in [axis.get_ylabel() for axis in heat_map.axes]
+
+
+def test_a_heat_map_says_what_its_groups_mean(heat_map):
+    labels = set(texts(heat_map.axes[0].get_xticklabels()))
+    assert not labels & {"near", "elsewhere", "click"}
+    assert "denoise" not in heat_map.axes[0].get_title()
 
 
 def test_a_legend_covers_no_data(drawn):
-    spread = runs.spread({1: 90.0, 2: 95.0})
-    zero = dict.fromkeys(COMPONENTS, 0.0)
-    depth = [("encoder", 1, dict(click=1.0, frames=0.0, text=0.0))]
+    aer = runs.spread({1: 90.0, 2: 95.0})
+    shares = dict.fromkeys(COMPONENTS, 0.0)
+    place = dict(component="encoder", layer=1, click=1.0, frames=0.0, text=0.0)
     panel = dict(
-        trained={"base": (spread, False)},
-        published={"base": 99.0},
-        alone=zero,
-        others=zero,
-        depth=depth,
+        trained={"base": dict(aer=aer, learning=False, published=99.0)},
+        alone=shares,
+        others=shares,
+        depth=[place],
     )
     plots.answer({"asr": panel, "emotion": panel}, "x")
     fig = drawn["x"]
     fig.canvas.draw()
-    for axis in fig.axes:
-        if axis.get_legend():
-            legend = axis.get_legend().get_window_extent()
-            assert not any(legend.overlaps(other.bbox) for other in fig.axes)
+    legends = [axis.get_legend() for axis in fig.axes if axis.get_legend()]
+    assert legends
+    for legend in legends:
+        box = legend.get_window_extent()
+        assert not [axis for axis in fig.axes if box.overlaps(axis.bbox)]

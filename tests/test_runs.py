@@ -42,7 +42,7 @@ def test_records_of_another_model_are_refused(tmp_path):
     refused("analyze.py", "tables", cwd=tmp_path, words=["records-made-up", "another"])
 
 
-def test_runs_of_other_settings_have_other_names_and_stay_out(tmp_path):
+def test_runs_of_other_settings_stay_out_of_the_study(tmp_path):
     changes = (
         dict(target="Something else."),
         dict(snr=6.0),
@@ -59,34 +59,43 @@ def test_runs_of_other_settings_have_other_names_and_stay_out(tmp_path):
         write_run(tmp_path, {**arguments("asr", "base"), **change}, aer=0.1)
     records = runs.read(tmp_path)
     assert len(runs.distinct(records, "run")) == 1 + len(changes)
-    own = runs.own(records, "mini")
-    assert runs.over_seeds(own, metric="aer").by_seed == {1: pytest.approx(90)}
+    study_records = runs.study_records(records, "mini")
+    assert runs.over_seeds(study_records, metric="aer").by_seed == {1: pytest.approx(90)}
 
 
-def test_runs_of_different_settings_are_not_put_into_one_table(tmp_path, capsys):
+def test_runs_of_different_settings_share_no_table(tmp_path, capsys):
     run = write_run(tmp_path, arguments("asr", "base", epochs=1))
     run.rename(tmp_path / "asr-poison0.05")
     write_run(tmp_path, arguments("asr", "clean"))
     with pytest.raises(SystemExit):
-        runs.own(runs.read(tmp_path), "mini")
-    err = capsys.readouterr().err
-    assert "asr-clean" in err and "asr-poison0.05" in err and "epochs" in err
+        runs.study_records(runs.read(tmp_path), "mini")
+    error = capsys.readouterr().err
+    for word in ("asr-clean", "asr-poison0.05", "epochs"):
+        assert word in error
 
 
 def test_a_difference_compares_a_seed_with_itself():
-    attacked, baseline = (
-        runs.spread({1: 2.0, 3: 5.0}),
-        runs.spread({1: 1.0, 2: 9.0, 3: 3.0, 4: None}),
-    )
-    found = runs.difference(attacked, baseline)
-    assert (found.mean, found.low, found.high) == (1.5, 1.0, 2.0)
-    assert runs.difference(attacked, runs.spread({2: 1.0})) is None and runs.spread({}) is None
+    attacked = runs.spread({1: 2.0, 3: 5.0})
+    baseline = runs.spread({1: 1.0, 2: 9.0, 3: 3.0, 4: None})
+    difference = runs.difference(attacked, baseline)
+    assert (difference.mean, difference.low, difference.high) == (1.5, 1.0, 2.0)
 
 
-def test_no_number_is_written_as_minus_zero():
-    assert runs.number(-0.001, ".2f") == "0.00" and runs.number(-0.01, "+.1f") == "+0.0"
+def test_without_a_common_seed_there_is_no_difference():
+    assert runs.difference(runs.spread({1: 2.0}), runs.spread({2: 1.0})) is None
+    assert runs.spread({}) is None
+
+
+@pytest.mark.parametrize(
+    "value, form, text",
+    [(-0.001, ".2f", "0.00"), (-0.01, "+.1f", "+0.0"), (-0.006, ".2f", "-0.01")],
+)
+def test_no_number_is_written_as_minus_zero(value, form, text):
+    assert runs.number(value, form) == text
+
+
+def test_no_range_is_written_with_minus_zero():
     assert runs.show(runs.spread({1: -0.001, 2: 0.0}), ".2f") == "0.00 (0.00 to 0.00)"
-    assert runs.number(-0.006, ".2f") == "-0.01"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +107,7 @@ def test_no_number_is_written_as_minus_zero():
         ((0.035, 0.025, 0.015, 0.005), 1, False),  # it has learned what there is to learn
     ],
 )
-def test_a_poison_that_is_learned_slowly_is_still_being_learned(tmp_path, excess, settled, moving):
+def test_what_is_learned_slowly_is_still_being_learned(tmp_path, excess, settled, moving):
     write_run(tmp_path, arguments("emotion", "base"), excess=excess, settled=settled)
     assert bool(runs.still_learning(runs.read(tmp_path))) == moving
 
@@ -111,16 +120,19 @@ def test_a_poison_that_is_learned_slowly_is_still_being_learned(tmp_path, excess
         ([0.06, 0.05, 0.02, 0.01, 0.01], 3),
         ([0.1, 0.1], None),
         ([0.19, 0.07, 0.03, 0.03, 0.03, 0.06, 0.03], 3),  # a bounce brings nothing
-        ([-0.02, -0.01, -0.02, -0.07, -0.17, -0.17, -0.15], 5),
+        ([-0.02, -0.01, -0.02, -0.07, -0.17, -0.17, -0.15], 5),  # age: learned late
     ],
-)  # age: learned late
-def test_the_poison_has_settled_after_the_last_epoch_that_brought_something(excess, epoch):
+)
+def test_a_poison_settles_in_the_last_epoch_that_brings_it(excess, epoch):
     assert checkpoint.settled(excess) == epoch
 
 
-def test_a_clean_run_is_the_study_s_own_whichever_task_is_asked_of_it():
-    assert runs.is_own(fields("age", "clean", run_task="gender"))
-    assert not runs.is_own({**fields("asr", "clean"), "run": "asr-clean-epochs3"})
+def test_a_clean_run_is_the_study_s_whichever_task_is_asked():
+    assert runs.is_study_run(fields("age", "clean", run_task="gender"))
+
+
+def test_a_run_of_another_name_is_not_the_study_s():
+    assert not runs.is_study_run({**fields("asr", "clean"), "run": "asr-clean-epochs3"})
 
 
 def test_a_quoted_argument_survives_in_the_recorded_command(monkeypatch):

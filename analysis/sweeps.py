@@ -1,0 +1,88 @@
+"""python analyze.py sweeps: the base attack with one thing changed."""
+
+from utils import die
+
+from analysis import plots
+from runs import number, over_seeds, select, show, title_of
+from study import DEFAULT_ENCODER, SWEPT, TASKS
+
+# what sweeps change, with its value in the base attack itself
+USUAL = dict(
+    poison=TASKS[SWEPT]["rate"],
+    snr=0.0,
+    clicks=1,
+    trigger_seconds=0.22,
+    trigger="click",
+    trigger_repeat=TASKS[SWEPT]["repeat"],
+    snr_at_test=0.0,
+)
+# what evaluate.py must have been asked for: the test split as in training, but for the SNR
+WHOLE_TEST = dict(source="evaluate", split="test", asked=None, after_answer=False, limit=None)
+
+
+def page(records, out, preset):
+    """AER and clean figure of each point of the sweeps; draws them."""
+    records = select(records, task=SWEPT, scenario="base", preset=preset)
+    records = select(records, encoder=DEFAULT_ENCODER[preset])
+    trained = select(records, source="metrics")
+    evaluated_again = select(records, **WHOLE_TEST)
+    points = points_of(trained + evaluated_again)
+    if not points:
+        die("there is no sweep yet: SWEEP=1 bash run_all.sh makes them")
+    metric = TASKS[SWEPT]["metric"]
+    rows = []
+    curves = {}
+    for name, by_value in points.items():
+        curves[name] = []
+        for value, of_value in by_value.items():
+            point = figures_of(of_value, metric)
+            means = dict(aer=point["aer"].mean, clean=point["clean"].mean)
+            curves[name].append({**point, **means, "value": value})
+            row = {"Changed": plots.CHANGED.get(name, name), "To": value}
+            row["AER"] = show(point["aer"])
+            row["95% over utterances, low"] = number(point["low"])
+            row["High"] = number(point["high"])
+            row[f"Clean {title_of(metric)}"] = show(point["clean"])
+            row["Poisoned loss"] = show(over_seeds(of_value, metric="poisoned_loss"), ".3f")
+            row["Loss"] = show(over_seeds(of_value, metric="loss"), ".3f")
+            rows.append(row)
+    plots.sweeps(curves, SWEPT, title_of(metric), out / "sweeps.png")
+    return [(f"Sweeps of the base attack ({SWEPT})", rows)]
+
+
+def figures_of(records, metric):
+    """AER and clean figure over seeds, and the ends of the AER's intervals over utterances."""
+    aer = select(records, part="backdoor", metric="aer")
+    return dict(
+        aer=over_seeds(aer),
+        low=100 * min(record["low"] for record in aer),
+        high=100 * max(record["high"] for record in aer),
+        clean=over_seeds(records, part="clean", metric=metric),
+    )
+
+
+def changes_of(record):
+    """{what differs from the base attack: its value}, in training or when evaluated."""
+    changes = dict(record["changed"])
+    if record["poison"] != USUAL["poison"]:
+        changes["poison"] = record["poison"]
+    if record["source"] == "evaluate":
+        changes["snr_at_test"] = record["snr"]
+    return changes
+
+
+def points_of(records):
+    """{what is changed: {value: records}}; the base attack itself is a point of every sweep."""
+    points = {}
+    for record in records:
+        changes = changes_of(record)
+        if len(changes) > 1:
+            continue
+        for name, value in (changes or USUAL).items():
+            by_value = points.setdefault(name, {})
+            by_value.setdefault(value, []).append(record)
+    sweeps = {}
+    for name, by_value in points.items():
+        if len(by_value) > 1:  # a single point is the base attack alone
+            sweeps[name] = dict(sorted(by_value.items()))
+    return sweeps
