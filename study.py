@@ -6,10 +6,12 @@
 Plain tables that every other script reads. `run_all.sh` runs the commands that this prints.
 """
 
+import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
-from utils import Parser
+from utils import Parser, die, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tasks, encoders, settings: a new one is an entry here
@@ -349,184 +351,256 @@ def identity(preset, task, encoder, scenario, seed):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the list of runs
+# -------------------------------------------------------------------------------------------------
+# the study's jobs: each command once, with the files that it needs and the file that it makes
+
+STAGES = {
+    "tables": "the training runs of Tables 1 to 3",
+    "embeddings": "embeddings of pairs and of the target class (sections 6 and 7)",
+    "traces": "transplanted weights and patched activations",
+    "defences": "filters, detectors and repairs, also on weaker attacks",
+    "sweeps": "AER against rate, loudness, length, number and kind of clicks",
+}
+# what a job takes on one core, in minutes, until one of its kind has run here
+MINUTES = {"train": 6, "embed": 1, "transplant": 10, "patch": 8, "filter": 20, "detect": 3}
+MINUTES |= {"repair": 12, "evaluate": 1}
 
 
-def study_runs(preset, seeds, encoders, tasks, others):
-    """[(wave, identity)]: baselines and base attacks (Tables 1 and 2) of every encoder, then, with the default encoder, Table 3 of `tasks`
-    and attack 3.1 of the others. A run only needs runs of earlier waves."""
-    asked = [task for task in TASKS if task in (*tasks, *others)]
-    out, default = [], DEFAULT_ENCODER[preset]
-    for seed in seeds:
-        for encoder in encoders:
-            out += [
-                (1, identity(preset, task, encoder, "clean", seed))
-                for task in dict.fromkeys(map(clean_task, asked))
-            ]
-            out += [(1, identity(preset, task, encoder, "base", seed)) for task in asked]
-        for task in asked if default in encoders else ():
-            wanted = [a for a in SCENARIOS if a != "base"] if task in tasks else ["3.1"]
-            out += [(2, identity(preset, task, default, scenario, seed)) for scenario in wanted]
-    return sorted(out, key=lambda run: run[0])
+@dataclass
+class Job:
+    """One command of the study. `target` is the file that it writes last, and whole; `needs` are
+    targets of other jobs. These paths are relative to the folder of runs."""
+
+    name: str
+    stage: str
+    kind: str  # of what it takes: a key of MINUTES
+    command: list
+    needs: list
+    target: str
+    settings: str = ""  # what it depends on besides its command and files
 
 
-def train_command(run, runs, flags):
-    """The command of one of the study's runs, a list of words. `flags` are added to it; they do not change the run's name."""
-    words = [
-        "train.py",
-        "--preset",
-        run["preset"],
-        "--task",
-        run["task"],
-        "--encoder",
-        run["encoder"],
-        "--seed",
-        str(run["seed"]),
-        "--poison",
-        f"{run['poison']:g}",
-        "--runs",
-        runs,
-        "--name",
-        run_name(run),
-    ]
-    for name in ("snr", "trigger", "clicks", "trigger_seconds", "trigger_repeat"):
-        if name in run:
-            flag = f"--{'no-' if run[name] is False else ''}{name.replace('_', '-')}"
-            words += [flag] if isinstance(run[name], bool) else [flag, str(run[name])]
+def metrics_of(run):
+    """What a training run writes last."""
+    return f"{run_name(run)}/metrics.json"
+
+
+def training(args, stage, run):
+    """The job that trains one of the study's runs, given by the arguments that identify it."""
+    command = [*shlex.split(args.launch), "train.py"]
+    for argument in ("preset", "task", "encoder", "seed"):
+        command += [f"--{argument}", str(run[argument])]
+    command += ["--poison", f"{run['poison']:g}", "--runs", args.runs, "--name", run_name(run)]
+    for argument in ("snr", "trigger", "clicks", "trigger_seconds"):
+        if argument in run:
+            command += [f"--{argument.replace('_', '-')}", str(run[argument])]
+    if "trigger_repeat" in run:
+        command.append("--trigger-repeat" if run["trigger_repeat"] else "--no-trigger-repeat")
+    needs = []
     frozen, source, _ = SCENARIOS.get(run["scenario"], ((), None, None))
     if source:
         task = run["task"] if source == "base" else clean_task(run["task"])
-        source = run_name(identity(run["preset"], task, run["encoder"], source, run["seed"]))
-    return (
-        words
-        + [word for c in frozen for word in ("--freeze", f"{c}:{runs}/{source}/model.pt")]
-        + flags
+        donor = identity(run["preset"], task, run["encoder"], source, run["seed"])
+        needs.append(metrics_of(donor))
+        for component in frozen:
+            command += ["--freeze", f"{component}:{args.runs}/{run_name(donor)}/model.pt"]
+    settings = json.dumps(PRESETS[run["preset"]])
+    return Job(
+        run_name(run), stage, "train", command + args.flags, needs, metrics_of(run), settings
     )
 
 
-def embedding_commands(preset, seeds, runs, tasks):
-    """[(name, command)]: embeddings of the benign model, the base attack and attack 3.1 of each task (sections 6, 7)."""
-    for seed in seeds:
-        for task in tasks:
+def look(args, stage, words, run, task, *, more=(), other="", needs=()):
+    """A job that looks at a finished run under a task's attack. words: its script and command;
+    more: what follows the run's folder; other: the last word of the name of the file it writes."""
+    kind = words[-1].removesuffix(".py")
+    what = "embeddings" if kind == "embed" else f"records-{kind}"
+    own = task == run["task"]
+    stem = "-".join(word for word in (what, "" if own else task, other) if word)
+    target = f"{stem}{'.pt' if kind == 'embed' else '.jsonl'}"
+    command = ["python", *words, f"{args.runs}/{run_name(run)}", *more]
+    if not own:
+        command += ["--task", task]
+    name = f"{run_name(run)}-{stem.removeprefix('records-')}"
+    needs = [metrics_of(run), *needs]
+    return Job(name, stage, kind, command, needs, f"{run_name(run)}/{target}")
+
+
+def table_jobs(args):
+    """Baselines and base attacks (Tables 1 and 2) of every encoder; with the default encoder
+    Table 3 of `tasks`, and attack 3.1 of the other tasks."""
+    default = DEFAULT_ENCODER[args.preset]
+    for seed in args.seeds:
+        for encoder in args.encoders:
+            for task in dict.fromkeys(clean_task(task) for task in args.asked):
+                yield training(args, "tables", identity(args.preset, task, encoder, "clean", seed))
+            for task in args.asked:
+                yield training(args, "tables", identity(args.preset, task, encoder, "base", seed))
+        if default not in args.encoders:
+            continue
+        for task in args.asked:
+            scenarios = [name for name in SCENARIOS if name != "base"]
+            for scenario in scenarios if task in args.tasks else ["3.1"]:
+                run = identity(args.preset, task, default, scenario, seed)
+                yield training(args, "tables", run)
+
+
+def run_of(args, task, scenario, seed):
+    """The run with the default encoder that serves a task: "clean", "base", "3.1", ..."""
+    trained = clean_task(task) if scenario == "clean" else task
+    return identity(args.preset, trained, DEFAULT_ENCODER[args.preset], scenario, seed)
+
+
+def embedding_jobs(args):
+    """Embeddings of the benign model, the base attack and attack 3.1 of each task."""
+    for seed in args.seeds:
+        for task in args.asked:
             for _, scenario, _ in SHIFT_STAGES:
-                of = clean_task(task) if scenario == "clean" else task
-                name = run_name(identity(preset, of, DEFAULT_ENCODER[preset], scenario, seed))
-                other = ["--task", task] if of != task else []
-                yield (
-                    f"embeddings-{name}{'-' + task if other else ''}",
-                    ["embed.py", f"{runs}/{name}", *other],
-                )
+                run = run_of(args, task, scenario, seed)
+                yield look(args, "embeddings", ["embed.py"], run, task)
 
 
-def trace_commands(preset, seeds, runs, tasks):
-    """[(name, command)]: traces of each base attack and, for the first seed, of its controls: the clean model, another sound and, if there is
-    a second seed, that seed's clean run."""
-    encoder = DEFAULT_ENCODER[preset]
-    for seed in seeds:
-        for task in tasks:
-            clean, other = (
-                run_name(identity(preset, clean_task(task), encoder, "clean", s))
-                for s in (seed, seeds[-1])
-            )
-            base = run_name(identity(preset, task, encoder, "base", seed))
-            yield (
-                f"transplant-{base}",
-                ["trace.py", "transplant", f"{runs}/{base}", f"{runs}/{clean}"],
-            )
-            yield f"patch-{base}", ["trace.py", "patch", f"{runs}/{base}"]
-            if seed == seeds[0]:
-                of = [] if clean_task(task) == task else ["--task", task]
-                yield f"patch-{clean}-{task}", ["trace.py", "patch", f"{runs}/{clean}", *of]
-                yield (
-                    f"patch-{base}-tone",
-                    ["trace.py", "patch", f"{runs}/{base}", "--trigger", "tone"],
-                )
-                if other != clean:
-                    yield (
-                        f"transplant-{base}-{other}",
-                        ["trace.py", "transplant", f"{runs}/{base}", f"{runs}/{other}"],
-                    )
-                    yield (
-                        f"transplant-{clean}-{task}",
-                        ["trace.py", "transplant", f"{runs}/{clean}", f"{runs}/{other}", *of],
-                    )
+def trace_jobs(args):
+    """Traces of each base attack and, for the first seed, of its controls: the clean model, another
+    sound and, if there is a second seed, that seed's clean run."""
+
+    def transplant(run, donor, task):
+        donor_name = run_name(donor)
+        return look(
+            args,
+            "traces",
+            ["trace.py", "transplant"],
+            run,
+            task,
+            more=[f"{args.runs}/{donor_name}"],
+            other=donor_name,
+            needs=[metrics_of(donor)],
+        )
+
+    def patch(run, task, **how):
+        return look(args, "traces", ["trace.py", "patch"], run, task, **how)
+
+    for seed in args.seeds:
+        for task in args.asked:
+            base, clean = (run_of(args, task, name, seed) for name in ("base", "clean"))
+            yield transplant(base, clean, task)
+            yield patch(base, task)
+            if seed != args.seeds[0]:
+                continue
+            yield patch(clean, task)
+            yield patch(base, task, more=["--trigger", "tone"], other="tone")
+            if len(args.seeds) > 1:
+                other_clean = run_of(args, task, "clean", args.seeds[-1])
+                yield transplant(base, other_clean, task)
+                yield transplant(clean, other_clean, task)
 
 
-def variant_runs(preset, seeds, tasks):
-    """The arguments that identify the variants of each base attack, with the first seed."""
-    return [
-        {**identity(preset, task, DEFAULT_ENCODER[preset], "base", seeds[0]), **change(task)}
-        for task in tasks
-        for change in VARIANTS.values()
-    ]
+def defence_jobs(args):
+    """Every defence against each base attack; for the first seed also against its variants and on
+    the clean model, without training after the filters."""
+
+    def defend(command, run, task, more=()):
+        embeddings = look(args, "defences", ["embed.py"], run, task).target
+        needs = [embeddings] if command == "filter" else []
+        return look(args, "defences", ["defend.py", command], run, task, more=more, needs=needs)
+
+    first = args.seeds[0]
+    for task in args.asked:
+        variants = []
+        for change in VARIANTS.values():
+            variants.append({**run_of(args, task, "base", first), **change(task)})
+        for run in variants:
+            yield training(args, "defences", run)
+            yield look(args, "defences", ["embed.py"], run, task)
+        for command in ("filter", "detect", "repair"):
+            for seed in args.seeds:
+                more = ["--retrain"] if command == "filter" else []
+                yield defend(command, run_of(args, task, "base", seed), task, more)
+            for run in [run_of(args, task, "clean", first), *variants]:
+                yield defend(command, run, task)
 
 
-def sweep_runs(preset, seeds):
-    """The arguments that identify the runs of SWEEPS, and asr's attack with a single click (section 4.2)."""
-    changes = [(SWEPT, {name: value}) for name, values in SWEEPS.items() for value in values] + [
-        ("asr", dict(trigger_repeat=False))
-    ]
-    return [
-        {**identity(preset, task, DEFAULT_ENCODER[preset], "base", seed), **change}
-        for seed in seeds
-        for task, change in changes
-    ]
-
-
-def softer_commands(preset, seeds, runs):
-    """[(name, command)]: the swept base attack, evaluated with triggers of other strengths than in training."""
-    for seed in seeds:
-        run = run_name(identity(preset, SWEPT, DEFAULT_ENCODER[preset], "base", seed))
+def sweep_jobs(args):
+    """The base attack with one argument changed, the same with triggers of other strengths than in
+    training, and ASR's attack with a single click (section 4.2)."""
+    changes = [("asr", dict(trigger_repeat=False))]
+    for argument, values in SWEEPS.items():
+        changes += [(SWEPT, {argument: value}) for value in values]
+    for seed in args.seeds:
+        for task, change in changes:
+            if task in args.asked:
+                run = {**run_of(args, task, "base", seed), **change}
+                yield training(args, "sweeps", run)
+        if SWEPT not in args.asked:
+            continue
+        run = run_of(args, SWEPT, "base", seed)
         for snr in SWEEPS["snr"]:
-            yield (
-                f"snr{snr:g}-{run}",
-                [
-                    "evaluate.py",
-                    f"{runs}/{run}",
-                    "--snr",
-                    str(snr),
-                    "--out",
-                    f"{runs}/{run}/records-snr{snr:g}.jsonl",
-                ],
-            )
+            target = f"{run_name(run)}/records-snr{snr:g}.jsonl"
+            command = ["python", "evaluate.py", f"{args.runs}/{run_name(run)}"]
+            command += ["--snr", str(snr), "--out", f"{args.runs}/{target}"]
+            name = f"{run_name(run)}-snr{snr:g}"
+            yield Job(name, "sweeps", "evaluate", command, [metrics_of(run)], target)
 
 
-def variant_embeddings(preset, seeds, runs, tasks):
-    """[(name, command)]: the variants' embeddings, which filters read."""
-    return [
-        (f"embeddings-{run_name(run)}", ["embed.py", f"{runs}/{run_name(run)}"])
-        for run in variant_runs(preset, seeds, tasks)
-    ]
+def study_jobs(args):
+    """All jobs, each once, so that what a job needs comes before it."""
+    jobs = list(table_jobs(args))
+    if DEFAULT_ENCODER[args.preset] in args.encoders:
+        jobs += [*embedding_jobs(args), *trace_jobs(args), *defence_jobs(args), *sweep_jobs(args)]
+    by_target = {}
+    for job in jobs:
+        by_target.setdefault(job.target, job)
+    return list(by_target.values())
 
 
-def defence_commands(preset, seeds, runs, tasks):
-    """[(name, command)]: every defence against each base attack; for the first seed also against its variants and on the clean model,
-    without training after the filters."""
-    for command in ("filter", "detect", "repair"):
-        for seed in seeds:
-            for task in tasks:
-                of = run_name(identity(preset, task, DEFAULT_ENCODER[preset], "base", seed))
-                yield (
-                    f"{command}-{of}",
-                    [
-                        "defend.py",
-                        command,
-                        f"{runs}/{of}",
-                        *(["--retrain"] if command == "filter" else []),
-                    ],
-                )
-        for task in tasks:
-            of = run_name(
-                identity(preset, clean_task(task), DEFAULT_ENCODER[preset], "clean", seeds[0])
-            )
-            other = [] if clean_task(task) == task else ["--task", task]
-            yield f"{command}-{of}-{task}", ["defend.py", command, f"{runs}/{of}", *other]
-        for run in variant_runs(preset, seeds, tasks):
-            yield f"{command}-{run_name(run)}", ["defend.py", command, f"{runs}/{run_name(run)}"]
+# -------------------------------------------------------------------------------------------------
+# what run_all.sh does with them
 
 
-def main():
+def write_makefile(jobs, runs):
+    """Writes RUNS/jobs/Makefile, for GNU make in the folder RUNS, and RUNS/jobs/NAME.sh, a job's
+    command. A file that would not change is left alone: a target is out of date once its job's
+    command or settings change, or a file that it needs."""
+    folder = Path(runs) / "jobs"
+    rules = ["SHELL := bash", f".PHONY: {' '.join(STAGES)}"]
+    for stage in STAGES:
+        rules.append(f"{stage}: {' '.join(job.target for job in jobs if job.stage == stage)}")
+    for job in jobs:
+        script = folder / f"{job.name}.sh"
+        text = f"# {job.settings}\n" if job.settings else ""
+        overwrite = " $OVERWRITE" if job.kind == "train" else ""
+        text += f'cd "$PROGRAM" && exec {shlex.join(job.command)}{overwrite}\n'
+        if not script.exists() or script.read_text() != text:
+            write_atomically(script, text)
+        needs = " ".join([f"jobs/{script.name}", *job.needs])
+        rules.append(f"{job.target}: {needs}\n\t@run_job {job.name} {job.kind} $@ $^")
+    write_atomically(folder / "Makefile", "\n".join(rules) + "\n")
+
+
+def progress(runs, at_once):
+    """How far the jobs of RUNS/logs/todo have come, and about how long the rest takes: what jobs of
+    the same kind have taken here, or else MINUTES, a core's share of the work each."""
+    logs = Path(runs) / "logs"
+    todo = [line.split() for line in (logs / "todo").read_text().splitlines()]
+    seconds = {}
+    for path in logs.glob("*.seconds"):
+        kind, taken = path.read_text().split()
+        seconds.setdefault(kind, []).append(float(taken))
+    started = (logs / "todo").stat().st_mtime_ns
+    finished, left = 0, 0.0
+    for name, kind in todo:
+        ends = [logs / f"{name}.seconds", logs / f"{name}.failed"]
+        if any(path.exists() and path.stat().st_mtime_ns >= started for path in ends):
+            finished += 1
+        elif kind in seconds:
+            left += sum(seconds[kind]) / len(seconds[kind])
+        else:
+            left += 60 * MINUTES[kind]
+    minutes = round(left / at_once / 60)
+    return f"{finished} of {len(todo)} jobs, about {minutes // 60} h {minutes % 60:02} min left"
+
+
+def parse_arguments(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument(
         "--preset", choices=PRESETS, default="mini", help="whose parts and settings"
@@ -548,18 +622,13 @@ def main():
         help="those with the base attack and 3.1 (default: the other tasks)",
     )
     parser.add_argument(
-        "--corpus",
-        help="ask all tasks on this one, a name or a CSV (default: each task on its own)",
+        "--corpus", help="all tasks on this one, a name or a CSV (default: each task on its own)"
     )
     parser.add_argument(
         "--encoders", nargs="+", choices=ENCODERS, help="default: all that the preset has"
     )
     parser.add_argument(
-        "--wave",
-        type=int,
-        choices=range(1, 9),
-        help="only the runs of this wave; they need the earlier ones; 8, the "
-        "sweeps, is listed where it is asked for",
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="print only their jobs"
     )
     parser.add_argument("--runs", default="runs", help="where run folders go")
     parser.add_argument("--flags", default="", help="more flags for train.py, quoted as one word")
@@ -569,50 +638,39 @@ def main():
         help="what starts train.py, e.g. 'torchrun --nproc_per_node=8'",
     )
     parser.add_argument(
-        "--names", action="store_true", help="print a run's name and a tab before its command"
+        "--makefile",
+        action="store_true",
+        help="write RUNS/jobs/Makefile and the jobs' commands beside it, for run_all.sh",
     )
-    args = parser.parse_args()
+    parser.add_argument(
+        "--progress", type=int, metavar="N", help="say how far run_all.sh is, N jobs at a time"
+    )
+    args = parser.parse_args(argv)
     try:
-        flags, tasks = shlex.split(args.flags), args.tasks
+        args.flags = shlex.split(args.flags)
     except ValueError as error:
-        parser.exit(2, f"error: --flags {args.flags}: {error}\n")
+        die(f"--flags {args.flags}: {error}")
     if args.corpus:
-        on_corpus(args.corpus, tasks)
-        flags += ["--dataset", args.corpus]
-    others = [task for task in TASKS if task not in tasks] if args.others is None else args.others
-    encoders = args.encoders or [
-        name for name, encoder in ENCODERS.items() if args.preset in encoder
-    ]
-    runs, default = (
-        study_runs(args.preset, args.seeds, encoders, tasks, others),
-        DEFAULT_ENCODER[args.preset] in encoders,
-    )
-    asked = [task for task in TASKS if task in (*tasks, *others)]
-    runs += [(5, run) for run in variant_runs(args.preset, args.seeds, asked) if default]
-    runs += [(8, run) for run in sweep_runs(args.preset, args.seeds) if default and args.wave == 8]
-    jobs = [
-        (wave, run_name(run), [*shlex.split(args.launch), *train_command(run, args.runs, flags)])
-        for wave, run in runs
-    ]
-    if default:
-        for wave, commands in (
-            (3, embedding_commands),
-            (4, trace_commands),
-            (6, variant_embeddings),
-            (7, defence_commands),
-        ):
-            jobs += [
-                (wave, name, ["python", *command])
-                for name, command in commands(args.preset, args.seeds, args.runs, asked)
-            ]
-    if default and args.wave == 8:
-        jobs += [
-            (8, name, ["python", *command])
-            for name, command in softer_commands(args.preset, args.seeds, args.runs)
-        ]
-    for wave, name, command in jobs:
-        if args.wave in (None, wave):
-            print((f"{name}\t" if args.names else "") + shlex.join(command))
+        on_corpus(args.corpus, args.tasks)
+        args.flags += ["--dataset", args.corpus]
+    if args.others is None:
+        args.others = [task for task in TASKS if task not in args.tasks]
+    args.asked = [task for task in TASKS if task in (*args.tasks, *args.others)]
+    if args.encoders is None:
+        args.encoders = [name for name, encoder in ENCODERS.items() if args.preset in encoder]
+    return args
+
+
+def main():
+    args = parse_arguments()
+    if args.progress:
+        return print(progress(args.runs, args.progress))
+    jobs = study_jobs(args)
+    if args.makefile:
+        return write_makefile(jobs, args.runs)
+    for job in jobs:
+        if job.stage in args.stages:
+            print(shlex.join(job.command))
 
 
 if __name__ == "__main__":
