@@ -7,10 +7,12 @@ them.
 Plain tables that every other script reads. `run_all.sh` runs the commands that this prints.
 """
 
+import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
-from utils import Parser
+from utils import Parser, die, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # tasks, encoders, settings: a new one is an entry here
@@ -225,8 +227,7 @@ def half_the_rate(task):
 # the attack's arguments
 VARIANTS = {"half the rate": half_the_rate}
 
-# Sweeps of one task's base attack: one argument and its values, the rest unchanged; SWEEP=1 bash
-# run_all.sh
+# Sweeps of one task's base attack: one argument and its values, the rest unchanged
 SWEPT = "emotion"
 SWEEPS = {
     "poison": (0.001, 0.003, 0.01, 0.03, 0.1),
@@ -409,195 +410,262 @@ def identity(preset, task, encoder, scenario, seed):
     )
 
 
-def name_of(preset, task, scenario, seed):
-    """The name of one of the study's own runs with the preset's default encoder. A clean run serves
-    all tasks of its corpus."""
-    if scenario == "clean":
-        task = clean_task(task)
-    return run_name(identity(preset, task, DEFAULT_ENCODER[preset], scenario, seed))
+# -------------------------------------------------------------------------------------------------
+# the study's jobs: each command once, with the files that it needs and the file that it makes
+
+STAGES = {
+    "tables": "the training runs of Tables 1 to 3",
+    "embeddings": "embeddings of pairs and of the target class (sections 6 and 7)",
+    "traces": "transplanted weights and patched activations",
+    "defences": "filters, detectors and repairs, also on weaker attacks",
+    "sweeps": "AER against rate, loudness, length, number and kind of clicks",
+}
+# what a job takes on one core, in minutes, until one of its kind has run here
+MINUTES = {"train": 6, "embed": 1, "transplant": 10, "patch": 8, "filter": 20, "detect": 3}
+MINUTES |= {"repair": 12, "evaluate": 1}
+
+
+@dataclass
+class Job:
+    """One command of the study. `target` is the file that it writes last, and whole; `needs` are
+    targets of other jobs. These paths are relative to the folder of runs."""
+
+    name: str
+    stage: str
+    kind: str  # of what it takes: a key of MINUTES
+    command: list
+    needs: list
+    target: str
+    settings: str = ""  # what it depends on besides its command and files
+
+
+def metrics_of(run):
+    """What a training run writes last."""
+    return f"{run_name(run)}/metrics.json"
+
+
+def training(args, stage, run):
+    """The job that trains one of the study's runs, given by the arguments that identify it."""
+    command = [*shlex.split(args.launch), "train.py"]
+    for argument in ("preset", "task", "encoder", "seed"):
+        command += [f"--{argument}", str(run[argument])]
+    command += ["--poison", f"{run['poison']:g}", "--runs", args.runs, "--name", run_name(run)]
+    for argument in ("snr", "trigger", "clicks", "trigger_seconds"):
+        if argument in run:
+            command += [f"--{argument.replace('_', '-')}", str(run[argument])]
+    if "trigger_repeat" in run:
+        command.append("--trigger-repeat" if run["trigger_repeat"] else "--no-trigger-repeat")
+    needs = []
+    frozen, source, _ = SCENARIOS.get(run["scenario"], ((), None, None))
+    if source:
+        task = run["task"] if source == "base" else clean_task(run["task"])
+        donor = identity(run["preset"], task, run["encoder"], source, run["seed"])
+        needs.append(metrics_of(donor))
+        for component in frozen:
+            command += ["--freeze", f"{component}:{args.runs}/{run_name(donor)}/model.pt"]
+    settings = json.dumps(PRESETS[run["preset"]])
+    return Job(
+        run_name(run), stage, "train", command + args.flags, needs, metrics_of(run), settings
+    )
+
+
+def look(args, stage, words, run, task, *, more=(), other="", needs=()):
+    """A job that looks at a finished run under a task's attack. words: its script and command;
+    more: what follows the run's folder; other: the last word of the name of the file it writes."""
+    kind = words[-1].removesuffix(".py")
+    what = "embeddings" if kind == "embed" else f"records-{kind}"
+    own = task == run["task"]
+    stem = "-".join(word for word in (what, "" if own else task, other) if word)
+    target = f"{stem}{'.pt' if kind == 'embed' else '.jsonl'}"
+    command = ["python", *words, f"{args.runs}/{run_name(run)}", *more]
+    if not own:
+        command += ["--task", task]
+    name = f"{run_name(run)}-{stem.removeprefix('records-')}"
+    needs = [metrics_of(run), *needs]
+    return Job(name, stage, kind, command, needs, f"{run_name(run)}/{target}")
+
+
+def table_jobs(args):
+    """Baselines and base attacks (Tables 1 and 2) of every encoder; with the default encoder
+    Table 3 of `tasks`, and attack 3.1 of the other tasks."""
+    default = DEFAULT_ENCODER[args.preset]
+    for seed in args.seeds:
+        for encoder in args.encoders:
+            for task in dict.fromkeys(clean_task(task) for task in args.asked):
+                yield training(args, "tables", identity(args.preset, task, encoder, "clean", seed))
+            for task in args.asked:
+                yield training(args, "tables", identity(args.preset, task, encoder, "base", seed))
+        if default not in args.encoders:
+            continue
+        for task in args.asked:
+            scenarios = [name for name in SCENARIOS if name != "base"]
+            for scenario in scenarios if task in args.tasks else ["3.1"]:
+                run = identity(args.preset, task, default, scenario, seed)
+                yield training(args, "tables", run)
+
+
+def run_of(args, task, scenario, seed):
+    """The run with the default encoder that serves a task: "clean", "base", "3.1", ..."""
+    trained = clean_task(task) if scenario == "clean" else task
+    return identity(args.preset, trained, DEFAULT_ENCODER[args.preset], scenario, seed)
+
+
+def embedding_jobs(args):
+    """Embeddings of the benign model, the base attack and attack 3.1 of each task."""
+    for seed in args.seeds:
+        for task in args.asked:
+            for _, scenario, _ in SHIFT_STAGES:
+                run = run_of(args, task, scenario, seed)
+                yield look(args, "embeddings", ["embed.py"], run, task)
+
+
+def trace_jobs(args):
+    """Traces of each base attack and, for the first seed, of its controls: the clean model, another
+    sound and, if there is a second seed, that seed's clean run."""
+
+    def transplant(run, donor, task):
+        donor_name = run_name(donor)
+        return look(
+            args,
+            "traces",
+            ["trace.py", "transplant"],
+            run,
+            task,
+            more=[f"{args.runs}/{donor_name}"],
+            other=donor_name,
+            needs=[metrics_of(donor)],
+        )
+
+    def patch(run, task, **how):
+        return look(args, "traces", ["trace.py", "patch"], run, task, **how)
+
+    for seed in args.seeds:
+        for task in args.asked:
+            base, clean = (run_of(args, task, name, seed) for name in ("base", "clean"))
+            yield transplant(base, clean, task)
+            yield patch(base, task)
+            if seed != args.seeds[0]:
+                continue
+            yield patch(clean, task)
+            yield patch(base, task, more=["--trigger", "tone"], other="tone")
+            if len(args.seeds) > 1:
+                other_clean = run_of(args, task, "clean", args.seeds[-1])
+                yield transplant(base, other_clean, task)
+                yield transplant(clean, other_clean, task)
+
+
+def defence_jobs(args):
+    """Every defence against each base attack; for the first seed also against its variants and on
+    the clean model, without training after the filters."""
+
+    def defend(command, run, task, more=()):
+        embeddings = look(args, "defences", ["embed.py"], run, task).target
+        needs = [embeddings] if command == "filter" else []
+        return look(args, "defences", ["defend.py", command], run, task, more=more, needs=needs)
+
+    first = args.seeds[0]
+    for task in args.asked:
+        variants = []
+        for change in VARIANTS.values():
+            variants.append({**run_of(args, task, "base", first), **change(task)})
+        for run in variants:
+            yield training(args, "defences", run)
+            yield look(args, "defences", ["embed.py"], run, task)
+        for command in ("filter", "detect", "repair"):
+            for seed in args.seeds:
+                more = ["--retrain"] if command == "filter" else []
+                yield defend(command, run_of(args, task, "base", seed), task, more)
+            for run in [run_of(args, task, "clean", first), *variants]:
+                yield defend(command, run, task)
+
+
+def sweep_jobs(args):
+    """The base attack with one argument changed, the same with triggers of other strengths than in
+    training, and ASR's attack with a single click (section 4.2)."""
+    changes = [("asr", dict(trigger_repeat=False))]
+    for argument, values in SWEEPS.items():
+        changes += [(SWEPT, {argument: value}) for value in values]
+    for seed in args.seeds:
+        for task, change in changes:
+            if task in args.asked:
+                run = {**run_of(args, task, "base", seed), **change}
+                yield training(args, "sweeps", run)
+        if SWEPT not in args.asked:
+            continue
+        run = run_of(args, SWEPT, "base", seed)
+        for snr in SWEEPS["snr"]:
+            target = f"{run_name(run)}/records-snr{snr:g}.jsonl"
+            command = ["python", "evaluate.py", f"{args.runs}/{run_name(run)}"]
+            command += ["--snr", str(snr), "--out", f"{args.runs}/{target}"]
+            name = f"{run_name(run)}-snr{snr:g}"
+            yield Job(name, "sweeps", "evaluate", command, [metrics_of(run)], target)
+
+
+def study_jobs(args):
+    """All jobs, each once, so that what a job needs comes before it."""
+    jobs = list(table_jobs(args))
+    if DEFAULT_ENCODER[args.preset] in args.encoders:
+        jobs += [*embedding_jobs(args), *trace_jobs(args), *defence_jobs(args), *sweep_jobs(args)]
+    by_target = {}
+    for job in jobs:
+        by_target.setdefault(job.target, job)
+    return list(by_target.values())
 
 
 # -------------------------------------------------------------------------------------------------
-# the list of runs
+# what run_all.sh does with them
 
 
-def study_runs(preset, seeds, encoders, tasks, others):
-    """[(wave, identity)]: baselines and base attacks (Tables 1 and 2) of every encoder, then, with
-    the default encoder, Table 3 of `tasks` and scenario 3.1 of the others. A run only needs runs of
-    earlier waves."""
-    asked = [task for task in TASKS if task in (*tasks, *others)]
-    clean_tasks = list(dict.fromkeys(clean_task(task) for task in asked))
-    default = DEFAULT_ENCODER[preset]
-    table3 = [scenario for scenario in SCENARIOS if scenario != "base"]
-    runs = []
-    for seed in seeds:
-        for encoder in encoders:
-            runs += [(1, identity(preset, task, encoder, "clean", seed)) for task in clean_tasks]
-            runs += [(1, identity(preset, task, encoder, "base", seed)) for task in asked]
-        if default not in encoders:
-            continue
-        for task in asked:
-            for scenario in table3 if task in tasks else ["3.1"]:
-                runs.append((2, identity(preset, task, default, scenario, seed)))
-    return sorted(runs, key=lambda run: run[0])
+def write_makefile(jobs, runs):
+    """Writes RUNS/jobs/Makefile, for GNU make in the folder RUNS, and RUNS/jobs/NAME.sh, a job's
+    command. A file that would not change is left alone: a target is out of date once its job's
+    command or settings change, or a file that it needs."""
+    folder = Path(runs) / "jobs"
+    rules = ["SHELL := bash", f".PHONY: {' '.join(STAGES)}"]
+    for stage in STAGES:
+        rules.append(f"{stage}: {' '.join(job.target for job in jobs if job.stage == stage)}")
+    for job in jobs:
+        script = folder / f"{job.name}.sh"
+        text = f"# {job.settings}\n" if job.settings else ""
+        overwrite = " $OVERWRITE" if job.kind == "train" else ""
+        text += f'cd "$PROGRAM" && exec {shlex.join(job.command)}{overwrite}\n'
+        if not script.exists() or script.read_text() != text:
+            write_atomically(script, text)
+        needs = " ".join([f"jobs/{script.name}", *job.needs])
+        rules.append(f"{job.target}: {needs}\n\t@run_job {job.name} {job.kind} $@ $^")
+    write_atomically(folder / "Makefile", "\n".join(rules) + "\n")
 
 
-def train_command(run, runs, flags):
-    """The command of one of the study's runs, a list of words. `flags` are added to it; they do not
-    change the run's name."""
-    words = ["train.py", "--preset", run["preset"], "--task", run["task"]]
-    words += ["--encoder", run["encoder"], "--seed", str(run["seed"])]
-    words += ["--poison", f"{run['poison']:g}", "--runs", runs, "--name", run_name(run)]
-    for name in ("snr", "trigger", "clicks", "trigger_seconds", "trigger_repeat"):
-        flag = name.replace("_", "-")
-        if run.get(name) is True:
-            words.append(f"--{flag}")
-        elif run.get(name) is False:
-            words.append(f"--no-{flag}")
-        elif name in run:
-            words += [f"--{flag}", str(run[name])]
-    frozen, source, _ = SCENARIOS.get(run["scenario"], ((), None, None))
-    for component in frozen:
-        task = run["task"] if source == "base" else clean_task(run["task"])
-        trained = run_name(identity(run["preset"], task, run["encoder"], source, run["seed"]))
-        words += ["--freeze", f"{component}:{runs}/{trained}/model.pt"]
-    return words + flags
+def progress(runs, at_once):
+    """How far the jobs of RUNS/logs/todo have come, and about how long the rest takes: what jobs of
+    the same kind have taken here, or else MINUTES, a core's share of the work each."""
+    logs = Path(runs) / "logs"
+    todo = [line.split() for line in (logs / "todo").read_text().splitlines()]
+    seconds = {}
+    for path in logs.glob("*.seconds"):
+        kind, taken = path.read_text().split()
+        seconds.setdefault(kind, []).append(float(taken))
+    started = (logs / "todo").stat().st_mtime_ns
+    finished, left = 0, 0.0
+    for name, kind in todo:
+        ends = [logs / f"{name}.seconds", logs / f"{name}.failed"]
+        if any(path.exists() and path.stat().st_mtime_ns >= started for path in ends):
+            finished += 1
+        elif kind in seconds:
+            left += sum(seconds[kind]) / len(seconds[kind])
+        else:
+            left += 60 * MINUTES[kind]
+    minutes = round(left / at_once / 60)
+    return f"{finished} of {len(todo)} jobs, about {minutes // 60} h {minutes % 60:02} min left"
 
 
-def task_flag(task):
-    """What a command on the clean run of `task` needs to know, if that run is of another task."""
-    return [] if clean_task(task) == task else ["--task", task]
-
-
-def embedding_commands(preset, seeds, runs, tasks):
-    """[(name, command)]: embeddings of the benign model, the base attack and scenario 3.1 of each
-    task (sections 6, 7)."""
-    for seed in seeds:
-        for task in tasks:
-            for _, scenario, _ in SHIFT_STAGES:
-                run = name_of(preset, task, scenario, seed)
-                flag = task_flag(task) if scenario == "clean" else []
-                name = f"embeddings-{run}-{task}" if flag else f"embeddings-{run}"
-                yield name, ["embed.py", f"{runs}/{run}", *flag]
-
-
-def trace_commands(preset, seeds, runs, tasks):
-    """[(name, command)]: traces of each base attack and, for the first seed, of its controls: the
-    clean model, another sound and, if there is a second seed, that seed's clean run."""
-    for seed in seeds:
-        for task in tasks:
-            base = name_of(preset, task, "base", seed)
-            clean = name_of(preset, task, "clean", seed)
-            transplant = ["trace.py", "transplant"]
-            patch = ["trace.py", "patch"]
-            yield f"transplant-{base}", [*transplant, f"{runs}/{base}", f"{runs}/{clean}"]
-            yield f"patch-{base}", [*patch, f"{runs}/{base}"]
-            if seed != seeds[0]:
-                continue
-            flag = task_flag(task)
-            yield f"patch-{clean}-{task}", [*patch, f"{runs}/{clean}", *flag]
-            yield f"patch-{base}-tone", [*patch, f"{runs}/{base}", "--trigger", "tone"]
-            other = name_of(preset, task, "clean", seeds[-1])
-            if other != clean:
-                yield (
-                    f"transplant-{base}-{other}",
-                    [*transplant, f"{runs}/{base}", f"{runs}/{other}"],
-                )
-                yield (
-                    f"transplant-{clean}-{task}",
-                    [*transplant, f"{runs}/{clean}", f"{runs}/{other}", *flag],
-                )
-
-
-def variant_runs(preset, seeds, tasks):
-    """The arguments that identify the variants of each base attack, with the first seed."""
-    runs = []
-    for task in tasks:
-        base = identity(preset, task, DEFAULT_ENCODER[preset], "base", seeds[0])
-        runs += [{**base, **change(task)} for change in VARIANTS.values()]
-    return runs
-
-
-def sweep_runs(preset, seeds):
-    """The arguments that identify the runs of SWEEPS, and asr's attack with a single click (section
-    4.2)."""
-    runs = []
-    for seed in seeds:
-        base = identity(preset, SWEPT, DEFAULT_ENCODER[preset], "base", seed)
-        for name, values in SWEEPS.items():
-            runs += [{**base, name: value} for value in values]
-        asr = identity(preset, "asr", DEFAULT_ENCODER[preset], "base", seed)
-        runs.append({**asr, "trigger_repeat": False})
-    return runs
-
-
-def softer_commands(preset, seeds, runs):
-    """[(name, command)]: the swept base attack, evaluated with triggers of other strengths than in
-    training."""
-    for seed in seeds:
-        run = name_of(preset, SWEPT, "base", seed)
-        for snr in SWEEPS["snr"]:
-            records = f"{runs}/{run}/records-snr{snr:g}.jsonl"
-            command = ["evaluate.py", f"{runs}/{run}", "--snr", str(snr), "--out", records]
-            yield f"snr{snr:g}-{run}", command
-
-
-def variant_embeddings(preset, seeds, runs, tasks):
-    """[(name, command)]: the variants' embeddings, which filters read."""
-    for run in variant_runs(preset, seeds, tasks):
-        yield f"embeddings-{run_name(run)}", ["embed.py", f"{runs}/{run_name(run)}"]
-
-
-def defence_commands(preset, seeds, runs, tasks):
-    """[(name, command)]: every defence against each base attack; for the first seed also against
-    its variants and on the clean model, without training after the filters."""
-    for defence in ("filter", "detect", "repair"):
-        retrain = ["--retrain"] if defence == "filter" else []
-        for seed in seeds:
-            for task in tasks:
-                run = name_of(preset, task, "base", seed)
-                yield f"{defence}-{run}", ["defend.py", defence, f"{runs}/{run}", *retrain]
-        for task in tasks:
-            run = name_of(preset, task, "clean", seeds[0])
-            command = ["defend.py", defence, f"{runs}/{run}", *task_flag(task)]
-            yield f"{defence}-{run}-{task}", command
-        for variant in variant_runs(preset, seeds, tasks):
-            run = run_name(variant)
-            yield f"{defence}-{run}", ["defend.py", defence, f"{runs}/{run}"]
-
-
-def study_jobs(args, encoders, tasks, others, flags):
-    """[(wave, name, command)] of the whole study; the sweeps of wave 8 only if they are asked
-    for."""
-    asked = [task for task in TASKS if task in (*tasks, *others)]
-    runs = study_runs(args.preset, args.seeds, encoders, tasks, others)
-    analyses = []
-    if DEFAULT_ENCODER[args.preset] in encoders:
-        where = (args.preset, args.seeds, args.runs)
-        runs += [(5, run) for run in variant_runs(args.preset, args.seeds, asked)]
-        analyses += [(3, job) for job in embedding_commands(*where, asked)]
-        analyses += [(4, job) for job in trace_commands(*where, asked)]
-        analyses += [(6, job) for job in variant_embeddings(*where, asked)]
-        analyses += [(7, job) for job in defence_commands(*where, asked)]
-        if args.wave == 8:
-            runs += [(8, run) for run in sweep_runs(args.preset, args.seeds)]
-            analyses += [(8, job) for job in softer_commands(*where)]
-    launch = shlex.split(args.launch)
-    jobs = []
-    for wave, run in runs:
-        jobs.append((wave, run_name(run), [*launch, *train_command(run, args.runs, flags)]))
-    for wave, (name, command) in analyses:
-        jobs.append((wave, name, ["python", *command]))
-    return jobs
-
-
-def main():
+def parse_arguments(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--preset", choices=PRESETS, default="mini", help="whose parts and settings are used"
+        "--preset", choices=PRESETS, default="mini", help="whose parts and settings"
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1], help="make all runs once with each of these"
+        "--seeds", type=int, nargs="+", default=[1], help="each makes all runs once"
     )
     parser.add_argument(
         "--tasks",
@@ -610,24 +678,16 @@ def main():
         "--others",
         nargs="*",
         choices=TASKS,
-        help="those with the base attack and 3.1 alone (default: the other tasks)",
+        help="those with the base attack and 3.1 (default: the other tasks)",
     )
     parser.add_argument(
-        "--corpus",
-        help="use this corpus for all tasks, a name or a CSV (default: each task's own)",
+        "--corpus", help="all tasks on this one, a name or a CSV (default: each task on its own)"
     )
     parser.add_argument(
-        "--encoders",
-        nargs="+",
-        choices=ENCODERS,
-        help="with these encoders alone (default: all that the preset has)",
+        "--encoders", nargs="+", choices=ENCODERS, help="default: all that the preset has"
     )
     parser.add_argument(
-        "--wave",
-        type=int,
-        choices=range(1, 9),
-        help="only the runs of this wave, which need the earlier ones; 8, the sweeps, is listed "
-        "only if it is asked for",
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="print only their jobs"
     )
     parser.add_argument("--runs", default="runs", help="where run folders go")
     parser.add_argument("--flags", default="", help="more flags for train.py, quoted as one word")
@@ -637,23 +697,39 @@ def main():
         help="what starts train.py, e.g. 'torchrun --nproc_per_node=8'",
     )
     parser.add_argument(
-        "--names", action="store_true", help="print a run's name and a tab before its command"
+        "--makefile",
+        action="store_true",
+        help="write RUNS/jobs/Makefile and the jobs' commands beside it, for run_all.sh",
     )
-    args = parser.parse_args()
+    parser.add_argument(
+        "--progress", type=int, metavar="N", help="say how far run_all.sh is, N jobs at a time"
+    )
+    args = parser.parse_args(argv)
     try:
-        flags = shlex.split(args.flags)
+        args.flags = shlex.split(args.flags)
     except ValueError as error:
-        parser.exit(2, f"error: --flags {args.flags}: {error}\n")
+        die(f"--flags {args.flags}: {error}")
     if args.corpus:
         on_corpus(args.corpus, args.tasks)
-        flags += ["--dataset", args.corpus]
-    others = args.others
-    if others is None:
-        others = [task for task in TASKS if task not in args.tasks]
-    encoders = args.encoders or [name for name in ENCODERS if args.preset in ENCODERS[name]]
-    for wave, name, command in study_jobs(args, encoders, args.tasks, others, flags):
-        if args.wave in (None, wave):
-            print((f"{name}\t" if args.names else "") + shlex.join(command))
+        args.flags += ["--dataset", args.corpus]
+    if args.others is None:
+        args.others = [task for task in TASKS if task not in args.tasks]
+    args.asked = [task for task in TASKS if task in (*args.tasks, *args.others)]
+    if args.encoders is None:
+        args.encoders = [name for name, encoder in ENCODERS.items() if args.preset in encoder]
+    return args
+
+
+def main():
+    args = parse_arguments()
+    if args.progress:
+        return print(progress(args.runs, args.progress))
+    jobs = study_jobs(args)
+    if args.makefile:
+        return write_makefile(jobs, args.runs)
+    for job in jobs:
+        if job.stage in args.stages:
+            print(shlex.join(job.command))
 
 
 if __name__ == "__main__":
