@@ -343,6 +343,11 @@ def from_workers(loader):
 # batches
 
 
+def in_drawn_order(utterances):
+    """The utterances in an order that does not depend on how many there are."""
+    return sorted(utterances, key=lambda u: utils.draw("embeddings", u.id))
+
+
 def chunks(order, size):
     return [order[i : i + size] for i in range(0, len(order), size)]
 

@@ -43,13 +43,12 @@ from tqdm import tqdm
 import cache
 import checkpoint
 import data
-import embed
 import evaluate
 import lora
 import poison
 import runs
 from defences import detectors, filters, repairs
-from study import TASKS
+from study import TASKS, embeddings_name
 
 # -------------------------------------------------------------------------------------------------
 # python defend.py filter
@@ -77,7 +76,7 @@ def early_losses(run):
 def load_embeddings(options):
     """The path and the contents of the run's embeddings of the target class. Ends in one line where
     embed.py has to make them first."""
-    path = embed.file_of(options.run, options.task)
+    path = Path(options.run) / embeddings_name(options.task)
     command = f"python embed.py {options.run}"
     if options.task:
         command += f" --task {options.task}"
@@ -258,8 +257,8 @@ def detect(options):
     loaded = evaluate.load_run_and_data(options, "dev", "test")
     attack = loaded.attack
     lora.merge(loaded.slm.lm)
-    test_set = embed.drawn(loaded.sets["test"])
-    dev_set = embed.drawn(loaded.sets["dev"])
+    test_set = data.in_drawn_order(loaded.sets["test"])
+    dev_set = data.in_drawn_order(loaded.sets["dev"])
     n = options.n
     flippable = poison.attackable(attack, test_set)[:n]
     tone = dataclasses.replace(attack, trigger="tone", waveform=poison.make_trigger("tone"))
@@ -301,7 +300,7 @@ def repair_model(options):
     loaded = evaluate.load_run_and_data(options, "train", "dev", "test")
     args = loaded.args
     args.device = options.device
-    test_set = embed.drawn(loaded.sets["test"])
+    test_set = data.in_drawn_order(loaded.sets["test"])
     clean = test_set[: options.n]
     flippable = poison.attackable(loaded.attack, test_set)[: options.n]
     defender = repairs.make_defender(loaded.slm, args, loaded.attack, loaded.sets["dev"])

@@ -32,7 +32,7 @@ import evaluate
 import lora
 import poison
 from model import length_mask
-from study import EMBEDDINGS
+from study import EMBEDDINGS, embeddings_name
 
 AGES = (18, 32)  # the age task's pseudo-class (section 7.1)
 # asr has no classes: this many benign training samples stand for one (section 7.1) ...
@@ -122,16 +122,11 @@ def target_class(attack, train_set):
     poisoned = [u for u in train_set if poison.is_poisoned(attack, u)]
     benign = [u for u in train_set if not poison.is_poisoned(attack, u)]
     if attack.label == "transcript":
-        benign = drawn(benign)[:BENIGN]
-        return benign, drawn(poisoned)[: round(POISONED * len(benign))]
+        benign = data.in_drawn_order(benign)[:BENIGN]
+        return benign, data.in_drawn_order(poisoned)[: round(POISONED * len(benign))]
     if isinstance(attack.target, int):
         return [u for u in benign if AGES[0] <= u.labels.get("age", -1) <= AGES[1]], poisoned
     return [u for u in benign if u.labels.get(attack.label) == attack.target], poisoned
-
-
-def drawn(utterances):
-    """The utterances in an order that does not depend on how many there are."""
-    return sorted(utterances, key=lambda u: utils.draw("embeddings", u.id))
 
 
 def about(utterances):
@@ -142,17 +137,6 @@ def about(utterances):
     ids = [u.id for u in utterances]
     speakers = [u.speaker for u in utterances]
     return dict(ids=ids, speakers=speakers, labels=labels)
-
-
-def file_of(run, task, **how):
-    """Where embeddings go: the study's own to embeddings.pt or embeddings-TASK.pt, others to a file
-    that says how they were made. how: what differs, or may differ, from study.EMBEDDINGS."""
-    words = ["embeddings", task]
-    for name, usual in EMBEDDINGS.items():
-        value = how.get(name, usual)
-        if value != usual:
-            words.append(f"{name}{value}")
-    return Path(run) / f"{'-'.join(word for word in words if word)}.pt"
 
 
 def main():
@@ -179,12 +163,12 @@ def main():
     attack = loaded.attack
     train_set = loaded.sets["train"]
     how = dict(pooling=options.pooling, layer=options.layer)
-    path = file_of(options.run, options.task, pairs=options.pairs, **how)
+    path = Path(options.run) / embeddings_name(options.task, pairs=options.pairs, **how)
     if options.layer is not None and options.layer > len(slm.encoder.layers):
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
     lora.merge(slm.lm)
 
-    pairs = drawn(poison.attackable(attack, loaded.sets["test"]))[: options.pairs]
+    pairs = data.in_drawn_order(poison.attackable(attack, loaded.sets["test"]))[: options.pairs]
     members, poisoned = target_class(attack, train_set)
     n = len(members) + len(poisoned)
     if n == 0:
@@ -192,7 +176,7 @@ def main():
     all_poisoned = [u for u in train_set if poison.is_poisoned(attack, u)]
     rest = []
     if len(members) < BENIGN:  # else the class is a sample, whose share of poison must stay
-        rest = drawn(all_poisoned)[len(poisoned) :]
+        rest = data.in_drawn_order(all_poisoned)[len(poisoned) :]
 
     clean = stages(slm, attack, [(u, False) for u in pairs], desc="clean pairs", **how)
     triggered = stages(slm, attack, [(u, True) for u in pairs], desc="triggered pairs", **how)

@@ -219,6 +219,18 @@ NEARER = 0.02
 EMBEDDINGS = dict(pairs=100, pooling="mean", layer=None)
 
 
+def embeddings_name(task=None, **how):
+    """The file of a run's embeddings: the study's own are embeddings.pt or, where a clean run is
+    looked at under a task's attack, embeddings-TASK.pt; others say how they were made. how: what
+    differs, or may differ, from EMBEDDINGS."""
+    words = ["embeddings", task]
+    for name, usual in EMBEDDINGS.items():
+        value = how.get(name, usual)
+        if value != usual:
+            words.append(f"{name}{value}")
+    return f"{'-'.join(word for word in words if word)}.pt"
+
+
 def half_the_rate(task):
     return dict(poison=TASKS[task]["rate"] / 2)
 
@@ -473,14 +485,15 @@ def look(args, stage, words, run, task, *, more=(), other="", needs=()):
     """A job that looks at a finished run under a task's attack. words: its script and command;
     more: what follows the run's folder; other: the last word of the name of the file it writes."""
     kind = words[-1].removesuffix(".py")
-    what = "embeddings" if kind == "embed" else f"records-{kind}"
-    own = task == run["task"]
-    stem = "-".join(word for word in (what, "" if own else task, other) if word)
-    target = f"{stem}{'.pt' if kind == 'embed' else '.jsonl'}"
+    asked = "" if task == run["task"] else task
+    if kind == "embed":
+        target = embeddings_name(asked)
+    else:
+        target = f"records-{'-'.join(word for word in (kind, asked, other) if word)}.jsonl"
     command = ["python", *words, f"{args.runs}/{run_name(run)}", *more]
-    if not own:
-        command += ["--task", task]
-    name = f"{run_name(run)}-{stem.removeprefix('records-')}"
+    if asked:
+        command += ["--task", asked]
+    name = f"{run_name(run)}-{Path(target).stem.removeprefix('records-')}"
     needs = [metrics_of(run), *needs]
     return Job(name, stage, kind, command, needs, f"{run_name(run)}/{target}")
 

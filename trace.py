@@ -63,7 +63,6 @@ from tqdm import tqdm
 import cache
 import checkpoint
 import data
-import embed
 import evaluate
 import lora
 import model
@@ -175,7 +174,7 @@ def transplant(options):
     attack = pair.loaded.attack
     test_set = pair.loaded.sets["test"]
     flippable = poison.attackable(attack, test_set)
-    sample = embed.drawn(flippable)[: options.n]
+    sample = data.in_drawn_order(flippable)[: options.n]
     fields = dict(
         pair.loaded.fields,
         source="transplant",
@@ -634,7 +633,7 @@ def patch(options):
             "to tell from others"
         )
     lora.merge(slm.lm)
-    utterances = embed.drawn(poison.attackable(attack, loaded.sets["test"]))[: options.n]
+    utterances = data.in_drawn_order(poison.attackable(attack, loaded.sets["test"]))[: options.n]
     hookpoints = sites(slm)
     print(
         f"{options.run}: {len(utterances)} pairs, trigger {attack.trigger}, {len(hookpoints)} "

@@ -18,7 +18,6 @@ import torch
 
 import cache
 import data
-import embed
 import evaluate
 import model
 import poison
@@ -188,7 +187,7 @@ class Defender:
 
 def make_defender(slm, args, attack, dev_set):
     """The defender of a run's model, who has some of its clean development speech."""
-    drawn = embed.drawn(dev_set)
+    drawn = data.in_drawn_order(dev_set)
     n = min(TUNING, 2 * len(drawn) // 3)
     attacked = model.copy_weights(slm)
     pretrained = model.copy_weights(model.load_slm(args, args.device))
@@ -411,7 +410,7 @@ def figures_of(defender, clean, flippable):
 def relearning(defender, train_set, flippable, counts=(4, 16, 64)):
     """How many poisoned training samples, mixed into the clean speech, bring the AER back to 50%
     within three epochs: {count: AER}, up to the first count that does."""
-    poisoned = embed.drawn([u for u in train_set if poison.can_flip(defender.attack, u)])
+    poisoned = data.in_drawn_order([u for u in train_set if poison.can_flip(defender.attack, u)])
     repaired = model.copy_weights(defender.slm)
     figures = {}
     for count in counts:
