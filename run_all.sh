@@ -16,6 +16,8 @@ RUNS=${RUNS:-runs} PRESET=${PRESET:-mini} LAUNCH=${LAUNCH:-python}
 CORES=$(getconf _NPROCESSORS_ONLN)
 JOBS=${JOBS:-$([ "$PRESET" = mini ] && echo "$CORES" || echo 1)}  # at a time
 
+[[ $JOBS =~ ^[1-9][0-9]*$ ]] || { echo "error: JOBS=$JOBS: give a number of jobs at a time, 1 or more" >&2; exit 2; }
+
 # the graph, in $RUNS/jobs; a mistake in what is asked for ends here
 python study.py --makefile --preset "$PRESET" --seeds ${SEEDS:-1} --tasks ${TASKS:-asr emotion} --runs "$RUNS" \
     --launch "$LAUNCH" --flags="${FLAGS:-}" ${ENCODERS:+--encoders $ENCODERS} ${OTHERS+--others $OTHERS} \

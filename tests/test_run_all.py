@@ -178,7 +178,9 @@ def starts(variables):
     return {path.parent.name: len(path.read_text().splitlines()) for path in paths}
 
 
-@pytest.mark.parametrize("mistake", [dict(TASKS="asr emotoin"), dict(FLAGS="--trigger it's")])
+@pytest.mark.parametrize(
+    "mistake", [dict(TASKS="asr emotoin"), dict(FLAGS="--trigger it's"), dict(JOBS="-1")]
+)
 def test_a_mistake_in_what_is_asked_for_starts_nothing(variables, mistake):
     code, _ = run_all("tables", **{**variables, **mistake})
     assert code == 2
