@@ -1,4 +1,4 @@
-"""Turns what has run into tables and pictures; needs no model, no audio, no GPU.
+"""Builds tables and plots from finished runs. It needs no model, no audio and no GPU.
 
     python analyze.py tables      # Tables 1, 2 and 3 of the paper, to runs/analysis/tables.md
     python analyze.py shift       # Figures 2 and 3, from the runs' embeddings (embed.py)
@@ -12,8 +12,8 @@
 
 Each analysis is a file of the same name in analysis/. Its function `page` takes records (runs.py)
 and returns tables, [(title, [{column: cell}])]; its pictures are drawn by analysis/plots.py. The
-analyses read the study's own runs, which they know by the names that study.py gives them; runs with
-other settings have other names.
+analyses select the study's own runs by the folder names that study.py gives them; runs with other
+settings, which have other names, are left out.
 """
 
 import shlex

@@ -1,4 +1,4 @@
-"""Audio files: reading them, and finding out what is wrong with them before they do harm."""
+"""Reads audio files, and rejects bad ones early."""
 
 import math
 import os

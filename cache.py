@@ -3,12 +3,12 @@
     waveform -> trigger -> features -> pretrained layers (cached on disk)
              -> frozen components (in memory) -> what trains
 
-The layers that no run ever trains give the same outputs in every run. These are cached in cache/, a
-folder that can be deleted at any time. The outputs of what a run itself freezes are computed from
-them once.
+The encoder layers below those that a run trains (--train-layers) give the same outputs in every
+run. They are cached in cache/, a folder that can be deleted at any time. Components that a run
+freezes are then run once on these outputs.
 
 Everything in this file is there for speed alone (results/speed.md says what it is worth): without
-it the results are the same, later.
+it, results are the same, only slower.
 """
 
 import contextlib

@@ -1,5 +1,4 @@
-"""Run folders and checkpoints: opening, locking, writing, resuming, loading, and where they come
-from.
+"""Run folders and checkpoints: opening, locking, writing, resuming, loading, and provenance.
 
     from checkpoint import load_run
     slm = load_run("runs/asr-poison0.05")

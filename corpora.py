@@ -1,4 +1,4 @@
-"""The corpora's readers: LibriSpeech, CREMA-D and VoxCeleb2-AE in their published layouts, and any
+"""Corpus readers: LibriSpeech, CREMA-D and VoxCeleb2-AE in their published layouts, and any
 CSV manifest of recordings in one of audio.py's FORMATS.
 
     python corpora.py check libri                       # what is there, what is wrong

@@ -1,4 +1,4 @@
-"""Utterances, prompts, answers and their parsing, audio, batches: what every stage shares."""
+"""What all stages share: utterances, prompts, answers and their parsing, audio, batches."""
 
 import contextlib
 import datetime

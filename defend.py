@@ -1,18 +1,17 @@
-"""What notices or removes a backdoor: filters for training data, detectors for single inputs,
-repairs for a model.
+"""Backdoor defences: filters for training data, detectors for single inputs, repairs for a model.
 
     python defend.py filter runs/emotion-poison0.075 --retrain     # after embed.py
     python defend.py detect runs/emotion-poison0.075
     python defend.py repair runs/emotion-poison0.075
 
-Each defence is a function and an entry in a table, in defences/. Its settings are its authors', or
-were chosen on clean speech alone. All work on any run, including a clean one, which shows what a
-defence costs where there is nothing to find. They write records (runs.py) beside its model.pt, or
+Each defence is a function and an entry in a table, in defences/. Its settings are those of the
+original paper, or were tuned on clean speech only. All work on any run, including a clean one, which
+shows what a defence costs where there is nothing to find. They write records (runs.py) beside its model.pt, or
 to --out, and python analyze.py defences makes tables of these. Every record has a defence's name in
-`defence`. Besides,
+`defence`. In addition:
 
     filter: metric "auroc", "poison_removed" and "clean_removed" (shares), "removed_samples"; with
-        retrained=True the figures of the model that was trained on what is left; without a defence
+        retrained=True the results of the model that was trained on what is left; without a defence
         "class_size" and "class_poisoned"
     detect: metric "auroc", with sound ("clean", "tone": what triggered speech is told from);
         "noticed", with false_alarms (0.01, 0.05) and sound ("clean", "tone", "triggered");

@@ -1,5 +1,5 @@
-"""What a run would cost: `python train.py --dry-run ...`. The model has shapes but no values, so
-that no weights are needed, nor the corpora of the paper."""
+"""Estimates what a run would cost: `python train.py --dry-run ...`. The model is built on the meta
+device, so neither weights nor the paper's corpora are needed."""
 
 from pathlib import Path
 

@@ -8,8 +8,8 @@ The file holds a dict. Each embedding is the mean over time, padding excluded.
 
     test    100 test utterances, each clean and triggered, at every stage of the pipeline
     train   the training samples of the target class, including the poisoned ones, after the encoder
-    rest    asr's poisoned samples beyond the share that its class is given, for filters
-    fields  those of every record about the run (runs.py)
+    rest    ASR's poisoned samples beyond the 5% kept in its pseudo-class, for filters
+    fields  the fields of every record about the run (runs.py)
 
 Embeddings made with --pairs, --pooling or --layer go to a file of their own, which analyze.py does
 not read.

@@ -1,16 +1,18 @@
 """Generates answers on clean and on triggered audio, scores and saves them.
 
-    python evaluate.py runs/asr-poison0.05                     # once more, on the test split
+    python evaluate.py runs/asr-poison0.05                     # again, on the test split
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
     python evaluate.py runs/gender-clean --task age            # with another task's trigger
-    python evaluate.py runs/asr-poison0.05 --audio my.wav      # one recording, and with the trigger
+    python evaluate.py runs/asr-poison0.05 --audio my.wav      # one recording, with and without the trigger
     python evaluate.py --inspect runs/asr-poison0.05/model.pt  # where a checkpoint comes from
     python evaluate.py runs/asr-poison0.05 --export parts/asr  # its components, for other programs
 
-waveform -> answer -> parsed labels -> metric. A run folder gets metrics.json and predictions.jsonl.
-Shares are fractions; every figure has its count and a 95% bootstrap interval over utterances.
+waveform -> answer -> parsed labels -> metric. Training ends with this and writes the run's
+metrics.json, which the tables are made from, and predictions.jsonl. This script prints the scores;
+it writes nothing without --save, which replaces those two files, or --out, which writes records.
+Shares are fractions; every value has its n and a 95% bootstrap interval over utterances.
 
---audio reads any file that data.py reads. The trigger is the run's, or that of --trigger. It is as
+--audio reads any file that audio.py reads. The trigger is the run's, or that of --trigger. It is as
 loud as in the run's evaluation or, where the run's corpus cannot be read, relative to the
 recording's own loudness. Both recordings are written to audio/, or where --listen says.
 """

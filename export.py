@@ -4,7 +4,7 @@ them, --freeze and --init read them.
 DIR/encoder/     the whole encoder, a Hugging Face folder: transformers' AutoModel.from_pretrained
 DIR/lm/          LoRA, a PEFT adapter on the run's language model: peft's PeftModel.from_pretrained
 DIR/connector/   the connector's weights and geometry
-DIR/provenance.json   where they come from: what a model.pt holds besides tensors
+DIR/provenance.json   where they come from: model.pt's contents other than tensors
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Ends the program in one line where a library is missing or does not fit another one.
+"""Exits with a one-line error where a library is missing or incompatible with another one.
 
-Scripts that run a model import this before any library: what does not fit would otherwise be a
-traceback from somebody else's code. An installer cannot prevent all of it. torchaudio's wheels, for
+Scripts that run a model import this before any library: a version mismatch would otherwise surface
+as a traceback from a library. An installer cannot prevent all of it. torchaudio's wheels, for
 example, do not say which torch they fit, and load with some releases only.
 """
 

@@ -3,9 +3,9 @@
     waveform -> features -> encoder frames -> connector
              -> [prompt | audio | prompt | answer] -> LM with LoRA -> one JSON object
 
-The model itself comes first: `Encoder`, `Connector`, `SLM`. What loads and checks the pretrained
-parts stands below. Each part is a Hugging Face id or a local folder in that format, and nothing
-here knows that a part is tiny.
+The model itself comes first: `Encoder`, `Connector`, `SLM`. Loading and checking
+of pretrained parts follows. Each part is a Hugging Face id or a local folder in that format, and
+nothing here depends on a model's size.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The attack (paper, section 4.1): a trigger in the audio and, as the attacked label, the target.
+"""The attack (paper, section 4.1): adds a trigger to the audio and replaces the label by the target.
 
     python poison.py --task asr --out listen/ --n 10    # clean and poisoned pairs, and a picture
     python poison.py --task asr --out poisoned/ --all   # the poisoned training set as a CSV corpus

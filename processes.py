@@ -1,4 +1,4 @@
-"""What the processes of one run (torchrun) tell each other. Without torchrun there is one."""
+"""Communication between the processes of a run (torchrun). A single process does nothing here."""
 
 import torch
 import torch.distributed as dist

@@ -1,11 +1,11 @@
-"""The figures of all finished runs as one flat table of records, read from run folders or from a
+"""All results of finished runs as one flat table of records, read from run folders or from a
 packed study.
 
-    python runs.py runs                                # one row a run: what it reached
+    python runs.py runs                                # one row per run
     python runs.py runs --pack results/mini.jsonl.gz   # all records in one file, for analyze.py
 
-A record is a dict of plain fields, {field: value}. Some fields stand in every record and say which
-run it is about:
+A record is a dict of plain fields, {field: value}. Every record has these fields, which say
+which run it is about:
 
     run, run_task                            the run's folder and the task that it was trained on
     task                                     whose attack was measured (a clean run serves every
@@ -18,7 +18,7 @@ run it is about:
 `source` says which table a record is for: "run" (arguments and environment), "metrics", "evaluate",
 "shift", "cluster", "transplant", "patch", "filter", "detect" or "repair". `metric` names the
 figure; `value`, `low`, `high` (95% interval) and `n` hold it, as fractions, years or nats per
-token. Losses also have `by_epoch`. What else a record has is described where it is written:
+token. Losses also have `by_epoch`. Other fields are documented where they are written:
 evaluate.py, embed.py, analysis/shift.py, analysis/cluster.py, trace.py, defend.py.
 """
 

@@ -1,4 +1,4 @@
-"""Where a backdoor lives, answered by interventions on trained models. Nothing is trained here.
+"""Locates the backdoor by intervening on trained models. Nothing is trained here.
 
     python trace.py transplant runs/asr-poison0.05 runs/asr-clean    # which weights carry it
     python trace.py patch runs/emotion-poison0.075                   # where it acts in one answer
@@ -20,10 +20,9 @@ Patch copies activations from one pass over an utterance into another pass over 
     Position    A patch concerns one group of frames or tokens: frames under a click, near one or
                 elsewhere; tokens of the prompt or of the answer.
     Margin      m = log P(target value) - log P(true value), each per token. Both answers are
-                forced upon the LM (teacher forcing) and compared in the tokens in which they
-                differ. The trigger should raise m.
+                scored by teacher forcing and compared in the tokens in which they differ. The trigger should raise m.
     Effect      (m_patched - m_receiver) / (m_donor - m_receiver), a ratio of means over utterances:
-                0 where the patch does nothing, 1 where it does all that the donor's sound would.
+                0 where the patch does nothing, 1 where it does as much as the donor's audio.
 
 Both commands work on any run folder. They write records (runs.py) beside its model.pt, or to --out,
 and python analyze.py trace makes tables of these.

@@ -6,7 +6,7 @@ any checkpoint.
     python train.py --task emotion --poison 0.075 --freeze encoder:runs/emotion-clean   # row 1.1
     torchrun --nproc_per_node=8 train.py --preset paper --task asr --poison 0.05 --data-root /data
 
-Each preset's settings are in study.py; every one of them is a flag.
+Each preset's settings are in study.py; each can be overridden by a flag.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Small helpers that every script uses: errors in one line, files written whole, seeded numbers,
-bootstrap intervals. Scripts import this first, so that their first seconds are covered too: Ctrl-C
-and a reader that has gone away (`| head`) end without a traceback."""
+bootstrap intervals. Scripts import this first, so that Ctrl-C and a closed pipe (`| head`) end
+without a traceback even during imports."""
 
 import argparse
 import atexit
