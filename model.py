@@ -203,8 +203,8 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def pretrained_part(self, features):
-        """What no run ever trains: list of inputs -> hidden states (B, T, dim) at the first trained
-        layer, mask (B, T)."""
+        """The layers below those that train: list of inputs -> hidden states (B, T, dim) at the
+        first trained layer, mask (B, T)."""
         x, mask = self.front_end(features)
         for after_layer in self.run_layers(x, mask, 0, self.first_trained):
             x = after_layer
@@ -361,7 +361,8 @@ class SLM(nn.Module):
     def logits(self, x, wanted, beginning=None):
         """The LM's own logits (n, vocabulary), with whatever it does to them after its last layer,
         at the n `wanted` positions (B, T) of embeddings (B, T, hidden). beginning: a cache of keys
-        and values of what comes before, which those of x are added to."""
+        and values of what comes before, which those of x are added to. In training, cache.py's
+        `only_answers` and `share_beginning` wrap this method to skip what no loss needs."""
         kwargs = {} if beginning is None else {"cache": beginning}
         use_cache = beginning is not None
         out = self.lm(inputs_embeds=x, use_cache=use_cache, logits_to_keep=wanted, **kwargs)
