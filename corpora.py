@@ -32,7 +32,7 @@ import torchaudio
 from torchaudio.datasets import librispeech
 
 import data
-from audio import ACCEPTED, TOLERANCE, BadAudio, read_header, read_waveform
+from audio import ACCEPTED, TOLERANCE, BadAudio, read_header, read_waveform, sample_of
 from data import Utterance, normalise
 from mini import make_corpora
 from study import LABELS, MINI_ROOT, TASKS
@@ -829,18 +829,6 @@ def overlapping(utterances):
         pairs += [(v, u) for v in open_ones if v.split != u.split]
         open_ones.append(u)
     return pairs
-
-
-@functools.lru_cache(100_000)
-def sample_of(path):
-    """SHA-256 of a file's size and some of its bytes: enough to tell apart most recordings."""
-    size = os.path.getsize(path)
-    sha256 = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as f:
-        for quarter in (1, 2, 3):
-            f.seek(quarter * size // 4)
-            sha256.update(f.read(4096))
-    return sha256.hexdigest()
 
 
 @functools.lru_cache(100_000)

@@ -24,6 +24,7 @@ from audio import (  # the constants for those who import data
     BadAudio,
     read_header,
     read_waveform,
+    sample_of,
 )
 from study import LABELS, TASKS, task_of
 
@@ -276,17 +277,17 @@ def far_levels(utterances, levels):
 
 
 def file_state(utterance):
-    """Identifies an utterance's audio without reading it: which part of which file, the file's size
-    and time, and how long the audio may be."""
-    stat = os.stat(utterance.path)
+    """Identifies an utterance's audio without reading all of it: which part of which file, the
+    file's time and some of its content, and how long the audio may be. Archives and copies keep
+    times, and recordings of another corpus may well have the same sizes."""
     return (
         utterance.id,
         utterance.path,
         utterance.start,
         utterance.length,
         utterance.max_seconds,
-        stat.st_size,
-        stat.st_mtime_ns,
+        os.stat(utterance.path).st_mtime_ns,
+        sample_of(utterance.path),
     )
 
 

@@ -155,9 +155,8 @@ class Attack:
 
 def loudness(utterances):
     """How loud a corpus is: {"mean_rms": the mean of the utterances' RMS, "far": what
-    data.far_levels says}. Audio that cannot be read ends the program. The result is cached by the
-    files' names, sizes and times, and by the RMS of some of them: the code that reads them may
-    change."""
+    data.far_levels says}. Audio that cannot be read ends the program. The result is cached by
+    data.file_state of each, and by the RMS of some of them: the code that reads them may change."""
     files = [data.file_state(u) for u in utterances]
     with data.no_bad_audio():
         step = max(1, len(utterances) // 4)
