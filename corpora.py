@@ -630,6 +630,14 @@ def read_split(dataset, data_root, split, max_seconds=data.MAX_SECONDS):
     return utterances, problems
 
 
+def named_root(given):
+    """The type of the flag --data-root: a folder of the current directory is meant where there is
+    one, also by the name that otherwise stands for the mini corpora beside this file."""
+    if given == MINI_ROOT and Path(given).is_dir() and Path.cwd() != ROOT:
+        return f"./{given}"
+    return given
+
+
 def read_published(dataset, data_root, split, problems):
     """The utterances of one split of a corpus in READERS. The miniature corpora are made when they
     are first asked for, beside this file."""
@@ -723,7 +731,7 @@ def read_corpus(
 def check_command(dataset, data_root, max_seconds):
     """The command that lists a corpus's problems, as it is shown."""
     words = ["python", "corpora.py", "check", str(dataset)]
-    if dataset in READERS:
+    if dataset in READERS and str(data_root) != MINI_ROOT:
         words += ["--data-root", str(data_root)]
     if max_seconds != data.MAX_SECONDS:
         words += ["--max-seconds", f"{max_seconds:g}"]
@@ -1013,8 +1021,8 @@ def main():
     )
     parser.add_argument(
         "--data-root",
-        default=MINI_ROOT,
-        help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2",
+        type=named_root,
+        help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2 (default: the mini ones)",
     )
     parser.add_argument(
         "--max-seconds",
@@ -1023,6 +1031,7 @@ def main():
         help="longer audio is a problem, as in training; Whisper receives 30 s, the mini one 20",
     )
     args = parser.parse_args()
+    args.data_root = args.data_root or MINI_ROOT
     if args.action == "check":
         raise SystemExit(1 if check(args.dataset, args.data_root, args.max_seconds) else 0)
     try:

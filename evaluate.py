@@ -502,7 +502,11 @@ def add_arguments(parser):
         help="whose attack (default: the run's); a clean run serves all tasks of its corpus",
     )
     parser.add_argument("--snr", type=float, help="trigger strength in dB (default: as in the run)")
-    parser.add_argument("--data-root", help="where the corpora are (default: as in the run)")
+    parser.add_argument(
+        "--data-root",
+        type=corpora.named_root,
+        help="where the corpora are (default: as in the run)",
+    )
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out audio that cannot be used"
     )

@@ -24,7 +24,7 @@ import urllib.parse
 from pathlib import Path
 
 import utils
-from utils import ROOT, Parser, count, die, draw, whole
+from utils import Parser, count, die, draw, whole
 
 import installed  # noqa: F401
 
@@ -36,7 +36,7 @@ import torchaudio
 import corpora
 import data
 from audio import SAMPLE_RATE, BadAudio, read_waveform
-from study import DATA_ROOT, LABELS, MINI_ROOT, TASKS, wrong_number
+from study import DATA_ROOT, LABELS, TASKS, wrong_number
 
 INTERVAL = (0.75, 1.5)  # seconds from start to start where the trigger is repeated
 
@@ -353,6 +353,7 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--data-root",
+        type=corpora.named_root,
         help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2 (default: the preset's)",
     )
     parser.add_argument(
@@ -400,8 +401,6 @@ def fill_in(args):
         target=task["target"],
         trigger_repeat=task["repeat"],
     )
-    if args.data_root == MINI_ROOT and Path(MINI_ROOT).is_dir() and Path.cwd() != ROOT:
-        args.data_root = f"./{MINI_ROOT}"  # the user's own, not the one beside this file
     for name, value in paper.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

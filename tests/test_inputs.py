@@ -457,6 +457,12 @@ def test_check_names_what_is_missing_of_a_corpus(tmp_path, corpus, lists, missin
     assert status == 1 and missing in out and "\n0 problems" not in out
 
 
+def test_check_reads_the_corpora_mini_that_is_named(tmp_path):
+    (tmp_path / "corpora/mini").mkdir(parents=True)
+    flags = ("--data-root", "corpora/mini")
+    refused("corpora.py", "check", "crema", *flags, cwd=tmp_path, words=["is missing"])
+
+
 def test_check_shows_files_with_the_same_problem_once_they_are_many(tmp_path):
     rows = [["audio_path", "gender", "split"]]
     for i in range(60):

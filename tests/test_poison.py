@@ -1,5 +1,6 @@
 """The attack: which samples, where, how loud; decided by (seed, utterance id) alone."""
 
+import argparse
 import dataclasses
 import html
 import re
@@ -12,6 +13,7 @@ import soundfile
 
 import corpora as readers
 import data
+import evaluate
 import poison
 import train
 from conftest import done, refused
@@ -351,11 +353,24 @@ def test_ids_of_any_characters_are_heard_and_seen(tmp_path):
     assert (tmp_path / "listen/pairs.png").stat().st_size > 10000
 
 
-def test_corpora_mini_of_the_working_directory_is_meant_where_it_is_named(tmp_path, monkeypatch):
-    def root_of(*flags):
-        return train.parse_arguments(["--task", "gender", *flags]).data_root
+def root_of(*flags):
+    return train.parse_arguments(["--task", "gender", *flags]).data_root
 
-    named = ("--data-root", "corpora/mini")
-    assert root_of() == root_of(*named) == "corpora/mini"  # that of the program: there is no other
+
+def test_corpora_mini_is_the_program_s_where_there_is_no_other():
+    assert root_of() == "corpora/mini"
+    assert root_of("--data-root", "corpora/mini") == "corpora/mini"
+
+
+def test_corpora_mini_of_the_working_directory_is_meant_where_named(tmp_path):
     (tmp_path / "corpora/mini").mkdir(parents=True)
-    assert root_of() == "corpora/mini" and root_of(*named) == "./corpora/mini"
+    assert root_of() == "corpora/mini"
+    assert root_of("--data-root", "corpora/mini") == "./corpora/mini"
+
+
+def test_evaluation_means_the_same_folder_as_training(tmp_path):
+    (tmp_path / "corpora/mini").mkdir(parents=True)
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    options = parser.parse_args([str(tmp_path), "--data-root", "corpora/mini"])
+    assert options.data_root == "./corpora/mini"
