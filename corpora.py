@@ -70,6 +70,9 @@ COLUMNS = {
     "end": "end_time stop",
     "poisoned": "",
 }
+# what a column `poisoned` may say
+POISONED = set("1 1.0 true yes y t".split())
+NOT_POISONED = {"", *"0 0.0 false no n f".split()}
 # words in the names that other tools give to the times of a segment, in units of their own
 TIME_WORDS = set("start begin onset offset end stop xmin xmax tmin tmax".split())
 LENGTH_WORDS = set("length duration dur".split())
@@ -541,6 +544,9 @@ def utterance_in(path, row, split, labels):
         raise Fault(what, row["split"], ", ".join([*SPLIT_OF, "eval"]))
     if not row["audio_path"]:
         raise Fault("no audio_path")
+    poisoned = row.get("poisoned", "")
+    if poisoned.lower() not in POISONED | NOT_POISONED:
+        raise Fault("unknown poisoned", poisoned, "1, true, yes or 0, false, no")
     start, length = segment_of(row)
     name = row["audio_path"]
     if start or length:
@@ -607,7 +613,7 @@ def poisoned_rows(dataset):
     if dataset in READERS or not Path(dataset).is_file():
         return 0
     rows = read_table(Path(dataset)).rows.values()
-    return sum(row.get("poisoned", "").lower() in ("1", "1.0", "true", "yes") for row in rows)
+    return sum(row.get("poisoned", "").lower() in POISONED for row in rows)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -510,6 +510,21 @@ def test_training_on_a_manifest_that_holds_poison_is_not_called_clean(manifest, 
     assert "clean" not in run.name and model.load_checkpoint(run / "model.pt")["args"]["scenario"]
 
 
+@pytest.mark.parametrize("word, n", [("Y", 1), ("t", 1), ("1.0", 1), ("no", 0), ("F", 0), ("", 0)])
+def test_rows_marked_as_poisoned_are_counted(tmp_path, word, n):
+    found, problems = read(tmp_path, f"audio_path,gender,split,poisoned\na.wav,male,train,{word}\n")
+    assert len(found) == 1
+    assert not problems
+    assert readers.poisoned_rows(tmp_path / "m.csv") == n
+
+
+@pytest.mark.parametrize("word", ["2", "on", "poison"])
+def test_an_unknown_word_for_poisoned_is_a_problem(tmp_path, word):
+    found, problems = read(tmp_path, f"audio_path,gender,split,poisoned\na.wav,male,train,{word}\n")
+    assert not found
+    assert f"unknown poisoned {word}" in problems[0]
+
+
 def test_poison_on_top_of_a_poisoned_file_is_no_base_attack(tmp_path):
     write(tmp_path / "m.csv", [["audio_path", "gender", "poisoned"], ["a.wav", "male", "1"]])
     arguments = ["--task", "gender", "--dataset", str(tmp_path / "m.csv")]
