@@ -563,7 +563,7 @@ def read_manifest(path, split, problems):
     table = read_table(path)
     splits, split_problems = manifest_splits(path, table)
     in_years = are_in_years([row["age"] for row in table.rows.values() if row.get("age")])
-    utterances = {}
+    utterances = {}  # by what is heard: the same file may be spelled in two ways
     faults = {}  # {(what, what is accepted): [(row number, value)]}
 
     def report(number, fault):
@@ -578,9 +578,10 @@ def read_manifest(path, split, problems):
             report(number, fault)
         try:
             utterance = utterance_in(path, row, splits[number], labels)
-            if utterance.id in utterances:
-                raise Fault("duplicate id", utterance.id)
-            utterances[utterance.id] = utterance
+            recording = (os.path.normpath(utterance.path), utterance.start, utterance.length)
+            if recording in utterances:
+                raise Fault("listed twice:", utterance.id)
+            utterances[recording] = utterance
         except Fault as fault:
             report(number, fault)
 
@@ -588,7 +589,7 @@ def read_manifest(path, split, problems):
         problems += table.problems + split_problems
     for (what, accepted), places in faults.items():
         problems.append(f"{path}, {describe_faults(what, accepted, places)}")
-    return [utterances[name] for name in sorted(utterances)]
+    return sorted(utterances.values(), key=lambda u: u.id)
 
 
 def rows_named(numbers):

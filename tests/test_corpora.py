@@ -274,7 +274,7 @@ def faulty(tmp_path):
     write_manifest(tmp_path / "m.csv", good + rows)
     bad.update(
         {
-            "twice.wav": "duplicate id",
+            "twice.wav": "listed twice",
             "robot": "unknown gender",
             "old, 400": "unknown age",
             "trane": "unknown split",

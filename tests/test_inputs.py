@@ -362,6 +362,13 @@ def test_segments_that_cannot_be_are_problems(tmp_path, values):
     assert not found and len(problems) == 1 and "row 2" in problems[0]
 
 
+def test_a_file_under_two_spellings_is_listed_twice(tmp_path):
+    text = "audio_path,gender,split\nd/0.wav,male,train\n./d/0.wav,female,train\n"
+    found, problems = read(tmp_path, text)
+    assert list(found) == ["d/0.wav"]
+    assert "row 3: listed twice: ./d/0.wav" in problems[0]
+
+
 def test_a_bad_label_costs_that_label_only_and_a_kind_one_line(tmp_path):
     rows = [f"{i}.wav,hello,other,calm,train" for i in range(200)]
     rows += ["x.wav,...,male,calm,train", "y.wav,hello,prefer not to say,calm,train"]
