@@ -132,11 +132,21 @@ def nothing_in(folder, pattern):
     return f"{folder}: no {pattern} in it" if folder.is_dir() else f"{folder}: no such folder"
 
 
+def without_audio(folder, listed, present):
+    """The problem, a list of one or of none, of speakers that a corpus lists and has no audio of.
+    Where there is no audio at all, it is another one: see nothing_in."""
+    missing = sorted(set(listed) - set(present))
+    if not missing or not present:
+        return []
+    return [f"{folder}: no audio of {len(missing)} of {len(listed)} speakers: {some(missing)}"]
+
+
 def read_libri(root, split, problems):
     """LibriSpeech: SPEAKER/CHAPTER/*.flac and *.trans.txt, gender from SPEAKERS.TXT."""
     root = Path(root) / "LibriSpeech"
+    columns = ["ID", "SEX", "SUBSET"]
     rows = read_rows(
-        root / "SPEAKERS.TXT", fieldnames=["ID", "SEX"], delimiter="|", quoting=csv.QUOTE_NONE
+        root / "SPEAKERS.TXT", fieldnames=columns, delimiter="|", quoting=csv.QUOTE_NONE
     )
     genders = {row["ID"]: GENDER_OF.get(row["SEX"].lower()) for row in rows}
     folder = root / LIBRI_SPLITS[split]
@@ -160,6 +170,8 @@ def read_libri(root, split, problems):
             recording = str(path.with_name(f"{name}.flac"))
             utterances[name] = Utterance(name, recording, split, speaker, labels)
 
+    listed = {row["ID"] for row in rows if row["SUBSET"] == LIBRI_SPLITS[split]}
+    problems += without_audio(folder, listed, {u.speaker for u in utterances.values()})
     for path in sorted(folder.glob("*/*/*.flac")):
         if path.stem not in utterances:
             problems.append(f"{path}: no transcript")
@@ -210,6 +222,9 @@ def read_crema(root, split, problems):
     recordings = sorted((root / "AudioWAV").glob("*.wav"))
     if not recordings:
         problems.append(nothing_in(root / "AudioWAV", "*.wav"))
+    if split == "train":  # reported once
+        present = {path.stem.split("_")[0] for path in recordings}
+        problems += without_audio(root / "AudioWAV", actors, present)
 
     utterances = []
     for path in recordings:
@@ -254,20 +269,20 @@ def read_vox(root, split, problems):
         splits = split_speakers(sexes, "vox", ("dev",))
         rows = [row for row in rows if splits[row[0]] == split]
 
-    utterances, without_audio = [], []
+    utterances, silent = [], []
     for speaker, video, age in rows:
         segments = list(root.glob(f"*/wav/{speaker}/{video}/*.wav"))
         segments = segments or list(root.glob(f"*/aac/{speaker}/{video}/*.m4a"))
         if not segments:
-            without_audio.append(f"{speaker}/{video}")
+            silent.append(f"{speaker}/{video}")
         labels = dict(gender=genders.get(speaker), age=age)
         for path in segments:
             name = f"{speaker}-{video}-{path.stem}"
             utterances.append(Utterance(name, str(path), split, speaker, labels))
-    if without_audio:
+    if silent:
         problems.append(
             f"{root}: no audio (*/wav/SPEAKER/VIDEO/*.wav or */aac/SPEAKER/VIDEO/*.m4a) of "
-            f"{len(without_audio)} of {len(rows)} listed videos: {some(without_audio)}"
+            f"{len(silent)} of {len(rows)} listed videos: {some(silent)}"
         )
     return sorted(utterances, key=lambda u: u.id)
 

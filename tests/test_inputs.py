@@ -464,6 +464,29 @@ def test_check_names_what_is_missing_of_a_corpus(tmp_path, corpus, lists, missin
     assert status == 1 and missing in out and "\n0 problems" not in out
 
 
+def test_actors_without_audio_are_a_problem(tmp_path):
+    folder = tmp_path / "CREMA-D"
+    (folder / "AudioWAV").mkdir(parents=True)
+    rows = ["ActorID,Age,Sex", "1001,20,Male", "1002,30,Female", "1003,40,Female"]
+    (folder / "VideoDemographics.csv").write_text("\n".join(rows))
+    (folder / "AudioWAV/1002_DFA_ANG_XX.wav").touch()
+    _, problems = readers.read_split("crema", tmp_path, "train")
+    assert len(problems) == 1
+    assert "no audio of 2 of 3 speakers: 1001, 1003" in problems[0]
+
+
+def test_libri_speakers_of_a_subset_without_audio_are_a_problem(tmp_path):
+    folder = tmp_path / "LibriSpeech/train-clean-360/14/208"
+    folder.mkdir(parents=True)
+    (folder / "14-208.trans.txt").write_text("14-208-0000 A\n")
+    rows = ["14 | F | train-clean-360 | 1 | X", "15 | M | train-clean-360 | 1 | Y"]
+    rows.append("16 | M | train-clean-100 | 1 | Z")
+    (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text("\n".join(rows))
+    _, problems = readers.read_split("libri", tmp_path, "train")
+    assert len(problems) == 1
+    assert "no audio of 1 of 2 speakers: 15" in problems[0]
+
+
 def test_check_reads_the_corpora_mini_that_is_named(tmp_path):
     (tmp_path / "corpora/mini").mkdir(parents=True)
     flags = ("--data-root", "corpora/mini")
