@@ -255,6 +255,17 @@ def read_vox_genders(path):
     return {row["VoxCeleb2 ID"]: GENDER_OF.get(row["Gender"]) for row in rows}
 
 
+def listed_once(path, problems):
+    """read_vox_ages with each video's first row only; a further one is a problem."""
+    first = {}
+    for speaker, video, age in read_vox_ages(path):
+        if (speaker, video) in first:
+            problems.append(f"{path}: {speaker}/{video} stands there twice")
+        else:
+            first[speaker, video] = (speaker, video, age)
+    return list(first.values())
+
+
 def read_vox(root, split, problems):
     """VoxCeleb2-AE (Hechmi et al. 2021): ages per video, gender per speaker; every segment of a
     video has the video's age. The test list is the published one; a tenth of the training list's
@@ -262,9 +273,10 @@ def read_vox(root, split, problems):
     root = Path(root) / "VoxCeleb2"
     genders = read_vox_genders(root / "vox2_meta.csv")
     if split == "test":
-        rows = read_vox_ages(root / "age-test.txt")
+        rows = listed_once(root / "age-test.txt", problems)
     else:
-        rows = read_vox_ages(root / "age-train.txt")
+        reported = problems if split == "train" else []  # once, not with dev too
+        rows = listed_once(root / "age-train.txt", reported)
         sexes = {speaker: genders.get(speaker) for speaker, _, _ in rows}
         splits = split_speakers(sexes, "vox", ("dev",))
         rows = [row for row in rows if splits[row[0]] == split]

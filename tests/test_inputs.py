@@ -487,6 +487,14 @@ def test_libri_speakers_of_a_subset_without_audio_are_a_problem(tmp_path):
     assert "no audio of 1 of 2 speakers: 15" in problems[0]
 
 
+def test_a_video_with_two_ages_is_a_problem_and_read_once(tmp_path):
+    path = tmp_path / "age-test.txt"
+    path.write_text("VoxCeleb_ID,video_id,speaker_age\nid1,v,20\nid1,w,20\nid1,v,70\n")
+    problems = []
+    assert readers.listed_once(path, problems) == [("id1", "v", 20), ("id1", "w", 20)]
+    assert problems == [f"{path}: id1/v stands there twice"]
+
+
 def test_check_reads_the_corpora_mini_that_is_named(tmp_path):
     (tmp_path / "corpora/mini").mkdir(parents=True)
     flags = ("--data-root", "corpora/mini")
