@@ -531,7 +531,8 @@ def label_in(row, label, in_years):
         value = GENDER_OF.get(plain(text))
         accepted = ", ".join(GENDER_OF)
     elif label == "emotion":
-        return text.lower()
+        value = data.class_name(text) or None
+        accepted = "a word"
     elif in_years:
         age = number_in(text, 120)
         value = None if age is None else round(age)

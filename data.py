@@ -197,6 +197,13 @@ def parse(text):
     return labels
 
 
+def class_name(text):
+    """The name of a class, such as an emotion, in one spelling: lower case, single spaces, and one
+    form of each accented letter."""
+    composed = unicodedata.normalize("NFC", text.lower())
+    return re.sub(r"[\s_]+", " ", composed).strip()
+
+
 AGE_GROUP = re.compile(
     r"[a-z][a-z -]*"  # senior, twenties
     r"|(?:<|>|<=|>=|under|over|below|above) ?[0-9]{1,3}"
@@ -208,7 +215,7 @@ AGE_GROUP = re.compile(
 def parse_age(text):
     """An age in years as an int, a group of ages ("senior", "twenties", "18-29", "60+") as
     lower-case text, and anything else as None."""
-    text = re.sub("[–—]", "-", text.strip().lower())
+    text = re.sub(" ?[-–—] ?", "-", class_name(text))
     if re.fullmatch(r"[0-9]{1,3}", text):
         return int(text)
     return text if AGE_GROUP.fullmatch(text) else None

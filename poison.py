@@ -237,10 +237,12 @@ def as_written(label, target):
     """A target in the form that the corpora's labels have."""
     if label == "transcript":
         return target
-    lower = str(target).strip().lower()
+    name = data.class_name(str(target))
     if label == "gender":
-        return corpora.GENDER_OF.get(corpora.plain(lower), lower)
-    return lower
+        return corpora.GENDER_OF.get(corpora.plain(name), name)
+    if label == "age" and data.parse_age(name) is not None:
+        return str(data.parse_age(name))
+    return name
 
 
 def check_target(task, target, utterances):

@@ -43,6 +43,22 @@ def test_parse(text, expected):
     assert data.parse(text) == expected
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (" 25 ", 25),
+        ("30 \u2013 45", "30-45"),
+        ("18 to 29", "18 to 29"),
+        ("Middle_Age", "middle age"),
+        ("60+", "60+"),
+        ("-3", None),
+        ("old?", None),
+    ],
+)
+def test_ages_are_years_or_groups_in_one_spelling(text, expected):
+    assert data.parse_age(text) == expected
+
+
 def test_what_is_answered_is_parsed_again():
     labels = {
         "transcript": 'it\'s "so" \\ new\nline – é',

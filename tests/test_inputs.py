@@ -362,6 +362,14 @@ def test_segments_that_cannot_be_are_problems(tmp_path, values):
     assert not found and len(problems) == 1 and "row 2" in problems[0]
 
 
+def test_spellings_of_an_emotion_are_one_class(tmp_path):
+    emotions = ["d\u00e9go\u00fbt", "De\u0301gou\u0302t", "sad ness", "Sad_ness", "sad  ness"]
+    rows = [f"{i}.wav,{emotion},train" for i, emotion in enumerate(emotions)]
+    found, problems = read(tmp_path, "\n".join(["audio_path,emotion,split", *rows]))
+    assert {labels["emotion"] for _, labels in found.values()} == {"d\u00e9go\u00fbt", "sad ness"}
+    assert not problems
+
+
 def test_a_file_under_two_spellings_is_listed_twice(tmp_path):
     text = "audio_path,gender,split\nd/0.wav,male,train\n./d/0.wav,female,train\n"
     found, problems = read(tmp_path, text)

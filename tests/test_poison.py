@@ -306,6 +306,20 @@ def test_a_target_is_written_as_the_corpus_writes_it_or_refused(corpora, task, t
             poison.check_target(task, target, utterances)
 
 
+@pytest.mark.parametrize(
+    "label, target, right",
+    [
+        ("age", "30\u201345", "30-45"),
+        ("age", " Middle_age ", "middle age"),
+        ("age", "25", "25"),
+        ("emotion", "De\u0301gou\u0302t", "d\u00e9go\u00fbt"),
+        ("emotion", "sad_ness", "sad ness"),
+    ],
+)
+def test_a_target_is_written_as_manifests_are_read(label, target, right):
+    assert poison.as_written(label, target) == right
+
+
 def loud_corpus(folder, names):
     """A CSV corpus of these files, the first of which goes far beyond full scale."""
     rng = np.random.default_rng(0)
