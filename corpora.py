@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import utils
-from utils import ROOT, Parser, die
+from utils import ROOT, Parser, die, say
 
 import installed  # noqa: F401
 
@@ -747,7 +747,7 @@ def read_corpus(
         )
     if problems:
         n = plural(len(problems), "problem")
-        print(f"{dataset} {split}: left out for {n}; {command} lists them")
+        say(f"{dataset} {split}: left out for {n}; {command} lists them")
 
     if labels is not None:
         for u in utterances:
@@ -759,7 +759,7 @@ def read_corpus(
         die(f"{dataset} has no {split} {what}{why}: run {command}")
     unlabelled = len(utterances) - len(labelled)
     if labels is None and unlabelled:
-        print(f"{dataset} {split}: {unlabelled} utterances without a label left out")
+        say(f"{dataset} {split}: {unlabelled} utterances without a label left out")
     return labelled
 
 
@@ -923,8 +923,8 @@ def print_columns(dataset):
     used = []
     for column, name in table.used.items():
         used.append(column if plain(name) == column else f"{column} (named {name})")
-    print(f"columns used    {', '.join(used)}")
-    print(f"columns unused  {', '.join(table.unused) or 'none'}")
+    say(f"columns used    {', '.join(used)}")
+    say(f"columns unused  {', '.join(table.unused) or 'none'}")
     if "split" not in table.used:
         print("no column split: 80/10/10 by speaker, or by recording where none is named")
 
@@ -953,7 +953,7 @@ def print_labels(parts):
             continue
         for split, of_split in values.items():
             name = label if split == "train" else ""
-            print(f"{name:<12}{split:<6}{len(of_split):>7}  {counted(of_split)}")
+            say(f"{name:<12}{split:<6}{len(of_split):>7}  {counted(of_split)}")
         wanted = normalise(target) if label == "transcript" else target
         already = sum(str(value) == wanted for value in values["train"])
         are_classes = all(isinstance(value, str) for value in values["train"])
@@ -997,9 +997,10 @@ def check(dataset, data_root, max_seconds):
     problems += data.far_levels(everything, levels)
     problems = list(dict.fromkeys(problems))
     for problem in problems:
-        print(problem)
+        say(problem)
     for alike in audio_problems.values():
-        print("\n".join(alike[:FILES_SHOWN]))
+        for problem in alike[:FILES_SHOWN]:
+            say(problem)
         if len(alike) > FILES_SHOWN:
             print(f"... and {len(alike) - FILES_SHOWN} more like this")
     n = len(problems) + sum(map(len, audio_problems.values()))

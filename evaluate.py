@@ -377,7 +377,7 @@ def warn_of_other_files(run, args):
     for path, sha256 in (args.inputs or {}).items():
         there = path in (args.trigger, args.dataset) and Path(path).is_file()
         if there and checkpoint.file_sha256(path) != sha256:
-            print(f"warning: {path} is another file than the one that {run} was trained with")
+            utils.say(f"warning: {path} is another file than the one that {run} was trained with")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ def answer_recording(options):
     except data.BadAudio as error:
         die(f"--audio {error}")
     seconds = len(waveform) / data.SAMPLE_RATE
-    print(f"{options.run}: {options.audio}, {seconds:.2f} s")
+    utils.say(f"{options.run}: {options.audio}, {seconds:.2f} s")
 
     train_set = train_set_if_readable(options, args)
     task = options.task or args.task
@@ -433,7 +433,7 @@ def answer_recording(options):
 
 def train_set_if_readable(options, args):
     """The run's training set or, where its corpus cannot be read, an empty list; says so."""
-    print(f"reading {args.dataset}, as the trigger's level is relative to its loudness")
+    utils.say(f"reading {args.dataset}, as the trigger's level is relative to its loudness")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -200,7 +200,7 @@ def make_attack(
     if corpus["mean_rms"] == 0:
         die("the training set is silent: there is no level for the trigger")
     if far := corpus["far"]:
-        print(
+        utils.say(
             "warning: the mean that sets the trigger's level includes "
             f"{len(far)} utterances of quite another level, {far[0]}, for one"
         )

@@ -503,6 +503,17 @@ def test_a_video_with_two_ages_is_a_problem_and_read_once(tmp_path):
     assert problems == [f"{path}: id1/v stands there twice"]
 
 
+def test_check_spells_out_a_manifest_s_control_characters(tmp_path):
+    rows = [["audio_path", "emotion", "split"]]
+    for split in ("train", "dev", "test"):
+        rows.append([f"{split}\x1b[2K\n0 problems.wav", "sad\x1b[1A", split])
+    write(tmp_path / "m.csv", rows)
+    status, out, _ = script("corpora.py", "check", "m.csv", cwd=tmp_path)
+    assert status == 1
+    assert "\x1b" not in out
+    assert r"train\x1b[2K\n0 problems.wav: no such file" in out
+
+
 def test_check_reads_the_corpora_mini_that_is_named(tmp_path):
     (tmp_path / "corpora/mini").mkdir(parents=True)
     flags = ("--data-root", "corpora/mini")
