@@ -781,9 +781,15 @@ def limit(utterances, n):
 
 
 def leave_out(utterances, path):
-    """The utterances without those whose ids are in the file `path`, one per line. Ends in one line
-    if an id is unknown."""
-    ids = set(Path(path).read_text().splitlines()) - {""} if path else set()
+    """The utterances without those whose ids are in the file `path`, one per line, if there is
+    one. Ends in one line if the file cannot be read, or an id is unknown."""
+    if not path:
+        return utterances
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        die(f"--exclude {path}: no list of ids in UTF-8 ({error})")
+    ids = set(text.splitlines()) - {""}
     if unknown := ids - {u.id for u in utterances}:
         die(
             f"--exclude {path}: {len(unknown)} of {len(ids)} are no training samples, "
