@@ -319,7 +319,7 @@ def in_workers(function, items, desc, workers=2):
         batch_size=16,
         num_workers=workers,
         collate_fn=functools.partial(apply_to_all, function),
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=leave_stopping_to_parent,
     )
     results = []
     for batch in tqdm(from_workers(loader), desc, len(loader), unit="batch"):
@@ -331,18 +331,30 @@ def apply_to_all(function, batch):
     return [function(item) for item in batch]
 
 
-def ignore_interrupts(worker):
-    """Ctrl-C reaches every process of a command; the first one ends the others."""
+def leave_stopping_to_parent(worker):
+    """A DataLoader's worker_init_fn. Ctrl-C and, from a job scheduler, SIGTERM reach every process
+    of a command: the parent, which may need its workers until it has stopped, ends them. It does
+    so by SIGTERM too, where a worker does not end by itself, so only the first is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def ignore_once(signum, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ignore_once)
 
 
 def from_workers(loader):
-    """A DataLoader's batches. A worker that has ended in one line ends the program."""
+    """A DataLoader's batches. A worker that has ended in one line, or was killed, ends the
+    program."""
     try:
         with no_bad_audio():
             yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" in str(error) and "exit" in str(error):
+        if "DataLoader worker" not in str(error):
+            raise
+        if "killed by signal" in str(error):
+            die(f"a process that reads audio has ended: {utils.first_line(error)}")
+        if "exit" in str(error):
             raise SystemExit(2) from None
         raise
 
