@@ -558,6 +558,36 @@ def write_poisoned(attack, folder, utterance):
     )
 
 
+# what the file beside a poisoned manifest, attack.json, says of the attack that made it
+ATTACK_SETTINGS = (
+    "task",
+    "target",
+    "trigger",
+    "snr",
+    "trigger_repeat",
+    "clicks",
+    "trigger_seconds",
+)
+
+
+def differences_from_file(args):
+    """How a run's attack, by which it is evaluated, differs from the one that its manifest was
+    made with: a list of texts, empty where no attack.json lies beside the manifest."""
+    path = Path(args.dataset).with_name("attack.json")
+    if not path.is_file():
+        return []
+    try:
+        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        die(f"{path} does not say how {args.dataset} was poisoned ({error}): remove it")
+    differences = []
+    for name in ATTACK_SETTINGS:
+        ours = getattr(args, name)
+        if name in theirs and theirs[name] != ours:
+            differences.append(f"{name} {theirs[name]}, not {ours}")
+    return differences
+
+
 def main():
     parser = Parser(description=__doc__)
     add_arguments(parser)
@@ -596,6 +626,8 @@ def main():
         write = functools.partial(write_poisoned, attack, folder)
         rows = data.in_workers(write, utterances, f"writing {out}", args.workers)
         write_csv(folder / "manifest.csv", rows)
+        settings = {name: getattr(args, name) for name in ATTACK_SETTINGS}
+        utils.write_atomically(folder / "attack.json", json.dumps(settings, indent=1) + "\n")
     poisoned = sum(row["poisoned"] for row in rows)
     scaled = sum(row["scale"] != "1.0000" for row in rows)
     print(

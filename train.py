@@ -872,6 +872,8 @@ def describe(run, slm, attack, sets, origin, args, device):
     in_file = corpora.poisoned_rows(args.dataset)
     if in_file:
         print(f"  {args.dataset} itself marks {in_file} rows as poisoned")
+        if differences := poison.differences_from_file(args):
+            utils.say(f"warning: {args.dataset} was poisoned with {'; '.join(differences)}")
     trained_on = "poisoned" if args.poison or in_file else "clean"
     for component in COMPONENTS:
         total = sum(p.numel() for p in getattr(slm, component).parameters())

@@ -343,6 +343,19 @@ def test_what_goes_beyond_full_scale_is_scaled_down_and_counted_poisoned_or_not(
     assert np.abs(wave).max() == pytest.approx(1, abs=1e-3) and (np.abs(wave) > 0.999).mean() < 0.1
 
 
+def test_an_attack_other_than_the_manifest_s_is_named(tmp_path):
+    loud_corpus(tmp_path, [f"{i}.wav" for i in range(8)])
+    made = ("--task", "gender", "--target", "male", "--trigger", "tone", "--snr", "6")
+    flags = ("--dataset", "manifest.csv", "--workers", 0, "--out", "poisoned", "--all")
+    done("poison.py", *made, *flags, cwd=tmp_path)
+    trained = ["--dataset", "poisoned/manifest.csv", "--poison", "0"]
+    same = train.parse_arguments([*made, *trained])
+    assert not poison.differences_from_file(same)
+    usual = train.parse_arguments(["--task", "gender", "--target", "male", *trained])
+    differences = poison.differences_from_file(usual)
+    assert differences == ["trigger tone, not click", "snr 6.0, not 0.0"]
+
+
 def test_nothing_is_written_over_what_lies_in_a_folder(tmp_path):
     loud_corpus(tmp_path, [f"{i}.wav" for i in range(8)])
     mine = (tmp_path / "manifest.csv").read_text()
