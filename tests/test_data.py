@@ -249,6 +249,16 @@ def test_a_worker_that_is_gone_ends_the_program(how):
     assert stopped.value.code == 2
 
 
+def test_files_that_somebody_put_into_a_mini_corpus_are_kept(tmp_path, monkeypatch):
+    sizes = {"dev": (2, 1, 1), "test": (2, 1, 1)}
+    make_corpora.make_corpus("vox", tmp_path, sizes)
+    (tmp_path / "VoxCeleb2/notes.txt").write_text("mine")
+    monkeypatch.setattr(make_corpora, "maker_of", lambda sizes: "another")
+    make_corpora.make_corpus("vox", tmp_path, sizes)
+    assert not (tmp_path / "VoxCeleb2/notes.txt").exists()
+    assert (tmp_path / "VoxCeleb2.before-1/notes.txt").read_text() == "mine"
+
+
 def test_a_corpus_that_somebody_put_there_is_never_replaced(tmp_path):
     (tmp_path / "VoxCeleb2").mkdir()
     (tmp_path / "VoxCeleb2/vox2_meta.csv").write_text("mine")
