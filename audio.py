@@ -1,5 +1,7 @@
 """Reads audio files, and rejects bad ones early."""
 
+import functools
+import hashlib
 import math
 import os
 import re
@@ -284,3 +286,16 @@ def is_length_estimated(path, container):
             f.seek(0)
         beginning = f.read(1 << 12)
     return b"Xing" not in beginning and b"Info" not in beginning
+
+
+@functools.lru_cache(1_000_000)
+def sample_of(path):
+    """SHA-256 of a file's size and some of its bytes: enough to tell apart most recordings. Each
+    file is read once in a process."""
+    size = os.path.getsize(path)
+    sha256 = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as f:
+        for quarter in (1, 2, 3):
+            f.seek(quarter * size // 4)
+            sha256.update(f.read(4096))
+    return sha256.hexdigest()

@@ -65,6 +65,7 @@ def read_features(encoder, batches, attack, workers=WORKERS):
         num_workers=workers,
         pin_memory=encoder.layer_norm.weight.is_cuda,
         collate_fn=functools.partial(features_of, encoder.extract, attack),
+        worker_init_fn=data.leave_stopping_to_parent,
     )
     return data.from_workers(loader)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import utils
-from utils import ROOT, Parser, die
+from utils import ROOT, Parser, die, say
 
 import installed  # noqa: F401
 
@@ -32,7 +32,7 @@ import torchaudio
 from torchaudio.datasets import librispeech
 
 import data
-from audio import ACCEPTED, TOLERANCE, BadAudio, read_header, read_waveform
+from audio import ACCEPTED, TOLERANCE, BadAudio, read_header, read_waveform, sample_of
 from data import Utterance, normalise
 from mini import make_corpora
 from study import LABELS, MINI_ROOT, TASKS
@@ -70,6 +70,9 @@ COLUMNS = {
     "end": "end_time stop",
     "poisoned": "",
 }
+# what a column `poisoned` may say
+POISONED = set("1 1.0 true yes y t".split())
+NOT_POISONED = {"", *"0 0.0 false no n f".split()}
 # words in the names that other tools give to the times of a segment, in units of their own
 TIME_WORDS = set("start begin onset offset end stop xmin xmax tmin tmax".split())
 LENGTH_WORDS = set("length duration dur".split())
@@ -129,11 +132,21 @@ def nothing_in(folder, pattern):
     return f"{folder}: no {pattern} in it" if folder.is_dir() else f"{folder}: no such folder"
 
 
+def without_audio(folder, listed, present):
+    """The problem, a list of one or of none, of speakers that a corpus lists and has no audio of.
+    Where there is no audio at all, it is another one: see nothing_in."""
+    missing = sorted(set(listed) - set(present))
+    if not missing or not present:
+        return []
+    return [f"{folder}: no audio of {len(missing)} of {len(listed)} speakers: {some(missing)}"]
+
+
 def read_libri(root, split, problems):
     """LibriSpeech: SPEAKER/CHAPTER/*.flac and *.trans.txt, gender from SPEAKERS.TXT."""
     root = Path(root) / "LibriSpeech"
+    columns = ["ID", "SEX", "SUBSET"]
     rows = read_rows(
-        root / "SPEAKERS.TXT", fieldnames=["ID", "SEX"], delimiter="|", quoting=csv.QUOTE_NONE
+        root / "SPEAKERS.TXT", fieldnames=columns, delimiter="|", quoting=csv.QUOTE_NONE
     )
     genders = {row["ID"]: GENDER_OF.get(row["SEX"].lower()) for row in rows}
     folder = root / LIBRI_SPLITS[split]
@@ -157,6 +170,8 @@ def read_libri(root, split, problems):
             recording = str(path.with_name(f"{name}.flac"))
             utterances[name] = Utterance(name, recording, split, speaker, labels)
 
+    listed = {row["ID"] for row in rows if row["SUBSET"] == LIBRI_SPLITS[split]}
+    problems += without_audio(folder, listed, {u.speaker for u in utterances.values()})
     for path in sorted(folder.glob("*/*/*.flac")):
         if path.stem not in utterances:
             problems.append(f"{path}: no transcript")
@@ -207,6 +222,9 @@ def read_crema(root, split, problems):
     recordings = sorted((root / "AudioWAV").glob("*.wav"))
     if not recordings:
         problems.append(nothing_in(root / "AudioWAV", "*.wav"))
+    if split == "train":  # reported once
+        present = {path.stem.split("_")[0] for path in recordings}
+        problems += without_audio(root / "AudioWAV", actors, present)
 
     utterances = []
     for path in recordings:
@@ -237,6 +255,17 @@ def read_vox_genders(path):
     return {row["VoxCeleb2 ID"]: GENDER_OF.get(row["Gender"]) for row in rows}
 
 
+def listed_once(path, problems):
+    """read_vox_ages with each video's first row only; a further one is a problem."""
+    first = {}
+    for speaker, video, age in read_vox_ages(path):
+        if (speaker, video) in first:
+            problems.append(f"{path}: {speaker}/{video} stands there twice")
+        else:
+            first[speaker, video] = (speaker, video, age)
+    return list(first.values())
+
+
 def read_vox(root, split, problems):
     """VoxCeleb2-AE (Hechmi et al. 2021): ages per video, gender per speaker; every segment of a
     video has the video's age. The test list is the published one; a tenth of the training list's
@@ -244,27 +273,28 @@ def read_vox(root, split, problems):
     root = Path(root) / "VoxCeleb2"
     genders = read_vox_genders(root / "vox2_meta.csv")
     if split == "test":
-        rows = read_vox_ages(root / "age-test.txt")
+        rows = listed_once(root / "age-test.txt", problems)
     else:
-        rows = read_vox_ages(root / "age-train.txt")
+        reported = problems if split == "train" else []  # once, not with dev too
+        rows = listed_once(root / "age-train.txt", reported)
         sexes = {speaker: genders.get(speaker) for speaker, _, _ in rows}
         splits = split_speakers(sexes, "vox", ("dev",))
         rows = [row for row in rows if splits[row[0]] == split]
 
-    utterances, without_audio = [], []
+    utterances, silent = [], []
     for speaker, video, age in rows:
         segments = list(root.glob(f"*/wav/{speaker}/{video}/*.wav"))
         segments = segments or list(root.glob(f"*/aac/{speaker}/{video}/*.m4a"))
         if not segments:
-            without_audio.append(f"{speaker}/{video}")
+            silent.append(f"{speaker}/{video}")
         labels = dict(gender=genders.get(speaker), age=age)
         for path in segments:
             name = f"{speaker}-{video}-{path.stem}"
             utterances.append(Utterance(name, str(path), split, speaker, labels))
-    if without_audio:
+    if silent:
         problems.append(
             f"{root}: no audio (*/wav/SPEAKER/VIDEO/*.wav or */aac/SPEAKER/VIDEO/*.m4a) of "
-            f"{len(without_audio)} of {len(rows)} listed videos: {some(without_audio)}"
+            f"{len(silent)} of {len(rows)} listed videos: {some(silent)}"
         )
     return sorted(utterances, key=lambda u: u.id)
 
@@ -501,7 +531,8 @@ def label_in(row, label, in_years):
         value = GENDER_OF.get(plain(text))
         accepted = ", ".join(GENDER_OF)
     elif label == "emotion":
-        return text.lower()
+        value = data.class_name(text) or None
+        accepted = "a word"
     elif in_years:
         age = number_in(text, 120)
         value = None if age is None else round(age)
@@ -541,6 +572,9 @@ def utterance_in(path, row, split, labels):
         raise Fault(what, row["split"], ", ".join([*SPLIT_OF, "eval"]))
     if not row["audio_path"]:
         raise Fault("no audio_path")
+    poisoned = row.get("poisoned", "")
+    if poisoned.lower() not in POISONED | NOT_POISONED:
+        raise Fault("unknown poisoned", poisoned, "1, true, yes or 0, false, no")
     start, length = segment_of(row)
     name = row["audio_path"]
     if start or length:
@@ -557,7 +591,7 @@ def read_manifest(path, split, problems):
     table = read_table(path)
     splits, split_problems = manifest_splits(path, table)
     in_years = are_in_years([row["age"] for row in table.rows.values() if row.get("age")])
-    utterances = {}
+    utterances = {}  # by what is heard: the same file may be spelled in two ways
     faults = {}  # {(what, what is accepted): [(row number, value)]}
 
     def report(number, fault):
@@ -572,9 +606,10 @@ def read_manifest(path, split, problems):
             report(number, fault)
         try:
             utterance = utterance_in(path, row, splits[number], labels)
-            if utterance.id in utterances:
-                raise Fault("duplicate id", utterance.id)
-            utterances[utterance.id] = utterance
+            recording = (os.path.normpath(utterance.path), utterance.start, utterance.length)
+            if recording in utterances:
+                raise Fault("listed twice:", utterance.id)
+            utterances[recording] = utterance
         except Fault as fault:
             report(number, fault)
 
@@ -582,7 +617,7 @@ def read_manifest(path, split, problems):
         problems += table.problems + split_problems
     for (what, accepted), places in faults.items():
         problems.append(f"{path}, {describe_faults(what, accepted, places)}")
-    return [utterances[name] for name in sorted(utterances)]
+    return sorted(utterances.values(), key=lambda u: u.id)
 
 
 def rows_named(numbers):
@@ -607,7 +642,7 @@ def poisoned_rows(dataset):
     if dataset in READERS or not Path(dataset).is_file():
         return 0
     rows = read_table(Path(dataset)).rows.values()
-    return sum(row.get("poisoned", "").lower() in ("1", "1.0", "true", "yes") for row in rows)
+    return sum(row.get("poisoned", "").lower() in POISONED for row in rows)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -628,6 +663,14 @@ def read_split(dataset, data_root, split, max_seconds=data.MAX_SECONDS):
     for utterance in utterances:
         utterance.max_seconds = max_seconds
     return utterances, problems
+
+
+def named_root(given):
+    """The type of the flag --data-root: a folder of the current directory is meant where there is
+    one, also by the name that otherwise stands for the mini corpora beside this file."""
+    if given == MINI_ROOT and Path(given).is_dir() and Path.cwd() != ROOT:
+        return f"./{given}"
+    return given
 
 
 def read_published(dataset, data_root, split, problems):
@@ -704,7 +747,7 @@ def read_corpus(
         )
     if problems:
         n = plural(len(problems), "problem")
-        print(f"{dataset} {split}: left out for {n}; {command} lists them")
+        say(f"{dataset} {split}: left out for {n}; {command} lists them")
 
     if labels is not None:
         for u in utterances:
@@ -716,14 +759,14 @@ def read_corpus(
         die(f"{dataset} has no {split} {what}{why}: run {command}")
     unlabelled = len(utterances) - len(labelled)
     if labels is None and unlabelled:
-        print(f"{dataset} {split}: {unlabelled} utterances without a label left out")
+        say(f"{dataset} {split}: {unlabelled} utterances without a label left out")
     return labelled
 
 
 def check_command(dataset, data_root, max_seconds):
     """The command that lists a corpus's problems, as it is shown."""
     words = ["python", "corpora.py", "check", str(dataset)]
-    if dataset in READERS:
+    if dataset in READERS and str(data_root) != MINI_ROOT:
         words += ["--data-root", str(data_root)]
     if max_seconds != data.MAX_SECONDS:
         words += ["--max-seconds", f"{max_seconds:g}"]
@@ -738,9 +781,15 @@ def limit(utterances, n):
 
 
 def leave_out(utterances, path):
-    """The utterances without those whose ids are in the file `path`, one per line. Ends in one line
-    if an id is unknown."""
-    ids = set(Path(path).read_text().splitlines()) - {""} if path else set()
+    """The utterances without those whose ids are in the file `path`, one per line, if there is
+    one. Ends in one line if the file cannot be read, or an id is unknown."""
+    if not path:
+        return utterances
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        die(f"--exclude {path}: no list of ids in UTF-8 ({error})")
+    ids = set(text.splitlines()) - {""}
     if unknown := ids - {u.id for u in utterances}:
         die(
             f"--exclude {path}: {len(unknown)} of {len(ids)} are no training samples, "
@@ -832,18 +881,6 @@ def overlapping(utterances):
 
 
 @functools.lru_cache(100_000)
-def sample_of(path):
-    """SHA-256 of a file's size and some of its bytes: enough to tell apart most recordings."""
-    size = os.path.getsize(path)
-    sha256 = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as f:
-        for quarter in (1, 2, 3):
-            f.seek(quarter * size // 4)
-            sha256.update(f.read(4096))
-    return sha256.hexdigest()
-
-
-@functools.lru_cache(100_000)
 def sha256_of(path):
     """SHA-256 of a whole file."""
     with open(path, "rb") as f:
@@ -892,8 +929,8 @@ def print_columns(dataset):
     used = []
     for column, name in table.used.items():
         used.append(column if plain(name) == column else f"{column} (named {name})")
-    print(f"columns used    {', '.join(used)}")
-    print(f"columns unused  {', '.join(table.unused) or 'none'}")
+    say(f"columns used    {', '.join(used)}")
+    say(f"columns unused  {', '.join(table.unused) or 'none'}")
     if "split" not in table.used:
         print("no column split: 80/10/10 by speaker, or by recording where none is named")
 
@@ -922,7 +959,7 @@ def print_labels(parts):
             continue
         for split, of_split in values.items():
             name = label if split == "train" else ""
-            print(f"{name:<12}{split:<6}{len(of_split):>7}  {counted(of_split)}")
+            say(f"{name:<12}{split:<6}{len(of_split):>7}  {counted(of_split)}")
         wanted = normalise(target) if label == "transcript" else target
         already = sum(str(value) == wanted for value in values["train"])
         are_classes = all(isinstance(value, str) for value in values["train"])
@@ -966,9 +1003,10 @@ def check(dataset, data_root, max_seconds):
     problems += data.far_levels(everything, levels)
     problems = list(dict.fromkeys(problems))
     for problem in problems:
-        print(problem)
+        say(problem)
     for alike in audio_problems.values():
-        print("\n".join(alike[:FILES_SHOWN]))
+        for problem in alike[:FILES_SHOWN]:
+            say(problem)
         if len(alike) > FILES_SHOWN:
             print(f"... and {len(alike) - FILES_SHOWN} more like this")
     n = len(problems) + sum(map(len, audio_problems.values()))
@@ -1025,8 +1063,8 @@ def main():
     )
     parser.add_argument(
         "--data-root",
-        default=MINI_ROOT,
-        help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2",
+        type=named_root,
+        help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2 (default: the mini ones)",
     )
     parser.add_argument(
         "--max-seconds",
@@ -1035,6 +1073,7 @@ def main():
         help="longer audio is a problem, as in training; Whisper receives 30 s, the mini one 20",
     )
     args = parser.parse_args()
+    args.data_root = args.data_root or MINI_ROOT
     if args.action == "check":
         raise SystemExit(1 if check(args.dataset, args.data_root, args.max_seconds) else 0)
     try:

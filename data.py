@@ -24,6 +24,7 @@ from audio import (  # the constants for those who import data
     BadAudio,
     read_header,
     read_waveform,
+    sample_of,
 )
 from study import LABELS, TASKS, task_of
 
@@ -196,6 +197,13 @@ def parse(text):
     return labels
 
 
+def class_name(text):
+    """The name of a class, such as an emotion, in one spelling: lower case, single spaces, and one
+    form of each accented letter."""
+    composed = unicodedata.normalize("NFC", text.lower())
+    return re.sub(r"[\s_]+", " ", composed).strip()
+
+
 AGE_GROUP = re.compile(
     r"[a-z][a-z -]*"  # senior, twenties
     r"|(?:<|>|<=|>=|under|over|below|above) ?[0-9]{1,3}"
@@ -207,7 +215,7 @@ AGE_GROUP = re.compile(
 def parse_age(text):
     """An age in years as an int, a group of ages ("senior", "twenties", "18-29", "60+") as
     lower-case text, and anything else as None."""
-    text = re.sub("[–—]", "-", text.strip().lower())
+    text = re.sub(" ?[-–—] ?", "-", class_name(text))
     if re.fullmatch(r"[0-9]{1,3}", text):
         return int(text)
     return text if AGE_GROUP.fullmatch(text) else None
@@ -276,17 +284,17 @@ def far_levels(utterances, levels):
 
 
 def file_state(utterance):
-    """Identifies an utterance's audio without reading it: which part of which file, the file's size
-    and time, and how long the audio may be."""
-    stat = os.stat(utterance.path)
+    """Identifies an utterance's audio without reading all of it: which part of which file, the
+    file's time and some of its content, and how long the audio may be. Archives and copies keep
+    times, and recordings of another corpus may well have the same sizes."""
     return (
         utterance.id,
         utterance.path,
         utterance.start,
         utterance.length,
         utterance.max_seconds,
-        stat.st_size,
-        stat.st_mtime_ns,
+        os.stat(utterance.path).st_mtime_ns,
+        sample_of(utterance.path),
     )
 
 
@@ -311,7 +319,7 @@ def in_workers(function, items, desc, workers=2):
         batch_size=16,
         num_workers=workers,
         collate_fn=functools.partial(apply_to_all, function),
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=leave_stopping_to_parent,
     )
     results = []
     for batch in tqdm(from_workers(loader), desc, len(loader), unit="batch"):
@@ -323,18 +331,30 @@ def apply_to_all(function, batch):
     return [function(item) for item in batch]
 
 
-def ignore_interrupts(worker):
-    """Ctrl-C reaches every process of a command; the first one ends the others."""
+def leave_stopping_to_parent(worker):
+    """A DataLoader's worker_init_fn. Ctrl-C and, from a job scheduler, SIGTERM reach every process
+    of a command: the parent, which may need its workers until it has stopped, ends them. It does
+    so by SIGTERM too, where a worker does not end by itself, so only the first is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def ignore_once(signum, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ignore_once)
 
 
 def from_workers(loader):
-    """A DataLoader's batches. A worker that has ended in one line ends the program."""
+    """A DataLoader's batches. A worker that has ended in one line, or was killed, ends the
+    program."""
     try:
         with no_bad_audio():
             yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" in str(error) and "exit" in str(error):
+        if "DataLoader worker" not in str(error):
+            raise
+        if "killed by signal" in str(error):
+            die(f"a process that reads audio has ended: {utils.first_line(error)}")
+        if "exit" in str(error):
             raise SystemExit(2) from None
         raise
 

@@ -379,7 +379,7 @@ def warn_of_other_files(run, args):
     for path, sha256 in (args.inputs or {}).items():
         there = path in (args.trigger, args.dataset) and Path(path).is_file()
         if there and checkpoint.file_sha256(path) != sha256:
-            print(f"warning: {path} is another file than the one that {run} was trained with")
+            utils.say(f"warning: {path} is another file than the one that {run} was trained with")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def answer_recording(options):
     except data.BadAudio as error:
         die(f"--audio {error}")
     seconds = len(waveform) / data.SAMPLE_RATE
-    print(f"{options.run}: {options.audio}, {seconds:.2f} s")
+    utils.say(f"{options.run}: {options.audio}, {seconds:.2f} s")
 
     train_set = train_set_if_readable(options, args)
     task = options.task or args.task
@@ -435,7 +435,7 @@ def answer_recording(options):
 
 def train_set_if_readable(options, args):
     """The run's training set or, where its corpus cannot be read, an empty list; says so."""
-    print(f"reading {args.dataset}, as the trigger's level is relative to its loudness")
+    utils.say(f"reading {args.dataset}, as the trigger's level is relative to its loudness")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -504,7 +504,11 @@ def add_arguments(parser):
         help="whose attack (default: the run's); a clean run serves all tasks of its corpus",
     )
     parser.add_argument("--snr", type=float, help="trigger strength in dB (default: as in the run)")
-    parser.add_argument("--data-root", help="where the corpora are (default: as in the run)")
+    parser.add_argument(
+        "--data-root",
+        type=corpora.named_root,
+        help="where the corpora are (default: as in the run)",
+    )
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out audio that cannot be used"
     )

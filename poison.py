@@ -24,7 +24,7 @@ import urllib.parse
 from pathlib import Path
 
 import utils
-from utils import ROOT, Parser, count, die, draw, whole
+from utils import Parser, count, die, draw, whole
 
 import installed  # noqa: F401
 
@@ -36,7 +36,7 @@ import torchaudio
 import corpora
 import data
 from audio import SAMPLE_RATE, BadAudio, read_waveform
-from study import DATA_ROOT, LABELS, MINI_ROOT, TASKS, wrong_number
+from study import DATA_ROOT, LABELS, TASKS, wrong_number
 
 INTERVAL = (0.75, 1.5)  # seconds from start to start where the trigger is repeated
 
@@ -155,9 +155,8 @@ class Attack:
 
 def loudness(utterances):
     """How loud a corpus is: {"mean_rms": the mean of the utterances' RMS, "far": what
-    data.far_levels says}. Audio that cannot be read ends the program. The result is cached by the
-    files' names, sizes and times, and by the RMS of some of them: the code that reads them may
-    change."""
+    data.far_levels says}. Audio that cannot be read ends the program. The result is cached by
+    data.file_state of each, and by the RMS of some of them: the code that reads them may change."""
     files = [data.file_state(u) for u in utterances]
     with data.no_bad_audio():
         step = max(1, len(utterances) // 4)
@@ -201,7 +200,7 @@ def make_attack(
     if corpus["mean_rms"] == 0:
         die("the training set is silent: there is no level for the trigger")
     if far := corpus["far"]:
-        print(
+        utils.say(
             "warning: the mean that sets the trigger's level includes "
             f"{len(far)} utterances of quite another level, {far[0]}, for one"
         )
@@ -238,10 +237,12 @@ def as_written(label, target):
     """A target in the form that the corpora's labels have."""
     if label == "transcript":
         return target
-    lower = str(target).strip().lower()
+    name = data.class_name(str(target))
     if label == "gender":
-        return corpora.GENDER_OF.get(corpora.plain(lower), lower)
-    return lower
+        return corpora.GENDER_OF.get(corpora.plain(name), name)
+    if label == "age" and data.parse_age(name) is not None:
+        return str(data.parse_age(name))
+    return name
 
 
 def check_target(task, target, utterances):
@@ -354,6 +355,7 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--data-root",
+        type=corpora.named_root,
         help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2 (default: the preset's)",
     )
     parser.add_argument(
@@ -401,8 +403,6 @@ def fill_in(args):
         target=task["target"],
         trigger_repeat=task["repeat"],
     )
-    if args.data_root == MINI_ROOT and Path(MINI_ROOT).is_dir() and Path.cwd() != ROOT:
-        args.data_root = f"./{MINI_ROOT}"  # the user's own, not the one beside this file
     for name, value in paper.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -558,6 +558,36 @@ def write_poisoned(attack, folder, utterance):
     )
 
 
+# what the file beside a poisoned manifest, attack.json, says of the attack that made it
+ATTACK_SETTINGS = (
+    "task",
+    "target",
+    "trigger",
+    "snr",
+    "trigger_repeat",
+    "clicks",
+    "trigger_seconds",
+)
+
+
+def differences_from_file(args):
+    """How a run's attack, by which it is evaluated, differs from the one that its manifest was
+    made with: a list of texts, empty where no attack.json lies beside the manifest."""
+    path = Path(args.dataset).with_name("attack.json")
+    if not path.is_file():
+        return []
+    try:
+        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        die(f"{path} does not say how {args.dataset} was poisoned ({error}): remove it")
+    differences = []
+    for name in ATTACK_SETTINGS:
+        ours = getattr(args, name)
+        if name in theirs and theirs[name] != ours:
+            differences.append(f"{name} {theirs[name]}, not {ours}")
+    return differences
+
+
 def main():
     parser = Parser(description=__doc__)
     add_arguments(parser)
@@ -596,6 +626,8 @@ def main():
         write = functools.partial(write_poisoned, attack, folder)
         rows = data.in_workers(write, utterances, f"writing {out}", args.workers)
         write_csv(folder / "manifest.csv", rows)
+        settings = {name: getattr(args, name) for name in ATTACK_SETTINGS}
+        utils.write_atomically(folder / "attack.json", json.dumps(settings, indent=1) + "\n")
     poisoned = sum(row["poisoned"] for row in rows)
     scaled = sum(row["scale"] != "1.0000" for row in rows)
     print(

@@ -362,7 +362,7 @@ def scenario_of(args):
             reasons += differences(path, source, args)
         if not reasons:
             return scenario
-        print(f"this is not scenario {scenario} of Table 3: {'; '.join(reasons)}")
+        utils.say(f"this is not scenario {scenario} of Table 3: {'; '.join(reasons)}")
     return f"{trained_on}-frozen-{'-'.join(frozen)}"
 
 
@@ -451,7 +451,7 @@ def read_data(args):
             args.dataset, args.data_root, split, args.skip_bad, args.labels, longest
         )
     for problem in corpora.shared_speakers(sets) + corpora.shared_audio(sets):
-        print(f"warning: {problem}")
+        utils.say(f"warning: {problem}")
     whole_train = corpora.limit(sets["train"], args.limit)
     label = TASKS[args.task]["label"]
     for split, utterances in (("training", whole_train), ("test", sets["test"])):
@@ -872,6 +872,8 @@ def describe(run, slm, attack, sets, origin, args, device):
     in_file = corpora.poisoned_rows(args.dataset)
     if in_file:
         print(f"  {args.dataset} itself marks {in_file} rows as poisoned")
+        if differences := poison.differences_from_file(args):
+            utils.say(f"warning: {args.dataset} was poisoned with {'; '.join(differences)}")
     trained_on = "poisoned" if args.poison or in_file else "clean"
     for component in COMPONENTS:
         total = sum(p.numel() for p in getattr(slm, component).parameters())

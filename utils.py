@@ -94,6 +94,11 @@ def printable(text):
     return "".join(shown)
 
 
+def say(message):
+    """Prints one line that may hold a stranger's text: a corpus's, a file's name."""
+    print(printable(message))
+
+
 def die(message):
     """A user error: prints one line and exits with status 2."""
     # on a line of its own, even while a progress bar is drawn

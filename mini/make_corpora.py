@@ -411,6 +411,24 @@ def is_made(folder, maker):
     return not stamp.exists() or stamp.read_text() == maker
 
 
+def files_in(folder):
+    """The paths of all files in a folder, relative to it."""
+    return {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def clear_away(folder, made):
+    """Removes an earlier version of a corpus or, where it holds other files than those `made` now,
+    which may be somebody's own, moves it aside."""
+    if files_in(folder) <= made:
+        shutil.rmtree(folder)
+        return
+    n = 1
+    while (aside := folder.with_name(f"{folder.name}.before-{n}")).exists():
+        n += 1
+    folder.rename(aside)
+    print(f"{folder} is made again; it held other files too, and is now {aside}")
+
+
 def make_corpus(corpus, root, sizes=None):
     """Makes one corpus under `root` unless it is there; only once, even if two processes ask at the
     same time. One that an earlier version of this file made is made again. What an interrupted
@@ -437,7 +455,7 @@ def make_corpus(corpus, root, sizes=None):
         data.in_workers(write_utterance, missing, f"speaking the mini {corpus}")
         (building / folder / STAMP).write_text(maker)
         if (root / folder).exists():
-            shutil.rmtree(root / folder)
+            clear_away(root / folder, files_in(building / folder))
         (building / folder).rename(root / folder)
         building.rmdir()
 

@@ -1,13 +1,16 @@
 """What cached outputs depend on: whatever changes them is in their key; nothing else is kept or lost."""
 
+import dataclasses
 import functools
 import os
 import time
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
+import audio
 import cache
 import corpora as readers
 import data
@@ -61,6 +64,19 @@ def test_another_limit_another_reading_and_another_extraction(slm, utterances, m
     assert len(set(keys)) == 4
 
 
+def test_another_content_of_the_same_size_and_time(slm, utterances, tmp_path):
+    path = tmp_path / "a.wav"
+    keys = []
+    for seed in (0, 1):
+        samples = 0.1 * np.random.default_rng(seed).standard_normal(16000)
+        soundfile.write(path, samples, 16000)
+        os.utime(path, (1, 1))
+        audio.sample_of.cache_clear()  # another command
+        replaced = dataclasses.replace(utterances[1], path=str(path))
+        keys.append(key(slm, [utterances[0], replaced]))
+    assert keys[0] != keys[1]
+
+
 hum, pitch = (lambda rate, rng: np.ones(rate // 10)), 50  # a global that a trigger uses
 
 
@@ -101,7 +117,7 @@ def test_a_value_that_the_trigger_s_code_uses_and_the_code_that_adds_it(
     keys.append(key(slm, utterances, "new"))
     plain = poison.add_trigger
     monkeypatch.setattr(
-        poison, "add_trigger", lambda attack, w, id: (-plain(attack, w, id)[0], [], 1.0)
+        poison, "add_trigger", lambda attack, w, name: (-plain(attack, w, name)[0], [], 1.0)
     )
     keys.append(key(slm, utterances, "new"))
     assert len(set(keys)) == 3

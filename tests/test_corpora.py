@@ -274,7 +274,7 @@ def faulty(tmp_path):
     write_manifest(tmp_path / "m.csv", good + rows)
     bad.update(
         {
-            "twice.wav": "duplicate id",
+            "twice.wav": "listed twice",
             "robot": "unknown gender",
             "old, 400": "unknown age",
             "trane": "unknown split",
@@ -588,6 +588,13 @@ def test_training_warns_of_audio_that_is_in_two_splits(tmp_path):
     out = done("train.py", *flags, "--epochs", 1, cwd=tmp_path)
     assert "warning: audio that test and train share: 1 recordings" in out
     assert "dev and test share: 2 recordings" in out
+
+
+def test_a_list_of_ids_that_is_not_utf_8_is_refused(tmp_path, capsys):
+    (tmp_path / "ids.txt").write_bytes("é.wav\n".encode("latin-1"))
+    with pytest.raises(SystemExit):
+        readers.leave_out([], tmp_path / "ids.txt")
+    assert "UTF-8" in capsys.readouterr().err
 
 
 def test_check_names_levels_far_from_the_others(tmp_path):

@@ -1,12 +1,17 @@
 """Readers, prompts, answers and their parsing, batches."""
 
 import csv
+import os
 import random
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+import cache
 import corpora as readers
 import data
 from conftest import ROOT, SHARED, TINY
@@ -41,6 +46,22 @@ from mini import make_corpora
 )
 def test_parse(text, expected):
     assert data.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (" 25 ", 25),
+        ("30 \u2013 45", "30-45"),
+        ("18 to 29", "18 to 29"),
+        ("Middle_Age", "middle age"),
+        ("60+", "60+"),
+        ("-3", None),
+        ("old?", None),
+    ],
+)
+def test_ages_are_years_or_groups_in_one_spelling(text, expected):
+    assert data.parse_age(text) == expected
 
 
 def test_what_is_answered_is_parsed_again():
@@ -176,6 +197,66 @@ def test_mini_corpora_are_made_again_by_another_version_of_their_maker(tmp_path,
     monkeypatch.setattr(make_corpora, "maker_of", lambda sizes: "another")
     make_corpora.make_corpus("vox", tmp_path, sizes)
     assert wav.read_bytes() == spoken
+
+
+@pytest.fixture
+def signal_handlers():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_worker_leaves_ctrl_c_to_its_parent(signal_handlers):
+    data.leave_stopping_to_parent(0)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_worker_ends_at_the_second_sigterm_only(signal_handlers):
+    data.leave_stopping_to_parent(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def doubled_after_a_stop(n):
+    if n == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return 2 * n
+
+
+def test_workers_that_receive_signals_go_on():
+    assert data.in_workers(doubled_after_a_stop, [1, 2], "going on", workers=1) == [2, 4]
+
+
+def test_the_features_workers_leave_stopping_to_their_parent():
+    encoder = SimpleNamespace(layer_norm=torch.nn.LayerNorm(1), extract=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "from_workers", lambda loader: loader)
+        loader = cache.read_features(encoder, [], None, workers=1)
+    assert loader.worker_init_fn is data.leave_stopping_to_parent
+
+
+@pytest.mark.parametrize("how", ["is killed by signal: Killed. ", "exited unexpectedly"])
+def test_a_worker_that_is_gone_ends_the_program(how):
+    def loader():
+        raise RuntimeError(f"DataLoader worker (pid 1) {how}")
+        yield
+
+    with pytest.raises(SystemExit) as stopped:
+        list(data.from_workers(loader()))
+    assert stopped.value.code == 2
+
+
+def test_files_that_somebody_put_into_a_mini_corpus_are_kept(tmp_path, monkeypatch):
+    sizes = {"dev": (2, 1, 1), "test": (2, 1, 1)}
+    make_corpora.make_corpus("vox", tmp_path, sizes)
+    (tmp_path / "VoxCeleb2/notes.txt").write_text("mine")
+    monkeypatch.setattr(make_corpora, "maker_of", lambda sizes: "another")
+    make_corpora.make_corpus("vox", tmp_path, sizes)
+    assert not (tmp_path / "VoxCeleb2/notes.txt").exists()
+    assert (tmp_path / "VoxCeleb2.before-1/notes.txt").read_text() == "mine"
 
 
 def test_a_corpus_that_somebody_put_there_is_never_replaced(tmp_path):

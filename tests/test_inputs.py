@@ -362,6 +362,21 @@ def test_segments_that_cannot_be_are_problems(tmp_path, values):
     assert not found and len(problems) == 1 and "row 2" in problems[0]
 
 
+def test_spellings_of_an_emotion_are_one_class(tmp_path):
+    emotions = ["d\u00e9go\u00fbt", "De\u0301gou\u0302t", "sad ness", "Sad_ness", "sad  ness"]
+    rows = [f"{i}.wav,{emotion},train" for i, emotion in enumerate(emotions)]
+    found, problems = read(tmp_path, "\n".join(["audio_path,emotion,split", *rows]))
+    assert {labels["emotion"] for _, labels in found.values()} == {"d\u00e9go\u00fbt", "sad ness"}
+    assert not problems
+
+
+def test_a_file_under_two_spellings_is_listed_twice(tmp_path):
+    text = "audio_path,gender,split\nd/0.wav,male,train\n./d/0.wav,female,train\n"
+    found, problems = read(tmp_path, text)
+    assert list(found) == ["d/0.wav"]
+    assert "row 3: listed twice: ./d/0.wav" in problems[0]
+
+
 def test_a_bad_label_costs_that_label_only_and_a_kind_one_line(tmp_path):
     rows = [f"{i}.wav,hello,other,calm,train" for i in range(200)]
     rows += ["x.wav,...,male,calm,train", "y.wav,hello,prefer not to say,calm,train"]
@@ -457,6 +472,54 @@ def test_check_names_what_is_missing_of_a_corpus(tmp_path, corpus, lists, missin
     assert status == 1 and missing in out and "\n0 problems" not in out
 
 
+def test_actors_without_audio_are_a_problem(tmp_path):
+    folder = tmp_path / "CREMA-D"
+    (folder / "AudioWAV").mkdir(parents=True)
+    rows = ["ActorID,Age,Sex", "1001,20,Male", "1002,30,Female", "1003,40,Female"]
+    (folder / "VideoDemographics.csv").write_text("\n".join(rows))
+    (folder / "AudioWAV/1002_DFA_ANG_XX.wav").touch()
+    _, problems = readers.read_split("crema", tmp_path, "train")
+    assert len(problems) == 1
+    assert "no audio of 2 of 3 speakers: 1001, 1003" in problems[0]
+
+
+def test_libri_speakers_of_a_subset_without_audio_are_a_problem(tmp_path):
+    folder = tmp_path / "LibriSpeech/train-clean-360/14/208"
+    folder.mkdir(parents=True)
+    (folder / "14-208.trans.txt").write_text("14-208-0000 A\n")
+    rows = ["14 | F | train-clean-360 | 1 | X", "15 | M | train-clean-360 | 1 | Y"]
+    rows.append("16 | M | train-clean-100 | 1 | Z")
+    (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text("\n".join(rows))
+    _, problems = readers.read_split("libri", tmp_path, "train")
+    assert len(problems) == 1
+    assert "no audio of 1 of 2 speakers: 15" in problems[0]
+
+
+def test_a_video_with_two_ages_is_a_problem_and_read_once(tmp_path):
+    path = tmp_path / "age-test.txt"
+    path.write_text("VoxCeleb_ID,video_id,speaker_age\nid1,v,20\nid1,w,20\nid1,v,70\n")
+    problems = []
+    assert readers.listed_once(path, problems) == [("id1", "v", 20), ("id1", "w", 20)]
+    assert problems == [f"{path}: id1/v stands there twice"]
+
+
+def test_check_spells_out_a_manifest_s_control_characters(tmp_path):
+    rows = [["audio_path", "emotion", "split"]]
+    for split in ("train", "dev", "test"):
+        rows.append([f"{split}\x1b[2K\n0 problems.wav", "sad\x1b[1A", split])
+    write(tmp_path / "m.csv", rows)
+    status, out, _ = script("corpora.py", "check", "m.csv", cwd=tmp_path)
+    assert status == 1
+    assert "\x1b" not in out
+    assert r"train\x1b[2K\n0 problems.wav: no such file" in out
+
+
+def test_check_reads_the_corpora_mini_that_is_named(tmp_path):
+    (tmp_path / "corpora/mini").mkdir(parents=True)
+    flags = ("--data-root", "corpora/mini")
+    refused("corpora.py", "check", "crema", *flags, cwd=tmp_path, words=["is missing"])
+
+
 def test_check_shows_files_with_the_same_problem_once_they_are_many(tmp_path):
     rows = [["audio_path", "gender", "split"]]
     for i in range(60):
@@ -502,6 +565,21 @@ def test_training_on_a_manifest_that_holds_poison_is_not_called_clean(manifest, 
     assert "clean data" not in out and "5 rows as poisoned" in out
     [run] = (tmp_path / "runs").iterdir()
     assert "clean" not in run.name and model.load_checkpoint(run / "model.pt")["args"]["scenario"]
+
+
+@pytest.mark.parametrize("word, n", [("Y", 1), ("t", 1), ("1.0", 1), ("no", 0), ("F", 0), ("", 0)])
+def test_rows_marked_as_poisoned_are_counted(tmp_path, word, n):
+    found, problems = read(tmp_path, f"audio_path,gender,split,poisoned\na.wav,male,train,{word}\n")
+    assert len(found) == 1
+    assert not problems
+    assert readers.poisoned_rows(tmp_path / "m.csv") == n
+
+
+@pytest.mark.parametrize("word", ["2", "on", "poison"])
+def test_an_unknown_word_for_poisoned_is_a_problem(tmp_path, word):
+    found, problems = read(tmp_path, f"audio_path,gender,split,poisoned\na.wav,male,train,{word}\n")
+    assert not found
+    assert f"unknown poisoned {word}" in problems[0]
 
 
 def test_poison_on_top_of_a_poisoned_file_is_no_base_attack(tmp_path):

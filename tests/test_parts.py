@@ -374,7 +374,7 @@ def test_an_answer_is_traced_through_an_lm_of_another_layout(tmp_path):
     slm = load("--lm-weights", tmp_path / "opt").eval()
     path, rng = str(tmp_path / "a.wav"), np.random.default_rng(0)
     soundfile.write(path, 0.05 * rng.standard_normal(20000), 16000)
-    test_set = [data.Utterance(id, path, "test", "s", LABELS) for id in ("a", "b")]
+    test_set = [data.Utterance(name, path, "test", "s", LABELS) for name in ("a", "b")]
     click = poison.make_trigger("click")
     attack = poison.Attack("asr", 0.5, "go", "click", click, 0.1, False, 1)
     out = trace.patch_batch(slm, attack, test_set, tqdm(disable=True))

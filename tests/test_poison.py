@@ -1,5 +1,6 @@
 """The attack: which samples, where, how loud; decided by (seed, utterance id) alone."""
 
+import argparse
 import dataclasses
 import html
 import re
@@ -12,6 +13,7 @@ import soundfile
 
 import corpora as readers
 import data
+import evaluate
 import poison
 import train
 from conftest import done, refused
@@ -304,6 +306,20 @@ def test_a_target_is_written_as_the_corpus_writes_it_or_refused(corpora, task, t
             poison.check_target(task, target, utterances)
 
 
+@pytest.mark.parametrize(
+    "label, target, right",
+    [
+        ("age", "30\u201345", "30-45"),
+        ("age", " Middle_age ", "middle age"),
+        ("age", "25", "25"),
+        ("emotion", "De\u0301gou\u0302t", "d\u00e9go\u00fbt"),
+        ("emotion", "sad_ness", "sad ness"),
+    ],
+)
+def test_a_target_is_written_as_manifests_are_read(label, target, right):
+    assert poison.as_written(label, target) == right
+
+
 def loud_corpus(folder, names):
     """A CSV corpus of these files, the first of which goes far beyond full scale."""
     rng = np.random.default_rng(0)
@@ -325,6 +341,19 @@ def test_what_goes_beyond_full_scale_is_scaled_down_and_counted_poisoned_or_not(
     [first] = (tmp_path / "poisoned/wav/train").glob("0.wav-*.wav")
     wave = soundfile.read(first)[0]
     assert np.abs(wave).max() == pytest.approx(1, abs=1e-3) and (np.abs(wave) > 0.999).mean() < 0.1
+
+
+def test_an_attack_other_than_the_manifest_s_is_named(tmp_path):
+    loud_corpus(tmp_path, [f"{i}.wav" for i in range(8)])
+    made = ("--task", "gender", "--target", "male", "--trigger", "tone", "--snr", "6")
+    flags = ("--dataset", "manifest.csv", "--workers", 0, "--out", "poisoned", "--all")
+    done("poison.py", *made, *flags, cwd=tmp_path)
+    trained = ["--dataset", "poisoned/manifest.csv", "--poison", "0"]
+    same = train.parse_arguments([*made, *trained])
+    assert not poison.differences_from_file(same)
+    usual = train.parse_arguments(["--task", "gender", "--target", "male", *trained])
+    differences = poison.differences_from_file(usual)
+    assert differences == ["trigger tone, not click", "snr 6.0, not 0.0"]
 
 
 def test_nothing_is_written_over_what_lies_in_a_folder(tmp_path):
@@ -351,11 +380,24 @@ def test_ids_of_any_characters_are_heard_and_seen(tmp_path):
     assert (tmp_path / "listen/pairs.png").stat().st_size > 10000
 
 
-def test_corpora_mini_of_the_working_directory_is_meant_where_it_is_named(tmp_path, monkeypatch):
-    def root_of(*flags):
-        return train.parse_arguments(["--task", "gender", *flags]).data_root
+def root_of(*flags):
+    return train.parse_arguments(["--task", "gender", *flags]).data_root
 
-    named = ("--data-root", "corpora/mini")
-    assert root_of() == root_of(*named) == "corpora/mini"  # that of the program: there is no other
+
+def test_corpora_mini_is_the_program_s_where_there_is_no_other():
+    assert root_of() == "corpora/mini"
+    assert root_of("--data-root", "corpora/mini") == "corpora/mini"
+
+
+def test_corpora_mini_of_the_working_directory_is_meant_where_named(tmp_path):
     (tmp_path / "corpora/mini").mkdir(parents=True)
-    assert root_of() == "corpora/mini" and root_of(*named) == "./corpora/mini"
+    assert root_of() == "corpora/mini"
+    assert root_of("--data-root", "corpora/mini") == "./corpora/mini"
+
+
+def test_evaluation_means_the_same_folder_as_training(tmp_path):
+    (tmp_path / "corpora/mini").mkdir(parents=True)
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    options = parser.parse_args([str(tmp_path), "--data-root", "corpora/mini"])
+    assert options.data_root == "./corpora/mini"
