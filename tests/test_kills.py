@@ -18,7 +18,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, corpora):
 
 
 def test_a_killed_study_ends_with_the_same_tables(corpora):
-    study = dict(TASKS="emotion", OTHERS="", WAVES="1", KILL_AFTER="9 14")
+    study = dict(STAGES="tables", ENCODERS="hubert", TASKS="emotion", OTHERS="", KILL_AFTER="6 9")
     flags = f"--limit 32 --epochs 1 --batch-size 8 --data-root {corpora}"
     result = subprocess.run(
         ["bash", str(ROOT / "tests/kill_study.sh")],
