@@ -190,8 +190,9 @@ RANGES = {
         0,
         UNBOUNDED,
         ("encoder_lr", "connector_lr", "lora_lr", "weight_decay", "warmup_steps")
-        + ("cache_gb", "seed", "workers", "train_layers"),
+        + ("cache_gb", "workers", "train_layers"),
     ),
+    f"from 0 to {2**63 - 1}": (0, 2**63 - 1, ("seed",)),  # what torch.manual_seed takes
     "1 or greater": (1, 1e9, ("epochs", "batch_size", "lora_rank", "limit")),
     "from 0 to 1": (0, 1, ("poison", "random_keys", "connector_taper")),
     "from 0 to less than 1": (0, 1 - 1e-9, ("lora_dropout",)),

@@ -268,6 +268,7 @@ def parse_arguments(argv=None):
         die(f"--exclude {args.exclude}: no such file")
     args.scenario = scenario_of(args)
     args.name = args.name or run_name(vars(args))
+    check_name(args.name)
     return args
 
 
@@ -283,6 +284,13 @@ def fill_in_preset(args):
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def check_name(name):
+    """Ends in one line where a run's folder would not lie right below --runs, where runs.py looks
+    for it, or where its name cannot be shown."""
+    if Path(name).name != name or name == ".." or not name.isprintable():
+        die(f"--name {name}: not the name of a folder")
 
 
 def check_named_parts(args):
