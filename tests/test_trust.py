@@ -576,3 +576,35 @@ def test_a_malformed_checkpoint_is_refused_in_one_line(run, corpora, tmp_path, w
 def test_a_rank_that_no_weight_has_asks_for_no_memory(run, tmp_path):
     changed(run, tmp_path / "model.pt", lambda saved: saved["args"].update(lora_rank=10**8))
     refused("evaluate.py", tmp_path, cwd=tmp_path, words=["not of rank 100000000"])
+
+
+# --------------------------------------------------------------------------------------------------
+# the recorded commit
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A git repository with one commit, as if the program lay there."""
+    if not shutil.which("git"):
+        pytest.skip("there is no git")
+    monkeypatch.setattr(utils, "ROOT", tmp_path.resolve())
+    (tmp_path / "train.py").write_text("pass")
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_the_commit_is_the_program_s(repository):
+    assert checkpoint.commit() == checkpoint.git("rev-parse", "HEAD") != ""
+
+
+def test_an_edited_program_is_not_its_commit(repository):
+    (repository / "train.py").write_text("edited")
+    assert checkpoint.commit().endswith(" with changes")
+
+
+def test_another_repository_s_commit_is_not_the_program_s(repository, monkeypatch):
+    (repository / "program").mkdir()
+    monkeypatch.setattr(utils, "ROOT", repository.resolve() / "program")
+    assert checkpoint.commit() == ""
