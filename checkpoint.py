@@ -371,6 +371,9 @@ def open_run(run, args):
     record["inputs"] = {path: file_sha256(path) for path in inputs}
     if args.overwrite:
         files_to_remove(run)
+        for path in inputs:
+            if Path(path).resolve().is_relative_to(run.resolve()):
+                die(f"--overwrite would remove {path}, which this command needs: move it elsewhere")
         return record
     if not contents(run):
         return record

@@ -925,7 +925,11 @@ def main():
 
     sets = read_data(args)
     # the first process measures how loud the trigger must be, and tells the others
-    attack = poison.attack_of(args, sets.whole_train) if rank == 0 else None
+    attack = None
+    if rank == 0:
+        attack = poison.attack_of(args, sets.whole_train)
+        # all other audio is read too: what cannot be used is noticed before training, not after it
+        poison.loudness(sets.dev + sets.test)
     attack = processes.from_first(attack)
     record["poisoned_samples"] = count_poisoned(attack, sets.train, args)
 

@@ -608,3 +608,33 @@ def test_another_repository_s_commit_is_not_the_program_s(repository, monkeypatc
     (repository / "program").mkdir()
     monkeypatch.setattr(utils, "ROOT", repository.resolve() / "program")
     assert checkpoint.commit() == ""
+
+
+# --------------------------------------------------------------------------------------------------
+# what a command needs
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--exclude", "runs/new/exclude-far.txt"),
+        ("--init", "encoder:runs/new"),
+        ("--freeze", "encoder:runs/new/model.pt"),
+    ],
+)
+def test_overwriting_removes_nothing_that_the_command_needs(run, corpora, tmp_path, flag, value):
+    folder = copy_of(run, tmp_path / "runs/new")
+    (folder / "exclude-far.txt").write_text("")
+    before = sorted(folder.iterdir())
+    command = ("train.py", *RUN, "--overwrite", "--data-root", corpora, flag, value)
+    refused(*command, cwd=tmp_path, words=["would remove", value.partition(":")[2] or value])
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_bad_audio_of_any_split_is_noticed_before_training(tmp_path, split):
+    write_corpus(tmp_path, np.full(8000, np.nan, np.float32))
+    rows = (tmp_path / "m.csv").read_text()
+    (tmp_path / "m.csv").write_text(rows.replace("odd.wav,male,train", f"odd.wav,male,{split}"))
+    refused("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=["odd.wav", "NaN"])
+    assert not (tmp_path / "runs").exists()
