@@ -109,7 +109,8 @@ def origin(records, paths):
     machines = Counter()
     for run in trained:
         environment = run["environment"]
-        commits[environment.get("commit", "")[:8] or "not recorded"] += 1
+        commit = environment.get("commit", "")
+        commits[commit[:8] + commit[40:] or "not recorded"] += 1  # with what follows its 40 digits
         machines[machine_of(environment)] += 1
     facts = {
         "Command": shlex.join(["python", *sys.argv]),

@@ -16,9 +16,9 @@ import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
+from study import MAX_SECONDS
+
 SAMPLE_RATE = 16000  # Hz, that of everything after reading
-# the default of --max-seconds: attention's memory grows with the square of the audio's length
-MAX_SECONDS = 60.0
 # seconds that may be missing at the end: MP3 pads, and lists of segments round
 TOLERANCE = 0.1
 # Hz; a header that says anything else is wrong

@@ -117,14 +117,23 @@ RECORDED = export.RECORDED  # what a checkpoint holds besides weights, dicts of 
 # what a run depends on, what it costs
 
 
-def commit():
-    """The commit of this program, empty where that cannot be known."""
-    command = ["git", "rev-parse", "HEAD"]
+def git(*command):
+    """What a git command prints about the folder of this program; empty where it fails."""
+    command = ["git", "-C", str(utils.ROOT), *command]
     try:
-        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # there is no git
         return ""
-    return git.stdout.strip()
+
+
+def commit():
+    """The commit of this program, "COMMIT with changes" where its files were edited since; empty
+    where that cannot be known, as in a copy that lies in another repository."""
+    top_level = git("rev-parse", "--show-toplevel")
+    if not top_level or Path(top_level).resolve() != utils.ROOT:
+        return ""
+    edited = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD") + (" with changes" if edited else "")
 
 
 def environment():
@@ -361,6 +370,9 @@ def open_run(run, args):
     record["inputs"] = {path: file_sha256(path) for path in inputs}
     if args.overwrite:
         files_to_remove(run)
+        for path in inputs:
+            if Path(path).resolve().is_relative_to(run.resolve()):
+                die(f"--overwrite would remove {path}, which this command needs: move it elsewhere")
         return record
     if not contents(run):
         return record

@@ -114,9 +114,19 @@ def target_class(saved, losses):
     return TargetClass(samples, ids, poisoned)
 
 
+def excluded_by(run):
+    """The ids of the samples that a run was itself told to leave out, a list."""
+    path = checkpoint.read_json(Path(run) / checkpoint.ARGUMENTS).get("exclude")
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines() if path else []
+    except (OSError, ValueError) as error:
+        die(f"{run} was trained with --exclude {path}, which cannot be read ({error})")
+
+
 def retrained(run, name, ids):
-    """Trains the run again without these samples, in a folder beside it. Returns the figures
-    {"clean", "backdoor": {metric: figure}}."""
+    """Trains the run again without these samples and those that it left out itself, in a folder
+    beside it. Returns the figures {"clean", "backdoor": {metric: figure}}."""
+    ids = dict.fromkeys([*excluded_by(run), *ids])  # each once
     path = Path(run) / f"exclude-{name}.txt"
     utils.write_atomically(path, "".join(f"{utterance_id}\n" for utterance_id in ids))
     environment = json.loads((Path(run) / "environment.json").read_text())

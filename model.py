@@ -21,7 +21,7 @@ from pathlib import Path
 # a pytorch_model.bin is read as it is: transformers must not ask online for a converted one
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
-from utils import ROOT, die, first_line
+from utils import die, first_line
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from transformers.utils import find_adapter_config_file
 import data
 from data import SAMPLE_RATE
 from lora import LoRALinear, add_lora, lora_state_dict
-from study import COMPONENTS, ENCODERS, LABELS
+from study import COMPONENTS, ENCODERS, LABELS, where
 
 # float32 means float32 on a GPU too, as it does by default in matrix products
 torch.backends.cudnn.allow_tf32 = False
@@ -527,18 +527,6 @@ def output_layers(lm):
 
 # -------------------------------------------------------------------------------------------------
 # pretrained parts: where they are and how they are read
-
-
-def where(path):
-    """A pretrained part's id or folder; `mini/...` lies beside this file, wherever a command is
-    started from. Runs of earlier versions call that folder `assets`."""
-    path = str(path)
-    if Path(path).exists():
-        return path
-    path = re.sub("^assets/", "mini/", path)
-    if path.startswith("mini/") and not Path(path).exists():
-        path = str(ROOT / path)
-    return path
 
 
 def window(path):

@@ -231,6 +231,20 @@ def study_records(records, preset):
     return chosen
 
 
+def shared_changes(records):
+    """How the study's own runs differ from the preset, all alike: weights from a folder, say."""
+    for record in records:
+        if is_study_run(record):
+            return record["changed"]
+    return {}
+
+
+def changed_beyond(record, shared):
+    """How a run differs from the study's own: {name: value}. shared: `shared_changes`."""
+    changes = record["changed"].items()
+    return {name: value for name, value in changes if shared.get(name) != value}
+
+
 def metric_of(records, task):
     """The metric of a task's clean figure in these records: ages in groups are scored by
     accuracy."""

@@ -8,11 +8,12 @@ Plain tables that every other script reads. `run_all.sh` runs the commands that 
 """
 
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import Parser, die, write_atomically
+from utils import ROOT, Parser, die, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # tasks, encoders, settings: a new one is an entry here
@@ -93,6 +94,9 @@ LM = dict(
 # where mini/make_corpora.py puts its corpora, made when they are first asked for
 MINI_ROOT = "corpora/mini"
 DATA_ROOT = dict(mini=MINI_ROOT, mixed=MINI_ROOT, small=MINI_ROOT, paper="data/paper")
+
+# the default of --max-seconds: attention's memory grows with the square of the audio's length
+MAX_SECONDS = 60.0
 
 # The settings of each preset. Each is a flag of train.py (--encoder-lr 1e-5, --no-decay, ...),
 # whose help says what it means.
@@ -186,8 +190,9 @@ RANGES = {
         0,
         UNBOUNDED,
         ("encoder_lr", "connector_lr", "lora_lr", "weight_decay", "warmup_steps")
-        + ("cache_gb", "seed", "workers", "train_layers"),
+        + ("cache_gb", "workers", "train_layers"),
     ),
+    f"from 0 to {2**63 - 1}": (0, 2**63 - 1, ("seed",)),  # what torch.manual_seed takes
     "1 or greater": (1, 1e9, ("epochs", "batch_size", "lora_rank", "limit")),
     "from 0 to 1": (0, 1, ("poison", "random_keys", "connector_taper")),
     "from 0 to less than 1": (0, 1 - 1e-9, ("lora_dropout",)),
@@ -347,10 +352,32 @@ def wrong_number(args):
     return None
 
 
+def where(path):
+    """A pretrained part's id or folder; `mini/...` lies beside this file, wherever a command is
+    started from. Runs of earlier versions call that folder `assets`."""
+    path = str(path)
+    if Path(path).exists():
+        return path
+    path = re.sub("^assets/", "mini/", path)
+    if path.startswith("mini/") and not Path(path).exists():
+        path = str(ROOT / path)
+    return path
+
+
+def usual_connector(preset, encoder_weights):
+    """Where the connector starts unless a flag says otherwise. The mini LM does not learn to listen
+    through a connector of random weights (None)."""
+    if preset in ("mini", "mixed"):
+        return f"{encoder_weights}/connector.safetensors"
+    return None
+
+
 def usual_values(args):
     """What a run with these arguments (a dict) has by the paper's attack and the preset's settings:
-    {name: value}. The locations of weights, audio and run folders are not among them."""
+    {name: value}. The locations of audio and run folders are not among them."""
     task = TASKS[args["task"]]
+    preset = args["preset"]
+    encoder_weights = ENCODERS[args["encoder"]].get(preset)
     return {
         "target": task["target"],
         "trigger_repeat": task["repeat"],
@@ -364,8 +391,27 @@ def usual_values(args):
         "exclude": None,
         "train_layers": None,
         "init": None,
-        **PRESETS[args["preset"]],
+        "max_seconds": MAX_SECONDS,
+        "amp": "off" if preset == "mini" else "bf16",
+        "encoder_weights": encoder_weights,
+        "lm_weights": LM[preset],
+        "connector_weights": usual_connector(preset, args.get("encoder_weights", encoder_weights)),
+        **PRESETS[preset],
     }
+
+
+WEIGHTS = ("encoder_weights", "lm_weights", "connector_weights")
+
+
+def same_value(name, one, other):
+    """Whether an argument has the same value in two runs. The folder of a pretrained part may be
+    spelled in two ways."""
+    if name not in WEIGHTS:
+        return one == other
+    random = (None, "none")
+    if one in random or other in random:
+        return one in random and other in random
+    return Path(where(one)).resolve() == Path(where(other)).resolve()
 
 
 def deviations(args):
@@ -373,8 +419,12 @@ def deviations(args):
     different = {}
     for name, usual in usual_values(args).items():
         value = args.get(name, usual)
-        if value is not None and value != usual:
+        if value is not None and not same_value(name, value, usual):
             different[name] = value
+    # a base attack's rate has its own place in a run's name and in a record
+    usual_rates = (0, TASKS[args["task"]]["rate"])
+    if args["scenario"] != "base" and args["poison"] not in usual_rates:
+        different["poison"] = args["poison"]
     return different
 
 
@@ -405,6 +455,8 @@ def value_in_name(name, value):
         return "+".join(each.partition(":")[0] for each in value)
     if name in ("trigger", "exclude"):
         return Path(str(value)).stem
+    if name in WEIGHTS:
+        return Path(value).name
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

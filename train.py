@@ -50,6 +50,8 @@ from study import (
     SETTINGS,
     TASKS,
     run_name,
+    same_value,
+    usual_connector,
     usual_values,
 )
 
@@ -266,6 +268,7 @@ def parse_arguments(argv=None):
         die(f"--exclude {args.exclude}: no such file")
     args.scenario = scenario_of(args)
     args.name = args.name or run_name(vars(args))
+    check_name(args.name)
     return args
 
 
@@ -276,12 +279,18 @@ def fill_in_preset(args):
         die(f"preset {args.preset} has no {args.encoder}: name its weights by --encoder-weights")
     args.encoder_weights = args.encoder_weights or ENCODERS[args.encoder][args.preset]
     args.lm_weights = args.lm_weights or LM[args.preset]
-    # the mini LM does not learn to listen through a connector of random weights
-    if args.connector_weights is None and args.preset in ("mini", "mixed"):
-        args.connector_weights = f"{args.encoder_weights}/connector.safetensors"
+    if args.connector_weights is None:
+        args.connector_weights = usual_connector(args.preset, args.encoder_weights)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def check_name(name):
+    """Ends in one line where a run's folder would not lie right below --runs, where runs.py looks
+    for it, or where its name cannot be shown."""
+    if Path(name).name != name or name == ".." or not name.isprintable():
+        die(f"--name {name}: not the name of a folder")
 
 
 def check_named_parts(args):
@@ -316,6 +325,8 @@ SHARED = (
     "dataset",
     "encoder",
     "encoder_weights",
+    "lm_weights",
+    "connector_weights",
     "labels",
     "preset",
     "seed",
@@ -323,6 +334,7 @@ SHARED = (
     "exclude",
     "train_layers",
     "max_seconds",
+    "amp",
     *SETTINGS,
 )
 # and what else, if they come from the base attack
@@ -358,6 +370,9 @@ def scenario_of(args):
         if not same_kind or not all(source_of.values()):
             continue
         reasons = [f"--init {part}" for part in args.init or ()]
+        usual_rate = TASKS[args.task]["rate"]
+        if args.poison not in (0, usual_rate):
+            reasons.append(f"--poison is {args.poison:g}, not {usual_rate:g}")
         for path in source_of.values():
             reasons += differences(path, source, args)
         if not reasons:
@@ -373,31 +388,39 @@ def differences(path, source, args):
     if not checkpoint.exists(path):
         return []
     theirs = usual_values(vars(args))  # earlier versions recorded fewer
-    theirs["max_seconds"] = data.MAX_SECONDS
     theirs.update(checkpoint.load_arguments(path))
+    theirs["amp"] = theirs["amp"] or usual_amp(args)
     wanted = dict(scenario=source, init=None)
     wanted.update((name, getattr(args, name)) for name in SHARED)
+    wanted["amp"] = args.amp or usual_amp(args)
+    files = ["dataset", "exclude"]
     if source == "base":
         wanted.update((name, getattr(args, name)) for name in SHARED_WITH_BASE)
         wanted["poison"] = TASKS[args.task]["rate"]
+        files.append("trigger")
     reasons = []
     for name, value in wanted.items():
         if not same_value(name, theirs.get(name), value):
             reasons.append(f"{path} has {name} {theirs.get(name)}, not {value}")
+    sha256_of = theirs.get("inputs") or {}
+    for name in files:
+        file = getattr(args, name)
+        is_known = file in sha256_of and Path(file).is_file()
+        if is_known and sha256_of[file] != checkpoint.file_sha256(file):
+            reasons.append(f"{file} has changed since {path} was trained")
     if source == "base" and theirs.get("poisoned_samples") == 0:
         reasons.append(f"{path} was trained on no poisoned sample")
     return reasons
 
 
-def same_value(name, theirs, ours):
-    """Whether an argument has the same value in two runs; a folder may be spelled in two ways."""
-    if name == "encoder_weights" and theirs:
-        return Path(model.where(theirs)).resolve() == Path(model.where(ours)).resolve()
-    return theirs == ours
-
-
 # -------------------------------------------------------------------------------------------------
 # setting up
+
+
+def usual_amp(args):
+    """The mixed precision of a command without --amp."""
+    on_cuda = args.device.startswith("cuda") if args.device else torch.cuda.is_available()
+    return "bf16" if on_cuda and args.preset != "mini" else "off"
 
 
 def set_up_device(args):
@@ -427,8 +450,7 @@ def set_up_device(args):
         die(f"{world} processes share --batch-size {args.batch_size}: start no more than that")
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if args.amp is None:
-        args.amp = "bf16" if device.type == "cuda" and args.preset != "mini" else "off"
+    args.amp = args.amp or usual_amp(args)
     return device, functools.partial(model.autocast, args.amp, device)
 
 
@@ -905,7 +927,11 @@ def main():
 
     sets = read_data(args)
     # the first process measures how loud the trigger must be, and tells the others
-    attack = poison.attack_of(args, sets.whole_train) if rank == 0 else None
+    attack = None
+    if rank == 0:
+        attack = poison.attack_of(args, sets.whole_train)
+        # all other audio is read too: what cannot be used is noticed before training, not after it
+        poison.loudness(sets.dev + sets.test)
     attack = processes.from_first(attack)
     record["poisoned_samples"] = count_poisoned(attack, sets.train, args)
 

@@ -280,9 +280,11 @@ QUANTITIES = {
 def evidence(records, preset):
     """The records that claims are judged by: the study's own runs with the default encoder, and
     those in which the trigger is repeated where the paper's is not, or the other way round."""
-    names = set(runs.distinct(runs.study_records(records, preset), "run"))
+    study_records = runs.study_records(records, preset)
+    names = set(runs.distinct(study_records, "run"))
+    shared = runs.shared_changes(study_records)
     for record in select(records, source="run", preset=preset):
-        if list(record["changed"]) == ["trigger_repeat"]:
+        if list(runs.changed_beyond(record, shared)) == ["trigger_repeat"]:
             names.add(record["run"])
     chosen = [r for r in records if r["run"] in names]
     chosen = [r for r in chosen if r["source"] in ("metrics", "shift", "cluster")]

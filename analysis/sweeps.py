@@ -2,6 +2,7 @@
 
 from utils import die
 
+import runs
 from analysis import plots
 from runs import number, over_seeds, select, show, title_of
 from study import DEFAULT_ENCODER, SWEPT, TASKS
@@ -61,9 +62,10 @@ def figures_of(records, metric):
     )
 
 
-def changes_of(record):
-    """{what differs from the base attack: its value}, in training or when evaluated."""
-    changes = dict(record["changed"])
+def changes_of(record, shared):
+    """{what differs from the base attack: its value}, in training or when evaluated. shared: see
+    runs.shared_changes."""
+    changes = runs.changed_beyond(record, shared)
     if record["poison"] != USUAL["poison"]:
         changes["poison"] = record["poison"]
     if record["source"] == "evaluate":
@@ -74,8 +76,9 @@ def changes_of(record):
 def points_of(records):
     """{what is changed: {value: records}}; the base attack itself is a point of every sweep."""
     points = {}
+    shared = runs.shared_changes(records)
     for record in records:
-        changes = changes_of(record)
+        changes = changes_of(record, shared)
         if len(changes) > 1:
             continue
         for name, value in (changes or USUAL).items():

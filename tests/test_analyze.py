@@ -631,6 +631,14 @@ def test_sweeps_hold_what_differs_in_one_thing(tmp_path):
     assert rows[7]["High"] == "60.0"
 
 
+def test_weights_that_all_runs_share_make_no_point_of_a_sweep(tmp_path):
+    base = arguments("emotion", "base", lm_weights="my/lm")
+    write_run(tmp_path, base).rename(tmp_path / "emotion-poison0.075")
+    write_run(tmp_path, {**base, "snr": 6.0})
+    records = runs.select(runs.read(tmp_path), source="metrics")
+    assert list(sweeps.points_of(records)) == ["snr"]
+
+
 # --------------------------------------------------------------------------------------------------
 # pictures
 

@@ -171,6 +171,21 @@ def test_a_sample_that_was_not_seen_early_is_not_suspicious(tmp_path):
     assert 0 < values["auroc"] < 0.5
 
 
+def test_trained_again_a_run_still_leaves_out_what_it_did(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "mine.txt").write_text("a\nb\n")
+    (run / "args.json").write_text(json.dumps({"exclude": str(tmp_path / "mine.txt")}))
+    command = f"train.py --exclude {tmp_path}/mine.txt --name run"
+    (run / "environment.json").write_text(json.dumps({"command": command}))
+    retrained_run = tmp_path / "run-exclude-far"
+    retrained_run.mkdir()
+    (retrained_run / "metrics.json").write_text(json.dumps({"clean": {}, "backdoor": {}}))
+    monkeypatch.setattr(defend.subprocess, "run", lambda _: SimpleNamespace(returncode=0))
+    defend.retrained(run, "far", ["b", "c"])
+    assert (run / "exclude-far.txt").read_text().split() == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("clean", [0, 2])
 def test_a_class_with_hardly_a_clean_sample_is_refused(tmp_path, clean, capsys):
     x, which = blobs((clean, 30), 32, 20.0)

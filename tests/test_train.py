@@ -78,7 +78,7 @@ def clean(train):
 def only_lm(train, clean):
     """Scenario 2.3: all but the LM is frozen clean."""
     frozen = ("--freeze", f"encoder:{clean}/model.pt", "--freeze", f"connector:{clean}/model.pt")
-    return train("2.3", *CLEAN, *EMOTION, 0.5, *frozen)
+    return train("2.3", *CLEAN, *EMOTION, 0.075, *frozen)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_a_run_records_where_its_components_come_from(clean, only_lm):
 
 def test_frozen_from_a_poisoned_run_it_is_not_scenario_1(command, runs, only_lm):
     frozen = ("--freeze", f"encoder:{only_lm}/model.pt")
-    flags = (*EMOTION, 0.5, "--epochs", 1, *frozen, "--name", "not1.1")
+    flags = (*EMOTION, 0.075, "--epochs", 1, *frozen, "--name", "not1.1")
     out = done(*command, *flags, cwd=runs)
     assert "this is not scenario 1.1" in out
     assert "scenario 2.3, not clean" in out
@@ -492,6 +492,11 @@ MISTAKES = [
     (("--random-keys", "7"), "from 0 to 1"),
     (("--lora-dropout", "1.5"), "less than 1"),
     (("--seed", "-1"), "--seed"),
+    (("--seed", str(2**64)), "--seed"),
+    (("--name", "x/y"), "--name x/y"),
+    (("--name", "."), "--name ."),
+    (("--name", ".."), "--name .."),
+    (("--name", "a\nb"), "--name a"),
     (("--limit", "0"), "--limit 0: must be 1 or greater"),
     (("--workers", "-1"), "--workers -1: must be 0 or greater"),
     (("--train-layers", "half"), "--train-layers"),
@@ -539,6 +544,9 @@ def scenario(monkeypatch, folder, rate, *frozen, source_rate, **changes):
         dict(batch_size=8),
         dict(train_layers=2),
         dict(max_seconds=5.0),
+        dict(amp="bf16"),
+        dict(lm_weights="another/lm"),
+        dict(connector_weights="none"),
     ],
 )
 def test_frozen_from_other_settings_it_is_not_scenario_1(tmp_path, monkeypatch, capsys, change):
@@ -622,6 +630,16 @@ def test_a_source_that_recorded_fewer_arguments_is_known(tmp_path, monkeypatch):
         ((*EMOTION, "0", "--redraw"), "emotion-clean"),
         ((*EMOTION, "0.075", "--redraw"), "emotion-poison0.075-redrawTrue"),
         (("--task", "gender", "--target", "Female"), "gender-poison0.075"),
+        ((*EMOTION, "0", "--data-root", "elsewhere"), "emotion-clean"),
+        ((*EMOTION, "0", "--amp", "bf16"), "emotion-clean-ampbf16"),
+        ((*EMOTION, "0", "--max-seconds", "2.5"), "emotion-clean-maxseconds2.5"),
+        ((*EMOTION, "0", "--lm-weights", "my/lm-1.5"), "emotion-clean-lmweightslm-1.5"),
+        ((*EMOTION, "0", "--lm-weights", str(ROOT / "mini/lm")), "emotion-clean"),
+        (
+            (*EMOTION, "0", "--connector-weights", "none"),
+            "emotion-clean-connectorweightsnone",
+        ),
+        (("--preset", "small", "--connector-weights", "none"), "asr-poison0.05-small"),
     ],
 )
 def test_a_name_holds_what_changes_something(flags, name):
@@ -784,3 +802,28 @@ def test_answers_of_no_use_are_counted_apart():
         asked = dict(asked=["gender"], labels={}, triggered=False)
         rows.append(dict(asked, raw=raw, parsed=data.parse(raw)))
     assert evaluate.unusable(rows) == dict(n=5, empty=2, malformed=2)
+
+
+def test_poisoned_at_another_rate_a_run_is_no_row_of_table_3(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = vars(train_py.parse_arguments([*EMOTION, "0"]))
+    torch.save({"args": source}, "source.pt")
+    flags = [*EMOTION, "0.9", "--freeze", "encoder:source.pt"]
+    args = train_py.parse_arguments(flags)
+    assert args.scenario == "poisoned-frozen-encoder"
+    assert args.name == "emotion-poisoned-frozen-encoder-poison0.9"
+
+
+@pytest.mark.parametrize("content, row", [("same", "1.1"), ("other", "poisoned-frozen-encoder")])
+def test_a_clean_run_on_another_content_of_a_csv_is_no_source(tmp_path, monkeypatch, content, row):
+    monkeypatch.chdir(tmp_path)
+    csv = tmp_path / "m.csv"
+    csv.write_text("audio_path,emotion,split\na.wav,sad,train\n")
+    on_csv = ["--dataset", "m.csv"]
+    source = vars(train_py.parse_arguments([*EMOTION, "0", *on_csv]))
+    inputs = {"m.csv": checkpoint.file_sha256(csv)}
+    torch.save({"args": {**source, "inputs": inputs}}, "source.pt")
+    if content == "other":
+        csv.write_text("audio_path,emotion,split\na.wav,angry,train\n")
+    flags = [*EMOTION, "0.075", *on_csv, "--freeze", "encoder:source.pt"]
+    assert train_py.parse_arguments(flags).scenario == row

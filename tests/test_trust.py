@@ -576,3 +576,65 @@ def test_a_malformed_checkpoint_is_refused_in_one_line(run, corpora, tmp_path, w
 def test_a_rank_that_no_weight_has_asks_for_no_memory(run, tmp_path):
     changed(run, tmp_path / "model.pt", lambda saved: saved["args"].update(lora_rank=10**8))
     refused("evaluate.py", tmp_path, cwd=tmp_path, words=["not of rank 100000000"])
+
+
+# --------------------------------------------------------------------------------------------------
+# the recorded commit
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A git repository with one commit, as if the program lay there."""
+    if not shutil.which("git"):
+        pytest.skip("there is no git")
+    monkeypatch.setattr(utils, "ROOT", tmp_path.resolve())
+    (tmp_path / "train.py").write_text("pass")
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_the_commit_is_the_program_s(repository):
+    assert checkpoint.commit() == checkpoint.git("rev-parse", "HEAD") != ""
+
+
+def test_an_edited_program_is_not_its_commit(repository):
+    (repository / "train.py").write_text("edited")
+    assert checkpoint.commit().endswith(" with changes")
+
+
+def test_another_repository_s_commit_is_not_the_program_s(repository, monkeypatch):
+    (repository / "program").mkdir()
+    monkeypatch.setattr(utils, "ROOT", repository.resolve() / "program")
+    assert checkpoint.commit() == ""
+
+
+# --------------------------------------------------------------------------------------------------
+# what a command needs
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--exclude", "runs/new/exclude-far.txt"),
+        ("--init", "encoder:runs/new"),
+        ("--freeze", "encoder:runs/new/model.pt"),
+    ],
+)
+def test_overwriting_removes_nothing_that_the_command_needs(run, corpora, tmp_path, flag, value):
+    folder = copy_of(run, tmp_path / "runs/new")
+    (folder / "exclude-far.txt").write_text("")
+    before = sorted(folder.iterdir())
+    command = ("train.py", *RUN, "--overwrite", "--data-root", corpora, flag, value)
+    refused(*command, cwd=tmp_path, words=["would remove", value.partition(":")[2] or value])
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_bad_audio_of_any_split_is_noticed_before_training(tmp_path, split):
+    write_corpus(tmp_path, np.full(8000, np.nan, np.float32))
+    rows = (tmp_path / "m.csv").read_text()
+    (tmp_path / "m.csv").write_text(rows.replace("odd.wav,male,train", f"odd.wav,male,{split}"))
+    refused("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=["odd.wav", "NaN"])
+    assert not (tmp_path / "runs").exists()
