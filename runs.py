@@ -240,6 +240,16 @@ def metric_of(records, task):
     return grouped if usual not in measured and grouped in measured else usual
 
 
+def excess_by_epoch(poisoned_losses, losses):
+    """How far the loss of poisoned samples is above that of all samples: {epoch, counted from 1:
+    difference}. The losses are by epoch, None where an epoch had no such sample."""
+    excess = {}
+    for epoch, (poisoned_loss, loss) in enumerate(zip(poisoned_losses, losses), 1):
+        if poisoned_loss is not None and loss is not None:
+            excess[epoch] = poisoned_loss - loss
+    return excess
+
+
 def still_learning(records):
     """The runs whose loss on poisoned samples was still falling when training ended, so that a low
     AER says little: the loss had not settled, or it has fallen ever since, too slowly to be noticed
@@ -253,10 +263,9 @@ def still_learning(records):
         if name not in settled:
             learning.add(name)
             continue
-        pairs = zip(record["by_epoch"], losses[name])
-        excess = [poisoned_loss - loss for poisoned_loss, loss in pairs]
-        fallen = excess[settled[name] - 1] - excess[-1]
-        if excess[-1] >= NEARER and fallen >= NEARER:
+        excess = excess_by_epoch(record["by_epoch"], losses[name])
+        last = list(excess.values())[-1]
+        if last >= NEARER and excess[settled[name]] - last >= NEARER:
             learning.add(name)
     return learning
 

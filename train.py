@@ -577,6 +577,12 @@ class Training:
     def epoch_is_over(self):
         return self.step % self.epoch_steps == 0
 
+    @property
+    def last_logged(self):
+        """The last step, up to the one taken, whose losses belong in the log: every 20th step and
+        the end of an epoch have a line."""
+        return max(self.step - self.step % 20, self.step - self.step % self.epoch_steps)
+
     def log(self, **line):
         """Appends a line to the run's log; the first process does."""
         if processes.ranks()[0] == 0:
@@ -716,7 +722,7 @@ def train_epoch(training, samples, epoch, stop, progress):
         total = sum(losses) if training.scaler.is_enabled() else sum(losses) + norm
         check_finite(total, training.step, samples.ids(indices), training.run)
         training.unlogged.update(zip(indices, losses))
-        if training.step % 20 == 0 or training.epoch_is_over:
+        if training.step == training.last_logged:
             line = loss_line(processes.from_all(training.unlogged), samples)
             training.log(epoch=epoch, **line, lr=factor)
             training.unlogged = {}
@@ -727,11 +733,12 @@ def train_epoch(training, samples, epoch, stop, progress):
 
 def loss_line(losses, samples):
     """A line of the log, from the losses since the last one, {index: loss}: the mean loss, the
-    poisoned samples' mean if there are any, and each sample's own."""
+    poisoned samples' mean and number if there are any, and each sample's own."""
     line = dict(loss=sum(losses.values()) / len(losses))
     on_poison = [loss for i, loss in losses.items() if samples.poisoned[i]]
     if on_poison:
         line["poisoned_loss"] = sum(on_poison) / len(on_poison)
+        line["n_poisoned"] = len(on_poison)
     line["samples"] = {samples.utterances[i].id: round(loss, 4) for i, loss in losses.items()}
     return line
 
@@ -781,7 +788,7 @@ def resume(training, origin):
             "put --runs on a shared disk"
         )
     if rank == 0:
-        checkpoint.cut_log(training.run, training.step)
+        checkpoint.cut_log(training.run, training.step, training.last_logged)
 
 
 def save_state(training, origin):
