@@ -34,6 +34,7 @@ import transformers
 import corpora
 import export
 import model
+import processes
 import runs
 from study import COMPONENTS, ENCODERS, LABELS, NEARER, PRESETS, TASKS, wrong_number
 
@@ -519,11 +520,12 @@ def save_model(run, slm, record, origin, built_from):
 def load_run(run, device="cpu"):
     """A finished run's model, an SLM in evaluation mode: the pretrained parts by name, the
     components from the run's model.pt. The run's arguments are its `args`. Ends in one line where
-    that is no checkpoint of this program.
+    that is no checkpoint of this program, or the device cannot be used.
 
     It stands here and not in evaluate.py, as it reads what `save_model` writes and needs no
     corpus."""
     transformers.utils.logging.disable_progress_bar()
+    device = processes.device_of(device)
     path = Path(run) / "model.pt"
     saved = load(path)
     try:

@@ -20,7 +20,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import utils
 from utils import Parser, die
 
 import installed  # noqa: F401
@@ -404,16 +403,7 @@ def set_up_device(args):
     """Picks the device and joins the other processes of torchrun. Returns the torch device and a
     function that makes the autocast context."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        die(f"--device {args.device}: torch knows no such device; cpu, cuda, cuda:1")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        die(f"--device {args.device}: torch sees no GPU here; leave the flag out to run on the CPU")
-    try:
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # each kind of device fails in its own way
-        die(f"--device {args.device}: nothing can be computed there ({utils.first_line(error)})")
+    device = processes.device_of(args.device)
     if device.type == "cuda":
         if world > 1 and device.index is not None:
             die(
