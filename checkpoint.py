@@ -79,7 +79,7 @@ KINDS = {
     "exclude": str | None,
     "batch_seconds": int | float,
     "max_seconds": int | float,
-    "amp": str | None,
+    "amp": str,
     "connector_stride": int,
     "connector_taper": int | float,
     "lora_rank": int,

@@ -10,6 +10,7 @@ import checkpoint
 import data
 import evaluate
 import poison
+import train
 from conftest import done, refused
 
 # the arguments that a run records and evaluating one recording reads
@@ -281,6 +282,17 @@ def test_a_target_that_the_corpus_lacks_is_refused(slm, folder, speech):
     (folder / "run/model.pt").touch()
     words = ["angry", "anger, sad"]
     refused("evaluate.py", "run", "--task", "emotion", cwd=folder, words=words)
+
+
+@pytest.mark.parametrize(
+    "name", ["task", "dataset", "target", "snr", "trigger", "preset", "max_seconds", "amp"]
+)
+def test_a_run_without_an_argument_is_refused(monkeypatch, capsys, name):
+    args = {**vars(train.parse_arguments(["--task", "gender"])), "amp": "off", name: None}
+    monkeypatch.setattr(checkpoint, "load", lambda path: dict(args=args, lm={}))
+    with pytest.raises(SystemExit):
+        checkpoint.load_run("run")
+    assert f"its {name} None" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["toaster", "meta", "cuda:77"])
