@@ -108,7 +108,7 @@ def origin(records, paths):
     commits = Counter()
     machines = Counter()
     for run in trained:
-        environment = run["environment"]
+        environment = run.get("environment", {})
         commits[environment.get("commit", "")[:8] or "not recorded"] += 1
         machines[machine_of(environment)] += 1
     facts = {

@@ -385,7 +385,8 @@ def finished(run, record):
     metrics = read_json(path)
     if not metrics:
         return None
-    if differ := differences(record, metrics.get("args", {})):
+    runs.records_of_metrics(path, metrics)  # which checks them
+    if differ := differences(record, metrics["args"]):
         die(f"{path} is of another run ({'; '.join(differ[:4])}): --overwrite starts again")
     model_pt = run / "model.pt"
     if model_pt.exists() and metrics.get("model_sha256") != file_sha256(model_pt):

@@ -608,6 +608,8 @@ def parse_arguments():
     others = given("after_answer", "limit", "split", "save", "out")
     if options.audio and others:
         die(f"--audio answers one recording: leave out {others}")
+    if options.out:
+        runs.check_output(options.out)
     if options.trigger and not options.audio:
         die("--trigger: name a recording by --audio; a run is evaluated with its own trigger")
     return options

@@ -213,3 +213,69 @@ def test_figures_of_another_program_are_refused_in_one_line(tmp_path, content, c
     with pytest.raises(SystemExit):
         runs.read(tmp_path)
     assert "metrics.json" in capsys.readouterr().err
+
+
+def damaged_metrics(folder, **changes):
+    """A run's folder whose metrics.json holds something else in some places."""
+    run = write_run(folder, arguments("asr", "base"))
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, **changes}))
+    return run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(clean=[1]),
+        dict(clean={"wer": 3}),
+        dict(clean={"wer": dict(low=0.1, high=0.2, n=3)}),
+        dict(clean={"wer": dict(value=0.1)}),
+        dict(clean={"wer": figure(float("nan"))}),
+        dict(training={"loss": dict(value=0.1, by_epoch=["x"])}),
+        dict(answers=dict(clean=3)),
+        dict(args=[1]),
+        dict(args=arguments("asr", "base", seed="x")),
+    ],
+    ids=str,
+)
+def test_malformed_figures_are_refused_in_one_line(tmp_path, change):
+    damaged_metrics(tmp_path / "runs", **change)
+    refused("runs.py", "runs", cwd=tmp_path, words=["metrics.json"])
+
+
+def test_a_finished_run_s_malformed_figures_are_refused(tmp_path):
+    run = damaged_metrics(tmp_path, clean=[1])
+    with pytest.raises(SystemExit):
+        checkpoint.finished(run, {})
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[1]", b'{"run": "x", "source": "run", "metric": null}']
+)
+def test_malformed_records_are_refused_in_one_line(tmp_path, content):
+    run = write_run(tmp_path / "runs", arguments("asr", "base"))
+    (run / "records-x.jsonl").write_bytes(content)
+    refused("runs.py", "runs", cwd=tmp_path, words=["records-x.jsonl"])
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04\xff", b'{"id": "a"}\n', b"my notes\n"])
+def test_records_replace_nothing_else(tmp_path, content):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        runs.write(path, [])
+    refused("runs.py", "runs", "--pack", path, cwd=tmp_path, words=["would be replaced"])
+    assert path.read_bytes() == content
+
+
+def test_records_replace_records(tmp_path):
+    records = [fields("asr", "base") | dict(source="evaluate", metric="wer", **figure(0.1))]
+    runs.write(tmp_path / "records.jsonl", [])
+    runs.write(tmp_path / "records.jsonl", records)
+    runs.write(tmp_path / "records.jsonl", records)
+    assert runs.parse_lines("", (tmp_path / "records.jsonl").read_text()) == records
+
+
+def test_a_cell_makes_no_row_or_column_of_its_own():
+    table = runs.markdown("Runs", [{"Run": "a\n| forged | 100 |\x1b[31m"}])
+    assert table.splitlines()[4:] == ["| a\\n\\| forged \\| 100 \\|\\x1b[31m |"]
