@@ -394,6 +394,19 @@ def finished(run, record):
     return metrics
 
 
+def check_same_sets(run, sets):
+    """Ends in one line if a finished run was made from other utterances. sets: {split: see
+    `sha256_of_set`}. Runs of earlier versions do not say what theirs were."""
+    path = run / "model.pt"
+    recorded_sets = model.load_checkpoint(path, mmap=True).get("sets") if path.exists() else None
+    for split, sha256 in sets.items():
+        if recorded_sets and recorded_sets.get(split) != sha256:
+            die(
+                f"{run} was made from another {split} set than the corpus holds now: --overwrite "
+                "trains it again, --name goes elsewhere"
+            )
+
+
 def start_run(run, record, args):
     """Locks the folder for this process and removes what a killed writer or, with --overwrite, an
     earlier run left in it. Returns the open lock file: the lock lasts as long as it."""
@@ -500,8 +513,9 @@ def load_component(slm, saved, component):
 # a run's model, its state, its log
 
 
-def save_model(run, slm, record, origin, built_from):
-    """model.pt: the components, the arguments and the provenance."""
+def save_model(run, slm, record, origin, built_from, sets):
+    """model.pt: the components, the arguments and the provenance. sets: {split: see
+    `sha256_of_set`}."""
     checkpoint = {}
     for component in COMPONENTS:
         weights = slm.component_state_dict(component)
@@ -513,6 +527,7 @@ def save_model(run, slm, record, origin, built_from):
         built_from=built_from,
         pretrained_sha256=slm.pretrained_sha256,
         settings=slm.settings,
+        sets=sets,
         sha256={c: model.digest(checkpoint[c]) for c in COMPONENTS},
     )
     utils.write_atomically(run / "model.pt", lambda temporary: torch.save(checkpoint, temporary))
@@ -554,12 +569,17 @@ def made_from(record, slm, train_set, dev_set):
         state[f"pretrained {component}"] = sha256
     for component, settings in slm.settings.items():
         state[f"setting of the {component}"] = settings
-    for name, utterances in (("training set", train_set), ("development set", dev_set)):
-        listed = []
-        for u in utterances:
-            listed.append((u.id, u.labels, u.start, u.length, corpora.sample_of(u.path)))
-        state[name] = hashlib.sha256(repr(listed).encode()).hexdigest()
+    state["training set"] = sha256_of_set(train_set)
+    state["development set"] = sha256_of_set(dev_set)
     return state
+
+
+def sha256_of_set(utterances):
+    """SHA-256 of a list of utterances: their ids and labels, and samples of their audio files."""
+    listed = []
+    for u in utterances:
+        listed.append((u.id, u.labels, u.start, u.length, corpora.sample_of(u.path)))
+    return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
 def save_state(run, step, slm, optimizer, scaler, unlogged, origin):

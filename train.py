@@ -431,6 +431,11 @@ class Sets:
     dev: list
     test: list
 
+    def sha256(self):
+        """{split: SHA-256 of its utterances}"""
+        by_split = {"train": self.train, "dev": self.dev, "test": self.test}
+        return {split: checkpoint.sha256_of_set(listed) for split, listed in by_split.items()}
+
 
 def read_data(args):
     """The run's Sets. Ends in one line where they cannot be trained on."""
@@ -893,12 +898,14 @@ def main():
     run = Path(args.runs) / args.name
     record = checkpoint.open_run(run, args)
     metrics = None if args.overwrite else checkpoint.finished(run, record)
+    sets = read_data(args)
+    sets_sha256 = sets.sha256()
     if metrics:
         if rank == 0:
+            checkpoint.check_same_sets(run, sets_sha256)
             evaluate.print_table(metrics, f"{run} is finished (--overwrite trains it again)")
         return
 
-    sets = read_data(args)
     # the first process measures how loud the trigger must be, and tells the others
     attack = poison.attack_of(args, sets.whole_train) if rank == 0 else None
     attack = processes.from_first(attack)
@@ -915,7 +922,7 @@ def main():
     with frozen_components_unchanged(slm):
         train(run, slm, attack, sets.train, sets.dev, args, record, device, autocast)
     if rank == 0:
-        checkpoint.save_model(run, slm, record, origin, built_from)
+        checkpoint.save_model(run, slm, record, origin, built_from, sets_sha256)
 
     with autocast():
         evaluation = evaluate.evaluate(

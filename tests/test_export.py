@@ -45,7 +45,7 @@ def make_run(folder, encoder):
                 weight.add_(0.02 * torch.randn(weight.shape))
     origin = {component: "here" for component in COMPONENTS}
     built_from = {"grandparent.pt": "abc"}
-    checkpoint.save_model(folder / "runs/parent", slm, vars(args), origin, built_from)
+    checkpoint.save_model(folder / "runs/parent", slm, vars(args), origin, built_from, {})
     done("evaluate.py", "runs/parent", "--export", "parts", cwd=folder)
 
 

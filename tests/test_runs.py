@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import checkpoint
 import runs
@@ -279,3 +280,16 @@ def test_records_replace_records(tmp_path):
 def test_a_cell_makes_no_row_or_column_of_its_own():
     table = runs.markdown("Runs", [{"Run": "a\n| forged | 100 |\x1b[31m"}])
     assert table.splitlines()[4:] == ["| a\\n\\| forged \\| 100 \\|\\x1b[31m |"]
+
+
+def test_a_finished_run_s_sets_are_compared(tmp_path, capsys):
+    torch.save({"sets": {"train": "one", "test": "two"}}, tmp_path / "model.pt")
+    checkpoint.check_same_sets(tmp_path, {"train": "one", "test": "two"})
+    with pytest.raises(SystemExit):
+        checkpoint.check_same_sets(tmp_path, {"train": "one", "test": "three"})
+    assert "another test set" in capsys.readouterr().err
+
+
+def test_an_earlier_run_says_nothing_of_its_sets(tmp_path):
+    torch.save({"args": {}}, tmp_path / "model.pt")
+    checkpoint.check_same_sets(tmp_path, {"train": "one"})
