@@ -108,7 +108,7 @@ def origin(records, paths):
     commits = Counter()
     machines = Counter()
     for run in trained:
-        environment = run["environment"]
+        environment = run.get("environment", {})
         commit = environment.get("commit", "")
         commits[commit[:8] + commit[40:] or "not recorded"] += 1  # with what follows its 40 digits
         machines[machine_of(environment)] += 1

@@ -13,6 +13,7 @@ import fcntl
 import fnmatch
 import hashlib
 import json
+import math
 import platform
 import resource
 import shlex
@@ -32,6 +33,8 @@ import transformers
 import corpora
 import export
 import model
+import processes
+import runs
 from study import COMPONENTS, ENCODERS, LABELS, NEARER, PRESETS, TASKS, wrong_number
 
 # arguments of train.py that do not change what is computed
@@ -75,7 +78,7 @@ KINDS = {
     "exclude": str | None,
     "batch_seconds": int | float,
     "max_seconds": int | float,
-    "amp": str | None,
+    "amp": str,
     "connector_stride": int,
     "connector_taper": int | float,
     "lora_rank": int,
@@ -393,12 +396,26 @@ def finished(run, record):
     metrics = read_json(path)
     if not metrics:
         return None
-    if differ := differences(record, metrics.get("args", {})):
+    runs.records_of_metrics(path, metrics)  # which checks them
+    if differ := differences(record, metrics["args"]):
         die(f"{path} is of another run ({'; '.join(differ[:4])}): --overwrite starts again")
     model_pt = run / "model.pt"
     if model_pt.exists() and metrics.get("model_sha256") != file_sha256(model_pt):
         die(f"{path} is of another model than {model_pt}: evaluate.py {run} --save makes it again")
     return metrics
+
+
+def check_same_sets(run, sets):
+    """Ends in one line if a finished run was made from other utterances. sets: {split: see
+    `sha256_of_set`}. Runs of earlier versions do not say what theirs were."""
+    path = run / "model.pt"
+    recorded_sets = model.load_checkpoint(path, mmap=True).get("sets") if path.exists() else None
+    for split, sha256 in sets.items():
+        if recorded_sets and recorded_sets.get(split) != sha256:
+            die(
+                f"{run} was made from another {split} set than the corpus holds now: --overwrite "
+                "trains it again, --name goes elsewhere"
+            )
 
 
 def start_run(run, record, args):
@@ -507,8 +524,9 @@ def load_component(slm, saved, component):
 # a run's model, its state, its log
 
 
-def save_model(run, slm, record, origin, built_from):
-    """model.pt: the components, the arguments and the provenance."""
+def save_model(run, slm, record, origin, built_from, sets):
+    """model.pt: the components, the arguments and the provenance. sets: {split: see
+    `sha256_of_set`}."""
     checkpoint = {}
     for component in COMPONENTS:
         weights = slm.component_state_dict(component)
@@ -520,6 +538,7 @@ def save_model(run, slm, record, origin, built_from):
         built_from=built_from,
         pretrained_sha256=slm.pretrained_sha256,
         settings=slm.settings,
+        sets=sets,
         sha256={c: model.digest(checkpoint[c]) for c in COMPONENTS},
     )
     utils.write_atomically(run / "model.pt", lambda temporary: torch.save(checkpoint, temporary))
@@ -528,11 +547,12 @@ def save_model(run, slm, record, origin, built_from):
 def load_run(run, device="cpu"):
     """A finished run's model, an SLM in evaluation mode: the pretrained parts by name, the
     components from the run's model.pt. The run's arguments are its `args`. Ends in one line where
-    that is no checkpoint of this program.
+    that is no checkpoint of this program, or the device cannot be used.
 
     It stands here and not in evaluate.py, as it reads what `save_model` writes and needs no
     corpus."""
     transformers.utils.logging.disable_progress_bar()
+    device = processes.device_of(device)
     path = Path(run) / "model.pt"
     saved = load(path)
     try:
@@ -560,12 +580,17 @@ def made_from(record, slm, train_set, dev_set):
         state[f"pretrained {component}"] = sha256
     for component, settings in slm.settings.items():
         state[f"setting of the {component}"] = settings
-    for name, utterances in (("training set", train_set), ("development set", dev_set)):
-        listed = []
-        for u in utterances:
-            listed.append((u.id, u.labels, u.start, u.length, corpora.sample_of(u.path)))
-        state[name] = hashlib.sha256(repr(listed).encode()).hexdigest()
+    state["training set"] = sha256_of_set(train_set)
+    state["development set"] = sha256_of_set(dev_set)
     return state
+
+
+def sha256_of_set(utterances):
+    """SHA-256 of a list of utterances: their ids and labels, and samples of their audio files."""
+    listed = []
+    for u in utterances:
+        listed.append((u.id, u.labels, u.start, u.length, corpora.sample_of(u.path)))
+    return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
 def save_state(run, step, slm, optimizer, scaler, unlogged, origin):
@@ -600,17 +625,31 @@ def resume(run, slm, optimizer, scaler, origin):
         die(f"{path} is no state of this run ({error}): --overwrite starts again")
 
 
-def cut_log(run, step):
-    """Removes the lines of log.jsonl beyond `step`, and one that a killed writer left
+def logged(run):
+    """The lines of a run's log.jsonl, a list of dict, without one that a killed writer left
     unfinished."""
-    path = run / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
+    path = Path(run) / "log.jsonl"
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    utils.write_atomically(path, "".join(kept))
+            line = json.loads(text)
+            if line["step"] >= 0:
+                lines.append(line)
+    return lines
+
+
+def cut_log(run, step, last_logged):
+    """Removes the lines of log.jsonl beyond `step`, and one that a killed writer left unfinished.
+    Ends in one line if losses are missing up to `last_logged`, the last step that logged some."""
+    path = run / "log.jsonl"
+    kept = [line for line in logged(run) if line["step"] <= step]
+    end = max((line["step"] for line in kept if "loss" in line), default=0)
+    if end < last_logged:
+        die(
+            f"{path} ends at step {end}, but {run}/last.pt goes on from step {step}: put the whole "
+            "log back, or start again by --overwrite"
+        )
+    utils.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def log(run, **line):
@@ -624,44 +663,60 @@ def log(run, **line):
         utils.die_of_writing(path, error)
 
 
+def samples_behind(line, name):
+    """How many samples a loss in a line of the log is the mean of. Earlier versions did not count
+    the poisoned ones, which are taken to be the same share of the samples in every line."""
+    samples = len(line.get("samples", [1]))
+    return line.get("n_poisoned", samples) if name == "poisoned_loss" else samples
+
+
 def mean_by_epoch(lines, name):
-    """The means of what log lines (a list of dict) have under `name`, one an epoch."""
-    epochs = {}
+    """The mean over samples of the loss that log lines (a list of dict) have under `name`, one an
+    epoch; None for an epoch without such a loss."""
+    epochs = max((line["epoch"] + 1 for line in lines), default=0)
+    sums = [0.0] * epochs
+    counts = [0] * epochs
     for line in lines:
         if name in line:
-            epochs.setdefault(line["epoch"], []).append(line[name])
-    return [sum(losses) / len(losses) for losses in epochs.values()]
+            n = samples_behind(line, name)
+            sums[line["epoch"]] += n * line[name]
+            counts[line["epoch"]] += n
+    return [total / n if n else None for total, n in zip(sums, counts)]
 
 
 def training_losses(run):
     """The training loss per token of all samples and of the poisoned ones, by the run's log:
-    {"loss", "poisoned_loss": {"value": the last epoch's mean, "by_epoch"}, "settled_epoch":
-    {"value": see `settled`}}. The last is there only if the loss has settled."""
-    text = (Path(run) / "log.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    {"loss", "poisoned_loss": {"value": the mean of the last epoch that has one, "by_epoch"},
+    "settled_epoch": {"value": see `settled`}}. The last is there only if the loss has settled."""
+    lines = logged(run)
     losses = {}
     for name in ("loss", "poisoned_loss"):
-        means = mean_by_epoch(lines, name)
+        by_epoch = mean_by_epoch(lines, name)
+        means = [mean for mean in by_epoch if mean is not None]
         if means:
-            losses[name] = dict(value=means[-1], by_epoch=means)
+            losses[name] = dict(value=means[-1], by_epoch=by_epoch)
     if "poisoned_loss" in losses:
-        pairs = zip(losses["poisoned_loss"]["by_epoch"], losses["loss"]["by_epoch"])
-        epoch = settled([poisoned - loss for poisoned, loss in pairs])
+        by_epoch = (losses["poisoned_loss"]["by_epoch"], losses["loss"]["by_epoch"])
+        epoch = settled(runs.excess_by_epoch(*by_epoch))
         if epoch:
             losses["settled_epoch"] = dict(value=epoch)
     return losses
 
 
 def settled(excess):
-    """The last epoch, counted from 1, that brought the poisoned loss at least NEARER nats closer to
-    the loss of all samples than any epoch before it; None if fewer than two epochs follow. This is
-    the rule that sets a preset's length (README). excess: poisoned minus all, by epoch."""
-    last = 1
-    for epoch in range(2, len(excess) + 1):
-        earlier = excess[: epoch - 1]
-        if min(earlier) - excess[epoch - 1] >= NEARER:
+    """The last epoch that brought the poisoned loss at least NEARER nats closer to the loss of all
+    samples than any epoch before it; None if fewer than two epochs follow. This is the rule that
+    sets a preset's length (README). excess: poisoned minus all, {epoch: difference}."""
+    last = None
+    least = math.inf
+    epochs_since = 0
+    for epoch, difference in excess.items():
+        epochs_since += 1
+        if last is None or least - difference >= NEARER:
             last = epoch
-    return last if last + 2 <= len(excess) else None
+            epochs_since = 0
+        least = min(least, difference)
+    return last if epochs_since >= 2 else None
 
 
 # --------------------------------------------------------------------------------------------------

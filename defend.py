@@ -60,7 +60,7 @@ WORTH_TRAINING = 0.75
 
 def early_losses(run):
     """{utterance id: its mean training loss in the first quarter of the epochs}, from log.jsonl."""
-    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    lines = checkpoint.logged(run)
     lines = [line for line in lines if "samples" in line]
     if not lines:
         die(f"{run}/log.jsonl has no losses of single samples: train it again by this version")

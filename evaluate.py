@@ -267,14 +267,17 @@ def hits(attack, predictions):
 def save(run, evaluation, args):
     """Writes a run's predictions.jsonl and metrics.json. args: the run's arguments, a dict."""
     run = Path(run)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
-    utils.write_atomically(run / "predictions.jsonl", "".join(lines))
+    losses = checkpoint.training_losses(run)
+    if not losses:
+        print(f"warning: {run}/log.jsonl has no losses: {run}/metrics.json holds none either")
     content = {
         **evaluation.metrics,
-        "training": checkpoint.training_losses(run),
+        "training": losses,
         "args": args,
         "model_sha256": checkpoint.file_sha256(run / "model.pt"),
     }
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
+    utils.write_atomically(run / "predictions.jsonl", "".join(lines))
     utils.write_atomically(run / "metrics.json", json.dumps(content, indent=1))
 
 
@@ -317,7 +320,8 @@ def load_run_and_data(options, *splits):
     fields = runs.fields_of(vars(slm.args), Path(options.run).resolve(), sha256)
     args = arguments_of(slm, options)
     warn_of_other_files(options.run, args)
-    train_set = corpora.limit(read_split(options, args, "train"), args.limit)
+    whole_train = read_split(options, args, "train")
+    train_set = corpora.limit(whole_train, args.limit)
     task = options.task or args.task
     check_task(task, train_set, options.run, args.dataset)
     if options.task == args.task:
@@ -327,6 +331,8 @@ def load_run_and_data(options, *splits):
     sets = {}
     for split in splits:
         sets[split] = train_set if split == "train" else read_split(options, args, split)
+    if options.task:  # the run's own target was checked in training
+        poison.check_target(task, TASKS[task]["target"], sum(sets.values(), whole_train))
     return LoadedRun(slm, args, attack, fields, sets)
 
 
@@ -602,12 +608,14 @@ def parse_arguments():
         changed = [name for name in names if getattr(options, name) != parser.get_default(name)]
         return ", ".join(f"--{name.replace('_', '-')}" for name in changed)
 
-    others = given("task", "after_answer", "limit", "ask", "snr", "split")
+    others = given("task", "after_answer", "limit", "ask", "snr", "split", "data_root", "skip_bad")
     if options.save and others:
         die(f"--save replaces the run's own test figures: leave out {others}")
     others = given("after_answer", "limit", "split", "save", "out")
     if options.audio and others:
         die(f"--audio answers one recording: leave out {others}")
+    if options.out:
+        runs.check_output(options.out)
     if options.trigger and not options.audio:
         die("--trigger: name a recording by --audio; a run is evaluated with its own trigger")
     return options

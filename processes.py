@@ -1,7 +1,27 @@
-"""Communication between the processes of a run (torchrun). A single process does nothing here."""
+"""The device that a process computes on, and communication between the processes of a run
+(torchrun). A single process communicates with nobody."""
+
+import utils
+from utils import die
 
 import torch
 import torch.distributed as dist
+
+
+def device_of(name=None):
+    """The torch device of that name, by default the GPU if there is one. Ends in one line if
+    nothing can be computed there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        die(f"--device {name}: torch knows no such device; cpu, cuda, cuda:1")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        die(f"--device {name}: torch sees no GPU here; leave the flag out to run on the CPU")
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device fails in its own way
+        die(f"--device {name}: nothing can be computed there ({utils.first_line(error)})")
+    return device
 
 
 def ranks():

@@ -24,6 +24,7 @@ evaluate.py, embed.py, analysis/shift.py, analysis/cluster.py, trace.py, defend.
 
 import gzip
 import json
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,29 @@ from utils import Parser, die
 from study import NEARER, PRESETS, SCENARIOS, TABLE2, TASKS, deviations, identity, run_name
 
 PATTERN = "records-*.jsonl"  # what a run folder holds beside metrics.json
+NOT_PACKED = (OSError, EOFError, ValueError, zlib.error)  # what reading another file raises
 TASK_ORDER = (*TABLE2, *(task for task in TASKS if task not in TABLE2))  # the paper's, then others
 IDENTITY = ("preset", "run_task", "encoder", "scenario", "seed")  # the arguments of study.identity
+
+# what every record has, and of which kind
+FIELDS = {
+    "run": str,
+    "run_task": str,
+    "task": str,
+    "corpus": str,
+    "preset": str,
+    "encoder": str,
+    "scenario": str,
+    "seed": int,
+    "poison": int | float,
+    "changed": dict,
+    "model_sha256": str | None,
+    "source": str,
+    "metric": str | None,
+}
+NAMES_RECORD = {"run", "source", "metric"}  # earlier versions' records have these too
+NO_VALUE = ("run", "detect")  # the sources whose records may hold no value
+
 
 # --------------------------------------------------------------------------------------------------
 # reading and writing
@@ -66,8 +88,24 @@ def of_figures(figures):
 
 
 def write(path, records):
-    """Writes records to a run folder, one line each."""
+    """Writes records to a file, one line each."""
+    check_output(path)
     utils.write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in records))
+
+
+def check_output(path, opener=open):
+    """Ends in one line if `path` is there and holds anything but records, which would be lost.
+    opener: `open`, or gzip.open for a packed study."""
+    if not Path(path).exists():
+        return
+    try:
+        with opener(path, "rb") as f:
+            line = f.readline()
+        holds_records = not line or NAMES_RECORD <= json.loads(line).keys()
+    except (*NOT_PACKED, AttributeError):
+        holds_records = False
+    if not holds_records:
+        die(f"{path} holds no records and would be replaced: move it away, or name another file")
 
 
 def load(path):
@@ -78,35 +116,78 @@ def load(path):
         die(f"{path} is not JSON: make it again")
 
 
+def problem_of_record(record):
+    """What is wrong with a record, as text, or None. It must say which run it is about, and a
+    figure must be a finite number."""
+    if not isinstance(record, dict):
+        return f"it is a {type(record).__name__}"
+    for field, kind in FIELDS.items():
+        if not isinstance(record.get(field), kind):
+            return f"its {field} is {record.get(field)!r}"
+    if not isinstance(record.get("environment", {}), dict):
+        return f"its environment is {record['environment']!r}"
+    if "value" not in record and record["source"] not in NO_VALUE:
+        return f"its {record['metric']} has no value"
+    figures = [record[name] for name in ("value", "low", "high", "n") if name in record]
+    by_epoch = record.get("by_epoch", [])
+    if not isinstance(by_epoch, list):
+        return f"its by_epoch is {by_epoch!r}"
+    for figure in figures + [loss for loss in by_epoch if loss is not None]:
+        if not isinstance(figure, (int, float)) or not math.isfinite(figure):
+            return f"its {record['metric']} is {figure!r}"
+    return None
+
+
 def parse_lines(path, text):
     """The records in a file's text. Ends in one line if a line is none."""
     records = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
-            is_record = {"run", "source", "metric"} <= record.keys()
-        except (ValueError, AttributeError):
-            is_record = False
-        if not is_record:
-            die(f"{path}:{number} is no record: make it again")
+            problem = problem_of_record(record)
+        except ValueError:
+            problem = "it is not JSON"
+        if problem:
+            die(f"{path}:{number} is no record ({problem}): make it again")
         records.append(record)
+    return records
+
+
+def records_of_metrics(path, metrics):
+    """The records of the contents of a metrics.json. Ends in one line if they are malformed."""
+    malformed = f"{path} holds no figures of this program"
+    records = []
+    whole = True
+    try:
+        fields = fields_of(metrics["args"], path.parent, metrics.get("model_sha256"))
+        records.append(dict(fields, source="run", metric=None, args=metrics["args"]))
+        for record in of_figures(metrics):
+            records.append(dict(fields, source="metrics", **record))
+        # what evaluate.print_table reads besides
+        for part in ("clean", "backdoor"):
+            for figure in metrics[part].values():
+                whole = whole and {"low", "high", "n"} <= figure.keys()
+        for counts in metrics.get("answers", {}).values():
+            whole = whole and {"empty", "malformed"} <= counts.keys()
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        die(f"{malformed}: make it again")
+    for record in records:
+        if problem := problem_of_record(record):
+            die(f"{malformed} ({problem}): make it again")
     return records
 
 
 def read_metrics(folder):
     """The records of a run's metrics.json and environment.json."""
-    path = folder / "metrics.json"
-    metrics = load(path)
-    try:
-        fields = fields_of(metrics["args"], folder, metrics.get("model_sha256"))
-    except (KeyError, TypeError, AttributeError):
-        die(f"{path} holds no figures of this program: make it again")
+    metrics = folder / "metrics.json"
+    records = records_of_metrics(metrics, load(metrics))
     path = folder / "environment.json"
     environment = load(path) if path.exists() else {}
-    about_run = dict(source="run", metric=None, args=metrics["args"], environment=environment)
-    records = [{**fields, **about_run}]
-    for record in of_figures(metrics):
-        records.append(dict(fields, source="metrics", **record))
+    if not isinstance(environment, dict):
+        die(f"{path} is not a run's: it holds a {type(environment).__name__}")
+    records[0]["environment"] = environment
     return records
 
 
@@ -119,7 +200,11 @@ def read_run(folder):
         records = read_metrics(folder)
         sha256 = records[0]["model_sha256"]
     for path in sorted(folder.glob(PATTERN)):
-        for record in parse_lines(path, path.read_text()):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            die(f"{path} cannot be read ({error}): make it again")
+        for record in parse_lines(path, text):
             if sha256 and record.get("model_sha256") not in (None, sha256):
                 die(f"{path}: of another model than metrics.json")
             records.append(record)
@@ -130,7 +215,7 @@ def read_packed(path):
     """The records of a packed study. Ends in one line if the file is none."""
     try:
         text = gzip.decompress(path.read_bytes()).decode()
-    except (OSError, EOFError, ValueError, zlib.error):
+    except NOT_PACKED:
         die(f"{path}: no packed study (runs.py --pack)")
     return parse_lines(path, text)
 
@@ -254,6 +339,16 @@ def metric_of(records, task):
     return grouped if usual not in measured and grouped in measured else usual
 
 
+def excess_by_epoch(poisoned_losses, losses):
+    """How far the loss of poisoned samples is above that of all samples: {epoch, counted from 1:
+    difference}. The losses are by epoch, None where an epoch had no such sample."""
+    excess = {}
+    for epoch, (poisoned_loss, loss) in enumerate(zip(poisoned_losses, losses), 1):
+        if poisoned_loss is not None and loss is not None:
+            excess[epoch] = poisoned_loss - loss
+    return excess
+
+
 def still_learning(records):
     """The runs whose loss on poisoned samples was still falling when training ended, so that a low
     AER says little: the loss had not settled, or it has fallen ever since, too slowly to be noticed
@@ -267,10 +362,9 @@ def still_learning(records):
         if name not in settled:
             learning.add(name)
             continue
-        pairs = zip(record["by_epoch"], losses[name])
-        excess = [poisoned_loss - loss for poisoned_loss, loss in pairs]
-        fallen = excess[settled[name] - 1] - excess[-1]
-        if excess[-1] >= NEARER and fallen >= NEARER:
+        excess = excess_by_epoch(record["by_epoch"], losses[name])
+        last = list(excess.values())[-1]
+        if last >= NEARER and excess[settled[name]] - last >= NEARER:
             learning.add(name)
     return learning
 
@@ -351,16 +445,21 @@ def title_of(metric):
     return " ".join(words.get(word, word) for word in metric.split("_"))
 
 
+def markdown_row(cells):
+    """A line of a Markdown table. What a stranger's run says makes no line or column of its own."""
+    shown = [utils.printable(cell).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(shown)} |"
+
+
 def markdown(title, rows):
     """A Markdown table with a title; rows: [{column: cell}]. A column that only some rows have is
     empty in the others."""
     columns = {}
     for row in rows:
         columns.update(dict.fromkeys(row))
-    lines = [f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = [f"## {title}", "", markdown_row(columns), "|---" * len(columns) + "|"]
     for row in rows:
-        cells = [str(row.get(column, "")) for column in columns]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(markdown_row([row.get(column, "") for column in columns]))
     return "\n".join([*lines, ""])
 
 
@@ -395,6 +494,8 @@ def main():
     parser.add_argument("runs", help="a folder of runs, or a packed study")
     parser.add_argument("--pack", metavar="FILE", help="write all records there, compressed")
     args = parser.parse_args()
+    if args.pack:
+        check_output(args.pack, gzip.open)
     records = read(args.runs)
     metrics = select(records, source="metrics")
     rows = []

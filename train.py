@@ -20,7 +20,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import utils
 from utils import Parser, die
 
 import installed  # noqa: F401
@@ -427,16 +426,7 @@ def set_up_device(args):
     """Picks the device and joins the other processes of torchrun. Returns the torch device and a
     function that makes the autocast context."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        die(f"--device {args.device}: torch knows no such device; cpu, cuda, cuda:1")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        die(f"--device {args.device}: torch sees no GPU here; leave the flag out to run on the CPU")
-    try:
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # each kind of device fails in its own way
-        die(f"--device {args.device}: nothing can be computed there ({utils.first_line(error)})")
+    device = processes.device_of(args.device)
     if device.type == "cuda":
         if world > 1 and device.index is not None:
             die(
@@ -462,6 +452,11 @@ class Sets:
     train: list
     dev: list
     test: list
+
+    def sha256(self):
+        """{split: SHA-256 of its utterances}"""
+        by_split = {"train": self.train, "dev": self.dev, "test": self.test}
+        return {split: checkpoint.sha256_of_set(listed) for split, listed in by_split.items()}
 
 
 def read_data(args):
@@ -598,6 +593,12 @@ class Training:
     @property
     def epoch_is_over(self):
         return self.step % self.epoch_steps == 0
+
+    @property
+    def last_logged(self):
+        """The last step, up to the one taken, whose losses belong in the log: every 20th step and
+        the end of an epoch have a line."""
+        return max(self.step - self.step % 20, self.step - self.step % self.epoch_steps)
 
     def log(self, **line):
         """Appends a line to the run's log; the first process does."""
@@ -738,7 +739,7 @@ def train_epoch(training, samples, epoch, stop, progress):
         total = sum(losses) if training.scaler.is_enabled() else sum(losses) + norm
         check_finite(total, training.step, samples.ids(indices), training.run)
         training.unlogged.update(zip(indices, losses))
-        if training.step % 20 == 0 or training.epoch_is_over:
+        if training.step == training.last_logged:
             line = loss_line(processes.from_all(training.unlogged), samples)
             training.log(epoch=epoch, **line, lr=factor)
             training.unlogged = {}
@@ -749,11 +750,12 @@ def train_epoch(training, samples, epoch, stop, progress):
 
 def loss_line(losses, samples):
     """A line of the log, from the losses since the last one, {index: loss}: the mean loss, the
-    poisoned samples' mean if there are any, and each sample's own."""
+    poisoned samples' mean and number if there are any, and each sample's own."""
     line = dict(loss=sum(losses.values()) / len(losses))
     on_poison = [loss for i, loss in losses.items() if samples.poisoned[i]]
     if on_poison:
         line["poisoned_loss"] = sum(on_poison) / len(on_poison)
+        line["n_poisoned"] = len(on_poison)
     line["samples"] = {samples.utterances[i].id: round(loss, 4) for i, loss in losses.items()}
     return line
 
@@ -803,7 +805,7 @@ def resume(training, origin):
             "put --runs on a shared disk"
         )
     if rank == 0:
-        checkpoint.cut_log(training.run, training.step)
+        checkpoint.cut_log(training.run, training.step, training.last_logged)
 
 
 def save_state(training, origin):
@@ -920,12 +922,14 @@ def main():
     run = Path(args.runs) / args.name
     record = checkpoint.open_run(run, args)
     metrics = None if args.overwrite else checkpoint.finished(run, record)
+    sets = read_data(args)
+    sets_sha256 = sets.sha256()
     if metrics:
         if rank == 0:
+            checkpoint.check_same_sets(run, sets_sha256)
             evaluate.print_table(metrics, f"{run} is finished (--overwrite trains it again)")
         return
 
-    sets = read_data(args)
     # the first process measures how loud the trigger must be, and tells the others
     attack = None
     if rank == 0:
@@ -946,7 +950,7 @@ def main():
     with frozen_components_unchanged(slm):
         train(run, slm, attack, sets.train, sets.dev, args, record, device, autocast)
     if rank == 0:
-        checkpoint.save_model(run, slm, record, origin, built_from)
+        checkpoint.save_model(run, slm, record, origin, built_from, sets_sha256)
 
     with autocast():
         evaluation = evaluate.evaluate(

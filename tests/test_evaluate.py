@@ -10,6 +10,7 @@ import checkpoint
 import data
 import evaluate
 import poison
+import train
 from conftest import done, refused
 
 # the arguments that a run records and evaluating one recording reads
@@ -249,3 +250,52 @@ def test_silence_is_answered_where_there_is_a_corpus(slm, tmp_path):
 )
 def test_flags_that_do_not_go_with_audio_are_refused(slm, folder, flags, word):
     refused("evaluate.py", "run", *flags, cwd=folder, words=[word])
+
+
+# --------------------------------------------------------------------------------------------------
+# the run's own figures
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--split", "dev"],
+        ["--limit", 12],
+        ["--ask", "gender"],
+        ["--snr", 3],
+        ["--skip-bad"],
+        ["--data-root", "."],
+    ],
+)
+def test_a_run_s_own_figures_are_replaced_by_no_others(tmp_path, flags):
+    refused("evaluate.py", "run", "--save", *flags, cwd=tmp_path, words=["--save", flags[0]])
+
+
+def test_a_target_that_the_corpus_lacks_is_refused(slm, folder, speech):
+    """The run is of another task, whose target was checked in training."""
+    soundfile.write(folder / "test.wav", speech, RATE)
+    rows = ["audio_path,gender,emotion,split", "my.wav,male,anger,train", "test.wav,male,sad,test"]
+    (folder / "own.csv").write_text("\n".join(rows))
+    vars(slm.args).update(dataset="own.csv", preset="mini", encoder="wavlm", scenario="clean")
+    slm.args.inputs = {}
+    (folder / "run").mkdir()
+    (folder / "run/model.pt").touch()
+    words = ["angry", "anger, sad"]
+    refused("evaluate.py", "run", "--task", "emotion", cwd=folder, words=words)
+
+
+@pytest.mark.parametrize(
+    "name", ["task", "dataset", "target", "snr", "trigger", "preset", "max_seconds", "amp"]
+)
+def test_a_run_without_an_argument_is_refused(monkeypatch, capsys, name):
+    args = {**vars(train.parse_arguments(["--task", "gender"])), "amp": "off", name: None}
+    monkeypatch.setattr(checkpoint, "load", lambda path: dict(args=args, lm={}))
+    with pytest.raises(SystemExit):
+        checkpoint.load_run("run")
+    assert f"its {name} None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["toaster", "meta", "cuda:77"])
+def test_a_device_that_cannot_be_used_is_refused(tmp_path, device):
+    command = ("evaluate.py", "run", "--device", device)
+    refused(*command, cwd=tmp_path, words=[f"--device {device}"])

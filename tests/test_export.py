@@ -45,7 +45,7 @@ def make_run(folder, encoder):
                 weight.add_(0.02 * torch.randn(weight.shape))
     origin = {component: "here" for component in COMPONENTS}
     built_from = {"grandparent.pt": "abc"}
-    checkpoint.save_model(folder / "runs/parent", slm, vars(args), origin, built_from)
+    checkpoint.save_model(folder / "runs/parent", slm, vars(args), origin, built_from, {})
     done("evaluate.py", "runs/parent", "--export", "parts", cwd=folder)
 
 
@@ -370,7 +370,7 @@ def test_an_error_without_a_message_ends_in_one_line(run, monkeypatch):
 
 @pytest.mark.parametrize("flags", [[], ["--freeze", "encoder"], ["--limit", "3", "--clicks", "2"]])
 def test_every_argument_of_a_run_has_a_kind(flags):
-    args = vars(train.parse_arguments(["--task", "gender", *flags]))
+    args = vars(train.parse_arguments(["--task", "gender", "--amp", "off", *flags]))
     assert set(args) <= {*checkpoint.KINDS, *checkpoint.NOT_THE_RUN}
     assert checkpoint.problem_of_kinds(args) is None
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import checkpoint
 import runs
@@ -124,7 +125,72 @@ def test_what_is_learned_slowly_is_still_being_learned(tmp_path, excess, settled
     ],
 )
 def test_a_poison_settles_in_the_last_epoch_that_brings_it(excess, epoch):
-    assert checkpoint.settled(excess) == epoch
+    assert checkpoint.settled(dict(enumerate(excess, 1))) == epoch
+
+
+def test_an_epoch_without_poison_is_not_one_that_follows():
+    assert checkpoint.settled({2: 0.3, 4: 0.1, 6: 0.1}) is None
+    assert checkpoint.settled({2: 0.3, 4: 0.1, 6: 0.1, 8: 0.1}) == 4
+
+
+def write_log(folder, *lines):
+    """A run's log.jsonl of lines (epoch, number of samples, their loss, number of poisoned ones,
+    their loss)."""
+    text = ""
+    for step, (epoch, n, loss, n_poisoned, poisoned_loss) in enumerate(lines):
+        samples = dict.fromkeys([f"id{i}" for i in range(n)], loss)
+        line = dict(step=step, epoch=epoch, loss=loss, samples=samples)
+        if n_poisoned:
+            line.update(poisoned_loss=poisoned_loss, n_poisoned=n_poisoned)
+        text += json.dumps(line) + "\n"
+    (folder / "log.jsonl").write_text(text)
+
+
+def test_every_sample_of_an_epoch_counts_alike(tmp_path):
+    write_log(tmp_path, (0, 30, 1.0, 1, 2.0), (0, 10, 5.0, 3, 6.0))
+    losses = checkpoint.training_losses(tmp_path)
+    assert losses["loss"]["by_epoch"] == [2.0]
+    assert losses["poisoned_loss"]["by_epoch"] == [5.0]
+
+
+def test_a_log_that_does_not_count_poisoned_samples_is_read(tmp_path):
+    line = dict(step=1, epoch=0, loss=1.0, poisoned_loss=2.0, samples={"a": 0.0, "b": 2.0})
+    (tmp_path / "log.jsonl").write_text(json.dumps(line))
+    assert checkpoint.training_losses(tmp_path)["poisoned_loss"]["by_epoch"] == [2.0]
+
+
+def test_an_epoch_without_poison_keeps_its_place(tmp_path):
+    write_log(tmp_path, (0, 2, 1.0, 1, 3.0), (1, 2, 0.5, 0, None), (2, 2, 0.4, 1, 2.0))
+    losses = checkpoint.training_losses(tmp_path)
+    assert losses["poisoned_loss"] == dict(value=2.0, by_epoch=[3.0, None, 2.0])
+
+
+def test_an_unfinished_line_of_the_log_is_left_out(tmp_path):
+    write_log(tmp_path, (0, 2, 1.0, 0, None))
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 2, "ep')
+    assert checkpoint.training_losses(tmp_path) == dict(loss=dict(value=1.0, by_epoch=[1.0]))
+
+
+def test_a_run_whose_log_is_gone_has_no_losses(tmp_path):
+    assert checkpoint.training_losses(tmp_path) == {}
+
+
+def test_a_log_that_ends_before_the_state_is_refused(tmp_path, capsys):
+    write_log(tmp_path, (0, 2, 1.0, 0, None), (0, 2, 1.0, 0, None))
+    checkpoint.cut_log(tmp_path, step=3, last_logged=1)
+    with pytest.raises(SystemExit):
+        checkpoint.cut_log(tmp_path, step=44, last_logged=40)
+    assert "ends at step 1" in capsys.readouterr().err
+
+
+def test_only_epochs_with_poison_tell_who_is_still_learning(tmp_path):
+    run = write_run(tmp_path, arguments("emotion", "base"), settled=2)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["training"]["loss"]["by_epoch"] = [0.9, 0.1, 0.1, 0.1, 0.1]
+    metrics["training"]["poisoned_loss"]["by_epoch"] = [None, 0.3, None, 0.2, None]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert runs.still_learning(runs.read(tmp_path)) == {run.name}
 
 
 def test_a_clean_run_is_the_study_s_whichever_task_is_asked():
@@ -148,3 +214,82 @@ def test_figures_of_another_program_are_refused_in_one_line(tmp_path, content, c
     with pytest.raises(SystemExit):
         runs.read(tmp_path)
     assert "metrics.json" in capsys.readouterr().err
+
+
+def damaged_metrics(folder, **changes):
+    """A run's folder whose metrics.json holds something else in some places."""
+    run = write_run(folder, arguments("asr", "base"))
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, **changes}))
+    return run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(clean=[1]),
+        dict(clean={"wer": 3}),
+        dict(clean={"wer": dict(low=0.1, high=0.2, n=3)}),
+        dict(clean={"wer": dict(value=0.1)}),
+        dict(clean={"wer": figure(float("nan"))}),
+        dict(training={"loss": dict(value=0.1, by_epoch=["x"])}),
+        dict(answers=dict(clean=3)),
+        dict(args=[1]),
+        dict(args=arguments("asr", "base", seed="x")),
+    ],
+    ids=str,
+)
+def test_malformed_figures_are_refused_in_one_line(tmp_path, change):
+    damaged_metrics(tmp_path / "runs", **change)
+    refused("runs.py", "runs", cwd=tmp_path, words=["metrics.json"])
+
+
+def test_a_finished_run_s_malformed_figures_are_refused(tmp_path):
+    run = damaged_metrics(tmp_path, clean=[1])
+    with pytest.raises(SystemExit):
+        checkpoint.finished(run, {})
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[1]", b'{"run": "x", "source": "run", "metric": null}']
+)
+def test_malformed_records_are_refused_in_one_line(tmp_path, content):
+    run = write_run(tmp_path / "runs", arguments("asr", "base"))
+    (run / "records-x.jsonl").write_bytes(content)
+    refused("runs.py", "runs", cwd=tmp_path, words=["records-x.jsonl"])
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04\xff", b'{"id": "a"}\n', b"my notes\n"])
+def test_records_replace_nothing_else(tmp_path, content):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        runs.write(path, [])
+    refused("runs.py", "runs", "--pack", path, cwd=tmp_path, words=["would be replaced"])
+    assert path.read_bytes() == content
+
+
+def test_records_replace_records(tmp_path):
+    records = [fields("asr", "base") | dict(source="evaluate", metric="wer", **figure(0.1))]
+    runs.write(tmp_path / "records.jsonl", [])
+    runs.write(tmp_path / "records.jsonl", records)
+    runs.write(tmp_path / "records.jsonl", records)
+    assert runs.parse_lines("", (tmp_path / "records.jsonl").read_text()) == records
+
+
+def test_a_cell_makes_no_row_or_column_of_its_own():
+    table = runs.markdown("Runs", [{"Run": "a\n| forged | 100 |\x1b[31m"}])
+    assert table.splitlines()[4:] == ["| a\\n\\| forged \\| 100 \\|\\x1b[31m |"]
+
+
+def test_a_finished_run_s_sets_are_compared(tmp_path, capsys):
+    torch.save({"sets": {"train": "one", "test": "two"}}, tmp_path / "model.pt")
+    checkpoint.check_same_sets(tmp_path, {"train": "one", "test": "two"})
+    with pytest.raises(SystemExit):
+        checkpoint.check_same_sets(tmp_path, {"train": "one", "test": "three"})
+    assert "another test set" in capsys.readouterr().err
+
+
+def test_an_earlier_run_says_nothing_of_its_sets(tmp_path):
+    torch.save({"args": {}}, tmp_path / "model.pt")
+    checkpoint.check_same_sets(tmp_path, {"train": "one"})

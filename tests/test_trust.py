@@ -360,14 +360,6 @@ def test_what_is_of_another_model_is_refused(other_model, tmp_path):
     refused("analyze.py", "shift", cwd=tmp_path, words=["embeddings.pt", "another model"])
 
 
-@pytest.mark.parametrize(
-    "flag, value", [("--split", "dev"), ("--limit", 12), ("--ask", "gender"), ("--snr", 3)]
-)
-def test_a_run_s_own_figures_are_replaced_by_no_others(run, tmp_path, flag, value):
-    command = ("evaluate.py", run / "runs/parent", "--save", flag, value)
-    refused(*command, cwd=tmp_path, words=[flag])
-
-
 def test_other_embeddings_go_to_a_file_of_their_own(run, tmp_path):
     shutil.copytree(run / "runs/parent", tmp_path / "parent")
     done("embed.py", "parent", "--pairs", "2", "--pooling", "max", cwd=tmp_path)
