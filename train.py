@@ -20,6 +20,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import utils
 from utils import Parser, die
 
 import installed  # noqa: F401
