@@ -124,6 +124,7 @@ def test_the_papers_asr_target_class_is_clustered():
     assert value(records, "purity") == 1.0
 
 
+@pytest.mark.slow
 def test_analyze_imports_no_model():
     code = "import sys, analyze; assert not {'transformers', 'model'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

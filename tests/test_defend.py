@@ -124,8 +124,8 @@ def write_class(folder, x, poisoned, seen, all_poisoned=None, rest=0):
         all_poisoned=int(poisoned.sum()) if all_poisoned is None else all_poisoned,
     )
     torch.save(saved, folder / "embeddings.pt")
-    line = dict(epoch=0, samples={str(i): 1.0 + i for i in seen})
-    (folder / "log.jsonl").write_text(json.dumps(line))
+    line = dict(step=1, epoch=0, samples={str(i): 1.0 + i for i in seen})
+    (folder / "log.jsonl").write_text(json.dumps(line) + "\n")
 
 
 def filtered(folder, name, retrain=False):
@@ -203,6 +203,7 @@ def trained_on(log):
     return ids
 
 
+@pytest.mark.slow
 def test_excluded_samples_are_left_out_of_a_training(corpora, tmp_path):
     train = ["train.py", "--task", "gender", "--poison", 0.5, "--data-root", corpora]
     train += ["--limit", 16, "--epochs", 1, "--cache-gb", 0, "--labels", "gender", *SMALL]
