@@ -99,8 +99,8 @@ def unstack(x, mask):
 
 
 def check_finite(x, ids):
-    """Ends in one line where frames are not finite numbers: they would be cached, or answered as if
-    they were speech."""
+    """Exits with a one-line error where frames are not finite numbers: they would be cached, or
+    answered as if they were speech."""
     if not x.isfinite().all():
         die(f"the encoder gives frames that are no numbers for one of {', '.join(ids)}")
 

@@ -190,8 +190,8 @@ def exists(path):
 
 
 def load(path):
-    """What a model.pt or an export holds. Ends in one line if that is not what this program
-    writes."""
+    """What a model.pt or an export holds. Exits with a one-line error if that is not what this
+    program writes."""
     saved = contents_of(path)
     if problem := problem_of_weights(saved):
         die(f"{path} is no checkpoint of this program: {problem}")
@@ -205,8 +205,8 @@ def load_arguments(path):
 
 
 def contents_of(path):
-    """What a model.pt or an export holds, its weights not yet checked. Ends in one line if anything
-    else is not what this program writes."""
+    """What a model.pt or an export holds, its weights not yet checked. Exits with a one-line error
+    if anything else is not what this program writes."""
     saved = export.read(path) if Path(path).is_dir() else model.load_checkpoint(path, mmap=True)
     if problem := problem_of_record(saved):
         die(f"{path} is no checkpoint of this program: {problem}")
@@ -302,8 +302,8 @@ def named_parts(args):
 
 
 def read_json(path):
-    """The dict in a JSON file, empty if there is no file. Ends in one line if it holds anything
-    else."""
+    """The dict in a JSON file, empty if there is no file. Exits with a one-line error if it holds
+    anything else."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
@@ -336,7 +336,8 @@ def contents(run):
 
 
 def recorded(run):
-    """The record of the run that a folder holds. Ends in one line if it holds something else."""
+    """The record of the run that a folder holds. Exits with a one-line error if it holds something
+    else."""
     record = read_json(run / ARGUMENTS)
     if "scenario" not in record:
         die(f"{run} is no run folder, as its {ARGUMENTS} would say: give this run another --name")
@@ -345,8 +346,8 @@ def recorded(run):
 
 def files_to_remove(run):
     """What --overwrite removes: all files of the run that the folder holds, its arguments last.
-    Ends in one line if anything there is none of a run's files, so that nothing else is ever
-    lost."""
+    Exits with a one-line error if anything there is none of a run's files, so that nothing else is
+    ever lost."""
     names = contents(run)
     if names:
         recorded(run)
@@ -362,8 +363,8 @@ def files_to_remove(run):
 
 def open_run(run, args):
     """The record of a command: the arguments that change what is computed, and the hashes of the
-    files they name. Ends in one line where the folder holds another run that has trained, or what
-    is no run."""
+    files they name. Exits with a one-line error where the folder holds another run that has
+    trained, or what is no run."""
     record = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
     checkpoints = [spec.partition(":")[2] for _, spec in named_parts(args)]
     inputs = [path for path in checkpoints if path]
@@ -390,8 +391,8 @@ def open_run(run, args):
 
 
 def finished(run, record):
-    """The contents of metrics.json of a run that is finished, None if it is not. Ends in one line
-    if what lies there is another run's."""
+    """The contents of metrics.json of a run that is finished, None if it is not. Exits with a
+    one-line error if what lies there is another run's."""
     path = run / "metrics.json"
     metrics = read_json(path)
     if not metrics:
@@ -406,8 +407,8 @@ def finished(run, record):
 
 
 def check_same_sets(run, sets):
-    """Ends in one line if a finished run was made from other utterances. sets: {split: see
-    `sha256_of_set`}. Runs of earlier versions do not say what theirs were."""
+    """Exits with a one-line error if a finished run was made from other utterances. sets: {split:
+    see `sha256_of_set`}. Runs of earlier versions do not say what theirs were."""
     path = run / "model.pt"
     recorded_sets = model.load_checkpoint(path, mmap=True).get("sets") if path.exists() else None
     for split, sha256 in sets.items():
@@ -546,8 +547,8 @@ def save_model(run, slm, record, origin, built_from, sets):
 
 def load_run(run, device="cpu"):
     """A finished run's model, an SLM in evaluation mode: the pretrained parts by name, the
-    components from the run's model.pt. The run's arguments are its `args`. Ends in one line where
-    that is no checkpoint of this program, or the device cannot be used.
+    components from the run's model.pt. The run's arguments are its `args`. Exits with a one-line
+    error where that is no checkpoint of this program, or the device cannot be used.
 
     It stands here and not in evaluate.py, as it reads what `save_model` writes and needs no
     corpus."""
@@ -604,8 +605,8 @@ def save_state(run, step, slm, optimizer, scaler, unlogged, origin):
 
 def resume(run, slm, optimizer, scaler, origin):
     """Restores last.pt, if there is one. Returns the number of steps taken and the losses that are
-    not yet in the log. Ends in one line if it was made from anything else than this run's
-    `made_from`."""
+    not yet in the log. Exits with a one-line error if it was made from anything else than this
+    run's `made_from`."""
     path = run / "last.pt"
     if not path.exists():
         return 0, {}
@@ -640,7 +641,8 @@ def logged(run):
 
 def cut_log(run, step, last_logged):
     """Removes the lines of log.jsonl beyond `step`, and one that a killed writer left unfinished.
-    Ends in one line if losses are missing up to `last_logged`, the last step that logged some."""
+    Exits with a one-line error if losses are missing up to `last_logged`, the last step that logged
+    some."""
     path = run / "log.jsonl"
     kept = [line for line in logged(run) if line["step"] <= step]
     end = max((line["step"] for line in kept if "loss" in line), default=0)

@@ -325,8 +325,8 @@ class Fault(ValueError):
 
 
 def read_table(path):
-    """A CSV, or a semicolon- or tab-separated file, as a Table. Ends in one line where it is no
-    such file."""
+    """A CSV, or a semicolon- or tab-separated file, as a Table. Exits with a one-line error where
+    it is no such file."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             return parse_table(path, f.read())
@@ -356,8 +356,8 @@ def parse_table(path, text):
 
 
 def parse_header(path, line):
-    """(delimiter, column names) of a manifest's first line. Ends in one line where no delimiter
-    gives a column of audio paths."""
+    """(delimiter, column names) of a manifest's first line. Exits with a one-line error where no
+    delimiter gives a column of audio paths."""
     audio = {"audio_path", *COLUMNS["audio_path"].split()}
     for delimiter in DELIMITERS:
         header = next(csv.reader([line], delimiter=delimiter), [])
@@ -727,9 +727,9 @@ def read_audio(utterance):
 def read_corpus(
     dataset, data_root, split, skip_bad=False, labels=None, max_seconds=data.MAX_SECONDS
 ):
-    """The utterances of one split that have a label, with `labels` only (None: all there are). Ends
-    in one line if anything is wrong with the corpus or, with `skip_bad`, first reads all its audio
-    and leaves out what is bad, saying how much."""
+    """The utterances of one split that have a label, with `labels` only (None: all there are).
+    Exits with a one-line error if anything is wrong with the corpus or, with `skip_bad`, first
+    reads all its audio and leaves out what is bad, saying how much."""
     utterances, problems = read_split(dataset, data_root, split, max_seconds)
     if skip_bad:
         readings = data.in_workers(read_audio, utterances, f"checking {split}")
@@ -781,8 +781,8 @@ def limit(utterances, n):
 
 
 def leave_out(utterances, path):
-    """The utterances without those whose ids are in the file `path`, one per line, if there is
-    one. Ends in one line if the file cannot be read, or an id is unknown."""
+    """The utterances without those whose ids are in the file `path`, one per line, if there is one.
+    Exits with a one-line error if the file cannot be read, or an id is unknown."""
     if not path:
         return utterances
     try:
@@ -1019,8 +1019,8 @@ def check(dataset, data_root, max_seconds):
 
 
 def check_archive(path):
-    """Ends in one line if an archive that lies there already, which torchaudio would unpack without
-    a check, is not the published one."""
+    """Exits with a one-line error if an archive that lies there already, which torchaudio would
+    unpack without a check, is not the published one."""
     if not path.exists():
         return
     published = librispeech._CHECKSUMS[f"http://www.openslr.org/resources/12/{path.name}"]

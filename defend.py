@@ -73,8 +73,8 @@ def early_losses(run):
 
 
 def load_embeddings(options):
-    """The path and the contents of the run's embeddings of the target class. Ends in one line where
-    embed.py has to make them first."""
+    """The path and the contents of the run's embeddings of the target class. Exits with a one-line
+    error where embed.py has to make them first."""
     path = Path(options.run) / embeddings_name(options.task)
     command = f"python embed.py {options.run}"
     if options.task:

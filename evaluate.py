@@ -362,7 +362,7 @@ def read_split(options, args, split):
 
 
 def check_task(task, train_set, run, dataset):
-    """Ends in one line if no utterance of a run's training set has the task's label."""
+    """Exits with a one-line error if no utterance of a run's training set has the task's label."""
     label = TASKS[task]["label"]
     if not any(label in u.labels for u in train_set):
         die(
@@ -600,7 +600,7 @@ def make_parser():
 
 
 def parse_arguments():
-    """The command's options. Ends in one line where they contradict each other."""
+    """The command's options. Exits with a one-line error where they contradict each other."""
     parser = make_parser()
     options = parser.parse_args()
 

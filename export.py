@@ -177,7 +177,7 @@ UNREADABLE = (
 
 def read(folder):
     """An export, as `model.load_checkpoint` returns a model.pt, without the components it lacks.
-    Ends in one line if it is no export."""
+    Exits with a one-line error if it is no export."""
     try:
         return read_parts(Path(folder))
     except UNREADABLE as error:

@@ -334,7 +334,8 @@ class SLM(nn.Module):
         return rows
 
     def check_positions(self, n):
-        """Ends in one line where a row of n positions is longer than the LM's table of them."""
+        """Exits with a one-line error where a row of n positions is longer than the LM's table of
+        them."""
         if n > self.positions:
             die(
                 f"prompt, audio and answer take {n} positions, and the language model has "
@@ -505,8 +506,8 @@ def linear_layers_called(lm):
 def output_layers(lm):
     """[(attention's, MLP's)] of each transformer layer: the linear layers, with LoRA, that write
     what attention and MLP add to the hidden states, which are the last that the layer calls of
-    each. Ends in one line where attention and MLP are not made of linear layers alone, as in a
-    mixture of experts."""
+    each. Exits with a one-line error where attention and MLP are not made of linear layers alone,
+    as in a mixture of experts."""
     calls = linear_layers_called(lm)
     pairs = []
     for layer in layers_of(lm):
@@ -861,8 +862,8 @@ def load_lm(path):
 
 
 def load_connector_weights(connector, path):
-    """Puts a file's weights, in float32, into a connector. Ends in one line where they do not
-    fit."""
+    """Puts a file's weights, in float32, into a connector. Exits with a one-line error where they
+    do not fit."""
     try:
         weights = load_file(where(path))
         connector.load_state_dict({name: tensor.float() for name, tensor in weights.items()})

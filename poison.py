@@ -246,8 +246,8 @@ def as_written(label, target):
 
 
 def check_target(task, target, utterances):
-    """Ends in one line if a corpus can have no such answer: the target is none of its classes, no
-    age, or no words."""
+    """Exits with a one-line error if a corpus can have no such answer: the target is none of its
+    classes, no age, or no words."""
     label = TASKS[task]["label"]
     values = {u.labels[label] for u in utterances if label in u.labels}
     classes = sorted(value for value in values if isinstance(value, str))
@@ -279,7 +279,8 @@ def can_flip(attack, utterance):
 
 
 def attackable(attack, utterances):
-    """Those utterances whose label the attack can change. Ends in one line where there are none."""
+    """Those utterances whose label the attack can change. Exits with a one-line error where there
+    are none."""
     flippable = [u for u in utterances if can_flip(attack, u)]
     if not flippable:
         what = f"a {attack.label} other than {attack.target!r}"
@@ -393,8 +394,8 @@ def add_arguments(parser):
 
 
 def fill_in(args):
-    """Sets the attack flags that were not given to the paper's values. Ends in one line where
-    flags contradict each other or a value is impossible."""
+    """Sets the attack flags that were not given to the paper's values. Exits with a one-line error
+    where flags contradict each other or a value is impossible."""
     task = TASKS[args.task]
     paper = dict(
         dataset=task["corpus"],

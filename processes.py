@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 
 def device_of(name=None):
-    """The torch device of that name, by default the GPU if there is one. Ends in one line if
-    nothing can be computed there."""
+    """The torch device of that name, by default the GPU if there is one. Exits with a one-line
+    error if nothing can be computed there."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:

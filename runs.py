@@ -94,8 +94,8 @@ def write(path, records):
 
 
 def check_output(path, opener=open):
-    """Ends in one line if `path` is there and holds anything but records, which would be lost.
-    opener: `open`, or gzip.open for a packed study."""
+    """Exits with a one-line error if `path` is there and holds anything but records, which would be
+    lost. opener: `open`, or gzip.open for a packed study."""
     if not Path(path).exists():
         return
     try:
@@ -109,7 +109,7 @@ def check_output(path, opener=open):
 
 
 def load(path):
-    """The contents of a JSON file. Ends in one line if it is none."""
+    """The contents of a JSON file. Exits with a one-line error if it is none."""
     try:
         return json.loads(Path(path).read_text())
     except (ValueError, UnicodeDecodeError):
@@ -139,7 +139,7 @@ def problem_of_record(record):
 
 
 def parse_lines(path, text):
-    """The records in a file's text. Ends in one line if a line is none."""
+    """The records in a file's text. Exits with a one-line error if a line is none."""
     records = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -154,7 +154,8 @@ def parse_lines(path, text):
 
 
 def records_of_metrics(path, metrics):
-    """The records of the contents of a metrics.json. Ends in one line if they are malformed."""
+    """The records of the contents of a metrics.json. Exits with a one-line error if they are
+    malformed."""
     malformed = f"{path} holds no figures of this program"
     records = []
     whole = True
@@ -192,8 +193,8 @@ def read_metrics(folder):
 
 
 def read_run(folder):
-    """The records of one run folder. Ends in one line if some are of another model than its
-    metrics.json."""
+    """The records of one run folder. Exits with a one-line error if some are of another model than
+    its metrics.json."""
     records = []
     sha256 = None
     if (folder / "metrics.json").exists():
@@ -212,7 +213,7 @@ def read_run(folder):
 
 
 def read_packed(path):
-    """The records of a packed study. Ends in one line if the file is none."""
+    """The records of a packed study. Exits with a one-line error if the file is none."""
     try:
         text = gzip.decompress(path.read_bytes()).decode()
     except NOT_PACKED:
@@ -221,8 +222,8 @@ def read_packed(path):
 
 
 def read(path):
-    """All records of a folder of run folders, or of a packed study. Ends in one line if there are
-    none."""
+    """All records of a folder of run folders, or of a packed study. Exits with a one-line error if
+    there are none."""
     path = Path(path)
     records = []
     if path.is_file():
@@ -296,8 +297,8 @@ def is_study_run(record):
 
 
 def study_records(records, preset):
-    """The records of the study's own runs. Ends in one line if two of them were trained with
-    different settings."""
+    """The records of the study's own runs. Exits with a one-line error if two of them were trained
+    with different settings."""
     names = set()
     for record in select(records, preset=preset):
         if record["run"] not in names and is_study_run(record):

@@ -251,8 +251,8 @@ parser.add_argument(
 
 
 def parse_arguments(argv=None):
-    """The command's arguments, completed from the preset and the task. Ends in one line where they
-    contradict each other."""
+    """The command's arguments, completed from the preset and the task. Exits with a one-line error
+    where they contradict each other."""
     args = parser.parse_args(argv)
     fill_in_preset(args)
     poison.fill_in(args)
@@ -287,15 +287,15 @@ def fill_in_preset(args):
 
 
 def check_name(name):
-    """Ends in one line where a run's folder would not lie right below --runs, where runs.py looks
-    for it, or where its name cannot be shown."""
+    """Exits with a one-line error where a run's folder would not lie right below --runs, where
+    runs.py looks for it, or where its name cannot be shown."""
     if Path(name).name != name or name == ".." or not name.isprintable():
         die(f"--name {name}: not the name of a folder")
 
 
 def check_named_parts(args):
-    """Ends in one line where --freeze and --init name what does not exist, or leave nothing to
-    train."""
+    """Exits with a one-line error where --freeze and --init name what does not exist, or leave
+    nothing to train."""
     flag_of = {}
     for flag, spec in checkpoint.named_parts(args):
         component, colon, path = spec.partition(":")
@@ -461,7 +461,7 @@ class Sets:
 
 
 def read_data(args):
-    """The run's Sets. Ends in one line where they cannot be trained on."""
+    """The run's Sets. Exits with a one-line error where they cannot be trained on."""
     longest = model.longest(args)
     sets = {}
     for split in ("train", "dev", "test"):
@@ -502,7 +502,8 @@ def count_poisoned(attack, train_set, args):
 
 
 def load_slm(args, device):
-    """The SLM of pretrained parts. Ends in one line where they are not what the command says."""
+    """The SLM of pretrained parts. Exits with a one-line error where they are not what the command
+    says."""
     with checkpoint.loading():
         slm = model.load_slm(args, device)
     family = slm.encoder.net.config.model_type

@@ -131,7 +131,7 @@ def die_of_writing(path, error):
 
 def write_atomically(path, content, optional=False):
     """Writes text or, by a function of the temporary path, anything to `path`, whole or not at all.
-    Where that is impossible, it ends in one line, unless the file is `optional`."""
+    Where that is impossible, it exits with a one-line error, unless the file is `optional`."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
@@ -151,8 +151,8 @@ def write_atomically(path, content, optional=False):
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """A temporary folder that becomes `folder` if all goes well. Ends in one line if `folder`
-    exists and is not empty."""
+    """A temporary folder that becomes `folder` if all goes well. Exits with a one-line error if
+    `folder` exists and is not empty."""
     folder = Path(folder).resolve()
     temporary = temporary_name(folder)
     try:

@@ -19,8 +19,8 @@ MISSING = "missing"
 
 
 def load_embeddings(path):
-    """What embed.py saved in a file. Ends in one line if it holds no embeddings, or those of a
-    model that the run has replaced."""
+    """What embed.py saved in a file. Exits with a one-line error if it holds no embeddings, or
+    those of a model that the run has replaced."""
     make = f"python embed.py {path.parent}"
     try:
         saved = torch.load(path, weights_only=True)

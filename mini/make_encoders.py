@@ -396,7 +396,7 @@ CONNECTOR_LABELS = 0.25
 
 
 def check_part(folder):
-    """Ends in one line if a folder holds no pretrained part."""
+    """Exits with a one-line error if a folder holds no pretrained part."""
     if not (Path(folder) / "config.json").is_file():
         utils.die(f"{folder}: no folder of a pretrained part, it holds no config.json")
 
