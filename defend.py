@@ -5,10 +5,10 @@
     python defend.py repair runs/emotion-poison0.075
 
 Each defence is a function and an entry in a table, in defences/. Its settings are those of the
-original paper, or were tuned on clean speech only. All work on any run, including a clean one, which
-shows what a defence costs where there is nothing to find. They write records (runs.py) beside its model.pt, or
-to --out, and python analyze.py defences makes tables of these. Every record has a defence's name in
-`defence`. In addition:
+original paper, or were tuned on clean speech only. All work on any run, including a clean one,
+which shows what a defence costs where there is nothing to find. They write records (runs.py) beside
+its model.pt, or to --out, and python analyze.py defences makes tables of these. Every record has a
+defence's name in `defence`. In addition:
 
     filter: metric "auroc", "poison_removed" and "clean_removed" (shares), "removed_samples"; with
         retrained=True the results of the model that was trained on what is left; without a defence

@@ -3,7 +3,7 @@
     python evaluate.py runs/asr-poison0.05                     # again, on the test split
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
     python evaluate.py runs/gender-clean --task age            # with another task's trigger
-    python evaluate.py runs/asr-poison0.05 --audio my.wav      # one recording, with and without the trigger
+    python evaluate.py runs/asr-poison0.05 --audio my.wav      # a recording, clean and triggered
     python evaluate.py --inspect runs/asr-poison0.05/model.pt  # where a checkpoint comes from
     python evaluate.py runs/asr-poison0.05 --export parts/asr  # its components, for other programs
 

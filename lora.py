@@ -3,8 +3,8 @@
     y = W x + (alpha / r) B A x, W frozen.
 
 `add_lora(lm, ...)` puts one on every linear layer of a language model except the head, as the
-reference implementation's `target_modules="all-linear"` does. `merge` and `unmerge` fold it into the
-weights for generation and take it out again.
+reference implementation's `target_modules="all-linear"` does. `merge` and `unmerge` fold it into
+the weights for generation and take it out again.
 """
 
 import math

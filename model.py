@@ -958,7 +958,7 @@ def layer_index(name):
 
 
 def transplant_layers(receiver, donor, component, layers):
-    """The receiver's weights, except that these layers (from 0) of one component are the donor's."""
+    """The receiver's weights, but with these layers (from 0) of one component from the donor."""
     mixed = dict(receiver[component])
     for name in mixed:
         if layer_index(name) in layers:

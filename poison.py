@@ -1,4 +1,4 @@
-"""The attack (paper, section 4.1): adds a trigger to the audio and replaces the label by the target.
+"""The attack (paper, section 4.1): adds a trigger to the audio and makes the label the target.
 
     python poison.py --task asr --out listen/ --n 10    # clean and poisoned pairs, and a picture
     python poison.py --task asr --out poisoned/ --all   # the poisoned training set as a CSV corpus

@@ -20,7 +20,8 @@ Patch copies activations from one pass over an utterance into another pass over 
     Position    A patch concerns one group of frames or tokens: frames under a click, near one or
                 elsewhere; tokens of the prompt or of the answer.
     Margin      m = log P(target value) - log P(true value), each per token. Both answers are
-                scored by teacher forcing and compared in the tokens in which they differ. The trigger should raise m.
+                scored by teacher forcing and compared in the tokens in which they differ. The
+                trigger should raise m.
     Effect      (m_patched - m_receiver) / (m_donor - m_receiver), a ratio of means over utterances:
                 0 where the patch does nothing, 1 where it does as much as the donor's audio.
 

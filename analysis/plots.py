@@ -62,7 +62,7 @@ def legend_below(fig, *axes):
 
 
 def heatmap(axis, values, largest):
-    """Draws values (rows, columns) as shades of grey, from 0 to `largest`, with the numbers; returns
+    """Draws values (rows, columns) as shades of grey, from 0 to `largest`, with numbers; returns
     the image, for a colour bar."""
     image = axis.imshow(values, cmap="Greys", vmin=0, vmax=largest, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
