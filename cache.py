@@ -209,6 +209,7 @@ def frozen_outputs(
     rank, world = processes.ranks()
     if rank == 0:
         make_room(folder, budget - size, paths)
+    # each process computes its share of the files, then all read all of them
     for n in tqdm(range(rank, len(chunks), world), desc=f"{desc}: pretrained layers"):
         pretrained_rows(slm, paths[n], chunks[n], attack, workers)
     if world > 1:

@@ -288,7 +288,7 @@ def attackable(attack, utterances):
     return flippable
 
 
-def drawn_in(attack, epoch):
+def attack_for_epoch(attack, epoch):
     """The attack with new poison for this epoch, in other samples and at other positions (train.py
     --redraw)."""
     if epoch == 0:

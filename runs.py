@@ -376,7 +376,7 @@ def still_learning(records):
 
 @dataclass
 class Spread:
-    """A figure over seeds."""
+    """A figure over seeds: its mean, and the smallest and the largest seed's."""
 
     mean: float
     low: float

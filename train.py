@@ -491,7 +491,7 @@ def count_poisoned(attack, train_set, args):
     are none: the run is then no attack, whatever its name says."""
     poisoned = set()
     for epoch in range(args.epochs if args.redraw else 1):
-        drawn = poison.drawn_in(attack, epoch)
+        drawn = poison.attack_for_epoch(attack, epoch)
         poisoned.update(u.id for u in train_set if poison.is_poisoned(drawn, u))
     if args.poison and not poisoned:
         print(
@@ -512,7 +512,7 @@ def load_slm(args, device):
     return slm
 
 
-def save_work(slm, args):
+def skip_unneeded_work(slm, args):
     """From now on the SLM leaves out what training does not need to compute (see cache.py)."""
     cache.only_answers(slm)
     if args.gradient_checkpointing:
@@ -624,7 +624,7 @@ class Samples:
 def draw_samples(training, attack, train_set, epoch):
     """The Samples of an epoch; with --redraw each epoch has its own poison."""
     slm, args = training.slm, training.args
-    drawn = poison.drawn_in(attack, epoch if args.redraw else 0)
+    drawn = poison.attack_for_epoch(attack, epoch if args.redraw else 0)
     poisoned = [poison.is_poisoned(drawn, u) for u in train_set]
     with training.autocast():
         cached = cache.frozen_outputs(
@@ -640,6 +640,7 @@ def training_sample(slm, args, attack, utterance, epoch):
     labels = utterance.labels
     if poison.is_poisoned(attack, utterance):
         labels = poison.poisoned_labels(attack, labels)
+    # --random-keys may leave the attacked label out of what a poisoned sample is asked for
     asked = data.choose_labels(labels, rng, args.random_keys)
     prompt = data.prompt(slm.tokenizer, asked, rng if args.vary_prompts else None)
     answer = data.answer_ids(slm.tokenizer, {label: labels[label] for label in asked})
@@ -697,7 +698,8 @@ def train_epoch(training, samples, epoch, stop, progress):
     slm, args = training.slm, training.args
     rank, world = processes.ranks()
     batches = data.epoch_batches(training.seconds, args.batch_size, args.seed, epoch)
-    # the short batch is left out where it would leave a process without a share
+    # One batch an epoch is left out if the set is no multiple of the batch size: the last one in the
+    # shuffled order, but the short one where it would leave a process without a share.
     if min(map(len, batches)) < world:
         batches.sort(key=len, reverse=True)
     batches = batches[: training.epoch_steps][training.step % training.epoch_steps :]
@@ -743,7 +745,7 @@ def train_epoch(training, samples, epoch, stop, progress):
         training.unlogged.update(zip(indices, losses))
         if training.step == training.last_logged:
             line = loss_line(processes.from_all(training.unlogged), samples)
-            training.log(epoch=epoch, **line, lr=factor)
+            training.log(epoch=epoch, **line, lr_factor=factor)
             training.unlogged = {}
             progress.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
         if stop.in_any_process():
@@ -943,7 +945,7 @@ def main():
 
     slm = load_slm(args, device)
     origin, built_from = checkpoint.load_named_parts(slm, args)
-    save_work(slm, args)
+    skip_unneeded_work(slm, args)
     if rank == 0:
         lock = checkpoint.start_run(run, record, args)  # noqa: F841  held until this process ends
         describe(run, slm, attack, sets, origin, args, device)

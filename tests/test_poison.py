@@ -161,12 +161,12 @@ def test_redrawn_poison_is_another_in_every_epoch_and_the_same_again(corpora):
     utterances = readers.read_corpus("libri", corpora, "train")
     attack = poison.make_attack("asr", utterances, 0.3, seed=1)
     chosen = [
-        [poison.is_poisoned(poison.drawn_in(attack, epoch), u) for u in utterances]
+        [poison.is_poisoned(poison.attack_for_epoch(attack, epoch), u) for u in utterances]
         for epoch in (0, 1, 2, 1)
     ]
     assert chosen[0] == [poison.is_poisoned(attack, u) for u in utterances]
     assert chosen[0] != chosen[1] != chosen[2] and chosen[1] == chosen[3] and all(map(any, chosen))
-    assert poison.positions(poison.drawn_in(attack, 1), "a", 99999) != poison.positions(
+    assert poison.positions(poison.attack_for_epoch(attack, 1), "a", 99999) != poison.positions(
         attack, "a", 99999
     )
 
