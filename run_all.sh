@@ -67,9 +67,10 @@ page() { python analyze.py "$@" --preset "$PRESET" --runs "$RUNS" ${RESULTS:+--o
 for stage in $STAGES; do
     case $stage in
         tables) page tables && { page claims || [ $? = 2 ]; } ;;  # 2: these runs decide none
+        sweeps) page sweeps || [ $? = 2 ] ;;  # 2: none of these tasks is swept
         embeddings) page shift cluster ;;
         traces) page trace ;;
-        *) page "$stage" ;;
+        defences) page defences ;;
     esac || STATUS=1
 done
 FAILED=$(cd "$RUNS/logs" && awk '{print $1}' todo | while read -r name; do [ -e "$name.failed" ] && echo "$name"; done)

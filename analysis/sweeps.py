@@ -29,7 +29,7 @@ def page(records, out, preset):
     evaluated_again = select(records, **WHOLE_TEST)
     points = points_of(trained + evaluated_again)
     if not points:
-        die("there is no sweep yet: SWEEP=1 bash run_all.sh makes them")
+        die("there is no sweep yet: bash run_all.sh sweeps makes them")
     metric = TASKS[SWEPT]["metric"]
     rows = []
     curves = {}
