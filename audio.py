@@ -16,8 +16,6 @@ import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
-from study import MAX_SECONDS
-
 SAMPLE_RATE = 16000  # Hz, that of everything after reading
 # seconds that may be missing at the end: MP3 pads, and lists of segments round
 TOLERANCE = 0.1
@@ -58,7 +56,7 @@ class BadAudio(ValueError):
 # reading
 
 
-def read_waveform(path, start=0.0, length=0.0, max_seconds=MAX_SECONDS):
+def read_waveform(path, start=0.0, length=0.0, max_seconds=math.inf):
     """Reads an audio file, or the part of it from `start` on that lasts `length` seconds (0: to its
     end), as float32 (samples,) at 16 kHz, mixed down to one channel. Raises BadAudio, whatever is
     wrong with the file."""

@@ -18,7 +18,6 @@ import torch
 from tqdm import tqdm
 
 from audio import (  # the constants for those who import data
-    MAX_SECONDS,
     SAMPLE_RATE,
     TOLERANCE,
     BadAudio,
@@ -26,7 +25,7 @@ from audio import (  # the constants for those who import data
     read_waveform,
     sample_of,
 )
-from study import LABELS, TASKS, task_of
+from study import LABELS, MAX_SECONDS, TASKS, task_of
 
 # here, not in corpora.py, for the maker of the miniature corpora, which corpora.py imports
 CREMA_EMOTIONS = {

@@ -36,7 +36,7 @@ import torchaudio
 import corpora
 import data
 from audio import SAMPLE_RATE, BadAudio, read_waveform
-from study import DATA_ROOT, LABELS, TASKS, wrong_number
+from study import DATA_ROOT, LABELS, MAX_SECONDS, TASKS, wrong_number
 
 INTERVAL = (0.75, 1.5)  # seconds from start to start where the trigger is repeated
 
@@ -119,7 +119,7 @@ def make_trigger(name, seconds=None):
         waveform = synthesise(SAMPLE_RATE, utils.generator(f"typewriter {name}"))
     else:
         try:
-            waveform = without_silent_ends(read_waveform(name))
+            waveform = without_silent_ends(read_waveform(name, max_seconds=MAX_SECONDS))
         except BadAudio as error:
             die(f"--trigger: {error}; or one of {', '.join(TRIGGERS)}")
     if seconds:
