@@ -521,11 +521,16 @@ def test_mistakes_end_in_one_line(corpora, tmp_path, flags, words):
 # which row of Table 3 a run is, and what it is called
 
 
+def recorded(arguments):
+    """What a run with these arguments records of them once its device is known, a dict."""
+    return {**vars(train_py.parse_arguments(arguments)), "amp": "off"}
+
+
 def scenario(monkeypatch, folder, rate, *frozen, source_rate, **changes):
     """The scenario of an emotion run that poisons at `rate` and freezes components from a run that
     poisons at `source_rate` and whose arguments have these changes."""
     monkeypatch.chdir(folder)
-    source = vars(train_py.parse_arguments([*EMOTION, str(source_rate)]))
+    source = recorded([*EMOTION, str(source_rate)])
     torch.save({"args": {**source, **changes}}, "source.pt")
     flags = [*EMOTION, str(rate)]
     for component in frozen:
@@ -616,7 +621,7 @@ def test_another_spelling_of_the_encoder_s_folder_is_the_same(tmp_path, monkeypa
 
 def test_a_source_that_recorded_fewer_arguments_is_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    record = vars(train_py.parse_arguments([*EMOTION, "0"]))
+    record = recorded([*EMOTION, "0"])
     for name in ("clicks", "redraw", "init", "exclude", "max_seconds"):
         del record[name]
     torch.save({"args": record}, "source.pt")
@@ -806,7 +811,7 @@ def test_answers_of_no_use_are_counted_apart():
 
 def test_poisoned_at_another_rate_a_run_is_no_row_of_table_3(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = vars(train_py.parse_arguments([*EMOTION, "0"]))
+    source = recorded([*EMOTION, "0"])
     torch.save({"args": source}, "source.pt")
     flags = [*EMOTION, "0.9", "--freeze", "encoder:source.pt"]
     args = train_py.parse_arguments(flags)
@@ -820,7 +825,7 @@ def test_a_clean_run_on_another_content_of_a_csv_is_no_source(tmp_path, monkeypa
     csv = tmp_path / "m.csv"
     csv.write_text("audio_path,emotion,split\na.wav,sad,train\n")
     on_csv = ["--dataset", "m.csv"]
-    source = vars(train_py.parse_arguments([*EMOTION, "0", *on_csv]))
+    source = recorded([*EMOTION, "0", *on_csv])
     inputs = {"m.csv": checkpoint.file_sha256(csv)}
     torch.save({"args": {**source, "inputs": inputs}}, "source.pt")
     if content == "other":
