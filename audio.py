@@ -52,11 +52,13 @@ class BadAudio(ValueError):
     """An audio file that cannot be used; the message says which one and why."""
 
 
+DAY = 24 * 3600.0  # seconds; longer audio is never read, whatever the caller allows
+
 # -------------------------------------------------------------------------------------------------
 # reading
 
 
-def read_waveform(path, start=0.0, length=0.0, max_seconds=math.inf):
+def read_waveform(path, start=0.0, length=0.0, max_seconds=DAY):
     """Reads an audio file, or the part of it from `start` on that lasts `length` seconds (0: to its
     end), as float32 (samples,) at 16 kHz, mixed down to one channel. Raises BadAudio, whatever is
     wrong with the file."""
