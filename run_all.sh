@@ -62,9 +62,9 @@ wait $!
 STATUS=$?
 trap - TERM INT HUP
 
-# the pages, of whatever there is
+# the pages, of whatever there is; PAGES= leaves them out
 page() { python analyze.py "$@" --preset "$PRESET" --runs "$RUNS" ${RESULTS:+--out "$RESULTS"}; }
-for stage in $STAGES; do
+for stage in ${PAGES-$STAGES}; do
     case $stage in
         tables) page tables && { page claims || [ $? = 2 ]; } ;;  # 2: these runs decide none
         sweeps) page sweeps || [ $? = 2 ] ;;  # 2: none of these tasks is swept
