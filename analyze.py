@@ -17,13 +17,12 @@ settings, which have other names, are left out.
 """
 
 import shlex
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import utils
-from utils import ROOT, Parser, count, die
+from utils import Parser, count, die
 
 import runs
 from analysis import claims, cluster, defences, shift, sweeps, tables, trace
@@ -98,23 +97,24 @@ def machine_of(environment):
     return processor.strip() or "not recorded"
 
 
+def short_commit(commit):
+    """A recorded commit as pages show it: eight of its 40 digits, and what follows them."""
+    return commit[:8] + commit[40:] or "not recorded"
+
+
 def origin(records, paths):
     """The table of where a page comes from: command, commit, and the runs' seeds and machines."""
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    )
     trained = runs.select(records, source="run")
     seeds = sorted(runs.distinct(trained, "seed"))
     commits = Counter()
     machines = Counter()
     for run in trained:
         environment = run.get("environment", {})
-        commit = environment.get("commit", "")
-        commits[commit[:8] + commit[40:] or "not recorded"] += 1  # with what follows its 40 digits
+        commits[short_commit(environment.get("commit", ""))] += 1
         machines[machine_of(environment)] += 1
     facts = {
         "Command": shlex.join(["python", *sys.argv]),
-        "Commit": git.stdout.strip() or "not recorded",
+        "Commit": short_commit(utils.commit()),
         "Records": ", ".join(str(path) for path in paths),
         "Runs": len(trained),
         "Seeds": ", ".join(str(seed) for seed in seeds),

@@ -18,7 +18,6 @@ import platform
 import resource
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -120,29 +119,10 @@ RECORDED = export.RECORDED  # what a checkpoint holds besides weights, dicts of 
 # what a run depends on, what it costs
 
 
-def git(*command):
-    """What a git command prints about the folder of this program; empty where it fails."""
-    command = ["git", "-C", str(utils.ROOT), *command]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:  # there is no git
-        return ""
-
-
-def commit():
-    """The commit of this program, "COMMIT with changes" where its files were edited since; empty
-    where that cannot be known, as in a copy that lies in another repository."""
-    top_level = git("rev-parse", "--show-toplevel")
-    if not top_level or Path(top_level).resolve() != utils.ROOT:
-        return ""
-    edited = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "HEAD") + (" with changes" if edited else "")
-
-
 def environment():
     """What a figure depends on besides the arguments."""
     return dict(
-        commit=commit(),
+        commit=utils.commit(),
         python=platform.python_version(),
         torch=str(torch.__version__),
         transformers=transformers.__version__,

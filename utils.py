@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -165,6 +166,29 @@ def new_folder(folder):
         die_of_writing(folder, error)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# this program's version
+
+
+def git(*command):
+    """What a git command prints about the folder of this program; empty where it fails."""
+    command = ["git", "-C", str(ROOT), *command]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        return ""
+
+
+def commit():
+    """The commit of this program, "COMMIT with changes" where its files were edited since; empty
+    where that cannot be known, as in a copy that lies in another repository."""
+    top_level = git("rev-parse", "--show-toplevel")
+    if not top_level or Path(top_level).resolve() != ROOT:
+        return ""
+    edited = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD") + (" with changes" if edited else "")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -588,18 +588,18 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_the_commit_is_the_program_s(repository):
-    assert checkpoint.commit() == checkpoint.git("rev-parse", "HEAD") != ""
+    assert utils.commit() == utils.git("rev-parse", "HEAD") != ""
 
 
 def test_an_edited_program_is_not_its_commit(repository):
     (repository / "train.py").write_text("edited")
-    assert checkpoint.commit().endswith(" with changes")
+    assert utils.commit().endswith(" with changes")
 
 
 def test_another_repository_s_commit_is_not_the_program_s(repository, monkeypatch):
     (repository / "program").mkdir()
     monkeypatch.setattr(utils, "ROOT", repository.resolve() / "program")
-    assert checkpoint.commit() == ""
+    assert utils.commit() == ""
 
 
 # --------------------------------------------------------------------------------------------------
