@@ -122,6 +122,24 @@ def prediction(utterance, triggered, asked, text):
     )
 
 
+@torch.no_grad()
+def answer_rows(slm, attack, items, cached, batch_seconds):
+    """The model's answers to (utterance, triggered) items that are asked for all labels they have,
+    a list of `prediction`. cached: as of `answers`."""
+
+    def all_labels(utterance):
+        return list(utterance.labels)
+
+    longest = longest_answer(slm, attack, [utterance for utterance, _ in items])
+    lora.merge(slm.lm)
+    texts = answers(slm, items, attack, all_labels, longest, "answers", cached, batch_seconds)
+    lora.unmerge(slm.lm)
+    rows = []
+    for (utterance, triggered), text in zip(items, texts):
+        rows.append(prediction(utterance, triggered, all_labels(utterance), text))
+    return rows
+
+
 @dataclass
 class Evaluation:
     """What evaluating a model gives.
@@ -521,25 +539,6 @@ def add_arguments(parser):
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu"
     )
-
-
-@torch.no_grad()
-def answer_rows(slm, attack, items, cached, batch_seconds):
-    """The model's answers to (utterance, triggered) items, as rows for `scores` and `hits`.
-    `cached`: as of `answers`."""
-    longest = longest_answer(slm, attack, [utterance for utterance, _ in items])
-    lora.merge(slm.lm)
-    texts = answers(slm, items, attack, all_labels, longest, "answers", cached, batch_seconds)
-    lora.unmerge(slm.lm)
-    rows = []
-    for (utterance, _), text in zip(items, texts):
-        labels = utterance.labels
-        rows.append(dict(labels=labels, asked=list(labels), parsed=data.parse(text)))
-    return rows
-
-
-def all_labels(utterance):
-    return list(utterance.labels)
 
 
 def make_parser():
