@@ -18,7 +18,7 @@ not read.
 from pathlib import Path
 
 import utils
-from utils import Parser, count, die, whole
+from utils import Parser, count, die
 
 import installed  # noqa: F401
 
@@ -155,7 +155,7 @@ def main():
         help="how an utterance's frames become one embedding (default: %(default)s)",
     )
     parser.add_argument(
-        "--layer", type=whole, help="embed after this many encoder layers instead of after all"
+        "--layer", type=int, help="embed after this many encoder layers instead of after all"
     )
     options = parser.parse_args()
     loaded = evaluate.load_run_and_data(options, "train", "test")
@@ -164,7 +164,7 @@ def main():
     train_set = loaded.sets["train"]
     how = dict(pooling=options.pooling, layer=options.layer)
     path = Path(options.run) / embeddings_name(options.task, pairs=options.pairs, **how)
-    if options.layer is not None and options.layer > len(slm.encoder.layers):
+    if options.layer is not None and not 0 <= options.layer <= len(slm.encoder.layers):
         die(f"--layer {options.layer}: the encoder has {len(slm.encoder.layers)} layers")
     lora.merge(slm.lm)
 

@@ -24,7 +24,7 @@ import urllib.parse
 from pathlib import Path
 
 import utils
-from utils import Parser, count, die, draw, whole
+from utils import Parser, count, die, draw
 
 import installed  # noqa: F401
 
@@ -385,7 +385,7 @@ def add_arguments(parser):
         type=float,
         help="cut the trigger to this length, or repeat it to fill it (default: as it is)",
     )
-    parser.add_argument("--seed", type=whole, default=1, help="decides all that is random")
+    parser.add_argument("--seed", type=int, default=1, help="decides all that is random")
     parser.add_argument(
         "--skip-bad",
         action="store_true",
@@ -600,7 +600,7 @@ def main():
         help="write the whole poisoned training set instead, with its manifest",
     )
     parser.add_argument(
-        "--workers", type=whole, default=2, help="processes that read and write audio"
+        "--workers", type=int, default=2, help="processes that read and write audio"
     )
     args = parser.parse_args()
     fill_in(args)

@@ -75,13 +75,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the flags\n")
 
 
-def whole(text):
-    """A flag's type: a whole number, 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no whole number, 0 or more")
-    return int(text)
-
-
 def count(text):
     """A flag's type: a whole number, 1 or more."""
     if not text.isdecimal() or int(text) == 0:
