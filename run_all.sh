@@ -73,7 +73,7 @@ for stage in ${PAGES-$STAGES}; do
         defences) page defences ;;
     esac || STATUS=1
 done
-FAILED=$(cd "$RUNS/logs" && awk '{print $1}' todo | while read -r name; do [ -e "$name.failed" ] && echo "$name"; done)
+FAILED=$(while read -r name _; do [ -e "$RUNS/logs/$name.failed" ] && echo "$name"; done < "$RUNS/logs/todo")
 if [ -n "$FAILED" ]; then
     echo "failed, see $RUNS/logs/NAME.log:" $FAILED
     exit 1
