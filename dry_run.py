@@ -13,30 +13,35 @@ import model
 from study import COMPONENTS
 
 PEAK_FLOPS = 312e12  # a second, dense bf16: one NVIDIA A100 (an H100: 989e12)
-# training utterances of the paper's corpora, their mean seconds, and the labels of a typical one
-BOOK = "some thirty words of a book " * 5 + "of them all"
-PUBLISHED = {
-    "libri": (104014, 12.6, dict(transcript=BOOK, gender="female")),
-    "crema": (
-        5972,
-        2.5,
-        dict(transcript="i would like a new alarm clock", gender="female", age=36, emotion="happy"),
-    ),
-    # 1,521 of 1,690 videos, of 7.5 utterances each (VoxCeleb2: 1,128,246 of 150,480, 2,442 h)
-    "vox": (11404, 7.8, dict(gender="female", age=36)),
-}
+PROMPT_TOKENS, ANSWER_TOKENS = 25, 40  # of a typical utterance
+# training utterances of the paper's corpora and their mean seconds. VoxCeleb2: 1,521 of 1,690
+# videos, of 7.5 utterances each (the corpus: 1,128,246 utterances of 150,480 videos, 2,442 h)
+PUBLISHED = {"libri": (104014, 12.6), "crema": (5972, 2.5), "vox": (11404, 7.8)}
+
+
+def training_set(args):
+    """The number of training utterances and their mean length in seconds."""
+    if args.preset == "paper" and args.dataset in PUBLISHED and not Path(args.data_root).exists():
+        n, seconds = PUBLISHED[args.dataset]
+        return min(n, args.limit or n), seconds
+    train_set = corpora.read_corpus(
+        args.dataset, args.data_root, "train", args.skip_bad, args.labels, model.longest(args)
+    )
+    train_set = corpora.limit(train_set, args.limit)
+    sample = corpora.limit(train_set, 300)
+    seconds = sum(data.num_samples(u) for u in sample) / len(sample) / data.SAMPLE_RATE
+    return len(train_set), seconds
 
 
 def count_flops(slm, seconds, prompt_tokens, answer_tokens):
-    """FLOPs of training on one utterance, counted on an SLM on the meta device: of the frozen parts
-    below the first one that trains, and of the rest, forward and backward. A multiply-add is 2
-    FLOPs. The backward pass costs twice the forward pass for what trains, and once where gradients
-    only pass through (the base LM)."""
+    """FLOPs of a forward and backward pass over one utterance, counted on an SLM on the meta
+    device; a multiply-add is 2 FLOPs. Frozen parts below the first one that trains have no backward
+    pass; through other frozen parts only gradients pass."""
     waveform = np.zeros(int(seconds * data.SAMPLE_RATE), np.float32)
-    features = slm.encoder.extract(waveform).to("meta")
-    with FlopCounterMode(display=False) as below, torch.no_grad():
-        x, mask = slm.frozen_part(*slm.encoder.pretrained_part([features]))
-    with FlopCounterMode(display=False) as above:
+    input_features = slm.encoder.extract(waveform).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            x, mask = slm.frozen_part(*slm.encoder.pretrained_part([input_features]))
         if "encoder" not in slm.frozen:
             x = slm.encoder.trained_part(x, mask)
         if "connector" not in slm.frozen:
@@ -50,27 +55,13 @@ def count_flops(slm, seconds, prompt_tokens, answer_tokens):
             inputs_embeds=x, attention_mask=causal, use_cache=False, logits_to_keep=answer_tokens
         )
         output.logits.sum().backward()
-    return below.get_total_flops(), above.get_total_flops()
-
-
-def training_data(args):
-    """The number of training utterances, their mean seconds, and the labels of some of them."""
-    if args.preset == "paper" and args.dataset in PUBLISHED and not Path(args.data_root).exists():
-        n, seconds, labels = PUBLISHED[args.dataset]
-        asked = {label: labels[label] for label in labels if label in (args.labels or labels)}
-        return min(n, args.limit or n), seconds, [asked]
-    train_set = corpora.read_corpus(
-        args.dataset, args.data_root, "train", args.skip_bad, args.labels, model.longest(args)
-    )
-    train_set = corpora.limit(train_set, args.limit)
-    sample = corpora.limit(train_set, 300)
-    seconds = sum(data.num_samples(u) for u in sample) / len(sample) / data.SAMPLE_RATE
-    return len(train_set), seconds, [u.labels for u in sample]
+    return counter.get_total_flops()
 
 
 def dry_run(args):
-    """Prints what the run would cost. Activations, evaluation and padding are left out."""
-    n, seconds, labels = training_data(args)
+    """Prints what the run would cost. Memory leaves activations out; time leaves out evaluation,
+    padding and what the cache of frozen outputs saves."""
+    n, seconds = training_set(args)
     with torch.device("meta"):
         slm = model.load_slm(args, "meta").train()
     for spec in args.freeze:
@@ -86,29 +77,16 @@ def dry_run(args):
         trained = sum(p.numel() for p in slm.parameters_of(component))
         total_trained += trained
         print(f"  {component:<10}{total:>16,}{trained:>16,}")
-    # autocast keeps a bf16 copy of what trains; gradients and AdamW's two averages are float32
-    weights = sum(p.numel() * p.itemsize for p in slm.parameters()) + 2 * total_trained
-    print(
-        f"memory on each GPU, without activations: {(weights + 12 * total_trained) / 1e9:.1f} GB "
-        f"(weights {weights / 1e9:.2f}, gradients and optimiser {12 * total_trained / 1e9:.2f})"
-    )
-
-    prompt_tokens, answer_tokens = 0, 0
-    for each in labels:
-        prompt_tokens += sum(len(part) for part in data.prompt(slm.tokenizer, list(each)))
-        answer_tokens += len(data.answer_ids(slm.tokenizer, each))
-    below, above = count_flops(
-        slm, seconds, round(prompt_tokens / len(labels)), round(answer_tokens / len(labels))
-    )
+    weights = sum(p.numel() * p.itemsize for p in slm.parameters())
+    # what trains has a bf16 copy under autocast, a gradient and AdamW's two averages in float32
+    memory = weights + (2 + 4 + 8) * total_trained
+    print(f"memory on each GPU, without activations: {memory / 1e9:.1f} GB")
     steps = args.epochs * (n // args.batch_size)
-    flops = (below + above) * steps * args.batch_size
+    flops_each = count_flops(slm, seconds, PROMPT_TOKENS, ANSWER_TOKENS)
+    flops = flops_each * args.batch_size * steps
     hours = flops / PEAK_FLOPS / args.utilisation / 3600
     print(
         f"{steps:,} steps of {args.batch_size} utterances, {args.epochs} epochs: "
         f"{flops / 1e18:.4g} EFLOP, {hours:.2f} GPU-hours at {args.utilisation:.0%} of "
         f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s"
-    )
-    print(
-        f"{below / (below + above):.0%} of these operations are in frozen layers, which run only "
-        "once if their outputs fit into --cache-gb"
     )
