@@ -26,19 +26,20 @@ mkdir -p "$RUNS/logs" || exit 2
 build() { make --no-print-directory -C "$RUNS" -f jobs/Makefile "$@" $STAGES; }
 
 # one job; make starts it in $RUNS
-run_job() {  # NAME KIND TARGET NEED...
-    local name=$1 kind=$2 target=$3 start=$SECONDS need
+run_job() {  # NAME STAGE KIND TARGET NEED...
+    local name=$1 target=$4 need
     local folder=${target%/*}
     export OVERWRITE=
     rm -f "logs/$name.failed"
     if [ -e "logs/$name.sh" ]; then  # it has been started before; by another command, or from other files?
         cmp -s "jobs/$name.sh" "logs/$name.sh" || OVERWRITE=--overwrite
-        for need in "${@:5}"; do [ "$need" -nt "$folder/args.json" ] && OVERWRITE=--overwrite; done
+        for need in "${@:6}"; do [ "$need" -nt "$folder/args.json" ] && OVERWRITE=--overwrite; done
     fi
     cp "jobs/$name.sh" "logs/$name.sh"
-    if ${SRUN:-} bash "jobs/$name.sh" > "logs/$name.log" 2>&1 && [ -e "$target" ]; then
+    local LC_NUMERIC=C TIMEFORMAT='%R %U %S'  # seconds: on the clock, of the processor in two parts
+    if { time ${SRUN:-} bash "jobs/$name.sh" > "logs/$name.log" 2>&1; } 2> "logs/$name.time" && [ -e "$target" ]; then
         touch "$target"
-        echo "$kind $((SECONDS - start))" > "logs/$name.seconds"
+        echo "$2 $3 $(cat "logs/$name.time")" > "logs/$name.seconds"
         echo "$(date +%H:%M:%S) $name: $(cd "$PROGRAM" && python study.py --progress "$JOBS" --runs "$RUNS")"
     else
         touch "logs/$name.failed"
@@ -53,7 +54,7 @@ export TQDM_MININTERVAL=30  # seconds between lines of progress in the logs
 
 # what there is to do, then the work, in a process group of its own, which a signal stops as a whole
 LISTED=$(build -n) || exit 2
-sed -n 's/^run_job \([^ ]*\) \([^ ]*\) .*/\1 \2/p' <<< "$LISTED" > "$RUNS/logs/todo"
+sed -n 's/^run_job \([^ ]*\) [^ ]* \([^ ]*\) .*/\1 \2/p' <<< "$LISTED" > "$RUNS/logs/todo"
 echo "$STAGES: $(python study.py --progress "$JOBS" --runs "$RUNS"), $JOBS at a time; logs in $RUNS/logs"
 set -m
 build -k -j "$JOBS" &
@@ -73,6 +74,7 @@ for stage in ${PAGES-$STAGES}; do
         defences) page defences ;;
     esac || STATUS=1
 done
+python study.py --costs --runs "$RUNS"
 FAILED=$(while read -r name _; do [ -e "$RUNS/logs/$name.failed" ] && echo "$name"; done < "$RUNS/logs/todo")
 if [ -n "$FAILED" ]; then
     echo "failed, see $RUNS/logs/NAME.log:" $FAILED

@@ -216,8 +216,8 @@ SCENARIOS = {
     "3.3": (("lm",), "base", "clean"),
 }
 
-# nats per token by which the loss on poisoned samples must come nearer to that on all samples
-# before it counts; less is noise
+# by which share of its first epoch's mean an epoch must lower the loss on the target's tokens to
+# count as learning; less is noise
 NEARER = 0.02
 
 # How embed.py embeds unless a flag says otherwise, and what analyze.py reads (section 6)
@@ -697,31 +697,57 @@ def write_makefile(jobs, runs):
         if not script.exists() or script.read_text() != text:
             write_atomically(script, text)
         needs = " ".join([f"jobs/{script.name}", *job.needs])
-        rules.append(f"{job.target}: {needs}\n\t@run_job {job.name} {job.kind} $@ $^")
+        rules.append(f"{job.target}: {needs}\n\t@run_job {job.name} {job.stage} {job.kind} $@ $^")
     write_atomically(folder / "Makefile", "\n".join(rules) + "\n")
+
+
+def finished_jobs(runs):
+    """What the finished jobs have taken, a list of {"stage", "kind", "seconds",
+    "processor_seconds"}, from RUNS/logs/NAME.seconds."""
+    finished = []
+    for path in sorted((Path(runs) / "logs").glob("*.seconds")):
+        stage, kind, seconds, user, system = path.read_text().split()
+        processor_seconds = float(user) + float(system)
+        taken = dict(seconds=float(seconds), processor_seconds=processor_seconds)
+        finished.append(dict(stage=stage, kind=kind, **taken))
+    return finished
 
 
 def progress(runs, at_once):
     """How far the jobs of RUNS/logs/todo have come, and about how long the rest takes: what jobs of
     the same kind have taken here, or else MINUTES, a core's share of the work each."""
-    logs = Path(runs) / "logs"
-    todo = [line.split() for line in (logs / "todo").read_text().splitlines()]
+    todo = Path(runs) / "logs/todo"
+    started = todo.stat().st_mtime_ns
     seconds = {}
-    for path in logs.glob("*.seconds"):
-        kind, taken = path.read_text().split()
-        seconds.setdefault(kind, []).append(float(taken))
-    started = (logs / "todo").stat().st_mtime_ns
-    finished, left = 0, 0.0
-    for name, kind in todo:
-        ends = [logs / f"{name}.seconds", logs / f"{name}.failed"]
+    for job in finished_jobs(runs):
+        seconds.setdefault(job["kind"], []).append(job["seconds"])
+    jobs = [line.split() for line in todo.read_text().splitlines()]
+    ended, left = 0, 0.0
+    for name, kind in jobs:
+        ends = [Path(runs) / "logs" / f"{name}.{end}" for end in ("seconds", "failed")]
         if any(path.exists() and path.stat().st_mtime_ns >= started for path in ends):
-            finished += 1
+            ended += 1
         elif kind in seconds:
             left += sum(seconds[kind]) / len(seconds[kind])
         else:
             left += 60 * MINUTES[kind]
     minutes = round(left / at_once / 60)
-    return f"{finished} of {len(todo)} jobs, about {minutes // 60} h {minutes % 60:02} min left"
+    return f"{ended} of {len(jobs)} jobs, about {minutes // 60} h {minutes % 60:02} min left"
+
+
+def print_costs(runs):
+    """A table of what the finished jobs have taken, by stage and kind."""
+    taken = {}
+    for job in finished_jobs(runs):
+        taken.setdefault((job["stage"], job["kind"]), []).append(job)
+    row = "{:<12}{:<12}{:>6}{:>20}{:>17}"
+    print(row.format("stage", "kind", "jobs", "processor minutes", "longest, minutes"))
+    for stage in STAGES:
+        for (of_stage, kind), jobs in sorted(taken.items()):
+            if of_stage == stage:
+                processor = sum(job["processor_seconds"] for job in jobs) / 60
+                longest = max(job["seconds"] for job in jobs) / 60
+                print(row.format(stage, kind, len(jobs), f"{processor:.1f}", f"{longest:.1f}"))
 
 
 def parse_arguments(argv=None):
@@ -769,6 +795,9 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--progress", type=int, metavar="N", help="say how far run_all.sh is, N jobs at a time"
     )
+    parser.add_argument(
+        "--costs", action="store_true", help="say what run_all.sh's finished jobs have taken"
+    )
     args = parser.parse_args(argv)
     try:
         args.flags = shlex.split(args.flags)
@@ -789,6 +818,8 @@ def main():
     args = parse_arguments()
     if args.progress:
         return print(progress(args.runs, args.progress))
+    if args.costs:
+        return print_costs(args.runs)
     jobs = study_jobs(args)
     if args.makefile:
         return write_makefile(jobs, args.runs)
