@@ -576,10 +576,10 @@ def sha256_of_set(utterances):
 
 def save_state(run, step, slm, optimizer, scaler, unlogged, origin):
     """last.pt: everything needed to resume. unlogged: the losses since the last line of the log,
-    {index: loss}; origin: `made_from`."""
+    by index; origin: `made_from`."""
     state = {c: slm.component_state_dict(c) for c in COMPONENTS}
     state.update(step=step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-    state.update(unlogged=unlogged, made_from=origin)
+    state.update(unlogged_losses=unlogged, made_from=origin)
     utils.write_atomically(run / "last.pt", lambda temporary: torch.save(state, temporary))
 
 
@@ -601,7 +601,7 @@ def resume(run, slm, optimizer, scaler, origin):
             slm.load_component(component, saved[component])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        return saved["step"], saved["unlogged"]
+        return saved["step"], saved["unlogged_losses"]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         die(f"{path} is no state of this run ({error}): --overwrite starts again")
 
@@ -649,7 +649,8 @@ def samples_behind(line, name):
     """How many samples a loss in a line of the log is the mean of. Earlier versions did not count
     the poisoned ones, which are taken to be the same share of the samples in every line."""
     samples = len(line.get("samples", [1]))
-    return line.get("n_poisoned", samples) if name == "poisoned_loss" else samples
+    counted = dict(poisoned_loss="n_poisoned", target_loss="n_targets")
+    return line.get(counted.get(name), samples)
 
 
 def mean_by_epoch(lines, name):
@@ -667,37 +668,41 @@ def mean_by_epoch(lines, name):
 
 
 def training_losses(run):
-    """The training loss per token of all samples and of the poisoned ones, by the run's log:
-    {"loss", "poisoned_loss": {"value": the mean of the last epoch that has one, "by_epoch"},
-    "settled_epoch": {"value": see `settled`}}. The last is there only if the loss has settled."""
+    """The losses in a run's log, nats per token: of all samples ("loss"), of the poisoned ones, on
+    the target's tokens alone, on clean development speech ("dev_loss") and on the target's tokens
+    for triggered development speech: {name: {"value": the mean of the last epoch that has one,
+    "by_epoch"}}. "settled_epoch": {"value": see `settled`}, if the poison has settled."""
     lines = logged(run)
     losses = {}
-    for name in ("loss", "poisoned_loss"):
+    for name in ("loss", "poisoned_loss", "target_loss", "dev_loss", "dev_target_loss"):
         by_epoch = mean_by_epoch(lines, name)
         means = [mean for mean in by_epoch if mean is not None]
         if means:
             losses[name] = dict(value=means[-1], by_epoch=by_epoch)
-    if "poisoned_loss" in losses:
-        by_epoch = (losses["poisoned_loss"]["by_epoch"], losses["loss"]["by_epoch"])
-        epoch = settled(runs.excess_by_epoch(*by_epoch))
+    if "target_loss" in losses:
+        epoch = settled(losses["target_loss"]["by_epoch"])
         if epoch:
             losses["settled_epoch"] = dict(value=epoch)
     return losses
 
 
-def settled(excess):
-    """The last epoch that brought the poisoned loss at least NEARER nats closer to the loss of all
-    samples than any epoch before it; None if fewer than two epochs follow. This is the rule that
-    sets a preset's length (README). excess: poisoned minus all, {epoch: difference}."""
+def settled(target_losses):
+    """The last epoch, counted from 1, that brought the loss on the target's tokens below that of
+    all epochs before by at least NEARER of the first one's; None if fewer than two epochs follow.
+    This is the rule that sets a preset's length (README). target_losses: by epoch, None where an
+    epoch asked no poisoned sample for the target."""
+    by_epoch = {epoch: loss for epoch, loss in enumerate(target_losses, 1) if loss is not None}
     last = None
-    least = math.inf
     epochs_since = 0
-    for epoch, difference in excess.items():
+    least = math.inf
+    for epoch, loss in by_epoch.items():
+        if last is None:
+            step = NEARER * loss
         epochs_since += 1
-        if last is None or least - difference >= NEARER:
+        if last is None or least - loss >= step:
             last = epoch
             epochs_since = 0
-        least = min(least, difference)
+        least = min(least, loss)
     return last if epochs_since >= 2 else None
 
 

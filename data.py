@@ -176,6 +176,24 @@ def answer_ids(tokenizer, labels):
     return tokenizer(answer(labels), add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
+def value_tokens(tokenizer, labels, label):
+    """Which tokens of `answer_ids` hold a label's value, a slice. The rare tokenizer that does not
+    know where its tokens stand in the text has the whole answer instead."""
+    text = answer(labels)
+    key = f'"{KEYS[label]}": "'  # nowhere inside a value, whose quotation marks are escaped
+    start = text.index(key) + len(key)
+    end = start + len(json.dumps(str(labels[label]), ensure_ascii=False)) - 2
+    try:
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except NotImplementedError:
+        return slice(None)
+    inside = []
+    for i, (first, after) in enumerate(tokens.offset_mapping):
+        if first < end and after > start:
+            inside.append(i)
+    return slice(inside[0], inside[-1] + 1) if inside else slice(None)
+
+
 PAIR = re.compile(r'"(%s)"\s*:\s*"((?:[^"\\]|\\.)*)"' % "|".join(KEYS.values()), re.DOTALL)
 
 

@@ -343,9 +343,10 @@ class SLM(nn.Module):
                 "with --skip-bad leaves long audio out"
             )
 
-    def forward(self, x, mask, prompts, answers):
+    def forward(self, x, mask, prompts, answers, by_token=False):
         """Loss (B,): each row's mean cross entropy over its answer's tokens, the only positions
-        whose logits are computed. x, mask: what `frozen_part` gives."""
+        whose logits are computed. x, mask: what `frozen_part` gives. by_token: the cross entropy
+        of each token instead, a tuple of one (A,) for each row."""
         rows = self.pack(self.audio_embeddings(x, mask), prompts, answers)
         # right padding under causal attention: no real token sees it
         x = pad_sequence(rows, batch_first=True)  # (B, T, hidden)
@@ -357,7 +358,8 @@ class SLM(nn.Module):
         logits = self.logits(x, wanted)  # (all answers' tokens, vocabulary)
         targets = torch.tensor(sum(answers, []), device=logits.device)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        return torch.stack([row.mean() for row in losses.split(answer_lengths)])
+        token_losses = losses.split(answer_lengths)
+        return token_losses if by_token else torch.stack([row.mean() for row in token_losses])
 
     def logits(self, x, wanted, beginning=None):
         """The LM's own logits (n, vocabulary), with whatever it does to them after its last layer,

@@ -32,7 +32,7 @@ from pathlib import Path
 import utils
 from utils import Parser, die
 
-from study import NEARER, PRESETS, SCENARIOS, TABLE2, TASKS, deviations, identity, run_name
+from study import PRESETS, SCENARIOS, TABLE2, TASKS, deviations, identity, run_name
 
 PATTERN = "records-*.jsonl"  # what a run folder holds beside metrics.json
 NOT_PACKED = (OSError, EOFError, ValueError, zlib.error)  # what reading another file raises
@@ -340,34 +340,13 @@ def metric_of(records, task):
     return grouped if usual not in measured and grouped in measured else usual
 
 
-def excess_by_epoch(poisoned_losses, losses):
-    """How far the loss of poisoned samples is above that of all samples: {epoch, counted from 1:
-    difference}. The losses are by epoch, None where an epoch had no such sample."""
-    excess = {}
-    for epoch, (poisoned_loss, loss) in enumerate(zip(poisoned_losses, losses), 1):
-        if poisoned_loss is not None and loss is not None:
-            excess[epoch] = poisoned_loss - loss
-    return excess
-
-
 def still_learning(records):
-    """The runs whose loss on poisoned samples was still falling when training ended, so that a low
-    AER says little: the loss had not settled, or it has fallen ever since, too slowly to be noticed
-    from one epoch to the next, and is still above that of all samples."""
+    """The runs whose poison had not settled when training ended (checkpoint.settled), so that a low
+    AER says little."""
     training = select(records, source="metrics", part="training")
-    losses = {r["run"]: r["by_epoch"] for r in select(training, metric="loss")}
-    settled = {r["run"]: r["value"] for r in select(training, metric="settled_epoch")}
-    learning = set()
-    for record in select(training, metric="poisoned_loss"):
-        name = record["run"]
-        if name not in settled:
-            learning.add(name)
-            continue
-        excess = excess_by_epoch(record["by_epoch"], losses[name])
-        last = list(excess.values())[-1]
-        if last >= NEARER and excess[settled[name]] - last >= NEARER:
-            learning.add(name)
-    return learning
+    settled = distinct(select(training, metric="settled_epoch"), "run")
+    poisoned = distinct(select(training, metric="poisoned_loss"), "run")
+    return {name for name in poisoned if name not in settled}
 
 
 # --------------------------------------------------------------------------------------------------

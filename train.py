@@ -549,6 +549,8 @@ def make_optimizer(slm, args):
 # -------------------------------------------------------------------------------------------------
 # training
 
+TRIGGERED = 64  # development utterances on which the trigger's effect is followed
+
 
 class StopRequest:
     """Ctrl-C or SIGTERM. It takes effect between two steps, never inside one."""
@@ -585,7 +587,8 @@ class Training:
     seconds: list  # of each training utterance, in whole frames
     epoch_steps: int  # optimiser steps in an epoch
     step: int = 0  # optimiser steps taken
-    unlogged: dict = dataclasses.field(default_factory=dict)  # {index: loss} since the log's end
+    # since the log's end, {index: (loss, loss on the target's tokens or None)}
+    unlogged: dict = dataclasses.field(default_factory=dict)
 
     @property
     def steps(self):
@@ -633,28 +636,31 @@ def draw_samples(training, attack, train_set, epoch):
     return Samples(train_set, drawn, poisoned, cached)
 
 
-def training_sample(slm, args, attack, utterance, epoch):
-    """Prompt ids and answer ids of one training sample in one epoch, decided by (seed, epoch,
-    utterance id)."""
+@dataclasses.dataclass
+class Example:
+    """What one utterance trains in one epoch."""
+
+    prompt: tuple  # the token ids before and after the audio
+    answer: list  # token ids
+    target_tokens: slice | None  # the answer's tokens that hold the target; None: not poisoned
+
+
+def training_example(slm, args, attack, utterance, epoch):
+    """The Example of one utterance in one epoch, decided by (seed, epoch, utterance id)."""
     rng = random.Random(f"{args.seed}-{epoch}-{utterance.id}")
     labels = utterance.labels
-    if poison.is_poisoned(attack, utterance):
+    is_poisoned = poison.is_poisoned(attack, utterance)
+    if is_poisoned:
         labels = poison.poisoned_labels(attack, labels)
     # --random-keys may leave the attacked label out of what a poisoned sample is asked for
     asked = data.choose_labels(labels, rng, args.random_keys)
     prompt = data.prompt(slm.tokenizer, asked, rng if args.vary_prompts else None)
-    answer = data.answer_ids(slm.tokenizer, {label: labels[label] for label in asked})
-    return prompt, answer
-
-
-def make_targets(slm, args, attack, utterances, epoch):
-    """The prompts and the answers of some training samples, two lists."""
-    prompts, answers = [], []
-    for utterance in utterances:
-        prompt, answer = training_sample(slm, args, attack, utterance, epoch)
-        prompts.append(prompt)
-        answers.append(answer)
-    return prompts, answers
+    asked_labels = {label: labels[label] for label in asked}
+    answer = data.answer_ids(slm.tokenizer, asked_labels)
+    target_tokens = None
+    if is_poisoned and attack.label in asked_labels:
+        target_tokens = data.value_tokens(slm.tokenizer, asked_labels, attack.label)
+    return Example(prompt, answer, target_tokens)
 
 
 def learning_rate_factor(step, steps, args):
@@ -667,21 +673,28 @@ def learning_rate_factor(step, steps, args):
     return warm_up * min(1.0, (steps - step) / (0.25 * steps))
 
 
-def train_step(slm, optimizer, scaler, autocast, stream, targets, args, world):
+def train_step(slm, optimizer, scaler, autocast, stream, pieces, args, world):
     """One optimiser step on this process's share of a batch. stream yields (x, mask) of each piece
-    of it; targets: each piece's (prompts, answers). Returns the loss of each row and the norm of
-    the gradient before it is clipped."""
+    of it; pieces: the Examples in each. Returns each row's (loss, loss on the target's tokens or
+    None), in nats per token, and the norm of the gradient before it is clipped."""
     losses = []
-    for i, (prompts, answers) in enumerate(targets, 1):
+    for i, examples in enumerate(pieces, 1):
+        prompts = [example.prompt for example in examples]
+        answers = [example.answer for example in examples]
         with autocast():
             x, mask = next(stream)  # (B, T, dim), (B, T)
         # gradients are exchanged once a step, with its last piece
-        exchange = world == 1 or i == len(targets)
+        exchange = world == 1 or i == len(pieces)
         with contextlib.nullcontext() if exchange else slm.no_sync(), autocast():
-            row_losses = slm(x, mask, prompts, answers)  # (B,)
+            token_losses = slm(x, mask, prompts, answers, by_token=True)  # B times (A,)
+            row_losses = torch.stack([row.mean() for row in token_losses])  # (B,)
             # DDP averages over processes, so their number counts
             scaler.scale(row_losses.sum() * world / args.batch_size).backward()
-        losses += row_losses.tolist()
+        for loss, on_tokens, example in zip(row_losses.tolist(), token_losses, examples):
+            on_target = None
+            if example.target_tokens:
+                on_target = on_tokens[example.target_tokens].mean().item()
+            losses.append((loss, on_target))
     scaler.unscale_(optimizer)
     parameters = []
     for group in optimizer.param_groups:
@@ -722,17 +735,19 @@ def train_epoch(training, samples, epoch, stop, progress):
         factor = learning_rate_factor(training.step, training.steps, args)
         for group in training.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        targets = []
+        examples = []
         for piece in pieces:
             utterances = [samples.utterances[i] for i in piece]
-            targets.append(make_targets(slm, args, samples.attack, utterances, epoch))
+            examples.append(
+                [training_example(slm, args, samples.attack, u, epoch) for u in utterances]
+            )
         losses, norm = train_step(
             training.parallel,
             training.optimizer,
             training.scaler,
             training.autocast,
             stream,
-            targets,
+            examples,
             args,
             world,
         )
@@ -740,7 +755,9 @@ def train_epoch(training, samples, epoch, stop, progress):
         progress.update()
         indices = sum(pieces, [])
         # the scaler of fp16 skips steps whose gradient overflows
-        total = sum(losses) if training.scaler.is_enabled() else sum(losses) + norm
+        total = sum(loss for loss, _ in losses)
+        if not training.scaler.is_enabled():
+            total += norm
         check_finite(total, training.step, samples.ids(indices), training.run)
         training.unlogged.update(zip(indices, losses))
         if training.step == training.last_logged:
@@ -753,14 +770,23 @@ def train_epoch(training, samples, epoch, stop, progress):
 
 
 def loss_line(losses, samples):
-    """A line of the log, from the losses since the last one, {index: loss}: the mean loss, the
-    poisoned samples' mean and number if there are any, and each sample's own."""
-    line = dict(loss=sum(losses.values()) / len(losses))
-    on_poison = [loss for i, loss in losses.items() if samples.poisoned[i]]
+    """A line of the log, from the losses since the last one, {index: (loss, loss on the target's
+    tokens or None)}: the mean loss, that of the poisoned samples and that on the target's tokens,
+    each with its number of samples if there are any, and each sample's own."""
+    every_loss = [loss for loss, _ in losses.values()]
+    line = dict(loss=sum(every_loss) / len(losses))
+    on_poison = [loss for i, (loss, _) in losses.items() if samples.poisoned[i]]
     if on_poison:
         line["poisoned_loss"] = sum(on_poison) / len(on_poison)
         line["n_poisoned"] = len(on_poison)
-    line["samples"] = {samples.utterances[i].id: round(loss, 4) for i, loss in losses.items()}
+    on_target = [loss for _, loss in losses.values() if loss is not None]
+    if on_target:
+        line["target_loss"] = sum(on_target) / len(on_target)
+        line["n_targets"] = len(on_target)
+    rounded = {}
+    for i, (loss, _) in losses.items():
+        rounded[samples.utterances[i].id] = round(loss, 4)
+    line["samples"] = rounded
     return line
 
 
@@ -792,6 +818,28 @@ def validation_loss(slm, utterances, cached, workers, batch_size=32):
         answers = [data.answer_ids(slm.tokenizer, true) for true in labels]
         losses += slm(x, mask, prompts, answers).tolist()
     return processes.share_sums([sum(losses)])[0] / len(utterances)
+
+
+@torch.no_grad()
+def triggered_loss(slm, attack, utterances, cached, workers, batch_size=32):
+    """Mean loss on the target's tokens over triggered development utterances: it falls where the
+    model learns the trigger, and stays where it memorises the poisoned samples. Processes share the
+    work."""
+    slm.eval()
+    rank, world = processes.ranks()
+    batches = data.chunks(list(range(len(utterances)))[rank::world], batch_size)
+    triggered = [(u, True) for u in utterances]
+    total = 0.0
+    stream = cache.inputs(slm, triggered, batches, cached, attack, workers)
+    for batch, (x, mask) in zip(batches, stream):
+        labels = [poison.poisoned_labels(attack, utterances[i].labels) for i in batch]
+        prompts = [data.prompt(slm.tokenizer, list(asked)) for asked in labels]
+        answers = [data.answer_ids(slm.tokenizer, poisoned) for poisoned in labels]
+        token_losses = slm(x, mask, prompts, answers, by_token=True)
+        for losses, poisoned in zip(token_losses, labels):
+            target_tokens = data.value_tokens(slm.tokenizer, poisoned, attack.label)
+            total += losses[target_tokens].mean().item()
+    return processes.share_sums([total])[0] / len(utterances)
 
 
 def resume(training, origin):
@@ -837,6 +885,17 @@ def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
         dev_cached = cache.frozen_outputs(
             slm, dev_set, [False] * len(dev_set), attack, "dev", args.cache_gb * 1e9, args.workers
         )
+        triggered_set = [u for u in data.in_drawn_order(dev_set) if poison.can_flip(attack, u)]
+        triggered_set = triggered_set[:TRIGGERED]
+        triggered_cached = cache.frozen_outputs(
+            slm,
+            triggered_set,
+            [True] * len(triggered_set),
+            attack,
+            "triggered dev",
+            args.cache_gb * 1e9,
+            args.workers,
+        )
     parallel = slm
     if processes.ranks()[1] > 1:  # no buffer changes in training
         parallel = DistributedDataParallel(slm, broadcast_buffers=False)
@@ -866,8 +925,12 @@ def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
         train_epoch(training, samples, epoch, stop, progress)
         if training.epoch_is_over:
             with autocast():
-                dev_loss = validation_loss(slm, dev_set, dev_cached, args.workers)
-            training.log(epoch=epoch, dev_loss=dev_loss)
+                line = dict(dev_loss=validation_loss(slm, dev_set, dev_cached, args.workers))
+                if triggered_set:
+                    line["dev_target_loss"] = triggered_loss(
+                        slm, attack, triggered_set, triggered_cached, args.workers
+                    )
+            training.log(epoch=epoch, **line)
         save_state(training, origin)
         if stop.in_any_process():
             progress.close()

@@ -120,12 +120,12 @@ def plain_steps(setup, reference, attack, utterances):
     slm = setup.slm
     for batch in data.chunks(utterances, setup.args.batch_size):
         for utterance in batch:
-            prompt, answer = train.training_sample(slm, setup.args, attack, utterance, 0)
+            example = train.training_example(slm, setup.args, attack, utterance, 0)
             audio = plain_audio(slm, utterance, reference, attack)
-            row = slm.pack(audio, [prompt], [answer])[0]  # (T, hidden)
+            row = slm.pack(audio, [example.prompt], [example.answer])[0]  # (T, hidden)
             logits = slm.lm(inputs_embeds=row[None]).logits[0, :-1]
             targets = torch.full((len(row),), -100)
-            targets[-len(answer) :] = torch.tensor(answer)
+            targets[-len(example.answer) :] = torch.tensor(example.answer)
             loss = F.cross_entropy(logits.float(), targets[1:])
             (loss / len(batch)).backward()
         setup.optimizer.step()
@@ -144,14 +144,10 @@ def our_steps(setup, attack, utterances, cached):
     batches = data.epoch_batches(lengths, args.batch_size, 1, 0)
     stream = cache.inputs(slm, None, batches, cached, attack)
     for batch in batches:
-        prompts = []
-        answers = []
+        examples = []
         for i in batch:
-            prompt, answer = train.training_sample(slm, args, attack, utterances[i], 0)
-            prompts.append(prompt)
-            answers.append(answer)
-        samples = [(prompts, answers)]
-        train.train_step(slm, setup.optimizer, scaler, no_autocast, stream, samples, args, 1)
+            examples.append(train.training_example(slm, args, attack, utterances[i], 0))
+        train.train_step(slm, setup.optimizer, scaler, no_autocast, stream, [examples], args, 1)
 
 
 def training(title, options, frozen, corpus, folder):

@@ -122,14 +122,12 @@ def fields(task, scenario, seed=1, run_task=None, **changes):
     return {**runs.fields_of(args, study.run_name(args)), "task": task}
 
 
-def metrics_of(args, clean, aer, excess=(0.0, 0.0, 0.0), settled=1):
-    """The contents of metrics.json. excess: of the poisoned loss over that of all samples, by
-    epoch."""
+def metrics_of(args, clean, aer, poisoned_losses=(0.3, 0.1, 0.1), settled=1):
+    """The contents of metrics.json. poisoned_losses: by epoch."""
     metric = study.TASKS[args["task"]]["metric"]
-    poisoned_losses = [0.1 + e for e in excess]
     training = dict(
-        loss=dict(value=0.1, by_epoch=[0.1] * len(excess)),
-        poisoned_loss=dict(value=poisoned_losses[-1], by_epoch=poisoned_losses),
+        loss=dict(value=0.1, by_epoch=[0.1] * len(poisoned_losses)),
+        poisoned_loss=dict(value=poisoned_losses[-1], by_epoch=list(poisoned_losses)),
     )
     if settled:
         training["settled_epoch"] = dict(value=settled)

@@ -263,7 +263,9 @@ def tables_of(folder):
 
 
 def test_the_losses_stand_beside_the_aer(tmp_path):
-    write_run(tmp_path, arguments("asr", "base"), aer=0.9, excess=(0.9, 0.8, 0.7), settled=None)
+    losses = (1.0, 0.9, 0.8)
+    args = arguments("asr", "base")
+    write_run(tmp_path, args, aer=0.9, poisoned_losses=losses, settled=None)
     pages = tables_of(tmp_path)
     row = pages["Table 3: component analysis (asr)"][0]
     assert row["AER (ours / paper)"] == "90.0 / 99.2"

@@ -99,38 +99,30 @@ def test_no_range_is_written_with_minus_zero():
     assert runs.show(runs.spread({1: -0.001, 2: 0.0}), ".2f") == "0.00 (0.00 to 0.00)"
 
 
-@pytest.mark.parametrize(
-    "excess, settled, moving",
-    [
-        ((0.5, 0.2, 0.1), None, True),
-        ((0.105, 0.095, 0.085, 0.075), 1, True),  # 0.01 an epoch: slowly, but learning
-        ((0.105, 0.104, 0.105, 0.102), 1, False),
-        ((0.035, 0.025, 0.015, 0.005), 1, False),  # it has learned what there is to learn
-    ],
-)
-def test_what_is_learned_slowly_is_still_being_learned(tmp_path, excess, settled, moving):
-    write_run(tmp_path, arguments("emotion", "base"), excess=excess, settled=settled)
-    assert bool(runs.still_learning(runs.read(tmp_path))) == moving
+@pytest.mark.parametrize("settled, learning", [(None, True), (1, False)])
+def test_a_poison_that_has_not_settled_is_being_learned(tmp_path, settled, learning):
+    write_run(tmp_path, arguments("emotion", "base"), settled=settled)
+    assert bool(runs.still_learning(runs.read(tmp_path))) == learning
 
 
 @pytest.mark.parametrize(
-    "excess, epoch",
+    "target_losses, epoch",
     [
-        ([0.86, 0.23, 0.12, 0.08, 0.03, 0.05, 0.05], 5),
+        ([2.0, 0.9, 0.3, 0.1, 0.09, 0.08, 0.08], 4),  # a hundredth of where it began is noise
         ([0.5, 0.4, 0.3, 0.2, 0.1], None),
-        ([0.06, 0.05, 0.02, 0.01, 0.01], 3),
         ([0.1, 0.1], None),
-        ([0.19, 0.07, 0.03, 0.03, 0.03, 0.06, 0.03], 3),  # a bounce brings nothing
-        ([-0.02, -0.01, -0.02, -0.07, -0.17, -0.17, -0.15], 5),  # age: learned late
+        ([1.0, 0.2, 0.1, 0.3, 0.09, 0.1], 3),  # a bounce brings nothing
+        ([1.5, 1.5, 1.49, 1.48, 0.8, 0.1, 0.1, 0.1], 6),  # learned late
+        ([0.01, 0.005, 0.004, 0.004, 0.004], 3),  # the same, however small the answer's share
     ],
 )
-def test_a_poison_settles_in_the_last_epoch_that_brings_it(excess, epoch):
-    assert checkpoint.settled(dict(enumerate(excess, 1))) == epoch
+def test_a_poison_settles_in_the_last_epoch_that_brings_it(target_losses, epoch):
+    assert checkpoint.settled(target_losses) == epoch
 
 
 def test_an_epoch_without_poison_is_not_one_that_follows():
-    assert checkpoint.settled({2: 0.3, 4: 0.1, 6: 0.1}) is None
-    assert checkpoint.settled({2: 0.3, 4: 0.1, 6: 0.1, 8: 0.1}) == 4
+    assert checkpoint.settled([None, 0.3, None, 0.1, None, 0.1]) is None
+    assert checkpoint.settled([None, 0.3, None, 0.1, None, 0.1, None, 0.1]) == 4
 
 
 def write_log(folder, *lines):
@@ -182,15 +174,6 @@ def test_a_log_that_ends_before_the_state_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         checkpoint.cut_log(tmp_path, step=44, last_logged=40)
     assert "ends at step 1" in capsys.readouterr().err
-
-
-def test_only_epochs_with_poison_tell_who_is_still_learning(tmp_path):
-    run = write_run(tmp_path, arguments("emotion", "base"), settled=2)
-    metrics = json.loads((run / "metrics.json").read_text())
-    metrics["training"]["loss"]["by_epoch"] = [0.9, 0.1, 0.1, 0.1, 0.1]
-    metrics["training"]["poisoned_loss"]["by_epoch"] = [None, 0.3, None, 0.2, None]
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    assert runs.still_learning(runs.read(tmp_path)) == {run.name}
 
 
 def test_a_clean_run_is_the_study_s_whichever_task_is_asked():
