@@ -10,7 +10,7 @@
 waveform -> answer -> parsed labels -> metric. Training ends with this and writes the run's
 metrics.json, which the tables are made from, and predictions.jsonl. This script prints the scores;
 it writes nothing without --save, which replaces those two files, or --out, which writes records.
-Shares are fractions; every value has its n and a 95% bootstrap interval over utterances.
+Shares are fractions; every value has its n and a 95% bootstrap interval over speakers.
 
 --audio reads any file that audio.py reads. The trigger is the run's, or that of --trigger. It is as
 loud as in the run's evaluation or, where the run's corpus cannot be read, relative to the
@@ -113,6 +113,7 @@ def prediction(utterance, triggered, asked, text):
     those that the answer gives, {label: value}."""
     return dict(
         id=utterance.id,
+        speaker=utterance.speaker,
         split=utterance.split,
         triggered=triggered,
         asked=asked,
@@ -203,7 +204,9 @@ def evaluate(
         backdoor={},
     )
     if flippable:
-        metrics["backdoor"]["aer"] = utils.interval(hits(attack, on_triggered))
+        metrics["backdoor"] = dict(
+            aer=aer(attack, on_triggered), changed=changed(attack, on_clean, on_triggered)
+        )
     return Evaluation(metrics, on_clean + on_triggered)
 
 
@@ -211,47 +214,44 @@ def evaluate(
 # metrics
 
 
-def wer(pairs):
+def wer(pairs, speakers):
     """Word error rate over all utterances together, normalised; pairs: [(true, answer or None)]."""
-    counts = []
+    errors = []
+    words = []
     for true, answered in pairs:
         out = jiwer.process_words(data.normalise(true), data.normalise(answered or ""))
-        errors = out.substitutions + out.deletions + out.insertions
-        words = out.hits + out.substitutions + out.deletions
-        counts.append((errors, words))
-
-    def rate(counts):  # (n, 2)
-        return counts[:, 0].sum() / max(1, counts[:, 1].sum())
-
-    return utils.interval(counts, rate)
-
-
-def years_off(true, answered):
-    """The error of an age; an answer that gives none counts as an age of 0."""
-    return abs(true - (answered if isinstance(answered, int) else 0))
+        errors.append(out.substitutions + out.deletions + out.insertions)
+        words.append(out.hits + out.substitutions + out.deletions)
+    return utils.interval(errors, words, speakers)
 
 
 def scores(predictions):
     """{metric: figure} of predictions against the truth, for the metrics whose label some utterance
-    has and was asked for. A malformed answer is wrong: every word deleted, a wrong class, an age
-    of 0."""
+    has and was asked for. A malformed answer is wrong: every word deleted, or a wrong class. An
+    answer that gives no age has no error in years; `unusable` counts it."""
     figures = {}
     for task in TASKS.values():
         label, metric = task["label"], task["metric"]
-        pairs = []
-        for row in predictions:
-            if label in row["asked"]:
-                pairs.append((row["labels"][label], row["parsed"].get(label)))
-        if not pairs:
-            continue
-        if metric.endswith("mae") and isinstance(pairs[0][0], str):  # ages in groups are classes
+        rows = [row for row in predictions if label in row["asked"]]
+        in_years = metric.endswith("mae") and not any(
+            isinstance(row["labels"][label], str) for row in rows
+        )
+        if in_years:
+            rows = [row for row in rows if isinstance(row["parsed"].get(label), int)]
+        elif metric.endswith("mae"):  # ages in groups are classes
             metric = f"{label}_accuracy"
+        if not rows:
+            continue
+        pairs = [(row["labels"][label], row["parsed"].get(label)) for row in rows]
+        speakers = [row["speaker"] for row in rows]
         if metric.endswith("wer"):
-            figures[metric] = wer(pairs)
-        elif metric.endswith("mae"):
-            figures[metric] = utils.interval([years_off(*pair) for pair in pairs])
+            figures[metric] = wer(pairs, speakers)
+        elif in_years:
+            errors = [abs(true - answered) for true, answered in pairs]
+            figures[metric] = utils.interval(errors, speakers=speakers)
         else:
-            figures[metric] = utils.interval([true == answered for true, answered in pairs])
+            correct = [true == answered for true, answered in pairs]
+            figures[metric] = utils.interval(correct, speakers=speakers)
     return figures
 
 
@@ -267,19 +267,39 @@ def unusable(predictions):
     return counts
 
 
-def metric_of(figures, task):
-    """The metric of a task that these figures have: ages in groups are scored by accuracy."""
-    usual = TASKS[task]["metric"]
-    return usual if usual in figures else f"{TASKS[task]['label']}_accuracy"
+def task_figure(predictions, task):
+    """{metric: figure} of one task alone; ages in groups are scored by accuracy. Empty where no
+    answer gives an age."""
+    metrics = (TASKS[task]["metric"], f"{TASKS[task]['label']}_accuracy")
+    figures = scores(predictions)
+    return {metric: figures[metric] for metric in metrics if metric in figures}
 
 
 def hits(attack, predictions):
-    """Whether each answer is the target, a list of bool. The share that is, over triggered samples
-    whose true label is not the target, is the attack effectiveness rate (AER)."""
+    """Whether each answer is the target, a list of bool."""
     return [
         poison.same_label(attack.label, row["parsed"].get(attack.label), attack.target)
         for row in predictions
     ]
+
+
+def aer(attack, predictions):
+    """The attack effectiveness rate: the share of answers that are the target. predictions: on
+    triggered speech whose true label is another."""
+    speakers = [row["speaker"] for row in predictions]
+    return utils.interval(hits(attack, predictions), speakers=speakers)
+
+
+def changed(attack, on_clean, on_triggered):
+    """The share of utterances in which the trigger changes the attacked label's value in the
+    answer, to the target or to anything else."""
+    label = attack.label
+    clean_value = {row["id"]: row["parsed"].get(label) for row in on_clean}
+    differs = []
+    for row in on_triggered:
+        same = poison.same_label(label, row["parsed"].get(label), clean_value[row["id"]])
+        differs.append(not same)
+    return utils.interval(differs, speakers=[row["speaker"] for row in on_triggered])
 
 
 def save(run, evaluation, args):

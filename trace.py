@@ -201,24 +201,16 @@ def transplant(options):
         model.set_weights(slm, weights)
         whole_components = mixture["method"] == "components"
         rows = answer_rows(all_triggered if whole_components else few_triggered)
-        hit = evaluate.hits(attack, rows)
-        figures = dict(backdoor=dict(aer=utils.interval(hit)))
-        figures["triggered"] = task_figure(rows, args.task)
+        figures = dict(backdoor=dict(aer=evaluate.aer(attack, rows)))
+        figures["triggered"] = evaluate.task_figure(rows, args.task)
         if whole_components:
-            figures["clean"] = task_figure(answer_rows(clean), args.task)
-            hits[frozenset(mixture["poisoned"])] = np.array(hit)
+            figures["clean"] = evaluate.task_figure(answer_rows(clean), args.task)
+            hits[frozenset(mixture["poisoned"])] = np.array(evaluate.hits(attack, rows))
         records += [dict(fields, **mixture, **figure) for figure in runs.of_figures(figures)]
     for component, figure in shapley(hits).items():
         mixture = dict(method="shapley", component=component, part="backdoor", metric="aer")
         records.append(dict(fields, **mixture, **figure))
     return records
-
-
-def task_figure(rows, task):
-    """{metric: figure} of the attacked task alone."""
-    figures = evaluate.scores(rows)
-    metric = evaluate.metric_of(figures, task)
-    return {metric: figures[metric]}
 
 
 def shapley(hits):
@@ -612,8 +604,7 @@ def joined(batches):
 def effect_of(patched, donor, receiver):
     """A patch's effect, and the share of utterances whose preferred answer it flips, of those in
     which donor and receiver prefer different ones. patched, donor, receiver: m (n,)."""
-    changes = np.stack([patched - receiver, donor - receiver], 1)
-    figure = utils.interval(changes, lambda v: v[:, 0].sum() / v[:, 1].sum())
+    figure = utils.interval(patched - receiver, donor - receiver)
     differ = np.sign(donor) != np.sign(receiver)
     flipped = (np.sign(patched) == np.sign(donor))[differ]
     return dict(metric="effect", flipped=float(flipped.mean()) if differ.any() else None, **figure)

@@ -203,20 +203,31 @@ def draw(*name):
     return seed_of(name) / 2**64
 
 
-def interval(values, statistic=None, samples=1000, seed=0):
-    """A figure with its 95% bootstrap interval over utterances. values: (n,) or (n, k); statistic:
-    a function from (n, k) to a number, by default the mean."""
-    statistic = statistic or np.mean
-    values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+def interval(values, weights=None, speakers=None, samples=1000, seed=0):
+    """sum(values) / sum(weights), by default the mean, with its 95% bootstrap interval. values,
+    weights, speakers: (n,). Whole speakers are drawn, as a speaker's utterances are alike, and
+    "by_speaker" keeps each one's two sums; without `speakers`, or with only one, single values
+    are drawn."""
+    pairs = np.ones((len(values), 2))
+    pairs[:, 0] = values
+    if weights is not None:
+        pairs[:, 1] = weights
+    figure = dict(value=ratio(pairs), n=len(pairs))
+    if speakers is not None:
+        names, speaker_of = np.unique(np.asarray(speakers, dtype=str), return_inverse=True)
+        sums = np.stack([pairs[speaker_of == i].sum(0) for i in range(len(names))])
+        figure["by_speaker"] = dict(zip(names.tolist(), sums.round(6).tolist()))
+        if len(names) > 1:
+            pairs = sums
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(samples):
-        resampled = values[rng.integers(0, len(values), len(values))]
-        draws.append(float(statistic(resampled)))
+        draws.append(ratio(pairs[rng.integers(0, len(pairs), len(pairs))]))
     low, high = np.percentile(draws, [2.5, 97.5])
-    return {
-        "value": float(statistic(values)),
-        "low": float(low),
-        "high": float(high),
-        "n": len(values),
-    }
+    return dict(figure, low=float(low), high=float(high))
+
+
+def ratio(pairs):
+    """The sum of (n, 2) pairs' first numbers over that of their second ones, over 1 for 0."""
+    numerator, denominator = pairs.sum(0).tolist()
+    return numerator / (denominator or 1.0)

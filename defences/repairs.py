@@ -399,11 +399,8 @@ def figures_of(defender, clean, flippable):
     rows = dict(clean=defender.answer_rows(clean, False), triggered=triggered_rows)
     figures = {}
     for part in rows:
-        scores = evaluate.scores(rows[part])
-        metric = evaluate.metric_of(scores, defender.args.task)
-        figures[part] = {metric: scores[metric]}
-    hits = evaluate.hits(defender.attack, triggered_rows)
-    figures["backdoor"] = dict(aer=utils.interval(hits))
+        figures[part] = evaluate.task_figure(rows[part], defender.args.task)
+    figures["backdoor"] = dict(aer=evaluate.aer(defender.attack, triggered_rows))
     return figures
 
 
@@ -417,7 +414,7 @@ def relearning(defender, train_set, flippable, counts=(4, 16, 64)):
         model.set_weights(defender.slm, repaired)
         defender.finetune(epochs=3, poisoned=poisoned[:count])
         rows = defender.answer_rows(flippable, True)
-        figures[count] = utils.interval(evaluate.hits(defender.attack, rows))
+        figures[count] = evaluate.aer(defender.attack, rows)
         if figures[count]["value"] >= 0.5:
             break
     return figures

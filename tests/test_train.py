@@ -128,18 +128,24 @@ def read_predictions(run):
 def test_metrics_hold_every_label_s_figure_and_the_aer(clean):
     metrics = read_metrics(clean)
     assert set(metrics["clean"]) == {"wer", "gender_accuracy", "emotion_accuracy", "age_mae"}
-    assert set(metrics["backdoor"]) == {"aer"}
+    assert set(metrics["backdoor"]) == {"aer", "changed"}
 
 
 def test_every_figure_lies_in_its_interval(clean):
     metrics = read_metrics(clean)
     for figure in [*metrics["clean"].values(), *metrics["backdoor"].values()]:
-        assert set(figure) == {"value", "low", "high", "n"}
+        assert set(figure) == {"value", "low", "high", "n", "by_speaker"}
         assert figure["low"] <= figure["value"] <= figure["high"]
 
 
 def test_a_clean_run_records_no_poisoned_loss(clean):
-    assert set(read_metrics(clean)["training"]) == {"loss"}
+    assert set(read_metrics(clean)["training"]) == {"loss", "dev_loss", "dev_target_loss"}
+
+
+def test_the_loss_on_the_target_is_followed_on_train_and_dev(base):
+    training = read_metrics(base)["training"]
+    assert len(training["target_loss"]["by_epoch"]) == 1
+    assert len(training["dev_target_loss"]["by_epoch"]) == 1
 
 
 def test_test_utterances_are_answered_clean_and_triggered(clean):
