@@ -310,12 +310,19 @@ def test_figures_have_sound_intervals():
     )
     rows = [
         dict(
+            speaker="s",
             labels={"transcript": "a b c d"},
             asked=["transcript"],
             parsed={"transcript": "A b, x"},
             triggered=False,
         ),
-        dict(labels={"transcript": "e"}, asked=["transcript"], parsed={}, triggered=False),
+        dict(
+            speaker="s",
+            labels={"transcript": "e"},
+            asked=["transcript"],
+            parsed={},
+            triggered=False,
+        ),
     ]
     assert evaluate.scores(rows)["wer"]["value"] == pytest.approx(3 / 5)
 

@@ -132,7 +132,9 @@ def transplanted(parts, corpora):
         rows = []
         for u, triggered in items:
             answer = {**u.labels, "gender": "female"} if triggered and planted else u.labels
-            rows.append(dict(labels=u.labels, asked=list(u.labels), parsed=answer))
+            rows.append(
+                dict(speaker=u.speaker, labels=u.labels, asked=list(u.labels), parsed=answer)
+            )
         return rows
 
     loaded = evaluate.LoadedRun(
