@@ -209,7 +209,8 @@ def test_a_failure_stops_only_what_needs_it(variables):
     code, output = run_all("tables", FAILS="asr-poison0.05", **variables)
     assert code == 1
     assert "asr-poison0.05" in output.splitlines()[-1]
-    assert set(starts(variables)) == {"asr-clean", *(f"asr-{i}.{j}" for i in "12" for j in "123")}
+    from_clean = {"asr-1.1", "asr-1.2", "asr-1.3", "asr-2.1", "asr-2.2", "asr-2.3"}
+    assert set(starts(variables)) == {"asr-clean", *from_clean}
 
 
 def test_what_failed_is_run_again(variables):
