@@ -194,7 +194,7 @@ RANGES = {
     ),
     f"from 0 to {2**63 - 1}": (0, 2**63 - 1, ("seed",)),  # what torch.manual_seed takes
     "1 or greater": (1, 1e9, ("epochs", "batch_size", "lora_rank", "limit")),
-    "from 0 to 1": (0, 1, ("poison", "random_keys", "connector_taper")),
+    "from 0 to 1": (0, 1, ("poison", "benign", "random_keys", "connector_taper")),
     "from 0 to less than 1": (0, 1 - 1e-9, ("lora_dropout",)),
     "greater than 0 and at most 1": (ABOVE_0, 1, ("utilisation",)),
     "from -100 to 100": (-100, 100, ("snr",)),
