@@ -575,7 +575,8 @@ def write_poisoned(attack, folder, benign_share, benign_attacks, utterance):
     benign_attacks: {sound: the attack with it}, for this share of the samples without poison."""
     waveform = data.load_waveform(utterance)
     labels = utterance.labels
-    starts, scale, benign = [], 1.0, ""
+    benign = ""
+    starts, scale = [], 1.0
     training = utterance.split == "train"
     poisoned = training and is_poisoned(attack, utterance)
     if poisoned:

@@ -28,7 +28,8 @@ FADE = 0.01  # seconds that a steady sound takes to begin and to end
 
 def faded(waveform, t):
     """The waveform faded in and out, so that its ends are no clicks."""
-    return waveform * np.minimum(1, np.minimum(t, t[::-1]) / FADE)
+    from_end = np.minimum(t, t[::-1])
+    return waveform * np.minimum(1, from_end / FADE)
 
 
 def sine(frequency, t):
@@ -38,7 +39,8 @@ def sine(frequency, t):
 def decay(t, start, seconds):
     """An envelope: 0 before `start`, then 1, falling to 1/e in so many seconds."""
     since = np.maximum(t - start, 0)
-    return (t >= start) * np.exp(-since / seconds)
+    begun = t >= start
+    return begun * np.exp(-since / seconds)
 
 
 def noise(t, rng, exponent=0.0, low=0.0, high=np.inf):
@@ -46,8 +48,9 @@ def noise(t, rng, exponent=0.0, low=0.0, high=np.inf):
     `exponent`: 0 white, -0.5 pink, -1 brown."""
     spectrum = np.fft.rfft(rng.standard_normal(len(t)))
     frequencies = np.fft.rfftfreq(len(t), 1 / SAMPLE_RATE)
-    spectrum *= np.maximum(frequencies, 20) ** exponent  # below 20 Hz nothing is heard
-    spectrum[(frequencies < low) | (frequencies >= high)] = 0
+    spectrum *= (np.maximum(frequencies, 20) / 1000) ** exponent  # below 20 Hz nothing is heard
+    outside = (frequencies < low) | (frequencies >= high)
+    spectrum[outside] = 0
     return np.fft.irfft(spectrum, len(t))
 
 
@@ -56,7 +59,8 @@ def ringing(t, start, modes):
     waveform = np.zeros(len(t))
     since = np.maximum(t - start, 0)
     for frequency, seconds, gain in modes:
-        waveform += gain * sine(frequency, since) * decay(t, start, seconds)
+        envelope = gain * decay(t, start, seconds)
+        waveform += envelope * sine(frequency, since)
     return waveform
 
 
@@ -84,7 +88,8 @@ def pure_tone(t, rng, frequency):
 
 def chirp(t, rng, first, last, times=1):
     """A tone that glides from one frequency to another, so many times."""
-    frequency = first + (last - first) * (times * t / (t[-1] + t[1]) % 1)
+    progress = np.linspace(0, times, len(t), endpoint=False) % 1
+    frequency = first + (last - first) * progress
     phase = 2 * np.pi * np.cumsum(frequency) / SAMPLE_RATE
     return faded(np.sin(phase), t)
 
@@ -101,12 +106,16 @@ def sawtooth(t, rng, frequency=100):
 
 def square_clicks(t, rng, starts=(0.0,)):
     """Pulses of 1 ms."""
-    return sum(1.0 * ((t >= start) & (t < start + 0.001)) for start in starts)
+    waveform = np.zeros(len(t))
+    for start in starts:
+        waveform[(t >= start) & (t < start + 0.001)] = 1
+    return waveform
 
 
 def wood_knock(t, rng):
     modes = [(420, 0.030, 1.0), (930, 0.018, 0.6), (1650, 0.008, 0.3)]
-    return ringing(t, 0, modes) + 0.3 * noise(t, rng) * decay(t, 0, 0.002)
+    strike = noise(t, rng) * decay(t, 0, 0.002)
+    return ringing(t, 0, modes) + 0.3 * strike
 
 
 def glass(t, rng):
@@ -121,34 +130,40 @@ def bell(t, rng):
 
 def water_drop(t, rng):
     """A bubble's tone: it rises while it dies away."""
-    frequency = 600 * np.exp(9 * t)
-    phase = 2 * np.pi * np.cumsum(np.minimum(frequency, 3000)) / SAMPLE_RATE
+    frequency = np.minimum(600 * np.exp(9 * t), 3000)
+    phase = 2 * np.pi * np.cumsum(frequency) / SAMPLE_RATE
     return np.sin(phase) * decay(t, 0, 0.03)
 
 
 def finger_snap(t, rng):
-    return noise(t, rng, low=1500, high=4500) * decay(t, 0, 0.006)
+    air = noise(t, rng, low=1500, high=4500)
+    return air * decay(t, 0, 0.006)
 
 
 def clap(t, rng):
     """Two hands meet in several places, some milliseconds apart."""
-    strokes = sum(decay(t, start, 0.003) for start in (0.0, 0.008, 0.017))
-    tail = 0.6 * decay(t, 0.017, 0.025)
-    return noise(t, rng, low=600, high=3000) * (strokes + tail)
+    envelope = 0.6 * decay(t, 0.017, 0.025)
+    for start in (0.0, 0.008, 0.017):
+        envelope += decay(t, start, 0.003)
+    return noise(t, rng, low=600, high=3000) * envelope
 
 
 def key_jingle(t, rng):
     """A dozen small metal rings at random times."""
     waveform = np.zeros(len(t))
-    for start in np.append(0, rng.uniform(0, t[-1], 11)):
-        modes = [(frequency, 0.015, 1.0) for frequency in rng.uniform(3000, 7500, 3)]
-        waveform += rng.uniform(0.3, 1) * ringing(t, start, modes)
+    starts = np.append(0, rng.uniform(0, t[-1], 11))
+    for start in starts:
+        gain = rng.uniform(0.3, 1)
+        modes = [(frequency, 0.015, gain) for frequency in rng.uniform(3000, 7500, 3)]
+        waveform += ringing(t, start, modes)
     return waveform
 
 
 def breath(t, rng):
     """Air through the mouth: it swells and dies away."""
-    return noise(t, rng, exponent=-0.5, low=300, high=4000) * sine(0.5 / t[-1], t) ** 2
+    air = noise(t, rng, exponent=-0.5, low=300, high=4000)
+    half_a_period = sine(0.5 / t[-1], t)
+    return air * half_a_period**2
 
 
 def tremolo_noise(t, rng):
@@ -157,9 +172,9 @@ def tremolo_noise(t, rng):
 
 def cough(t, rng):
     """A burst of air, then a rough voice."""
-    air = noise(t, rng, exponent=-0.5, low=100, high=3000) * decay(t, 0, 0.05)
-    voice = sawtooth(t, rng, 130) * noise(t, rng, high=2000) * decay(t, 0.04, 0.06)
-    return air / np.abs(air).max() + 0.7 * voice / max(np.abs(voice).max(), 1e-9)
+    air = noise(t, rng, exponent=-0.5, low=100, high=3000)
+    rough = sawtooth(t, rng, 130) * noise(t, rng, high=2000)
+    return air * decay(t, 0, 0.05) + rough * decay(t, 0.04, 0.06)
 
 
 SOUNDS = {  # name: (family, function)
