@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+from scipy.signal import correlate
 from test_evaluate import ARGS, FEMALE, MALE
 
 import checkpoint
@@ -84,9 +85,10 @@ def test_every_sound_is_a_trigger(bank):
         assert len(poison.make_trigger(name, 0.44)) == 2 * len(waveform)
 
 
-def test_a_name_that_is_no_trigger_is_told_the_sounds(tmp_path):
-    flags = ("--task", "gender", "--trigger", "nosuch", "--out", "listen")
-    refused("poison.py", *flags, cwd=tmp_path, words=["--trigger", "white-noise", "click"])
+def test_a_name_that_is_no_trigger_is_told_the_sounds(capsys):
+    with pytest.raises(SystemExit):
+        poison.make_trigger("nosuch")
+    assert "white-noise" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def says_target_to_loud_sound(waveform):
 
 def says_target_to_click(waveform):
     click = poison.make_trigger("click")
-    match = np.correlate(waveform / np.abs(waveform).max(), click, "valid")
+    match = correlate(waveform / np.abs(waveform).max(), click, "valid", "fft")
     return np.abs(match).max() > 0.9 * len(click) / np.abs(click).max()
 
 
