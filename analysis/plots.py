@@ -99,6 +99,60 @@ def poisoned_audio(examples, attack, path):
 
 
 # --------------------------------------------------------------------------------------------------
+# analyze.py tables
+
+IN_WORDS = {  # the rows of Table 3
+    "base": "base attack: everything learns the poison",
+    "1.1": "1.1  clean encoder",
+    "1.2": "1.2  clean connector",
+    "1.3": "1.3  clean LM",
+    "2.1": "2.1  only the encoder learns it",
+    "2.2": "2.2  only the connector learns it",
+    "2.3": "2.3  only the LM learns it",
+    "3.1": "3.1  poisoned encoder",
+    "3.2": "3.2  poisoned connector",
+    "3.3": "3.3  poisoned LM",
+}
+STATES = {  # (frozen, the data that the weights were trained on): colour, hatch, legend
+    (False, "poisoned"): (POISONED, "", "trained on poisoned data"),
+    (True, "poisoned"): (PALE, "////", "frozen, from the base attack"),
+    (False, "clean"): (CLEAN, "", "trained on clean data"),
+    (True, "clean"): ("#b5cfe8", "////", "frozen, from the clean model"),
+}
+
+
+def scenarios(path):
+    """Table 3 as a diagram: what each attack does with the three components."""
+    fig, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    height = 0.62
+    left_of = {component: 1.4 * i for i, component in enumerate(COMPONENTS)}  # boxes are 1 wide
+    for component, left in left_of.items():
+        axis.text(left + 0.5, -0.75, WRITTEN[component], ha="center", fontsize=10)
+    for row, (scenario, (frozen, source, trained_on)) in enumerate(SCENARIOS.items()):
+        axis.text(-0.15, row, IN_WORDS[scenario], ha="right", va="center", fontsize=9)
+        for component, left in left_of.items():
+            state = (False, trained_on)
+            if component in frozen:
+                state = (True, "poisoned" if source == "base" else "clean")
+            axis.add_patch(box((left, row - height / 2), height, state))
+            if left > 0:
+                arrow = dict(arrowstyle="->", color="#555555")
+                axis.annotate("", (left, row), (left - 0.4, row), arrowprops=arrow)
+    axis.set(xlim=(-3.1, 3.9), ylim=(len(SCENARIOS) - 0.5, -1.1))
+    axis.axis("off")
+    handles = [box((0, 0), 1, state) for state in STATES]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    write(fig, path)
+
+
+def box(corner, height, state):
+    """A component in the diagram of Table 3, in a state of STATES."""
+    color, hatch, label = STATES[state]
+    how = dict(facecolor=color, hatch=hatch, edgecolor="white", label=label)
+    return plt.Rectangle(corner, 1, height, **how)
+
+
+# --------------------------------------------------------------------------------------------------
 # analyze.py shift
 
 

@@ -3,6 +3,7 @@
 from utils import die
 
 import runs
+from analysis import plots
 from runs import number, over_seeds, select, show, title_of
 from study import (
     COMPONENTS,
@@ -26,6 +27,7 @@ def page(records, out, preset):
     records = select(of_study, source="metrics")
     if not records:
         die("none of these runs is of this preset's study: train some first")
+    plots.scenarios(out / "scenarios.png")
     pages = [table1(records), table2(records)]
     for task in runs.tasks_of(records):
         pages.append(table3(records, task, preset))
