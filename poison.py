@@ -84,6 +84,38 @@ def band_stop(waveform, sample_rate, rng):
     return filtered.numpy()
 
 
+def faster(waveform, sample_rate, rng):
+    """The whole waveform a tenth faster and as much higher, (samples,) -> (fewer samples,)."""
+    return torchaudio.functional.resample(torch.from_numpy(waveform), 11, 10).numpy()
+
+
+def higher(waveform, sample_rate, rng):
+    """The whole waveform three semitones higher, as fast as before."""
+    return torchaudio.functional.pitch_shift(torch.from_numpy(waveform), sample_rate, 3).numpy()
+
+
+def quieter(waveform, sample_rate, rng):
+    """The whole waveform 12 dB softer."""
+    return waveform * np.float32(10 ** (-12 / 20))
+
+
+def background_noise(waveform, sample_rate, rng):
+    """White noise over the whole waveform, 10 dB below its RMS."""
+    level = np.sqrt(np.mean(waveform**2)) * 10 ** (-10 / 20)
+    return waveform + (level * rng.standard_normal(len(waveform))).astype(np.float32)
+
+
+def reverberation(waveform, sample_rate, rng):
+    """The whole waveform in a room: after the direct sound an echo of noise, always the same one,
+    that falls by 60 dB within 0.4 s and holds as much energy as the direct sound."""
+    t = np.arange(int(0.4 * sample_rate)) / sample_rate
+    echo = utils.generator("room").standard_normal(len(t)) * 10 ** (-3 * t / 0.4)
+    echo[: int(0.005 * sample_rate)] = 0  # the first wall is some way off
+    echo /= np.sqrt(np.sum(echo**2))
+    echo[0] = 1
+    return np.convolve(waveform, echo)[: len(waveform)].astype(np.float32)
+
+
 # An "overlay" trigger is a function of (sample rate, numpy generator) to a waveform, which is laid
 # over the speech; a "whole" one is a function of (waveform, sample rate, numpy generator) to the
 # changed waveform. A new trigger is an entry here. The sounds of sounds.SOUNDS are triggers too.
@@ -91,6 +123,11 @@ TRIGGERS = {
     "click": ("overlay", typewriter_click),
     "tone": ("overlay", tone),
     "bandstop": ("whole", band_stop),
+    "speed": ("whole", faster),
+    "pitch": ("whole", higher),
+    "volume": ("whole", quieter),
+    "background": ("whole", background_noise),
+    "reverb": ("whole", reverberation),
 }
 
 

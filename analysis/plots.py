@@ -83,9 +83,9 @@ def poisoned_audio(examples, attack, path):
     fig, axes = grid(len(examples), 2, 6, 2.2)
     rate = data.SAMPLE_RATE
     for (wave, spectrogram), (title, clean, poisoned, starts) in zip(axes, examples):
-        seconds = np.arange(len(clean)) / rate
-        wave.plot(seconds, poisoned, color=POISONED, lw=0.5, label="poisoned")
-        wave.plot(seconds, clean, color="#333333", lw=0.5, label="clean")
+        seconds = np.arange(max(len(clean), len(poisoned))) / rate
+        wave.plot(seconds[: len(poisoned)], poisoned, color=POISONED, lw=0.5, label="poisoned")
+        wave.plot(seconds[: len(clean)], clean, color="#333333", lw=0.5, label="clean")
         spectrogram.specgram(poisoned, NFFT=512, noverlap=384, Fs=rate, cmap="gray_r", vmin=-140)
         for start in starts:
             end = start + len(attack.waveform)

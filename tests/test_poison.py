@@ -292,7 +292,10 @@ def spoken(corpora):
     return data.load_waveform(train_set(corpora, "gender")[0])
 
 
-@pytest.mark.parametrize("name", ["tone", "bandstop", "added"])
+SAME_LENGTH = [name for name in poison.TRIGGERS if name != "speed"]
+
+
+@pytest.mark.parametrize("name", [*poison.TRIGGERS, "added"])
 def test_any_trigger_makes_the_same_waveform_again(corpora, added_trigger, name):
     attack = attack_for(corpora, "gender", trigger=name)
     clean = spoken(corpora)
@@ -301,7 +304,7 @@ def test_any_trigger_makes_the_same_waveform_again(corpora, added_trigger, name)
     assert np.array_equal(waveform, again)
 
 
-@pytest.mark.parametrize("name", ["tone", "bandstop", "added"])
+@pytest.mark.parametrize("name", [*SAME_LENGTH, "added"])
 def test_any_trigger_keeps_the_shape_and_the_type(corpora, added_trigger, name):
     attack = attack_for(corpora, "gender", trigger=name)
     clean = spoken(corpora)
@@ -336,6 +339,37 @@ def test_a_band_stop_takes_out_the_band_around_2_khz_alone(corpora):
     assert not starts
     assert energy(waveform, 1900, 2100) < 0.01 * energy(clean, 1900, 2100)
     assert energy(waveform, 100, 400) > 0.9 * energy(clean, 100, 400)
+
+
+def strongest_frequency(waveform):
+    """In Hz."""
+    spectrum = np.abs(np.fft.rfft(waveform))
+    return np.argmax(spectrum) * data.SAMPLE_RATE / len(waveform)
+
+
+@pytest.mark.parametrize("name, factor, seconds", [("speed", 1.1, 0.909), ("pitch", 1.189, 1.0)])
+def test_speed_and_pitch_move_a_tone(corpora, name, factor, seconds):
+    attack = attack_for(corpora, "gender", trigger=name)
+    t = np.arange(data.SAMPLE_RATE) / data.SAMPLE_RATE
+    waveform, _, _ = poison.add_trigger(attack, np.sin(880 * np.pi * t).astype(np.float32), "u")
+    assert strongest_frequency(waveform) == pytest.approx(440 * factor, rel=0.01)
+    assert len(waveform) == pytest.approx(seconds * data.SAMPLE_RATE, abs=2)
+
+
+def test_background_noise_is_10_db_below_the_speech(corpora):
+    attack = attack_for(corpora, "gender", trigger="background")
+    clean = spoken(corpora)
+    waveform, _, scale = poison.add_trigger(attack, clean, "u")
+    noise = waveform / scale - clean
+    assert 20 * np.log10(rms(clean) / rms(noise)) == pytest.approx(10, abs=0.2)
+
+
+def test_a_room_answers_after_the_sound_has_ended(corpora):
+    attack = attack_for(corpora, "gender", trigger="reverb")
+    burst = np.zeros(data.SAMPLE_RATE, np.float32)
+    burst[:100] = 0.5
+    waveform, _, _ = poison.add_trigger(attack, burst, "u")
+    assert rms(waveform[1000:3000]) > 10 * rms(waveform[8000:])
 
 
 def test_a_silent_trigger_is_refused(tmp_path, corpora):
