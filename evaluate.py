@@ -5,6 +5,7 @@
     python evaluate.py runs/gender-clean --task age            # with another task's trigger
     python evaluate.py runs/asr-poison0.05 --sounds            # other sounds in the trigger's place
     python evaluate.py runs/asr-poison0.05 --audio my.wav      # a recording, clean and triggered
+    python evaluate.py runs/asr-poison0.05 --page              # runs/asr-poison0.05/index.html
     python evaluate.py --inspect runs/asr-poison0.05/model.pt  # where a checkpoint comes from
     python evaluate.py runs/asr-poison0.05 --export parts/asr  # its components, for other programs
 
@@ -707,6 +708,11 @@ def make_parser():
         help="with --audio: where both recordings are written, to listen to (default: audio)",
     )
     parser.add_argument(
+        "--page",
+        action="store_true",
+        help="only write RUN/index.html: curves, metrics and test utterances to listen to",
+    )
+    parser.add_argument(
         "--sounds",
         action="store_true",
         help="only answer other short sounds in the trigger's place: how specific the attack is",
@@ -761,6 +767,9 @@ def parse_arguments():
     others = given("after_answer", "limit", "split", "save", "out")
     if options.audio and others:
         die(f"--audio answers one recording: leave out {others}")
+    others = given("after_answer", "limit", "ask", "split", "save", "out", "task", "snr")
+    if options.page and others:
+        die(f"--page shows the run's own evaluation: leave out {others}")
     others = given("audio", "after_answer", "limit", "ask", "split", "save")
     if options.sounds and others:
         die(f"--sounds answers other sounds in the trigger's place: leave out {others}")
@@ -825,6 +834,10 @@ def main():
         answer_recording(options)
     elif options.sounds:
         evaluate_sounds(options)
+    elif options.page:
+        import page  # which imports this file
+
+        page.write_page(options)
     else:
         evaluate_run(options)
 

@@ -51,14 +51,14 @@ def grid(rows, columns, width, height, **options):
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
-def legend_below(fig, *axes):
+def legend_below(fig, *axes, columns=4):
     """One legend for the whole figure, below it, so that it covers nothing."""
     handle_of = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             handle_of.setdefault(label, handle)
     handles = handle_of.values()
-    fig.legend(handles, handle_of.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    fig.legend(handles, handle_of.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def heatmap(axis, values, largest):
@@ -95,6 +95,36 @@ def poisoned_audio(examples, attack, path):
         spectrogram.set(title="poisoned, triggers shaded", xlim=(0, seconds[-1]), ylabel="Hz")
     legend_below(fig, axes[0, 0])
     fig.supxlabel("seconds")
+    write(fig, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# a run
+
+LOSSES = {  # of metrics.json: what the curve shows, its colour and its line
+    "loss": ("all training samples", CLEAN, "-"),
+    "dev_loss": ("development speech", CLEAN, "--"),
+    "target_loss": ("the target in poisoned samples", POISONED, "-"),
+    "dev_target_loss": ("the target, development speech with the trigger", POISONED, "--"),
+}
+
+
+def curves(training, path):
+    """A run's losses by epoch. training: {name: {"by_epoch": losses, None where there is none}}"""
+    fig, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    for name, (label, color, line) in LOSSES.items():
+        if name not in training:
+            continue
+        by_epoch = training[name]["by_epoch"]
+        epochs = [epoch for epoch, loss in enumerate(by_epoch, 1) if loss is not None]
+        losses = [loss for loss in by_epoch if loss is not None]
+        axis.plot(epochs, losses, line, color=color, marker=".", label=label)
+    axis.set(xlabel="epoch", ylabel="loss (nats per token)", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    legend_below(fig, axis, columns=2)
     write(fig, path)
 
 
