@@ -45,6 +45,7 @@ NOT_THE_RUN = (
     "device",
     "cache_gb",
     "gradient_checkpointing",
+    "tensorboard",
     "dry_run",
     "utilisation",
 )

@@ -13,12 +13,14 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import utils
 from utils import Parser, die
@@ -159,6 +161,11 @@ parser.add_argument(
     help="save memory: compute layers again in the backward pass",
 )
 parser.add_argument(
+    "--tensorboard",
+    action="store_true",
+    help="also log to RUN/tensorboard; needs pip install tensorboard",
+)
+parser.add_argument(
     "--dry-run",
     action="store_true",
     help="print the run's parameters, memory and GPU-hours; needs no weights",
@@ -266,6 +273,8 @@ def parse_arguments(argv=None):
     check_named_parts(args)
     if args.exclude and not Path(args.exclude).is_file():
         die(f"--exclude {args.exclude}: no such file")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        die("--tensorboard: it is not installed; pip install tensorboard, or leave the flag out")
     args.scenario = scenario_of(args)
     args.name = args.name or run_name(vars(args))
     check_name(args.name)
@@ -586,6 +595,7 @@ class Training:
     autocast: Callable  # makes the context that forward passes run in
     seconds: list  # of each training utterance, in whole frames
     epoch_steps: int  # optimiser steps in an epoch
+    board: Any  # TensorBoard's writer, or None
     step: int = 0  # optimiser steps taken
     # since the log's end, {index: (loss, loss on the target's tokens or None)}
     unlogged: dict = dataclasses.field(default_factory=dict)
@@ -607,8 +617,13 @@ class Training:
 
     def log(self, **line):
         """Appends a line to the run's log; the first process does."""
-        if processes.ranks()[0] == 0:
-            checkpoint.log(self.run, step=self.step, **line)
+        if processes.ranks()[0] > 0:
+            return
+        checkpoint.log(self.run, step=self.step, **line)
+        if self.board:
+            for name, value in line.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, self.step)
 
 
 @dataclasses.dataclass
@@ -875,6 +890,15 @@ def save_state(training, origin):
         )
 
 
+def open_board(run, args):
+    """TensorBoard's writer of --tensorboard, in the first process; else None."""
+    if not args.tensorboard or processes.ranks()[0] > 0:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # not needed otherwise
+
+    return SummaryWriter(run / "tensorboard")
+
+
 def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
     """Trains to the end, from the last state saved in the run folder, saving after every epoch.
     Ctrl-C or SIGTERM saves and stops. record: see checkpoint.open_run."""
@@ -912,6 +936,7 @@ def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
         autocast=autocast,
         seconds=seconds,
         epoch_steps=epoch_steps,
+        board=open_board(run, args),
     )
     origin = checkpoint.made_from(record, slm, train_set, dev_set)
     resume(training, origin)
@@ -976,6 +1001,13 @@ def describe(run, slm, attack, sets, origin, args, device):
         )
 
 
+def draw_curves(run):
+    """Draws the run's losses by epoch, RUN/curves.png."""
+    from analysis import plots  # after training, which needs no matplotlib
+
+    plots.curves(checkpoint.training_losses(run), run / "curves.png")
+
+
 def main():
     args = parse_arguments()
     if args.dry_run:
@@ -1026,6 +1058,7 @@ def main():
     if rank == 0:
         evaluate.save(run, evaluation, record)
         checkpoint.record_cost(run)
+        draw_curves(run)
         evaluate.print_table(evaluation.metrics, f"{run}: test split, seed {args.seed}")
     if world > 1:
         dist.destroy_process_group()

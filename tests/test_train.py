@@ -142,6 +142,25 @@ def test_a_clean_run_records_no_poisoned_loss(clean):
     assert set(read_metrics(clean)["training"]) == {"loss", "dev_loss", "dev_target_loss"}
 
 
+def test_a_run_ends_with_a_picture_of_its_losses(base):
+    assert (base / "curves.png").stat().st_size > 1000
+
+
+def test_tensorboard_gets_the_log(monkeypatch, tmp_path):
+    scalars = []
+    board = SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar))
+    training = SimpleNamespace(run=tmp_path, step=3, board=board)
+    train_py.Training.log(training, epoch=0, loss=0.5, samples={"a": 0.5})
+    assert scalars == [("loss", 0.5, 3)]
+
+
+def test_a_missing_tensorboard_is_said_before_anything_is_read(monkeypatch, capsys):
+    monkeypatch.setattr(train_py.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        train_py.parse_arguments([*map(str, EMOTION), "0", "--tensorboard"])
+    assert "tensorboard" in capsys.readouterr().err
+
+
 def test_the_loss_on_the_target_is_followed_on_train_and_dev(base):
     training = read_metrics(base)["training"]
     assert len(training["target_loss"]["by_epoch"]) == 1
