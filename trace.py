@@ -18,7 +18,8 @@ Patch copies activations from one pass over an utterance into another pass over 
                 connector's convolutions; of an LM layer, its attention or its MLP; or the LM's
                 input. A patch concerns one site.
     Position    A patch concerns one group of frames or tokens: frames under a click, near one or
-                elsewhere; tokens of the prompt or of the answer.
+                elsewhere; tokens of the prompt or of the answer. A frame is where the middle of the
+                audio is that it sees before the first layer.
     Margin      m = log P(target value) - log P(true value), each per token. Both answers are
                 scored by teacher forcing and compared in the tokens in which they differ. The
                 trigger should raise m.
@@ -337,16 +338,16 @@ class FrameGrid:
         seconds."""
         rows = []
         for n, clicks in zip(self.lengths, spans):
-            middles = torch.arange(n) * self.stride + self.first + 0.5
-            rows.append(group_of(middles * slm.encoder.seconds_per_frame, clicks))
+            centres = slm.encoder.frame_centres(self.first + torch.arange(n) * self.stride)
+            rows.append(group_of(centres, clicks))
         return rows
 
 
-def group_of(middles, spans):
+def group_of(centres, spans):
     """(T,) frame centres in seconds -> (T,) indices into FRAME_GROUPS."""
-    distance = torch.full_like(middles, float("inf"))
+    distance = torch.full_like(centres, float("inf"))
     for start, end in spans:
-        to_click = torch.maximum(start - middles, middles - end).clamp(min=0)
+        to_click = torch.maximum(start - centres, centres - end).clamp(min=0)
         distance = torch.minimum(distance, to_click)
     return torch.where(distance == 0, 0, torch.where(distance <= NEAR, 1, 2))
 

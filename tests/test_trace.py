@@ -226,21 +226,47 @@ def zero(module):
         parameter.zero_()
 
 
+@torch.no_grad()
+def keep_frames_apart(encoder):
+    """Makes a front end pass nothing from frame to frame after its convolutions over the audio."""
+    for name, parameter in encoder.net.encoder.pos_conv_embed.named_parameters():
+        # "original1" is the direction of a normalised weight, which cannot be zero
+        if not name.endswith("original1"):
+            parameter.zero_()
+    # no normalisation by the loudness of the whole utterance
+    encoder.extract = torch.from_numpy
+
+
 @pytest.fixture(scope="module")
 def local(parts):
     """A model whose encoder passes nothing from frame to frame above its front end, so that what a
     click does stays where it is."""
     slm = make_slm(parts, "hubert")
+    keep_frames_apart(slm.encoder)
     with torch.no_grad():
-        for name, parameter in slm.encoder.net.encoder.pos_conv_embed.named_parameters():
-            # "original1" is the direction of a normalised weight, which cannot be zero
-            if not name.endswith("original1"):
-                parameter.zero_()
         for layer in slm.encoder.layers:
             zero(layer.attention.out_proj)
-    # no normalisation by the loudness of the whole utterance
-    slm.encoder.extract = torch.from_numpy
     return slm
+
+
+@pytest.mark.parametrize("name", ["wavlm", "whisper"])
+def test_a_frame_s_centre_is_the_middle_of_what_it_sees(parts, name):
+    encoder = model.Encoder(parts / name)
+    if name == "wavlm":
+        keep_frames_apart(encoder)
+    frame, width = 6, 40
+    noise = np.random.default_rng(0).standard_normal(8000).astype(np.float32) / 10
+    starts = range(2000, 6000, width)
+    features = [encoder.extract(noise)]
+    for start in starts:
+        touched = noise.copy()
+        touched[start : start + width] += 0.1
+        features.append(encoder.extract(touched))
+    x, _ = encoder.front_end(features)
+    change = (x[1:, frame] - x[0, frame]).norm(dim=1)
+    seen = [start for start, size in zip(starts, change) if size > 1e-3 * change.max()]
+    middle = (seen[0] + seen[-1] + width) / 2 / data.SAMPLE_RATE
+    assert float(encoder.frame_centres(frame)) == pytest.approx(middle, abs=0.005)
 
 
 @pytest.fixture(scope="module")
