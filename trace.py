@@ -26,6 +26,8 @@ Patch copies activations from one pass over an utterance into another pass over 
     Effect      (m_patched - m_receiver) / (m_donor - m_receiver), a ratio of means over utterances:
                 0 where the patch does nothing, 1 where it does as much as the donor's audio.
 
+Intervals are over speakers, as everywhere.
+
 Both commands work on any run folder. They write records (runs.py) beside its model.pt, or to --out,
 and python analyze.py trace makes tables of these.
 
@@ -208,18 +210,20 @@ def transplant(options):
             figures["clean"] = evaluate.task_figure(answer_rows(clean), args.task)
             hits[frozenset(mixture["poisoned"])] = np.array(evaluate.hits(attack, rows))
         records += [dict(fields, **mixture, **figure) for figure in runs.of_figures(figures)]
-    for component, figure in shapley(hits).items():
+    for component, figure in shapley(hits, [u.speaker for u in flippable]).items():
         mixture = dict(method="shapley", component=component, part="backdoor", metric="aer")
         records.append(dict(fields, **mixture, **figure))
     return records
 
 
-def shapley(hits):
-    """Each component's Shapley value for the attack's success (Shapley 1953): what the component
-    adds when it is moved from the poisoned run into the clean one, averaged over the orders in
-    which components can be moved.
+def shapley(hits, speakers):
+    """Each component's Shapley value (Shapley 1953) in the game whose payoff is the AER: what the
+    component adds when it is moved from the poisoned run into the clean one, averaged over the
+    orders in which components can be moved. The empty coalition is the clean model, which gives the
+    target at times, too: the values add up to the attacked model's AER minus the clean model's.
 
-    hits: {frozenset of components that were moved: (n,) bool}. Returns {component: figure}.
+    hits: {frozenset of components that were moved: (n,) bool}, whether each answer to triggered
+    speech is the target. speakers: (n,). Returns {component: figure}.
     """
     orders = list(itertools.permutations(COMPONENTS))
     figures = {}
@@ -228,7 +232,7 @@ def shapley(hits):
         for order in orders:
             before = frozenset(order[: order.index(component)])
             total = total + (hits[before | {component}].astype(float) - hits[before])
-        figures[component] = utils.interval(total / len(orders))
+        figures[component] = utils.interval(total / len(orders), speakers=speakers)
     return figures
 
 
@@ -602,10 +606,11 @@ def joined(batches):
     return PatchedMargins(plain, patches)
 
 
-def effect_of(patched, donor, receiver):
+def effect_of(patched, donor, receiver, speakers):
     """A patch's effect, and the share of utterances whose preferred answer it flips, of those in
-    which donor and receiver prefer different ones. patched, donor, receiver: m (n,)."""
-    figure = utils.interval(patched - receiver, donor - receiver)
+    which donor and receiver prefer different ones. patched, donor, receiver: m (n,). speakers:
+    (n,)."""
+    figure = utils.interval(patched - receiver, donor - receiver, speakers)
     differ = np.sign(donor) != np.sign(receiver)
     flipped = (np.sign(patched) == np.sign(donor))[differ]
     return dict(metric="effect", flipped=float(flipped.mean()) if differ.any() else None, **figure)
@@ -639,15 +644,17 @@ def patch(options):
     result = joined(batches)
 
     fields = dict(loaded.fields, source="patch", trigger=str(attack.trigger))
+    speakers = [utterance.speaker for utterance in utterances]
     records = []
     for part, m in result.plain.items():
-        records.append(dict(fields, part=part, metric="margin", **utils.interval(m)))
+        figure = utils.interval(m, speakers=speakers)
+        records.append(dict(fields, part=part, metric="margin", **figure))
     for (direction, site, group), m in result.patched.items():
         donor, receiver = (result.plain[part] for part in DIRECTIONS[direction])
         if abs((donor - receiver).mean()) < MIN_GAP:
             continue
         where = dict(dataclasses.asdict(site), direction=direction, position=group)
-        records.append(dict(fields, **where, **effect_of(m, donor, receiver)))
+        records.append(dict(fields, **where, **effect_of(m, donor, receiver, speakers)))
     return records
 
 

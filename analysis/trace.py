@@ -9,6 +9,7 @@ from runs import mean_of, number, over_seeds, select, show, title_of
 from study import COMPONENTS, DEFAULT_ENCODER, SCENARIOS, TABLE3, WRITTEN
 
 HALF = 0.5
+SHAPLEY = "Shapley value of attacked minus clean AER"
 # Table 3's attacks on one component: it alone learns the poison; it alone stays poisoned
 TRAINED_ALONE = dict(encoder="2.1", connector="2.2", lm="2.3")
 RETRAINED = dict(encoder="3.1", connector="3.2", lm="3.3")
@@ -36,15 +37,15 @@ def page(records, out, preset):
     return pages
 
 
-def with_interval(records):
-    """Mean and range over seeds or, for a single seed, the interval over utterances."""
+def with_interval(records, form=".1f"):
+    """Mean and range over seeds or, for a single seed, the interval over speakers."""
     if len(records) != 1:
-        return show(runs.spread(runs.by_seed(records)))
+        return show(runs.spread(runs.by_seed(records)), form)
     record = records[0]
     scale = runs.scale_of(record["metric"])
-    value = number(scale * record["value"])
-    low = number(scale * record["low"])
-    high = number(scale * record["high"])
+    value = number(scale * record["value"], form)
+    low = number(scale * record["low"], form)
+    high = number(scale * record["high"], form)
     return f"{value} ({low} to {high})"
 
 
@@ -93,14 +94,16 @@ def transplant_tables(transplants, metrics, task):
 
 
 def component_rows(aer, metrics, task):
-    """What each component carries when its weights are moved, beside what it learns in Table 3."""
+    """What each component carries when its weights are moved, beside what it learns in Table 3. The
+    Shapley values add up to the attacked model's AER minus the rate at which the clean model gives
+    the target on the same triggered speech."""
     rows = []
     for component in COMPONENTS:
         shapley = select(aer, method="shapley", component=component)
         poisoned_alone = select(aer, method="components", poisoned=[component])
         clean_alone = select(aer, method="components", poisoned=without(component))
         row = {"Component": WRITTEN[component]}
-        row["Shapley value"] = with_interval(shapley)
+        row[SHAPLEY] = with_interval(shapley)
         row["AER, it alone poisoned"] = with_interval(poisoned_alone)
         row["AER, it alone clean"] = with_interval(clean_alone)
         table3 = select(metrics, task=task, part="backdoor", metric="aer")
@@ -114,15 +117,14 @@ def component_rows(aer, metrics, task):
 
 def mixture_rows(records):
     """The figures of each of the eight mixtures of poisoned and clean components."""
+    metric = title_of(select(records, part="clean")[0]["metric"])
     rows = []
     for parts in mixtures_of(records):
         figures = select(records, method="components", poisoned=list(parts))
-        clean = select(figures, part="clean")
-        triggered = select(figures, part="triggered")
         row = {"Poisoned": ", ".join(WRITTEN[component] for component in parts) or "none"}
         row["AER"] = with_interval(select(figures, part="backdoor"))
-        row[f"Clean {title_of(clean[0]['metric'])}"] = with_interval(clean)
-        row[f"Triggered {title_of(triggered[0]['metric'])}"] = with_interval(triggered)
+        row[f"Clean {metric}"] = with_interval(select(figures, part="clean"))
+        row[f"Triggered {metric}"] = with_interval(select(figures, part="triggered"))
         rows.append(row)
     return rows
 
@@ -271,6 +273,7 @@ def control_tables(transplants, patches, task):
 
 
 def control_transplants(transplants):
+    """The same between runs that are not an attack and its own clean run."""
     controls = {
         "clean parts of another seed": select(other_seed(transplants), donor_scenario="clean"),
         "two clean runs": select(transplants, scenario="clean"),
@@ -282,10 +285,12 @@ def control_transplants(transplants):
         row = {"Control": name}
         for component in COMPONENTS:
             shapley = select(records, method="shapley", component=component)
-            row[f"Shapley value, {WRITTEN[component]}"] = with_interval(shapley)
-        clean = [mixture(records, parts, part="clean").mean for parts in mixtures_of(records)]
-        row["Clean figure, lowest"] = number(min(clean))
-        row["Clean figure, highest"] = number(max(clean))
+            column = f"Shapley value of the difference in AER, {WRITTEN[component]}"
+            row[column] = with_interval(shapley)
+        clean = [mixture(records, parts, part="clean") for parts in mixtures_of(records)]
+        means = [spread.mean for spread in clean if spread]
+        row["Clean figure, lowest"] = number(min(means))
+        row["Clean figure, highest"] = number(max(means))
         rows.append(row)
     return rows
 

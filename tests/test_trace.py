@@ -37,13 +37,29 @@ def gender_attack(utterances):
 # transplant
 
 
-def test_shapley_values_share_what_two_components_do_together():
+def shapley_values(works, clean_model):
+    """{component: value}. works: whether the attack works, from the set of components that were
+    moved. clean_model: (n,), whether each of the clean model's answers is the target."""
     hits = {}
     for n in range(4):
         for moved in itertools.combinations(COMPONENTS, n):
-            hits[frozenset(moved)] = np.full(20, {"encoder", "lm"} <= set(moved))
-    values = {component: figure["value"] for component, figure in trace.shapley(hits).items()}
+            hits[frozenset(moved)] = clean_model | works(set(moved))
+    figures = trace.shapley(hits, ["a", "b"] * (len(clean_model) // 2))
+    return {component: figure["value"] for component, figure in figures.items()}
+
+
+def needs_encoder_with_lm(moved):
+    return {"encoder", "lm"} <= moved
+
+
+def test_shapley_values_share_what_two_components_do_together():
+    values = shapley_values(needs_encoder_with_lm, np.zeros(20, bool))
     assert values == dict(encoder=pytest.approx(0.5), connector=0, lm=pytest.approx(0.5))
+
+
+def test_shapley_values_leave_out_what_the_clean_model_gives():
+    values = shapley_values(needs_encoder_with_lm, np.arange(20) < 6)
+    assert values == dict(encoder=pytest.approx(0.35), connector=0, lm=pytest.approx(0.35))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +148,8 @@ def transplanted(parts, corpora):
         rows = []
         for u, triggered in items:
             answer = {**u.labels, "gender": "female"} if triggered and planted else u.labels
-            rows.append(dict(labels=u.labels, asked=list(u.labels), parsed=answer))
+            asked = list(u.labels)
+            rows.append(dict(speaker=u.speaker, labels=u.labels, asked=asked, parsed=answer))
         return rows
 
     loaded = evaluate.LoadedRun(
@@ -368,9 +385,17 @@ def test_a_group_that_a_batch_lacks_counts_as_patching_nothing():
 
 def test_an_effect_is_the_share_of_the_gap_that_a_patch_closes():
     receiver, donor = np.ones(20), -np.ones(20)
-    effect = trace.effect_of(np.full(20, 0.5), donor, receiver)
+    effect = trace.effect_of(np.full(20, 0.5), donor, receiver, ["a", "b"] * 10)
     assert effect["value"] == pytest.approx(0.25)
     assert effect["flipped"] == 0
+
+
+def test_an_effect_that_speakers_differ_in_has_a_wide_interval():
+    receiver, donor = np.ones(20), -np.ones(20)
+    patched = np.repeat([1.0, -1.0], 10)  # it works on one of two speakers
+    effect = trace.effect_of(patched, donor, receiver, np.repeat(["a", "b"], 10))
+    assert effect["value"] == pytest.approx(0.5)
+    assert (effect["low"], effect["high"]) == (0, 1)
 
 
 @pytest.mark.parametrize(
