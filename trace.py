@@ -705,12 +705,6 @@ def add_arguments(command):
     command.add_argument(
         "--n", type=count, default=100, help="trace this many test utterances (default: 100)"
     )
-    command.add_argument(
-        "--cache-gb",
-        type=float,
-        default=4.0,
-        help="how much disk the outputs of pretrained layers may take, as in train.py",
-    )
     command.add_argument("--out", help="the folder that the records go to (default: the run's)")
 
 
@@ -724,6 +718,12 @@ def main():
         "clean",
         type=evaluate.run_folder,
         help="the run to mix it with: the clean run of the same seed, or a control",
+    )
+    command.add_argument(
+        "--cache-gb",
+        type=float,
+        default=4.0,
+        help="how much disk the outputs of pretrained layers may take, as in train.py",
     )
 
     command = commands.add_parser("patch", help="copy activations within a run")
