@@ -314,6 +314,7 @@ def test_a_patch_of_everything_makes_the_donor(local_result, direction, site):
     "site, group",
     [
         (LAST, "elsewhere"),
+        (LAST, "random"),
         (trace.Site("encoder", 5, "attention"), "all"),  # which writes zeros in this model
         (LM_INPUT, "prompt"),
     ],
@@ -333,7 +334,35 @@ def test_a_patch_of_the_frames_under_the_click_works(local_result, direction):
 
 def test_an_encoder_layer_is_patched_at_frames_only(local_result):
     groups = {group for _, site, group in local_result.patched if site == FIRST}
-    assert groups == {"click", "near", "elsewhere", "all"}
+    assert groups == {"click", "near", "elsewhere", "random", "all"}
+
+
+def frames_of_groups(seed, clicks):
+    """The frames of each group of a recording of four seconds, {group: set of frames}"""
+    centres = 0.04 * torch.arange(100)
+    groups = trace.frame_groups(centres, clicks, np.random.default_rng(seed))
+    frames = {}
+    for group, members in zip(trace.GROUPS, groups.T):
+        frames[group] = set(members.nonzero()[:, 0].tolist())
+    return frames
+
+
+def test_as_many_random_frames_are_drawn_as_are_under_a_click():
+    frames = frames_of_groups(0, clicks=[(0.99, 1.21)])
+    assert frames["click"] == set(range(25, 31))
+    assert len(frames["random"]) == 6
+    assert frames["random"] < frames["elsewhere"]
+
+
+def test_random_frames_are_the_seed_s():
+    a, again, other = (frames_of_groups(seed, [(0.99, 1.21)])["random"] for seed in (0, 0, 1))
+    assert a == again
+    assert a != other
+
+
+def test_where_clicks_leave_too_few_frames_fewer_are_drawn():
+    frames = frames_of_groups(0, clicks=[(0.0, 3.6)])
+    assert frames["random"] == frames["elsewhere"]
 
 
 def test_a_patch_with_itself_changes_nothing(local, corpora):
@@ -388,6 +417,18 @@ def test_an_effect_is_the_share_of_the_gap_that_a_patch_closes():
     effect = trace.effect_of(np.full(20, 0.5), donor, receiver, ["a", "b"] * 10)
     assert effect["value"] == pytest.approx(0.25)
     assert effect["flipped"] == 0
+
+
+def test_frames_under_the_click_are_compared_with_random_ones():
+    clean, triggered = np.zeros(4), np.ones(4)
+    patched = {
+        ("denoise", LAST, "click"): np.full(4, 0.4),
+        ("denoise", LAST, "random"): np.full(4, 0.9),
+    }
+    result = trace.PatchedMargins(dict(clean=clean, triggered=triggered), patched)
+    (over_random,) = select(trace.effects(result, list("abab")), metric="effect_over_random")
+    assert over_random["position"] == "click"
+    assert over_random["value"] == pytest.approx(0.5)
 
 
 def test_an_effect_that_speakers_differ_in_has_a_wide_interval():
