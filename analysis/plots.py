@@ -298,7 +298,8 @@ def patches(records, path):
             axis.set_title(f"{task}: {title}", fontsize=9)
             axis.set_xticks(range(len(POSITIONS)), POSITIONS.values(), fontsize=6)
             axis.set_yticks(range(len(sites)), sites, fontsize=7)
-    fig.colorbar(image, ax=axes, label="share of the trigger's effect, or of answers", shrink=0.3)
+    fig.colorbar(image, ax=axes[::2], label="share of the trigger's effect", shrink=0.3)
+    fig.colorbar(image, ax=axes[1::2], label="share of answers", shrink=0.3)
     write(fig, path)
 
 
