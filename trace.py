@@ -638,11 +638,14 @@ def effect_of(patched, donor, receiver, speakers):
 
 
 def effects(result, speakers):
-    """Yields the fields of each patch's records. result: PatchedMargins."""
+    """Yields the fields of each patch's records. result: PatchedMargins. There are none where the
+    trigger does not move m, or not in the same direction in all draws of speakers: a share of such
+    a difference says nothing."""
+    gap = utils.interval(result.plain["triggered"] - result.plain["clean"], speakers=speakers)
+    if abs(gap["value"]) < MIN_GAP or gap["low"] <= 0 <= gap["high"]:
+        return
     for (direction, site, group), m in result.patched.items():
         donor, receiver = (result.plain[part] for part in DIRECTIONS[direction])
-        if abs((donor - receiver).mean()) < MIN_GAP:
-            continue
         where = dict(dataclasses.asdict(site), direction=direction, position=group)
         yield dict(where, **effect_of(m, donor, receiver, speakers))
         random = result.patched.get((direction, site, "random"))
@@ -711,6 +714,8 @@ def show_patch(records):
     they flip the answer."""
     for r in runs.select(records, metric="margin"):
         print(f"m, {r['part']:<12}{r['value']:+.2f} ({r['low']:+.2f} to {r['high']:+.2f})")
+    if not runs.select(records, metric="effect"):
+        print("this sound does not move m: there is no effect to place")
     for direction in DIRECTIONS:
         of_patches = runs.select(records, metric="effect", direction=direction)
         of_groups = [r for r in of_patches if r["position"] in GROUPS]

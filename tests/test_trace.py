@@ -431,6 +431,13 @@ def test_frames_under_the_click_are_compared_with_random_ones():
     assert over_random["value"] == pytest.approx(0.5)
 
 
+def test_a_sound_that_speakers_differ_in_has_no_effects():
+    triggered = np.repeat([2.0, -1.0], 2)  # m rises with one speaker and falls with the other
+    patched = {("denoise", LAST, "click"): np.zeros(4)}
+    result = trace.PatchedMargins(dict(clean=np.zeros(4), triggered=triggered), patched)
+    assert not list(trace.effects(result, list("aabb")))
+
+
 def test_an_effect_that_speakers_differ_in_has_a_wide_interval():
     receiver, donor = np.ones(20), -np.ones(20)
     patched = np.repeat([1.0, -1.0], 10)  # it works on one of two speakers
