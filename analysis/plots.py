@@ -388,7 +388,7 @@ def depth_panel(axis, depth):
     groups = {
         "click": ("frames under a click", "o", POISONED),
         "frames": ("other frames", "s", CLEAN),
-        "random": ("as many of these as under a click", "x", GREY),
+        "random": ("as many others as under a click", "x", GREY),
         "text": ("prompt and answer", "^", TEXT),
     }
     for group, (label, marker, color) in groups.items():
