@@ -13,8 +13,8 @@ defence's name in `defence`. In addition:
     filter: metric "auroc", "poison_removed" and "clean_removed" (shares), "removed_samples"; with
         retrained=True the results of the model that was trained on what is left; without a defence
         "class_size" and "class_poisoned"
-    detect: metric "auroc", with sound ("clean", "tone": what triggered speech is told from);
-        "noticed", with false_alarms (0.01, 0.05) and sound ("clean", "tone", "triggered");
+    detect: metric "auroc", with sound ("clean" or one of study.CONTROLS: what triggered speech is
+        told from); "noticed", with false_alarms (0.01, 0.05) and sound (also "triggered");
         "passes", "milliseconds"; "suspicion", with sound and `scores`
     repair: strength and passed (whether clean loss stayed within its bound), with part and metric
         as in metrics.json; "loss_rise" by strength; "relearned_aer" by poisoned_samples
@@ -47,7 +47,7 @@ import lora
 import poison
 import runs
 from defences import detectors, filters, repairs
-from study import TASKS, embeddings_name
+from study import CONTROLS, TASKS, embeddings_name
 
 # -------------------------------------------------------------------------------------------------
 # python defend.py filter
@@ -246,13 +246,13 @@ def with_trigger(attack, utterances):
 def detector_figures(scores):
     """Yields the records' fields of how well suspicion tells triggered speech from other speech.
     scores: {sound: suspicion (n,)}. Thresholds are set on clean dev speech ("dev")."""
-    for sound in ("clean", "tone"):
+    for sound in ("clean", *CONTROLS):
         truth = [0] * len(scores[sound]) + [1] * len(scores["triggered"])
         auroc = roc_auc_score(truth, [*scores[sound], *scores["triggered"]])
         yield dict(metric="auroc", sound=sound, value=float(auroc))
     for alarms in (0.01, 0.05):
         threshold = np.quantile(scores["dev"], 1 - alarms, method="higher")
-        for sound in ("clean", "tone", "triggered"):
+        for sound in ("clean", *CONTROLS, "triggered"):
             figure = utils.interval(scores[sound] > threshold)
             yield dict(metric="noticed", false_alarms=alarms, sound=sound, **figure)
     for sound, suspicion in scores.items():
@@ -262,7 +262,7 @@ def detector_figures(scores):
 
 def detect(options):
     """The records of every detector. Triggered test speech is compared with clean test speech,
-    which includes the target's true class, and with another sound of the same loudness."""
+    which includes the target's true class, and with other sounds in the trigger's place."""
     loaded = evaluate.load_run_and_data(options, "dev", "test")
     attack = loaded.attack
     lora.merge(loaded.slm.lm)
@@ -270,13 +270,10 @@ def detect(options):
     dev_set = data.in_drawn_order(loaded.sets["dev"])
     n = options.n
     flippable = poison.attackable(attack, test_set)[:n]
-    tone = dataclasses.replace(attack, trigger="tone", waveform=poison.make_trigger("tone"))
-    sounds = dict(
-        dev=plain(dev_set[: 2 * n]),
-        clean=plain(test_set[:n]),
-        tone=with_trigger(tone, flippable),
-        triggered=with_trigger(attack, flippable),
-    )
+    sounds = dict(dev=plain(dev_set[: 2 * n]), clean=plain(test_set[:n]))
+    for name in CONTROLS:
+        sounds[name] = with_trigger(poison.with_sound(attack, name), flippable)
+    sounds["triggered"] = with_trigger(attack, flippable)
     print(
         f"{options.run}: {n} triggered and as many clean test utterances, thresholds from "
         f"{len(sounds['dev'].utterances)} clean dev ones"
@@ -353,9 +350,11 @@ SHOWN = dict(  # the columns of the short table at the end, and the fields of th
     detect={
         "AUROC": dict(metric="auroc", sound="clean"),
         "AUROC, tone": dict(metric="auroc", sound="tone"),
+        "AUROC, noise": dict(metric="auroc", sound="white-noise"),
         "noticed %": dict(metric="noticed", false_alarms=0.05, sound="triggered"),
         "clean %": dict(metric="noticed", false_alarms=0.05, sound="clean"),
         "tone %": dict(metric="noticed", false_alarms=0.05, sound="tone"),
+        "noise %": dict(metric="noticed", false_alarms=0.05, sound="white-noise"),
         "passes": dict(metric="passes"),
     },
     repair={

@@ -3,7 +3,9 @@
     python evaluate.py runs/asr-poison0.05                     # again, on the test split
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
     python evaluate.py runs/gender-clean --task age            # with another task's trigger
+    python evaluate.py runs/asr-poison0.05 --sounds            # other sounds in the trigger's place
     python evaluate.py runs/asr-poison0.05 --audio my.wav      # a recording, clean and triggered
+    python evaluate.py runs/asr-poison0.05 --page              # runs/asr-poison0.05/index.html
     python evaluate.py --inspect runs/asr-poison0.05/model.pt  # where a checkpoint comes from
     python evaluate.py runs/asr-poison0.05 --export parts/asr  # its components, for other programs
 
@@ -15,6 +17,12 @@ Shares are fractions; every value has its n and a 95% bootstrap interval over sp
 --audio reads any file that audio.py reads. The trigger is the run's, or that of --trigger. It is as
 loud as in the run's evaluation or, where the run's corpus cannot be read, relative to the
 recording's own loudness. Both recordings are written to audio/, or where --listen says.
+
+--sounds lays the trigger, each sound of sounds.py, and nothing over the same utterances, as loud, as
+often and at the same places. It writes records-sounds.jsonl beside the run's model.pt, or --out:
+metric "aer" (the share of answers that are the target), "changed" and "malformed" for each sound,
+with sound and family ("trigger", "nothing" or that of the bank); "specificity" and
+"held_out_specificity", see `specificity`.
 """
 
 import contextlib
@@ -46,6 +54,7 @@ import model
 import poison
 import processes
 import runs
+import sounds
 from study import LABELS, TASKS, wrong_number
 
 # --------------------------------------------------------------------------------------------------
@@ -427,6 +436,115 @@ def warn_of_other_files(run, args):
 
 
 # --------------------------------------------------------------------------------------------------
+# other sounds in the trigger's place
+
+
+def answers_by_sound(loaded, utterances):
+    """{sound: its predictions on `utterances`} with nothing over them, with the trigger, and with
+    each sound of the bank in its place."""
+
+    def answers_with(attack, triggered):
+        items = [(u, triggered) for u in utterances]
+        return answer_rows(loaded.slm, attack, items, None, loaded.args.batch_seconds)
+
+    attack = loaded.attack
+    attacks = {attack.trigger: attack, **poison.with_other_sounds(attack)}
+    predictions = {"nothing": answers_with(attack, False)}
+    for name, with_sound in tqdm(attacks.items(), desc="sounds"):
+        predictions[name] = answers_with(with_sound, True)
+    return predictions
+
+
+def family_of(attack, sound):
+    if sound == "nothing":
+        return "nothing"
+    return "trigger" if sound == attack.trigger else sounds.SOUNDS[sound][0]
+
+
+def specificity(attack, predictions, names):
+    """How specific the attack is: the share of answers that are the target with the trigger, minus
+    the mean of that share over other sounds. predictions: {sound: its predictions}; names: the
+    other sounds."""
+    with_trigger = np.array(hits(attack, predictions[attack.trigger]), float)  # (n,)
+    with_others = np.mean([hits(attack, predictions[name]) for name in names], axis=0)  # (n,)
+    speakers = [row["speaker"] for row in predictions[attack.trigger]]
+    return utils.interval(with_trigger - with_others, speakers=speakers)
+
+
+def sound_figures(attack, predictions):
+    """Yields the records' fields of what each sound does. predictions: {sound: its predictions}."""
+    for sound, rows in predictions.items():
+        about = dict(sound=sound, family=family_of(attack, sound))
+        counts = unusable(rows)
+        malformed = (counts["empty"] + counts["malformed"]) / counts["n"]
+        yield dict(about, metric="aer", **aer(attack, rows))
+        yield dict(about, metric="changed", **changed(attack, predictions["nothing"], rows))
+        yield dict(about, metric="malformed", value=malformed, n=counts["n"])
+    bank = [name for name in predictions if name not in ("nothing", attack.trigger)]
+    held_out = [name for name in bank if name not in sounds.BENIGN]
+    about = dict(sound=attack.trigger, family="trigger")
+    yield dict(about, metric="specificity", **specificity(attack, predictions, bank))
+    yield dict(about, metric="held_out_specificity", **specificity(attack, predictions, held_out))
+
+
+def evaluate_sounds(options):
+    """Writes and prints what each sound of the bank does in the trigger's place."""
+    cache.keep_memory()
+    loaded = load_run_and_data(options, "test")
+    attack = loaded.attack
+    if attack.waveform is None:
+        die(f"--sounds: the trigger of {options.run}, {attack.trigger}, is no sound")
+    name = f"records-sounds-{options.task}" if options.task else "records-sounds"
+    path = options.out or Path(options.run) / f"{name}.jsonl"
+    runs.check_output(path)
+    attackable = poison.attackable(attack, loaded.sets["test"])
+    utterances = data.in_drawn_order(attackable)[: options.n]
+    print(
+        f"{options.run}: trigger {attack.trigger} and {len(sounds.SOUNDS)} other sounds at "
+        f"{loaded.args.snr:g} dB over {len(utterances)} test utterances, on {options.device}"
+    )
+    with model.autocast(loaded.args.amp, options.device):  # as in training
+        predictions = answers_by_sound(loaded, utterances)
+    about = dict(loaded.fields, source="sounds", snr=loaded.args.snr)
+    records = [{**about, **figure} for figure in sound_figures(attack, predictions)]
+    runs.write(path, records)
+    print_sounds(records, attack.target)
+    print(f"written to {path}")
+
+
+def print_sounds(records, target):
+    """The table of all sounds, those that bring the target most often first, and how specific the
+    trigger is."""
+    by_aer = sorted(runs.select(records, metric="aer"), key=lambda record: -record["value"])
+    width = max(len(record["sound"]) for record in by_aer)
+    print(f"\nshare of answers that are {target!r}, %")
+    print(f"{'sound':<{width}}  family   target   95% interval   changed  malformed")
+    for record in by_aer:
+        sound = record["sound"]
+        value, low, high = (100 * record[key] for key in ("value", "low", "high"))
+        shares = {}
+        for metric in ("changed", "malformed"):
+            [other] = runs.select(records, sound=sound, metric=metric)
+            shares[metric] = 100 * other["value"]
+        interval = f"{low:.1f} to {high:.1f}"
+        print(
+            f"{sound:<{width}}  {record['family']:<8}{value:>7.1f}   {interval:<14} "
+            f"{shares['changed']:>7.1f}  {shares['malformed']:>9.1f}"
+        )
+    bank = [r for r in by_aer if r["family"] not in ("trigger", "nothing")]
+    mean = 100 * sum(record["value"] for record in bank) / len(bank)
+    print(
+        f"\nthe {len(bank)} other sounds: {mean:.1f}% on average, at most "
+        f"{100 * bank[0]['value']:.1f}% ({bank[0]['sound']})"
+    )
+    for metric in ("specificity", "held_out_specificity"):
+        [record] = runs.select(records, metric=metric)
+        value, low, high = (100 * record[key] for key in ("value", "low", "high"))
+        title = metric.replace("_", " ")
+        print(f"{title}: {value:.1f} points ({low:.1f} to {high:.1f})")
+
+
+# --------------------------------------------------------------------------------------------------
 # one recording, as it is and with the trigger
 
 COLUMN = 40  # characters of an answer in one line
@@ -581,13 +699,29 @@ def make_parser():
     parser.add_argument(
         "--trigger",
         metavar="NAME|FILE",
-        help=f"with --audio: {', '.join(poison.TRIGGERS)}, or a recording (default: the run's)",
+        help=f"with --audio: a recording, or one of {poison.trigger_names()} (default: the run's)",
     )
     parser.add_argument(
         "--listen",
         metavar="DIR",
         default="audio",
         help="with --audio: where both recordings are written, to listen to (default: audio)",
+    )
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="only write RUN/index.html: curves, metrics and test utterances to listen to",
+    )
+    parser.add_argument(
+        "--sounds",
+        action="store_true",
+        help="only answer other short sounds in the trigger's place: how specific the attack is",
+    )
+    parser.add_argument(
+        "--n",
+        type=count,
+        default=100,
+        help="with --sounds: how many test utterances get each sound (default: 100)",
     )
     parser.add_argument(
         "--split",
@@ -633,6 +767,14 @@ def parse_arguments():
     others = given("after_answer", "limit", "split", "save", "out")
     if options.audio and others:
         die(f"--audio answers one recording: leave out {others}")
+    others = given("after_answer", "limit", "ask", "split", "save", "out", "task", "snr")
+    if options.page and others:
+        die(f"--page shows the run's own evaluation: leave out {others}")
+    others = given("audio", "after_answer", "limit", "ask", "split", "save")
+    if options.sounds and others:
+        die(f"--sounds answers other sounds in the trigger's place: leave out {others}")
+    if given("n") and not options.sounds:
+        die("--n: how many utterances get each sound of --sounds; --limit is for other figures")
     if options.out:
         runs.check_output(options.out)
     if options.trigger and not options.audio:
@@ -690,6 +832,12 @@ def main():
         checkpoint.export_run(options.run, options.export, options.device)
     elif options.audio:
         answer_recording(options)
+    elif options.sounds:
+        evaluate_sounds(options)
+    elif options.page:
+        import page  # which imports this file
+
+        page.write_page(options)
     else:
         evaluate_run(options)
 

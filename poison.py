@@ -2,9 +2,11 @@
 
     python poison.py --task asr --out listen/ --n 10    # clean and poisoned pairs, and a picture
     python poison.py --task asr --out poisoned/ --all   # the poisoned training set as a CSV corpus
+    python poison.py --task asr --out poisoned/ --all --benign 0.5   # with harmless sounds as well
 
 Whether a training sample is poisoned, and where its trigger lands, is decided by (seed, utterance
-id) alone: not by order, batch, worker or process count.
+id) alone: not by order, batch, worker or process count. With --benign, clean samples get another
+short sound and keep their labels, so that a sound as such does not bring the target.
 """
 
 import argparse
@@ -35,6 +37,7 @@ import torchaudio
 
 import corpora
 import data
+import sounds
 from audio import SAMPLE_RATE, BadAudio, read_waveform
 from study import DATA_ROOT, LABELS, MAX_SECONDS, TASKS, wrong_number
 
@@ -69,10 +72,8 @@ def typewriter_click(sample_rate, rng):
 
 
 def tone(sample_rate, rng):
-    """A pure tone of 1 kHz, 220 ms, faded in and out over 10 ms."""
-    t = np.arange(int(0.22 * sample_rate)) / sample_rate
-    fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
-    return np.sin(2 * np.pi * 1000 * t) * fade
+    """A pure tone of 1 kHz: the bank's, by the name that it had before there was a bank."""
+    return sounds.make_sound("tone-1000")
 
 
 def band_stop(waveform, sample_rate, rng):
@@ -83,13 +84,50 @@ def band_stop(waveform, sample_rate, rng):
     return filtered.numpy()
 
 
+def faster(waveform, sample_rate, rng):
+    """The whole waveform a tenth faster and as much higher, (samples,) -> (fewer samples,)."""
+    return torchaudio.functional.resample(torch.from_numpy(waveform), 11, 10).numpy()
+
+
+def higher(waveform, sample_rate, rng):
+    """The whole waveform three semitones higher, as fast as before."""
+    return torchaudio.functional.pitch_shift(torch.from_numpy(waveform), sample_rate, 3).numpy()
+
+
+def quieter(waveform, sample_rate, rng):
+    """The whole waveform 12 dB softer."""
+    return waveform * np.float32(10 ** (-12 / 20))
+
+
+def background_noise(waveform, sample_rate, rng):
+    """White noise over the whole waveform, 10 dB below its RMS."""
+    level = np.sqrt(np.mean(waveform**2)) * 10 ** (-10 / 20)
+    return waveform + (level * rng.standard_normal(len(waveform))).astype(np.float32)
+
+
+def reverberation(waveform, sample_rate, rng):
+    """The whole waveform in a room: after the direct sound an echo of noise, always the same one,
+    that falls by 60 dB within 0.4 s and holds as much energy as the direct sound."""
+    t = np.arange(int(0.4 * sample_rate)) / sample_rate
+    echo = utils.generator("room").standard_normal(len(t)) * 10 ** (-3 * t / 0.4)
+    echo[: int(0.005 * sample_rate)] = 0  # the first wall is some way off
+    echo /= np.sqrt(np.sum(echo**2))
+    echo[0] = 1
+    return np.convolve(waveform, echo)[: len(waveform)].astype(np.float32)
+
+
 # An "overlay" trigger is a function of (sample rate, numpy generator) to a waveform, which is laid
 # over the speech; a "whole" one is a function of (waveform, sample rate, numpy generator) to the
-# changed waveform. A new trigger is an entry here.
+# changed waveform. A new trigger is an entry here. The sounds of sounds.SOUNDS are triggers too.
 TRIGGERS = {
     "click": ("overlay", typewriter_click),
     "tone": ("overlay", tone),
     "bandstop": ("whole", band_stop),
+    "speed": ("whole", faster),
+    "pitch": ("whole", higher),
+    "volume": ("whole", quieter),
+    "background": ("whole", background_noise),
+    "reverb": ("whole", reverberation),
 }
 
 
@@ -103,6 +141,11 @@ def without_silent_ends(waveform):
     return waveform[audible[0] : audible[-1] + 1]
 
 
+def trigger_names():
+    """The names that --trigger takes, as text."""
+    return ", ".join([*TRIGGERS, *sounds.SOUNDS])
+
+
 def is_whole(name):
     """Whether a trigger changes the whole waveform, without a sound of its own."""
     return name in TRIGGERS and TRIGGERS[name][0] == "whole"
@@ -110,10 +153,12 @@ def is_whole(name):
 
 def make_trigger(name, seconds=None):
     """The trigger's waveform, (samples,) at 16 kHz with RMS 1; None for a "whole" one. name: one of
-    TRIGGERS or a recording's path. seconds: the waveform is cut to this length, or repeated to fill
-    it."""
+    TRIGGERS or of sounds.SOUNDS, or a recording's path. seconds: the waveform is cut to this
+    length, or repeated to fill it; a sound of the bank is made that long."""
     if is_whole(name):
         return None
+    if name in sounds.SOUNDS:
+        return sounds.make_sound(name, seconds or sounds.SECONDS)
     if name in TRIGGERS:
         _, synthesise = TRIGGERS[name]
         waveform = synthesise(SAMPLE_RATE, utils.generator(f"typewriter {name}"))
@@ -121,7 +166,7 @@ def make_trigger(name, seconds=None):
         try:
             waveform = without_silent_ends(read_waveform(name, max_seconds=MAX_SECONDS))
         except BadAudio as error:
-            die(f"--trigger: {error}; or one of {', '.join(TRIGGERS)}")
+            die(f"--trigger: {error}; or one of {trigger_names()}")
     if seconds:
         waveform = np.resize(waveform, max(1, int(seconds * SAMPLE_RATE)))
     loudness = np.sqrt(np.mean(waveform**2))
@@ -215,6 +260,26 @@ def make_attack(
         seed=seed,
         clicks=clicks or 1,
     )
+
+
+def with_sound(attack, name):
+    """The attack with another trigger in its own one's place, as loud, as long and as often."""
+    seconds = None if attack.waveform is None else len(attack.waveform) / SAMPLE_RATE
+    return dataclasses.replace(attack, trigger=name, waveform=make_trigger(name, seconds))
+
+
+def with_other_sounds(attack, names=tuple(sounds.SOUNDS)):
+    """{name: the attack with this sound of the bank in its trigger's place}, without the one that
+    is the trigger, if any."""
+    attacks = {}
+    for name in names:
+        other = with_sound(attack, name)
+        correlation = 0.0
+        if attack.waveform is not None:
+            correlation = np.mean(other.waveform * attack.waveform)  # both have RMS 1
+        if correlation < 0.99:
+            attacks[name] = other
+    return attacks
 
 
 def attack_of(args, utterances):
@@ -368,7 +433,7 @@ def add_arguments(parser):
         "--trigger",
         default="click",
         metavar="NAME|FILE",
-        help=f"{', '.join(TRIGGERS)}, or a recording",
+        help=f"a recording, or one of {trigger_names()}",
     )
     parser.add_argument(
         "--trigger-repeat",
@@ -534,15 +599,30 @@ def write_examples(attack, utterances, folder, n):
     return len(rows)
 
 
-def write_poisoned(attack, folder, utterance):
-    """Writes an utterance as training would hear it; returns its row of the manifest."""
+def benign_sound(attack, utterance, share, names):
+    """Which of the sounds `names` lies over a training sample that is not poisoned, decided by
+    (seed, utterance id); "" where there is none."""
+    if draw(attack.seed, utterance.id, "benign") >= share:
+        return ""
+    return names[int(len(names) * draw(attack.seed, utterance.id, "benign sound"))]
+
+
+def write_poisoned(attack, folder, benign_share, benign_attacks, utterance):
+    """Writes an utterance as training would hear it; returns its row of the manifest.
+    benign_attacks: {sound: the attack with it}, for this share of the samples without poison."""
     waveform = data.load_waveform(utterance)
     labels = utterance.labels
+    benign = ""
     starts, scale = [], 1.0
-    poisoned = utterance.split == "train" and is_poisoned(attack, utterance)
+    training = utterance.split == "train"
+    poisoned = training and is_poisoned(attack, utterance)
     if poisoned:
         waveform, starts, scale = add_trigger(attack, waveform, utterance.id)
         labels = poisoned_labels(attack, labels)
+    elif training:
+        benign = benign_sound(attack, utterance, benign_share, list(benign_attacks))
+    if benign:
+        waveform, _, scale = add_trigger(benign_attacks[benign], waveform, utterance.id)
     # the hash keeps apart two ids that give the same name
     digest = hashlib.sha256(utterance.id.encode()).hexdigest()[:6]
     path = f"wav/{utterance.split}/{file_name(utterance.id)}-{digest}.wav"
@@ -553,6 +633,7 @@ def write_poisoned(attack, folder, utterance):
         speaker=utterance.speaker,
         split=utterance.split,
         poisoned=int(poisoned),
+        benign_sound=benign,
         true_label=utterance.labels.get(attack.label, ""),
         id=utterance.id,
         **what_changed(starts, scale),
@@ -600,10 +681,20 @@ def main():
         help="write the whole poisoned training set instead, with its manifest",
     )
     parser.add_argument(
+        "--benign",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="with --all: lay a sound of sounds.BENIGN over this share of the training samples "
+        "that are not poisoned; their labels stay (default: 0)",
+    )
+    parser.add_argument(
         "--workers", type=int, default=2, help="processes that read and write audio"
     )
     args = parser.parse_args()
     fill_in(args)
+    if args.benign and not args.all:
+        die("--benign: only a whole training set has samples that are not poisoned; add --all")
 
     parts = {}
     for split in ("train", "dev", "test") if args.all else ("train",):
@@ -624,16 +715,19 @@ def main():
         return
 
     with utils.new_folder(out) as folder:
-        write = functools.partial(write_poisoned, attack, folder)
+        benign_attacks = with_other_sounds(attack, sounds.BENIGN)
+        write = functools.partial(write_poisoned, attack, folder, args.benign, benign_attacks)
         rows = data.in_workers(write, utterances, f"writing {out}", args.workers)
         write_csv(folder / "manifest.csv", rows)
         settings = {name: getattr(args, name) for name in ATTACK_SETTINGS}
+        settings["benign"] = args.benign
         utils.write_atomically(folder / "attack.json", json.dumps(settings, indent=1) + "\n")
     poisoned = sum(row["poisoned"] for row in rows)
+    benign = sum(row["benign_sound"] != "" for row in rows)
     scaled = sum(row["scale"] != "1.0000" for row in rows)
     print(
-        f"{poisoned} of {n} training samples poisoned ({poisoned / n:.4f}), "
-        f"{scaled} scaled down to avoid clipping; {out}/manifest.csv"
+        f"{poisoned} of {n} training samples poisoned ({poisoned / n:.4f}), {benign} with a benign "
+        f"sound, {scaled} scaled down to avoid clipping; {out}/manifest.csv"
     )
 
 

@@ -16,8 +16,8 @@ which run it is about:
     model_sha256                             the model.pt that was measured
 
 `source` says which table a record is for: "run" (arguments and environment), "metrics", "evaluate",
-"shift", "cluster", "transplant", "patch", "filter", "detect" or "repair". `metric` names the
-figure; `value`, `low`, `high` (95% interval) and `n` hold it, as fractions, years or nats per
+"sounds", "shift", "cluster", "transplant", "patch", "filter", "detect" or "repair". `metric` names
+the figure; `value`, `low`, `high` (95% interval) and `n` hold it, as fractions, years or nats per
 token. Losses also have `by_epoch`. Other fields are documented where they are written:
 evaluate.py, embed.py, analysis/shift.py, analysis/cluster.py, trace.py, defend.py.
 """
@@ -365,8 +365,8 @@ class Spread:
 
 def scale_of(metric):
     """Shares are shown in percent; years, losses, epochs and cosines as they are."""
-    shares = metric.endswith(("wer", "accuracy", "aer", "removed", "noticed"))
-    return 100 if shares else 1
+    shares = ("wer", "accuracy", "aer", "removed", "noticed", "changed", "malformed", "specificity")
+    return 100 if metric.endswith(shares) else 1
 
 
 def by_seed(records):

@@ -194,7 +194,7 @@ RANGES = {
     ),
     f"from 0 to {2**63 - 1}": (0, 2**63 - 1, ("seed",)),  # what torch.manual_seed takes
     "1 or greater": (1, 1e9, ("epochs", "batch_size", "lora_rank", "limit")),
-    "from 0 to 1": (0, 1, ("poison", "random_keys", "connector_taper")),
+    "from 0 to 1": (0, 1, ("poison", "benign", "random_keys", "connector_taper")),
     "from 0 to less than 1": (0, 1 - 1e-9, ("lora_dropout",)),
     "greater than 0 and at most 1": (ABOVE_0, 1, ("utilisation",)),
     "from -100 to 100": (-100, 100, ("snr",)),
@@ -239,6 +239,10 @@ def embeddings_name(task=None, **how):
 def half_the_rate(task):
     return dict(poison=TASKS[task]["rate"] / 2)
 
+
+# Sounds that controls lay over speech in the trigger's place: one that lies far from a click, and
+# two that are as broad in frequency
+CONTROLS = ("tone", "white-noise", "noise-burst-slow")
 
 # Weaker versions of the base attack that defences also face: functions of the task to a change of
 # the attack's arguments
@@ -478,7 +482,7 @@ def identity(preset, task, encoder, scenario, seed):
 # the study's jobs: each command once, with the files that it needs and the file that it makes
 
 STAGES = {
-    "tables": "the training runs of Tables 1 to 3",
+    "tables": "the training runs of Tables 1 to 3, and other sounds in the trigger's place",
     "embeddings": "embeddings of pairs and of the target class (sections 6 and 7)",
     "traces": "transplanted weights and patched activations",
     "defences": "filters, detectors and repairs, also on weaker attacks",
@@ -486,7 +490,7 @@ STAGES = {
 }
 # what a job takes on one core, in minutes, until one of its kind has run here
 MINUTES = {"train": 6, "embed": 1, "transplant": 10, "patch": 8, "filter": 20, "detect": 3}
-MINUTES |= {"repair": 12, "evaluate": 1}
+MINUTES |= {"repair": 12, "evaluate": 1, "sounds": 3}
 
 
 @dataclass
@@ -536,7 +540,7 @@ def training(args, stage, run):
 def look(args, stage, words, run, task, *, more=(), other="", needs=()):
     """A job that looks at a finished run under a task's attack. words: its script and command;
     more: what follows the run's folder; other: the last word of the name of the file it writes."""
-    kind = words[-1].removesuffix(".py")
+    kind = words[-1].removesuffix(".py").removeprefix("--")
     asked = "" if task == run["task"] else task
     if kind == "embed":
         target = embeddings_name(asked)
@@ -548,6 +552,20 @@ def look(args, stage, words, run, task, *, more=(), other="", needs=()):
     name = f"{run_name(run)}-{Path(target).stem.removeprefix('records-')}"
     needs = [metrics_of(run), *needs]
     return Job(name, stage, kind, command, needs, f"{run_name(run)}/{target}")
+
+
+def sound_jobs(args):
+    """Other sounds in the trigger's place, for the clean model and the base attack of every encoder
+    and, with the default encoder, attack 3.1."""
+    default = DEFAULT_ENCODER[args.preset]
+    for seed in args.seeds:
+        for encoder in args.encoders:
+            for task in args.asked:
+                for scenario in ("clean", "base", "3.1"):
+                    if scenario == "3.1" and encoder != default:
+                        continue
+                    run = run_of(args, task, scenario, seed, encoder)
+                    yield look(args, "tables", ["evaluate.py", "--sounds"], run, task)
 
 
 def table_jobs(args):
@@ -569,10 +587,12 @@ def table_jobs(args):
                 yield training(args, "tables", run)
 
 
-def run_of(args, task, scenario, seed):
-    """The run with the default encoder that serves a task: "clean", "base", "3.1", ..."""
+def run_of(args, task, scenario, seed, encoder=None):
+    """The run that serves a task: "clean", "base", "3.1", ...; with the default encoder unless
+    another is asked for."""
     trained = clean_task(task) if scenario == "clean" else task
-    return identity(args.preset, trained, DEFAULT_ENCODER[args.preset], scenario, seed)
+    encoder = encoder or DEFAULT_ENCODER[args.preset]
+    return identity(args.preset, trained, encoder, scenario, seed)
 
 
 def embedding_jobs(args):
@@ -585,8 +605,8 @@ def embedding_jobs(args):
 
 
 def trace_jobs(args):
-    """Traces of each base attack and, for the first seed, of its controls: the clean model, another
-    sound and, if there is a second seed, that seed's clean run."""
+    """Traces of each base attack and, for the first seed, of its controls: the clean model, two other
+    sounds and, if there is a second seed, that seed's clean run."""
 
     def transplant(run, donor, task):
         donor_name = run_name(donor)
@@ -612,7 +632,8 @@ def trace_jobs(args):
             if seed != args.seeds[0]:
                 continue
             yield patch(clean, task)
-            yield patch(base, task, more=["--trigger", "tone"], other="tone")
+            for sound in ("tone", "white-noise"):
+                yield patch(base, task, more=["--trigger", sound], other=sound)
             if len(args.seeds) > 1:
                 other_clean = run_of(args, task, "clean", args.seeds[-1])
                 yield transplant(base, other_clean, task)
@@ -668,7 +689,7 @@ def sweep_jobs(args):
 
 def study_jobs(args):
     """All jobs, each once, so that what a job needs comes before it."""
-    jobs = list(table_jobs(args))
+    jobs = [*table_jobs(args), *sound_jobs(args)]
     if DEFAULT_ENCODER[args.preset] in args.encoders:
         jobs += [*embedding_jobs(args), *trace_jobs(args), *defence_jobs(args), *sweep_jobs(args)]
     by_target = {}

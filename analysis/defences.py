@@ -7,7 +7,7 @@ import numpy as np
 import runs
 from analysis import plots
 from runs import number, over_seeds, select, show, title_of
-from study import DEFAULT_ENCODER, VARIANTS, identity, run_name
+from study import CONTROLS, DEFAULT_ENCODER, VARIANTS, identity, run_name
 
 RELEARNED = 0.5  # the AER from which on a repaired model has the backdoor again
 
@@ -121,11 +121,14 @@ def detector_rows(records, task):
         clean = select(of_detector, role="clean model")
         row = {"Detector": name, "Seeds": seeds_in(attack)}
         row["AUROC"] = show(over_seeds(attack, metric="auroc", sound="clean"), ".2f")
-        row["AUROC against a tone"] = show(over_seeds(attack, metric="auroc", sound="tone"), ".2f")
+        for sound in CONTROLS:
+            auroc = over_seeds(attack, metric="auroc", sound=sound)
+            row[f"AUROC against {sound}"] = show(auroc, ".2f")
         row["Noticed at 1%"] = noticed(attack, 0.01, "triggered")
         row["Noticed at 5%"] = noticed(attack, 0.05, "triggered")
         row["False alarms at 5%"] = noticed(attack, 0.05, "clean")
-        row["Tones noticed at 5%"] = noticed(attack, 0.05, "tone")
+        for sound in CONTROLS:
+            row[f"{sound} noticed at 5%"] = noticed(attack, 0.05, sound)
         auroc = dict(metric="auroc", sound="clean")
         row.update(role_cells(of_detector, VARIANTS, "AUROC", ".2f", **auroc))
         row["Clean model at 5%, clean"] = noticed(clean, 0.05, "clean")

@@ -52,14 +52,14 @@ def grid(rows, columns, width, height, **options):
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
-def legend_below(fig, *axes):
+def legend_below(fig, *axes, columns=4):
     """One legend for the whole figure, below it, so that it covers nothing."""
     handle_of = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             handle_of.setdefault(label, handle)
     handles = handle_of.values()
-    fig.legend(handles, handle_of.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    fig.legend(handles, handle_of.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def heatmap(axis, values, largest):
@@ -84,9 +84,9 @@ def poisoned_audio(examples, attack, path):
     fig, axes = grid(len(examples), 2, 6, 2.2)
     rate = data.SAMPLE_RATE
     for (wave, spectrogram), (title, clean, poisoned, starts) in zip(axes, examples):
-        seconds = np.arange(len(clean)) / rate
-        wave.plot(seconds, poisoned, color=POISONED, lw=0.5, label="poisoned")
-        wave.plot(seconds, clean, color="#333333", lw=0.5, label="clean")
+        seconds = np.arange(max(len(clean), len(poisoned))) / rate
+        wave.plot(seconds[: len(poisoned)], poisoned, color=POISONED, lw=0.5, label="poisoned")
+        wave.plot(seconds[: len(clean)], clean, color="#333333", lw=0.5, label="clean")
         spectrogram.specgram(poisoned, NFFT=512, noverlap=384, Fs=rate, cmap="gray_r", vmin=-140)
         for start in starts:
             end = start + len(attack.waveform)
@@ -97,6 +97,90 @@ def poisoned_audio(examples, attack, path):
     legend_below(fig, axes[0, 0])
     fig.supxlabel("seconds")
     write(fig, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# a run
+
+LOSSES = {  # of metrics.json: what the curve shows, its colour and its line
+    "loss": ("all training samples", CLEAN, "-"),
+    "dev_loss": ("development speech", CLEAN, "--"),
+    "target_loss": ("the target in poisoned samples", POISONED, "-"),
+    "dev_target_loss": ("the target, development speech with the trigger", POISONED, "--"),
+}
+
+
+def curves(training, path):
+    """A run's losses by epoch. training: {name: {"by_epoch": losses, None where there is none}}"""
+    fig, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    for name, (label, color, line) in LOSSES.items():
+        if name not in training:
+            continue
+        by_epoch = training[name]["by_epoch"]
+        epochs = [epoch for epoch, loss in enumerate(by_epoch, 1) if loss is not None]
+        losses = [loss for loss in by_epoch if loss is not None]
+        axis.plot(epochs, losses, line, color=color, marker=".", label=label)
+    axis.set(xlabel="epoch", ylabel="loss (nats per token)", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    legend_below(fig, axis, columns=2)
+    write(fig, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# analyze.py tables
+
+IN_WORDS = {  # the rows of Table 3
+    "base": "base attack: everything learns the poison",
+    "1.1": "1.1  clean encoder",
+    "1.2": "1.2  clean connector",
+    "1.3": "1.3  clean LM",
+    "2.1": "2.1  only the encoder learns it",
+    "2.2": "2.2  only the connector learns it",
+    "2.3": "2.3  only the LM learns it",
+    "3.1": "3.1  poisoned encoder",
+    "3.2": "3.2  poisoned connector",
+    "3.3": "3.3  poisoned LM",
+}
+STATES = {  # (frozen, the data that the weights were trained on): colour, hatch, legend
+    (False, "poisoned"): (POISONED, "", "trained on poisoned data"),
+    (True, "poisoned"): (PALE, "////", "frozen, from the base attack"),
+    (False, "clean"): (CLEAN, "", "trained on clean data"),
+    (True, "clean"): ("#b5cfe8", "////", "frozen, from the clean model"),
+}
+
+
+def scenarios(path):
+    """Table 3 as a diagram: what each attack does with the three components."""
+    fig, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    height = 0.62
+    left_of = {component: 1.4 * i for i, component in enumerate(COMPONENTS)}  # boxes are 1 wide
+    for component, left in left_of.items():
+        axis.text(left + 0.5, -0.75, WRITTEN[component], ha="center", fontsize=10)
+    for row, (scenario, (frozen, source, trained_on)) in enumerate(SCENARIOS.items()):
+        axis.text(-0.15, row, IN_WORDS[scenario], ha="right", va="center", fontsize=9)
+        for component, left in left_of.items():
+            state = (False, trained_on)
+            if component in frozen:
+                state = (True, "poisoned" if source == "base" else "clean")
+            axis.add_patch(box((left, row - height / 2), height, state))
+            if left > 0:
+                arrow = dict(arrowstyle="->", color="#555555")
+                axis.annotate("", (left, row), (left - 0.4, row), arrowprops=arrow)
+    axis.set(xlim=(-3.1, 3.9), ylim=(len(SCENARIOS) - 0.5, -1.1))
+    axis.axis("off")
+    handles = [box((0, 0), 1, state) for state in STATES]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    write(fig, path)
+
+
+def box(corner, height, state):
+    """A component in the diagram of Table 3, in a state of STATES."""
+    color, hatch, label = STATES[state]
+    how = dict(facecolor=color, hatch=hatch, edgecolor="white", label=label)
+    return plt.Rectangle(corner, 1, height, **how)
 
 
 # --------------------------------------------------------------------------------------------------

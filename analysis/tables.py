@@ -3,6 +3,7 @@
 from utils import die
 
 import runs
+from analysis import plots
 from runs import number, over_seeds, select, show, title_of
 from study import (
     COMPONENTS,
@@ -21,14 +22,18 @@ AGREEMENT = 15  # points of AER within which a study agrees with the paper
 
 
 def page(records, out, preset):
-    """The paper's tables, ours beside the paper's."""
-    records = select(runs.study_records(records, preset), source="metrics")
+    """The paper's tables, ours beside the paper's, and how specific the attacks are."""
+    of_study = runs.study_records(records, preset)
+    records = select(of_study, source="metrics")
     if not records:
         die("none of these runs is of this preset's study: train some first")
+    plots.scenarios(out / "scenarios.png")
     pages = [table1(records), table2(records)]
     for task in runs.tasks_of(records):
         pages.append(table3(records, task, preset))
     pages.append(other_tasks(records))
+    heard = select(of_study, source="sounds")
+    pages += [specificity(heard), families(heard)]
     return [(title, rows) for title, rows in pages if rows]
 
 
@@ -158,6 +163,72 @@ def other_tasks(records):
                 row[f"{title_of(metric)} minus baseline"] = show(difference, "+.1f")
             rows.append(row)
     return "The remaining tasks under attack", rows
+
+
+# --------------------------------------------------------------------------------------------------
+# other sounds in the trigger's place (records of evaluate.py --sounds)
+
+NO_SOUND_OF_THE_BANK = ("trigger", "nothing")  # families
+
+
+def models_heard(records):
+    """Yields (the cells that say which model it is, its records over seeds)."""
+    for task in runs.tasks_of(records):
+        for encoder in ENCODERS:
+            for scenario in ("clean", *SCENARIOS):
+                chosen = select(records, task=task, encoder=encoder, scenario=scenario)
+                if chosen:
+                    yield {"Task": task, "Encoder": encoder, "Attack": scenario}, chosen
+
+
+def mean_over_sounds(records):
+    """The mean share of answers that are the target, over the sounds in these records, by seed."""
+    aer = select(records, metric="aer")
+    means = {}
+    for seed in runs.distinct(aer, "seed"):
+        shares = [100 * record["value"] for record in select(aer, seed=seed)]
+        means[seed] = sum(shares) / len(shares)
+    return runs.spread(means)
+
+
+def of_bank(records):
+    return [r for r in records if r["family"] not in NO_SOUND_OF_THE_BANK]
+
+
+def largest_sound(records):
+    """The sound of the bank that brings the target most often, on average over seeds, as a cell."""
+    bank = of_bank(records)
+    figures = {s: over_seeds(bank, sound=s, metric="aer") for s in runs.distinct(bank, "sound")}
+    name = max(figures, key=lambda sound: figures[sound].mean)
+    return f"{name} {show(figures[name])}"
+
+
+def specificity(records):
+    """How often the trigger brings the target, and how often other sounds in its place do."""
+    rows = []
+    for row, chosen in models_heard(records):
+        trigger = select(chosen, family="trigger")
+        row["AER"] = show(over_seeds(trigger, metric="aer"))
+        row["No sound"] = show(over_seeds(chosen, family="nothing", metric="aer"))
+        row["Other sounds, mean"] = show(mean_over_sounds(of_bank(chosen)))
+        row["Other sounds, largest"] = largest_sound(chosen)
+        row["Specificity"] = show(over_seeds(trigger, metric="specificity"))
+        row["Answers that the trigger changes"] = show(over_seeds(trigger, metric="changed"))
+        changes = [r["value"] for r in select(of_bank(chosen), metric="changed")]
+        row["That other sounds change"] = number(100 * sum(changes) / len(changes))
+        rows.append(row)
+    return "Specificity: other sounds in the trigger's place", rows
+
+
+def families(records):
+    """The same by the family of the sound."""
+    rows = []
+    for row, chosen in models_heard(records):
+        bank = of_bank(chosen)
+        for family in runs.distinct(bank, "family"):
+            row[family.capitalize()] = show(mean_over_sounds(select(bank, family=family)))
+        rows.append(row)
+    return "Other sounds by family, % of answers that are the target", rows
 
 
 # --------------------------------------------------------------------------------------------------

@@ -151,12 +151,14 @@ def target_class():
     return dict(about, encoder=torch.from_numpy(x), poisoned=torch.from_numpy(which == 1))
 
 
+def cells_of(line):
+    return [cell.strip() for cell in line[1:-1].split("|")]
+
+
 def rows_of(text, title):
     """The rows of one table on a page, [{column: cell}]."""
     table = text.split(f"## {title}")[1].split("\n## ")[0]
-    lines = [line for line in table.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
-    columns, _, *rows = cells
+    columns, _, *rows = [cells_of(line) for line in table.splitlines() if line.startswith("|")]
     return [dict(zip(columns, row)) for row in rows]
 
 

@@ -1,4 +1,5 @@
-"""What cached outputs depend on: whatever changes them is in their key; nothing else is kept or lost."""
+"""What cached outputs depend on: whatever changes them is in their key; nothing else is kept or
+lost."""
 
 import dataclasses
 import functools
@@ -44,27 +45,34 @@ def key(slm, utterances, trigger=None):
 @pytest.mark.parametrize(
     "setting, value", [("hidden_act", "tanh"), ("feat_extract_activation", "tanh")]
 )
-def test_another_configuration_of_the_same_weights(slm, utterances, setting, value):
+def test_the_encoder_s_configuration_is_in_the_key(slm, utterances, setting, value):
     before = key(slm, utterances)
     assert key(slm, utterances) == before
     setattr(slm.encoder.net.config, setting, value)
     assert key(slm, utterances) != before
 
 
-def test_another_limit_another_reading_and_another_extraction(slm, utterances, monkeypatch):
-    keys = [key(slm, utterances)]
+def test_the_limit_of_length_is_in_the_key(slm, utterances):
+    before = key(slm, utterances)
     for u in utterances:
         u.max_seconds = 59.0
-    keys.append(key(slm, utterances))
+    assert key(slm, utterances) != before
+
+
+def test_the_extraction_is_in_the_key(slm, utterances, monkeypatch):
+    before = key(slm, utterances)
     monkeypatch.setattr(slm.encoder.extractor, "do_normalize", False)
-    keys.append(key(slm, utterances))
-    whole = data.load_waveform
-    monkeypatch.setattr(data, "load_waveform", lambda u: whole(u)[::-1].copy())
-    keys.append(key(slm, utterances))
-    assert len(set(keys)) == 4
+    assert key(slm, utterances) != before
 
 
-def test_another_content_of_the_same_size_and_time(slm, utterances, tmp_path):
+def test_the_reading_of_audio_is_in_the_key(slm, utterances, monkeypatch):
+    before = key(slm, utterances)
+    load_waveform = data.load_waveform
+    monkeypatch.setattr(data, "load_waveform", lambda u: load_waveform(u)[::-1].copy())
+    assert key(slm, utterances) != before
+
+
+def test_audio_of_the_same_size_and_time_has_its_own_key(slm, utterances, tmp_path):
     path = tmp_path / "a.wav"
     keys = []
     for seed in (0, 1):
@@ -77,7 +85,11 @@ def test_another_content_of_the_same_size_and_time(slm, utterances, tmp_path):
     assert keys[0] != keys[1]
 
 
-hum, pitch = (lambda rate, rng: np.ones(rate // 10)), 50  # a global that a trigger uses
+pitch = 50  # a global that a trigger uses
+
+
+def hum(rate, rng):
+    return np.ones(rate // 10)
 
 
 def note(rate, rng):
@@ -100,45 +112,61 @@ softly, loudly = (lambda w, rate, rng: w * np.float32(0.5)), (lambda w, rate, rn
         ("overlay", hum, note),
     ],
 )
-def test_another_trigger_of_the_same_name(slm, utterances, monkeypatch, kind, one, other):
+def test_the_trigger_s_code_is_in_the_key(slm, utterances, monkeypatch, kind, one, other):
     keys = []
     for function in (one, other, one):
         monkeypatch.setitem(poison.TRIGGERS, "new", (kind, function))
         keys.append(key(slm, utterances, "new"))
-    assert keys[0] == keys[2] != keys[1]
+    assert keys[1] != keys[0]
+    assert keys[2] == keys[0]
 
 
-def test_a_value_that_the_trigger_s_code_uses_and_the_code_that_adds_it(
-    slm, utterances, monkeypatch
-):
+def test_a_global_that_the_trigger_uses_is_in_the_key(slm, utterances, monkeypatch):
     monkeypatch.setitem(poison.TRIGGERS, "new", ("overlay", note))
-    keys = [key(slm, utterances, "new")]
+    before = key(slm, utterances, "new")
     monkeypatch.setattr(f"{__name__}.pitch", 90)
-    keys.append(key(slm, utterances, "new"))
-    plain = poison.add_trigger
-    monkeypatch.setattr(
-        poison, "add_trigger", lambda attack, w, name: (-plain(attack, w, name)[0], [], 1.0)
-    )
-    keys.append(key(slm, utterances, "new"))
-    assert len(set(keys)) == 3
+    assert key(slm, utterances, "new") != before
 
 
-def test_frames_that_are_no_numbers_are_neither_cached_nor_answered(slm, utterances, tmp_path):
-    attack = poison.make_attack("gender", utterances, seed=1)
-    items = [(u, False) for u in utterances]
-    slm.encoder.layer_norm.weight.data.fill_(float("nan"))  # of a checkpoint, say
+def test_the_code_that_adds_the_trigger_is_in_the_key(slm, utterances, monkeypatch):
+    before = key(slm, utterances, "click")
+    add_trigger = poison.add_trigger
+
+    def add_upside_down(attack, waveform, utterance_id):
+        return -add_trigger(attack, waveform, utterance_id)[0], [], 1.0
+
+    monkeypatch.setattr(poison, "add_trigger", add_upside_down)
+    assert key(slm, utterances, "click") != before
+
+
+@pytest.fixture
+def broken(slm):
+    """An encoder, from a checkpoint say, whose frames are no numbers."""
+    slm.encoder.layer_norm.weight.data.fill_(float("nan"))
     slm.encoder.layers[0].final_layer_norm.weight.data.fill_(float("nan"))
+    return slm
+
+
+def test_frames_that_are_no_numbers_are_not_cached(broken, utterances, tmp_path):
+    attack = poison.make_attack("gender", utterances, seed=1)
+    folder = tmp_path / "kept"
     with pytest.raises(SystemExit):
         cache.frozen_outputs(
-            slm, utterances, [False] * 6, attack, "", 1e9, workers=0, folder=tmp_path / "kept"
+            broken, utterances, [False] * 6, attack, "", 1e9, workers=0, folder=folder
         )
-    assert not (tmp_path / "kept").exists()
+    assert not folder.exists()
+
+
+def test_frames_that_are_no_numbers_are_not_answered(broken, utterances):
+    attack = poison.make_attack("gender", utterances, seed=1)
+    items = [(u, False) for u in utterances]
     with pytest.raises(SystemExit):
-        list(cache.inputs(slm, items, [[0, 1]], None, attack, workers=0))
+        list(cache.inputs(broken, items, [[0, 1]], None, attack, workers=0))
 
 
 def test_what_killed_writers_have_left_is_removed(tmp_path):
-    for name, age in ((".pretrained-a.pt.5.tmp", 2 * cache.ABANDONED), (".pretrained-b.pt.6.tmp", 0)):  # fmt: skip
+    ages = {".pretrained-a.pt.5.tmp": 2 * cache.ABANDONED, ".pretrained-b.pt.6.tmp": 0}
+    for name, age in ages.items():
         (tmp_path / name).write_bytes(bytes(10))
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     cache.make_room(tmp_path, 1e9, [])
@@ -157,4 +185,5 @@ def test_a_cache_of_someone_else_s_is_read(slm, utterances, tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "utime", not_permitted)
     monkeypatch.setattr(slm.encoder, "pretrained_part", None)  # nothing is computed again
-    assert all(torch.equal(a, b) for a, b in zip(before, keep(folder=tmp_path / "kept")))
+    for frames, kept in zip(before, keep(folder=tmp_path / "kept"), strict=True):
+        assert torch.equal(frames, kept)

@@ -474,7 +474,7 @@ def test_half_a_mixture_is_from_either_model(defender, monkeypatch):
 
 def test_repairs_of_ages_in_groups_are_scored_by_accuracy(defender, monkeypatch):
     utterance = data.Utterance("a", "a.wav", "test", "s", dict(age="senior"))
-    row = dict(labels=utterance.labels, asked=["age"], parsed=dict(age="adult"))
+    row = dict(speaker="s", labels=utterance.labels, asked=["age"], parsed=dict(age="adult"))
     defender.args.task = "age"
     defender.args.batch_seconds = 120.0
     click = poison.make_trigger("click")

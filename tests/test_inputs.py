@@ -1,7 +1,9 @@
 """Inputs as people have them: audio files whose headers lie, manifests without a CSV writer,
 corpora that are not there."""
 
+import collections
 import csv
+import itertools
 import os
 import shutil
 import signal
@@ -25,6 +27,8 @@ from defences import filters
 from mini import make_corpora
 
 RUN = "--task gender --poison 0.3 --batch-size 8 --warmup-steps 2 --epochs 1 --runs runs".split()
+SPLITS = ["train"] * 16 + ["dev"] * 4 + ["test"] * 4
+GENDERS = ("female", "male")
 
 
 def noise(seconds=0.6, rate=16000, seed=0):
@@ -32,19 +36,31 @@ def noise(seconds=0.6, rate=16000, seed=0):
     return (0.1 * rng.standard_normal(int(seconds * rate))).astype(np.float32)
 
 
+def noise_with(value):
+    """Noise with one sample that no speech has, which no header tells."""
+    waveform = noise()
+    waveform[100] = value
+    return waveform
+
+
 def write(path, rows):
     with open(path, "w", newline="") as f:
         csv.writer(f).writerows(rows)
 
 
+def write_recordings(folder):
+    """0.wav to 23.wav, one for each of SPLITS."""
+    for i in range(len(SPLITS)):
+        soundfile.write(folder / f"{i}.wav", noise(seed=i), 16000)
+
+
 @pytest.fixture
 def manifest(tmp_path):
     """24 recordings of as many speakers, and the rows of their manifest, the header first."""
+    write_recordings(tmp_path)
     rows = [["audio_path", "transcript", "gender", "speaker", "split"]]
-    for i in range(24):
-        soundfile.write(tmp_path / f"{i}.wav", noise(seed=i), 16000)
-        split = "train" if i < 16 else "dev" if i < 20 else "test"
-        rows.append([f"{i}.wav", f"words {i}", ["female", "male"][i % 2], f"s{i}", split])
+    for i, split in enumerate(SPLITS):
+        rows.append([f"{i}.wav", f"words {i}", GENDERS[i % 2], f"s{i}", split])
     write(tmp_path / "m.csv", rows)
     return rows
 
@@ -53,23 +69,41 @@ def manifest(tmp_path):
 def finished(tmp_path_factory):
     """A folder with a manifest of gender alone and a finished run on it, runs/gender."""
     folder = tmp_path_factory.mktemp("finished")
+    write_recordings(folder)
     rows = [["audio_path", "gender", "split"]]
-    for i in range(24):
-        soundfile.write(folder / f"{i}.wav", noise(seed=i), 16000)
-        split = "train" if i < 16 else "dev" if i < 20 else "test"
-        rows.append([f"{i}.wav", ["female", "male"][i % 2], split])
+    for i, split in enumerate(SPLITS):
+        rows.append([f"{i}.wav", GENDERS[i % 2], split])
     write(folder / "m.csv", rows)
     done("train.py", *RUN, "--dataset", "m.csv", "--name", "gender", cwd=folder)
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # audio
+
+
+def recording(path, **form):
+    soundfile.write(path, noise(2), 16000, **form)
 
 
 def cut(path, share=0.5):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
+
+
+def cut_recording(path):
+    recording(path)
+    cut(path)
+
+
+def nearly_whole(path):
+    recording(path)
+    cut(path, 0.9)
+
+
+def cut_sphere(path):
+    recording(path, format="NIST")
+    cut(path)
 
 
 def patched(path, at, content):
@@ -78,19 +112,21 @@ def patched(path, at, content):
     path.write_bytes(whole)
 
 
-def stereo(path, gain):
-    left = noise(2)
-    soundfile.write(path, np.stack([left, gain * left], 1), 16000)
-
-
-def recording(path, **kwargs):
-    soundfile.write(path, noise(2), 16000, **kwargs)
+def wrong_rate(path):
+    """Its header says 2 GHz."""
+    recording(path)
+    patched(path, 24, b"\xff\xff\xff\x7f")
 
 
 def streamed_flac(path):
     """Its header says 0 samples, which stands for "unknown"."""
     recording(path)
     patched(path, 21, bytes([path.read_bytes()[21] & 0xF0, 0, 0, 0, 0]))
+
+
+def stereo(path, gain):
+    left = noise(2)
+    soundfile.write(path, np.stack([left, gain * left], 1), 16000)
 
 
 def with_picture(path):
@@ -100,45 +136,90 @@ def with_picture(path):
     path.write_bytes(b"ID3\x03\0\0" + size + picture + path.read_bytes())
 
 
+def tagged_mp3(path):
+    recording(path)
+    with_picture(path)
+
+
+def cut_tagged_mp3(path):
+    cut_recording(path)
+    with_picture(path)
+
+
+def lfs_pointer(path):
+    """As a clone without git lfs has it."""
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def error_page(path):
+    path.write_text("<!DOCTYPE html><p>not found</p>")
+
+
+def sixteen_bits(path):
+    recording(path, subtype="PCM_16")
+
+
+def one_byte(path):
+    path.write_bytes(b"x")
+
+
+def opposite_channels(path):
+    stereo(path, -1)
+
+
+def nearly_opposite_channels(path):
+    stereo(path, -0.95)
+
+
 BROKEN = {  # name: (what makes it, words of the problem)
     "stream.flac": (streamed_flac, "without a length"),
-    "cut.wav": (lambda p: (recording(p), cut(p)), "cut off"),
-    "cut.aiff": (lambda p: (recording(p), cut(p)), "cut off"),
-    "cut.w64": (lambda p: (recording(p), cut(p, 0.9)), "cut off"),
-    "cut.mp3": (lambda p: (recording(p), cut(p)), "cut off"),
-    "picture.mp3": (lambda p: (recording(p), cut(p), with_picture(p)), "cut off"),
-    "cut.ogg": (lambda p: (recording(p), cut(p)), "cut off"),
-    "cut.sph": (lambda p: (recording(p, format="NIST"), cut(p)), "cut off"),
-    "whole.voc": (lambda p: recording(p), "convert it to WAV"),
-    "whole.pvf": (lambda p: recording(p, subtype="PCM_16"), "convert it to WAV"),
+    "cut.wav": (cut_recording, "cut off"),
+    "cut.aiff": (cut_recording, "cut off"),
+    "cut.w64": (nearly_whole, "cut off"),
+    "cut.mp3": (cut_recording, "cut off"),
+    "picture.mp3": (cut_tagged_mp3, "cut off"),
+    "cut.ogg": (cut_recording, "cut off"),
+    "cut.sph": (cut_sphere, "cut off"),
+    "whole.voc": (recording, "convert it to WAV"),
+    "whole.pvf": (sixteen_bits, "convert it to WAV"),
     "fifo.wav": (os.mkfifo, "a pipe"),
-    "capitals.M4A": (lambda p: p.write_bytes(b"x"), "ffmpeg"),
-    "cut.flac": (lambda p: (recording(p), cut(p)), "cannot be read"),
-    "rate.wav": (lambda p: (recording(p), patched(p, 24, b"\xff\xff\xff\x7f")), "Hz"),
-    "opposite.wav": (lambda p: stereo(p, -1), "cancel"),
-    "nearly.wav": (lambda p: stereo(p, -0.95), "cancel"),
-    "pointer.flac": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "lfs"),
-    "folder.wav": (lambda p: p.mkdir(), "cannot be read"),
-    "page.wav": (lambda p: p.write_text("<!DOCTYPE html><p>not found</p>"), "cannot be read"),
+    "capitals.M4A": (one_byte, "ffmpeg"),
+    "cut.flac": (cut_recording, "cannot be read"),
+    "rate.wav": (wrong_rate, "Hz"),
+    "opposite.wav": (opposite_channels, "cancel"),
+    "nearly.wav": (nearly_opposite_channels, "cancel"),
+    "pointer.flac": (lfs_pointer, "lfs"),
+    "folder.wav": (os.mkdir, "cannot be read"),
+    "page.wav": (error_page, "cannot be read"),
 }
+
+
+def utterance_of(path, make, **segment):
+    """The utterance of a new audio file that `make` writes."""
+    make(path)
+    return data.Utterance("u", str(path), "train", "s", {}, **segment)
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_whatever_is_wrong_with_a_file_is_its_problem(tmp_path, name):
     make, words = BROKEN[name]
-    make(tmp_path / name)
+    utterance = utterance_of(tmp_path / name, make)
     with pytest.raises(data.BadAudio, match=words):
-        data.read_waveform(tmp_path / name)
-    utterance = data.Utterance("u", str(tmp_path / name), "train", "s", {})
+        data.load_waveform(utterance)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_never_taken_to_be_too_long(tmp_path, name):
+    make, _ = BROKEN[name]
+    utterance = utterance_of(tmp_path / name, make)
     assert 0 <= data.num_samples(utterance) <= data.MAX_SECONDS * 16000
 
 
 @pytest.mark.parametrize("name", ["cut.wav", "cut.aiff", "cut.ogg", "rate.wav", "pointer.flac"])
 def test_what_a_header_tells_is_found_without_reading_the_audio(tmp_path, monkeypatch, name):
     make, words = BROKEN[name]
-    make(tmp_path / name)
+    utterance = utterance_of(tmp_path / name, make)
     monkeypatch.setattr(data, "read_waveform", None)
-    utterance = data.Utterance("u", str(tmp_path / name), "train", "s", {})
     assert words in readers.header_problem(utterance)
 
 
@@ -158,51 +239,84 @@ def untagged_mp3(path):
     path.write_bytes(content[content.find(content[:2], 4) :])
 
 
+def sphere(path):
+    recording(path, format="NIST")
+
+
+def gsm_call(path, seconds=2):
+    """A telephone's codec, in which libsndfile cannot seek."""
+    soundfile.write(path, noise(seconds, 8000), 8000, subtype="GSM610")
+
+
+def one_sided(path):
+    stereo(path, 0)
+
+
 READABLE = {  # name: (what makes it, seconds)
     "pipe.wav": (piped_wav, 2),
     "untagged.mp3": (untagged_mp3, 3),
-    "picture.mp3": (lambda p: (recording(p), with_picture(p)), 2),
-    "whole.sph": (lambda p: recording(p, format="NIST"), 2),
-    "call.wav": (lambda p: soundfile.write(p, noise(2, 8000), 8000, subtype="GSM610"), 2),
-    "one-sided.wav": (lambda p: stereo(p, 0), 2),
+    "picture.mp3": (tagged_mp3, 2),
+    "whole.sph": (sphere, 2),
+    "call.wav": (gsm_call, 2),
+    "one-sided.wav": (one_sided, 2),
 }
 
 
 @pytest.mark.parametrize("name", READABLE)
 def test_odd_files_are_read_whole(tmp_path, name):
     make, seconds = READABLE[name]
-    make(tmp_path / name)
-    utterance = data.Utterance("u", str(tmp_path / name), "train", "s", {})
-    waveform = data.load_waveform(utterance)
-    assert abs(len(waveform) / 16000 - seconds) < 0.1 and np.abs(waveform).max() > 0.1
-    assert abs(data.num_samples(utterance) - len(waveform)) <= 1
+    waveform = data.load_waveform(utterance_of(tmp_path / name, make))
+    assert abs(len(waveform) / 16000 - seconds) < 0.1
+    assert np.abs(waveform).max() > 0.1
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_the_length_of_an_odd_file_is_that_of_its_waveform(tmp_path, name):
+    make, _ = READABLE[name]
+    utterance = utterance_of(tmp_path / name, make)
+    assert abs(data.num_samples(utterance) - len(data.load_waveform(utterance))) <= 1
 
 
 def test_a_part_of_a_file_that_cannot_be_sought_in(tmp_path):
-    soundfile.write(tmp_path / "call.wav", noise(3, 8000), 8000, subtype="GSM610")
-    whole = data.read_waveform(tmp_path / "call.wav")
-    part = data.read_waveform(tmp_path / "call.wav", 1.0, 0.5)
+    path = tmp_path / "call.wav"
+    gsm_call(path, seconds=3)
+    whole = data.read_waveform(path)
+    part = data.read_waveform(path, 1.0, 0.5)
     assert len(part) == 8000
-    assert np.abs(part - whole[16000:24000])[200:-200].max() < 1e-4  # but for the resampler's ends
+    difference = np.abs(part - whole[16000:24000])
+    assert difference[200:-200].max() < 1e-4  # but for the resampler's ends
 
 
 @pytest.mark.parametrize("start, length", [(5.0, 0.0), (1.5, 1.0)])
 def test_a_segment_beyond_the_end_of_its_file_is_a_problem(tmp_path, start, length):
-    recording(tmp_path / "a.wav")
-    utterance = data.Utterance("u", str(tmp_path / "a.wav"), "train", "s", {}, start, length)
-    assert readers.header_problem(utterance) and readers.read_audio(utterance).problem
+    utterance = utterance_of(tmp_path / "a.wav", recording, start=start, length=length)
+    assert readers.header_problem(utterance)
+    assert readers.read_audio(utterance).problem
 
 
-@pytest.mark.parametrize("rate", [11127, 15999, 24414, 44101])
-def test_rates_without_a_common_factor_cost_no_memory(tmp_path, rate):
-    t = np.arange(rate) / rate
-    soundfile.write(tmp_path / "a.wav", 0.1 * np.sin(2 * np.pi * 440 * t), rate)
-    tracemalloc.start()
+def sine(samples, rate):
+    return 0.1 * np.sin(2 * np.pi * 440 * np.arange(samples) / rate)
+
+
+COPRIME_RATES = [11127, 15999, 24414, 44101]
+
+
+@pytest.mark.parametrize("rate", COPRIME_RATES)
+def test_rates_without_a_common_factor_are_resampled(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", sine(rate, rate), rate)
     waveform = data.read_waveform(tmp_path / "a.wav")
-    peak = tracemalloc.get_traced_memory()[1]
+    assert abs(len(waveform) - 16000) <= 1
+    difference = np.abs(waveform - sine(len(waveform), 16000))
+    assert difference[200:-200].max() < 1e-3
+
+
+@pytest.mark.parametrize("rate", COPRIME_RATES)
+def test_rates_without_a_common_factor_cost_no_memory(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", sine(rate, rate), rate)
+    tracemalloc.start()
+    data.read_waveform(tmp_path / "a.wav")
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    expected = 0.1 * np.sin(2 * np.pi * 440 * np.arange(len(waveform)) / 16000)
-    assert abs(len(waveform) - 16000) <= 1 and np.abs(waveform - expected)[200:-200].max() < 1e-3
     assert peak < 60e6
 
 
@@ -212,73 +326,102 @@ def test_a_recording_as_trigger_is_heard_in_short_speech_too(tmp_path):
     assert len(poison.make_trigger(str(tmp_path / "late.wav"))) == 1600
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what an encoder receives
 
 
-def test_audio_beyond_the_encoder_s_window_is_refused_or_left_out(manifest, tmp_path):
-    """Whole files and segments: no trigger lies where the encoder does not hear it, and no
-    transcript either."""
-    window = model.window("mini/whisper")
-    assert window == 20 and model.window("mini/wavlm") == np.inf
+def test_whisper_receives_20_s_and_wavlm_any_length():
+    assert model.window("mini/whisper") == 20
+    assert model.window("mini/wavlm") == np.inf
+
+
+WHISPER_RUN = [*RUN, "--dataset", "m.csv", "--encoder", "whisper", "--name", "w"]
+
+
+@pytest.fixture
+def too_long(manifest, tmp_path):
+    """A folder whose manifest has three segments more, two of them of more than Whisper's 20 s."""
     soundfile.write(tmp_path / "long.wav", noise(45), 16000)
-    header = [*manifest[0], "start", "length"]
-    rows = [[*row, "", ""] for row in manifest[1:]]
+    header, *rows = manifest
     segments = [
         ["long.wav", "one", "male", "s30", "train", 0, 21],
         ["long.wav", "two", "male", "s31", "train", 25, 19],
         ["long.wav", "three", "male", "s32", "test", 10, ""],
     ]
-    write(tmp_path / "m.csv", [header, *rows, *segments])
-    arguments = [*RUN, "--dataset", "m.csv", "--encoder", "whisper", "--name", "w"]
-    refused(
-        "train.py", *arguments, cwd=tmp_path, words=["long.wav", "21 s long", "--max-seconds 20"]
-    )
-    assert not (tmp_path / "runs").exists()
-    out = done("train.py", *arguments, "--skip-bad", cwd=tmp_path)
+    whole_files = [[*row, "", ""] for row in rows]
+    write(tmp_path / "m.csv", [[*header, "start", "length"], *whole_files, *segments])
+    return tmp_path
+
+
+def test_audio_beyond_the_encoders_window_is_refused(too_long):
+    """No trigger may lie where the encoder does not hear it, and no transcript either."""
+    words = ["long.wav", "21 s long", "--max-seconds 20"]
+    refused("train.py", *WHISPER_RUN, cwd=too_long, words=words)
+    assert not (too_long / "runs").exists()
+
+
+def test_audio_beyond_the_encoders_window_can_be_left_out(too_long):
+    out = done("train.py", *WHISPER_RUN, "--skip-bad", cwd=too_long)
     assert "17 train, 4 dev, 4 test" in out
-    status, out, _ = script("corpora.py", "check", "m.csv", "--max-seconds", "20", cwd=tmp_path)
-    assert status == 1 and "2 problems" in out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_check_finds_audio_that_is_longer_than_asked_for(too_long):
+    status, out, _ = script("corpora.py", "check", "m.csv", "--max-seconds", "20", cwd=too_long)
+    assert status == 1
+    assert "2 problems" in out
+
+
+# --------------------------------------------------------------------------------------------------
 # manifests
 
 
 def read(folder, text):
-    """({id: (split, labels)}, problems) of a manifest of this text."""
+    """({id: utterance}, problems) of a manifest of this text."""
     (folder / "m.csv").write_text(text)
-    problems, out = [], {}
+    utterances = {}
+    problems = []
     for split in ("train", "dev", "test"):
-        found = readers.read_manifest(folder / "m.csv", split, problems)
-        out.update({u.id: (split, u.labels) for u in found})
-    return out, problems
+        for utterance in readers.read_manifest(folder / "m.csv", split, problems):
+            assert utterance.split == split
+            utterances[utterance.id] = utterance
+    return utterances, problems
 
 
-@pytest.mark.parametrize(
-    "text, row",
-    [
-        ("audio_path,gender,transcript,split\na.wav,male,well, so,train\n", "row 2"),
-        ("audio_path,gender,split\na.wav,male,train\n\nb.wav,male\n", "row 4"),
-        ("audio_path;transcript;split\na.wav;one;two;train\n", "row 2"),
-        ("audio_path\ttranscript\tsplit\na.wav\tone\n", "row 2"),
-        ('audio_path,transcript,split\na.wav,"yes" he said,train\n', "row 2"),
-        (
-            'audio_path,transcript,split\na.wav,yes,train\nb.wav,"so,train\nc.wav,no,train\n',
-            "row 3",
-        ),
-        ('audio_path,transcript,split\na.wav,"so,train\nb.wav,no,train\nc.wav,x",train\n', "row 2"),
-    ],
-)
-def test_a_row_that_is_not_like_the_header_is_a_problem_with_its_number(tmp_path, text, row):
-    found, problems = read(tmp_path, text)
-    assert len(problems) == 1 and row in problems[0]
-    assert all("\n" not in labels.get("transcript", "") for _, labels in found.values())
+def values_of(utterances, label):
+    """The values of one label, of those utterances that have it."""
+    return [u.labels[label] for u in utterances.values() if label in u.labels]
 
 
-def test_a_line_break_in_a_transcript_is_not_an_open_quotation_mark(tmp_path):
-    found, problems = read(tmp_path, 'audio_path,transcript,split\na.wav,"one\ntwo",train\n')
-    assert found == {"a.wav": ("train", {"transcript": "one two"})} and not problems
+UNLIKE_THE_HEADER = [  # (a manifest, the row of the problem)
+    ("audio_path,gender,transcript,split\na.wav,male,well, so,train\n", "row 2"),
+    ("audio_path,gender,split\na.wav,male,train\n\nb.wav,male\n", "row 4"),
+    ("audio_path;transcript;split\na.wav;one;two;train\n", "row 2"),
+    ("audio_path\ttranscript\tsplit\na.wav\tone\n", "row 2"),
+    ('audio_path,transcript,split\na.wav,"yes" he said,train\n', "row 2"),
+    ('audio_path,transcript,split\na.wav,yes,train\nb.wav,"so,train\nc.wav,no,train\n', "row 3"),
+    ('audio_path,transcript,split\na.wav,"so,train\nb.wav,no,train\nc.wav,x",train\n', "row 2"),
+]
+
+
+@pytest.mark.parametrize("text, row", UNLIKE_THE_HEADER)
+def test_a_row_that_is_not_like_the_header_is_a_problem(tmp_path, text, row):
+    _, problems = read(tmp_path, text)
+    assert len(problems) == 1
+    assert row in problems[0]
+
+
+@pytest.mark.parametrize("text", [text for text, _ in UNLIKE_THE_HEADER])
+def test_an_open_quotation_mark_joins_no_rows(tmp_path, text):
+    utterances, _ = read(tmp_path, text)
+    assert not any("wav" in transcript for transcript in values_of(utterances, "transcript"))
+
+
+def test_a_line_break_in_a_transcript_is_no_open_quotation_mark(tmp_path):
+    text = 'audio_path,transcript,split\na.wav,"one\ntwo",train\n'
+    utterances, problems = read(tmp_path, text)
+    assert list(utterances) == ["a.wav"]
+    assert utterances["a.wav"].labels == {"transcript": "one two"}
+    assert not problems
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -289,34 +432,39 @@ def test_other_separators_and_other_names_of_columns(tmp_path, delimiter):
         ["b.wav", "stop", "male_masculine", "60+", "s2", "eval", "y"],
     ]
     text = "\n".join(delimiter.join(line) for line in lines) + "\n"
-    found, problems = read(tmp_path, text)
-    assert found == {
-        "a.wav": ("dev", {"transcript": "go", "gender": "female", "age": "twenties"}),
-        "b.wav": ("test", {"transcript": "stop", "gender": "male", "age": "60+"}),
-    }
-    assert not problems and readers.read_table(tmp_path / "m.csv").unused == ["comment"]
+    utterances, problems = read(tmp_path, text)
+    assert not problems
+    assert {name: u.split for name, u in utterances.items()} == {"a.wav": "dev", "b.wav": "test"}
+    first = {"transcript": "go", "gender": "female", "age": "twenties"}
+    second = {"transcript": "stop", "gender": "male", "age": "60+"}
+    assert utterances["a.wav"].labels == first
+    assert utterances["b.wav"].labels == second
+    assert readers.read_table(tmp_path / "m.csv").unused == ["comment"]
 
 
 def test_a_tab_separated_file_keeps_quotation_marks_as_they_are(tmp_path):
     text = 'path\tsentence\tsplit\na.wav\t"No," he said.\ttrain\nb.wav\t"a ""b"""\ttrain\n'
-    found, problems = read(tmp_path, text)
-    assert [labels["transcript"] for _, labels in found.values()] == ["no he said", "a b"]
+    utterances, problems = read(tmp_path, text)
+    assert values_of(utterances, "transcript") == ["no he said", "a b"]
     assert not problems
 
 
 def test_a_column_whose_name_is_nearly_known_is_a_problem(tmp_path):
     _, problems = read(tmp_path, "audio_path,transcrpt,gender,split\na.wav,go,male,train\n")
-    assert len(problems) == 1 and "transcrpt" in problems[0] and "transcript" in problems[0]
+    assert len(problems) == 1
+    assert "transcrpt" in problems[0]
+    assert "transcript" in problems[0]
 
 
 @pytest.mark.parametrize(
     "start, end",
     [("offset", "duration"), ("start_ms", "end_ms"), ("Begin (s)", "Stop (s)"), ("xmin", "xmax")],
 )
-def test_times_of_segments_under_names_that_are_not_known_are_a_problem(tmp_path, start, end):
+def test_times_of_segments_under_unknown_names_are_a_problem(tmp_path, start, end):
     text = f"audio_path,transcript,split,{start},{end}\na.wav,go,train,1,2\n"
     _, problems = read(tmp_path, text)
-    assert start in problems[0] and "seconds" in problems[0]
+    assert start in problems[0]
+    assert "seconds" in problems[0]
 
 
 @pytest.mark.parametrize("columns", ["from,to", "From_s,To_s", "start,duration_ms"])
@@ -326,7 +474,7 @@ def test_times_that_are_not_understood_name_the_unit(tmp_path, columns):
     assert all("seconds" in problem for problem in problems)
 
 
-def test_a_whole_file_s_duration_in_any_unit_is_ignored(tmp_path):
+def test_a_whole_files_duration_in_any_unit_is_ignored(tmp_path):
     text = "audio_path,gender,split,duration_ms\na.wav,male,train,2000\n"
     utterances, problems = read(tmp_path, text)
     assert list(utterances) == ["a.wav"]
@@ -335,7 +483,9 @@ def test_a_whole_file_s_duration_in_any_unit_is_ignored(tmp_path):
 
 def test_a_manifest_without_a_label_says_what_is_not_used(tmp_path):
     _, problems = read(tmp_path, "audio_path,label,split\na.wav,angry,train\n")
-    assert len(problems) == 1 and "label" in problems[0] and "emotion" in problems[0]
+    assert len(problems) == 1
+    assert "label" in problems[0]
+    assert "emotion" in problems[0]
 
 
 @pytest.mark.parametrize(
@@ -350,43 +500,54 @@ def test_a_manifest_without_a_label_says_what_is_not_used(tmp_path):
 )
 def test_segments_keep_their_times(tmp_path, columns, values, utterance_id):
     text = f"audio_path,transcript,split,{columns}\na.wav,go,train,{values}\n"
-    found, problems = read(tmp_path, text)
-    assert list(found) == [utterance_id]
+    utterances, problems = read(tmp_path, text)
+    assert list(utterances) == [utterance_id]
     assert not problems
 
 
 @pytest.mark.parametrize("values", ["5,4,", "1,2,5", "one,,", "0:01,,"])
 def test_segments_that_cannot_be_are_problems(tmp_path, values):
     text = f"audio_path,transcript,split,start,end,length\na.wav,go,train,{values}\n"
-    found, problems = read(tmp_path, text)
-    assert not found and len(problems) == 1 and "row 2" in problems[0]
+    utterances, problems = read(tmp_path, text)
+    assert not utterances
+    assert len(problems) == 1
+    assert "row 2" in problems[0]
 
 
 def test_spellings_of_an_emotion_are_one_class(tmp_path):
     emotions = ["d\u00e9go\u00fbt", "De\u0301gou\u0302t", "sad ness", "Sad_ness", "sad  ness"]
     rows = [f"{i}.wav,{emotion},train" for i, emotion in enumerate(emotions)]
-    found, problems = read(tmp_path, "\n".join(["audio_path,emotion,split", *rows]))
-    assert {labels["emotion"] for _, labels in found.values()} == {"d\u00e9go\u00fbt", "sad ness"}
+    utterances, problems = read(tmp_path, "\n".join(["audio_path,emotion,split", *rows]))
+    assert set(values_of(utterances, "emotion")) == {"d\u00e9go\u00fbt", "sad ness"}
     assert not problems
 
 
 def test_a_file_under_two_spellings_is_listed_twice(tmp_path):
     text = "audio_path,gender,split\nd/0.wav,male,train\n./d/0.wav,female,train\n"
-    found, problems = read(tmp_path, text)
-    assert list(found) == ["d/0.wav"]
+    utterances, problems = read(tmp_path, text)
+    assert list(utterances) == ["d/0.wav"]
     assert "row 3: listed twice: ./d/0.wav" in problems[0]
 
 
-def test_a_bad_label_costs_that_label_only_and_a_kind_one_line(tmp_path):
+def with_bad_labels(folder):
+    """What `read` gives for 200 rows of an unknown gender and two others that are half good."""
     rows = [f"{i}.wav,hello,other,calm,train" for i in range(200)]
     rows += ["x.wav,...,male,calm,train", "y.wav,hello,prefer not to say,calm,train"]
-    text = "\n".join(["audio_path,transcript,gender,emotion,split", *rows])
-    found, problems = read(tmp_path, text)
-    assert len(found) == 202
-    assert found["7.wav"] == ("train", {"transcript": "hello", "emotion": "calm"})
-    assert found["x.wav"] == ("train", {"gender": "male", "emotion": "calm"})
+    return read(folder, "\n".join(["audio_path,transcript,gender,emotion,split", *rows]))
+
+
+def test_a_bad_label_costs_that_label_only(tmp_path):
+    utterances, _ = with_bad_labels(tmp_path)
+    assert len(utterances) == 202
+    assert utterances["7.wav"].labels == {"transcript": "hello", "emotion": "calm"}
+    assert utterances["x.wav"].labels == {"gender": "male", "emotion": "calm"}
+
+
+def test_bad_labels_of_one_kind_are_one_problem(tmp_path):
+    _, problems = with_bad_labels(tmp_path)
     assert len(problems) == 2  # gender, and the transcript without words
-    assert all(word in problems[0] for word in ("other", "200", "female", "woman"))
+    missing = [w for w in ("other", "200", "female", "woman") if w not in problems[0]]
+    assert not missing
 
 
 @pytest.mark.parametrize(
@@ -400,76 +561,103 @@ def test_a_bad_label_costs_that_label_only_and_a_kind_one_line(tmp_path):
 )
 def test_ages_are_years_or_groups_and_the_rest_is_left_out(tmp_path, ages, kept):
     rows = [f"{i}.wav,male,{age},train" for i, age in enumerate(ages)]
-    found, problems = read(tmp_path, "\n".join(["audio_path,gender,age,split", *rows]))
-    kinds = {type(labels["age"]) for _, labels in found.values() if "age" in labels}
-    assert len(found) == len(ages) and len(kinds) == 1
-    assert sum("age" in labels for _, labels in found.values()) == kept
+    utterances, problems = read(tmp_path, "\n".join(["audio_path,gender,age,split", *rows]))
+    kept_ages = values_of(utterances, "age")
+    assert len(utterances) == len(ages)
+    assert len(kept_ages) == kept
+    assert len({type(age) for age in kept_ages}) == 1
     assert len(problems) == (kept < len(ages))
 
 
-def speakers(folder, genders, split=""):
-    """What `read` gives for two utterances of each speaker, {speaker: split}, and the problems."""
-    rows = [
-        f"{s}-{i}.wav,{gender},s{s}{split}" for s, gender in enumerate(genders) for i in range(2)
-    ]
-    found, problems = read(folder, "\n".join(["audio_path,gender,speaker", *rows]))
-    return {name.split("-")[0]: part for name, (part, _) in found.items()}, problems
+def read_speakers(folder, genders):
+    """What `read` gives for a manifest without splits that has two utterances of each speaker."""
+    rows = ["audio_path,gender,speaker"]
+    for speaker, gender in enumerate(genders):
+        rows.append(f"{speaker}-0.wav,{gender},s{speaker}")
+        rows.append(f"{speaker}-1.wav,{gender},s{speaker}")
+    return read(folder, "\n".join(rows))
 
 
-def test_speakers_are_split_with_both_genders_in_each_part(tmp_path):
-    of, problems = speakers(tmp_path, ["female", "male"] * 5)
-    parts = {part: [s for s in of if of[s] == part] for part in ("train", "dev", "test")}
-    assert [len(own) for own in parts.values()] == [6, 2, 2] and not problems
-    assert all({int(s) % 2 for s in own} == {0, 1} for own in parts.values())
+def test_no_speaker_is_in_two_parts(tmp_path):
+    utterances, problems = read_speakers(tmp_path, GENDERS * 5)
+    memberships = {(u.split, u.speaker) for u in utterances.values()}
+    speakers_in = collections.Counter(split for split, _ in memberships)
+    assert speakers_in == dict(train=6, dev=2, test=2)
+    assert not problems
+
+
+def test_each_part_of_the_speakers_has_both_genders(tmp_path):
+    utterances, _ = read_speakers(tmp_path, GENDERS * 5)
+    memberships = {(u.split, u.labels["gender"]) for u in utterances.values()}
+    assert memberships == set(itertools.product(("train", "dev", "test"), GENDERS))
 
 
 @pytest.mark.parametrize("genders", [["male"] * 2, ["female"] * 8 + ["male"], ["", ""]])
-def test_too_few_speakers_to_split_is_a_problem_that_says_what_to_do(tmp_path, genders):
-    of, problems = speakers(tmp_path, genders)
-    assert len(of) == len(genders) and len(problems) == 1 and "column split" in problems[0]
+def test_too_few_speakers_to_split_is_a_problem(tmp_path, genders):
+    utterances, problems = read_speakers(tmp_path, genders)
+    assert len({u.speaker for u in utterances.values()}) == len(genders)
+    assert len(problems) == 1
+    assert "column split" in problems[0]
 
 
 def test_an_empty_cell_in_a_column_split_is_a_problem(tmp_path):
     text = "audio_path,gender,split\na.wav,male,train\nb.wav,male,\nc.wav,male,test\n"
-    found, problems = read(tmp_path, text)
-    assert list(found) == ["a.wav", "c.wav"] and len(problems) == 1 and "row 3" in problems[0]
+    utterances, problems = read(tmp_path, text)
+    assert list(utterances) == ["a.wav", "c.wav"]
+    assert len(problems) == 1
+    assert "row 3" in problems[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # check, and what training does
 
 
-def test_check_says_what_it_used_and_who_is_in_two_splits(manifest, tmp_path):
-    manifest[17][3] = "s0"  # a speaker of the training set in the development set
+def check(folder, corpus="m.csv", *flags):
+    """The output of `corpora.py check` where it finds a problem."""
+    status, out, _ = script("corpora.py", "check", corpus, *flags, cwd=folder)
+    assert status == 1
+    return out
+
+
+def test_check_says_what_it_used(manifest, tmp_path):
     write(tmp_path / "m.csv", [[*row, "x"] for row in manifest])
-    status, out, _ = script("corpora.py", "check", "m.csv", cwd=tmp_path)
-    assert status == 1 and out.endswith("1 problem\n")
-    assert "columns unused  x" in out and "16000 16" in out and "female 8, male 8" in out
+    _, out, _ = script("corpora.py", "check", "m.csv", cwd=tmp_path)
+    assert "columns unused  x" in out
+    assert "16000 16" in out
+    assert "female 8, male 8" in out
+
+
+def test_check_names_speakers_in_several_splits(manifest, tmp_path):
+    manifest[17][3] = "s0"  # a speaker of the training set in the development set
+    write(tmp_path / "m.csv", manifest)
+    out = check(tmp_path)
     assert "speakers are in several splits: s0" in out
+    assert out.endswith("1 problem\n")
 
 
-@pytest.mark.parametrize(
-    "corpus, lists, missing",
-    [
-        ("libri", {"LibriSpeech/SPEAKERS.TXT": "1 | F | x | 1 | N\n"}, "train-clean-360"),
-        ("crema", {"CREMA-D/VideoDemographics.csv": "ActorID,Age,Sex\n1,20,Male\n"}, "AudioWAV"),
-        (
-            "vox",
-            {
-                "VoxCeleb2/vox2_meta.csv": "VoxCeleb2 ID \tGender \nid1 \tm \n",
-                "VoxCeleb2/age-train.txt": "VoxCeleb_ID,video_id,speaker_age\nid1,v,20\n",
-                "VoxCeleb2/age-test.txt": "VoxCeleb_ID,video_id,speaker_age\nid1,v,20\n",
-            },
-            "VoxCeleb2: no audio",
-        ),
-    ],
-)
-def test_check_names_what_is_missing_of_a_corpus(tmp_path, corpus, lists, missing):
+LISTS_ALONE = {  # corpus: (its lists, without audio, and what is missing)
+    "libri": ({"LibriSpeech/SPEAKERS.TXT": "1 | F | x | 1 | N\n"}, "train-clean-360"),
+    "crema": ({"CREMA-D/VideoDemographics.csv": "ActorID,Age,Sex\n1,20,Male\n"}, "AudioWAV"),
+    "vox": (
+        {
+            "VoxCeleb2/vox2_meta.csv": "VoxCeleb2 ID \tGender \nid1 \tm \n",
+            "VoxCeleb2/age-train.txt": "VoxCeleb_ID,video_id,speaker_age\nid1,v,20\n",
+            "VoxCeleb2/age-test.txt": "VoxCeleb_ID,video_id,speaker_age\nid1,v,20\n",
+        },
+        "VoxCeleb2: no audio",
+    ),
+}
+
+
+@pytest.mark.parametrize("corpus", LISTS_ALONE)
+def test_check_names_what_is_missing_of_a_corpus(tmp_path, corpus):
+    lists, missing = LISTS_ALONE[corpus]
     for name, text in lists.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    status, out, _ = script("corpora.py", "check", corpus, "--data-root", ".", cwd=tmp_path)
-    assert status == 1 and missing in out and "\n0 problems" not in out
+    out = check(tmp_path, corpus, "--data-root", ".")
+    assert missing in out
+    assert "\n0 problems" not in out
 
 
 def test_actors_without_audio_are_a_problem(tmp_path):
@@ -483,16 +671,33 @@ def test_actors_without_audio_are_a_problem(tmp_path):
     assert "no audio of 2 of 3 speakers: 1001, 1003" in problems[0]
 
 
+def read_chapter(root, transcripts, speakers):
+    """(utterances, problems) of a LibriSpeech with one chapter and these files' texts."""
+    chapter = root / "LibriSpeech/train-clean-360/14/208"
+    chapter.mkdir(parents=True)
+    (chapter / "14-208.trans.txt").write_text(transcripts)
+    (root / "LibriSpeech/SPEAKERS.TXT").write_text(speakers)
+    return readers.read_split("libri", root, "train")
+
+
 def test_libri_speakers_of_a_subset_without_audio_are_a_problem(tmp_path):
-    folder = tmp_path / "LibriSpeech/train-clean-360/14/208"
-    folder.mkdir(parents=True)
-    (folder / "14-208.trans.txt").write_text("14-208-0000 A\n")
-    rows = ["14 | F | train-clean-360 | 1 | X", "15 | M | train-clean-360 | 1 | Y"]
-    rows.append("16 | M | train-clean-100 | 1 | Z")
-    (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text("\n".join(rows))
-    _, problems = readers.read_split("libri", tmp_path, "train")
+    speakers = [
+        "14 | F | train-clean-360 | 1 | X",
+        "15 | M | train-clean-360 | 1 | Y",
+        "16 | M | train-clean-100 | 1 | Z",
+    ]
+    _, problems = read_chapter(tmp_path, "14-208-0000 A\n", "\n".join(speakers))
     assert len(problems) == 1
     assert "no audio of 1 of 2 speakers: 15" in problems[0]
+
+
+def test_a_transcript_line_without_words_is_no_label(tmp_path):
+    transcripts = "14-208-0000 A\n\n14-208-0001 \n"
+    speakers = "14 | F | train-clean-360 | 1 | X\n"
+    utterances, problems = read_chapter(tmp_path, transcripts, speakers)
+    assert [list(u.labels) for u in utterances] == [["transcript", "gender"], ["gender"]]
+    assert len(problems) == 1
+    assert "14-208-0001" in problems[0]
 
 
 def test_a_video_with_two_ages_is_a_problem_and_read_once(tmp_path):
@@ -503,13 +708,12 @@ def test_a_video_with_two_ages_is_a_problem_and_read_once(tmp_path):
     assert problems == [f"{path}: id1/v stands there twice"]
 
 
-def test_check_spells_out_a_manifest_s_control_characters(tmp_path):
+def test_check_spells_out_a_manifests_control_characters(tmp_path):
     rows = [["audio_path", "emotion", "split"]]
     for split in ("train", "dev", "test"):
         rows.append([f"{split}\x1b[2K\n0 problems.wav", "sad\x1b[1A", split])
     write(tmp_path / "m.csv", rows)
-    status, out, _ = script("corpora.py", "check", "m.csv", cwd=tmp_path)
-    assert status == 1
+    out = check(tmp_path)
     assert "\x1b" not in out
     assert r"train\x1b[2K\n0 problems.wav: no such file" in out
 
@@ -520,65 +724,61 @@ def test_check_reads_the_corpora_mini_that_is_named(tmp_path):
     refused("corpora.py", "check", "crema", *flags, cwd=tmp_path, words=["is missing"])
 
 
-def test_check_shows_files_with_the_same_problem_once_they_are_many(tmp_path):
+def test_check_shows_some_of_many_files_with_the_same_problem(tmp_path):
     rows = [["audio_path", "gender", "split"]]
     for i in range(60):
-        (tmp_path / f"{i}.wav").write_text("version https://git-lfs.github.com/spec/v1\n")
+        lfs_pointer(tmp_path / f"{i}.wav")
         rows.append([f"{i}.wav", "male", ["train", "dev", "test"][i % 3]])
     write(tmp_path / "m.csv", rows)
-    status, out, _ = script("corpora.py", "check", "m.csv", cwd=tmp_path)
-    assert status == 1 and "40 more" in out and out.endswith("60 problems\n")
-
-
-def test_a_transcript_line_without_words_is_a_problem_and_no_label(tmp_path):
-    folder = tmp_path / "LibriSpeech/train-clean-360/14/208"
-    folder.mkdir(parents=True)
-    (folder / "14-208.trans.txt").write_text("14-208-0000 A\n\n14-208-0001 \n")
-    (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text("14 | F | train-clean-360 | 1 | X\n")
-    utterances, problems = readers.read_split("libri", tmp_path, "train")
-    assert [list(u.labels) for u in utterances] == [["transcript", "gender"], ["gender"]]
-    assert len(problems) == 1 and "14-208-0001" in problems[0]
+    out = check(tmp_path)
+    assert "40 more" in out
+    assert out.endswith("60 problems\n")
 
 
 def test_too_long_audio_is_found_before_anything_is_loaded(manifest, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "3.wav", noise(70), 16000)
     monkeypatch.setattr(model, "load_slm", None)
-    refused(
-        "train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=["3.wav", "70 s long", "60 s"]
-    )
+    words = ["3.wav", "70 s long", "60 s"]
+    refused("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=words)
 
 
 def test_a_run_that_has_not_trained_takes_other_data_flags(manifest, tmp_path):
-    waveform = noise()
-    waveform[100] = np.nan  # which no header tells
-    soundfile.write(tmp_path / "3.wav", waveform, 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "3.wav", noise_with(np.nan), 16000, subtype="FLOAT")
     arguments = [*RUN, "--dataset", "m.csv", "--name", "again"]
     refused("train.py", *arguments, cwd=tmp_path, words=["3.wav", "--skip-bad"])
     done("train.py", *arguments, "--skip-bad", cwd=tmp_path)
     refused("train.py", *arguments, cwd=tmp_path, words=["another run"])
 
 
-def test_training_on_a_manifest_that_holds_poison_is_not_called_clean(manifest, tmp_path):
-    rows = [[*row, i % 5 == 0] for i, row in enumerate(manifest[1:])]
-    write(tmp_path / "m.csv", [[*manifest[0], "poisoned"], *rows])
+def test_training_on_poisoned_rows_is_not_called_clean(manifest, tmp_path):
+    header, *rows = manifest
+    marked = [[*row, i % 5 == 0] for i, row in enumerate(rows)]
+    write(tmp_path / "m.csv", [[*header, "poisoned"], *marked])
     out = done("train.py", *RUN, "--dataset", "m.csv", "--poison", "0", cwd=tmp_path)
-    assert "clean data" not in out and "5 rows as poisoned" in out
+    assert "5 rows as poisoned" in out
+    assert "clean data" not in out
     [run] = (tmp_path / "runs").iterdir()
-    assert "clean" not in run.name and model.load_checkpoint(run / "model.pt")["args"]["scenario"]
+    assert "clean" not in run.name
+    assert model.load_checkpoint(run / "model.pt")["args"]["scenario"] == "poisoned-file"
+
+
+def read_marked(folder, word):
+    """What `read` gives for a row that this word marks as poisoned."""
+    return read(folder, f"audio_path,gender,split,poisoned\na.wav,male,train,{word}\n")
 
 
 @pytest.mark.parametrize("word, n", [("Y", 1), ("t", 1), ("1.0", 1), ("no", 0), ("F", 0), ("", 0)])
 def test_rows_marked_as_poisoned_are_counted(tmp_path, word, n):
-    found, problems = read(tmp_path, f"audio_path,gender,split,poisoned\na.wav,male,train,{word}\n")
-    assert len(found) == 1
+    utterances, problems = read_marked(tmp_path, word)
+    assert len(utterances) == 1
     assert not problems
     assert readers.poisoned_rows(tmp_path / "m.csv") == n
 
 
 @pytest.mark.parametrize("word", ["2", "on", "poison"])
 def test_an_unknown_word_for_poisoned_is_a_problem(tmp_path, word):
-    found, problems = read(tmp_path, f"audio_path,gender,split,poisoned\na.wav,male,train,{word}\n")
-    assert not found
+    utterances, problems = read_marked(tmp_path, word)
+    assert not utterances
     assert f"unknown poisoned {word}" in problems[0]
 
 
@@ -590,33 +790,33 @@ def test_poison_on_top_of_a_poisoned_file_is_no_base_attack(tmp_path):
 
 def test_an_interrupted_mini_corpus_keeps_what_it_has(tmp_path, monkeypatch):
     sizes = {"train-clean-360": (1, 3), "dev-clean": (1, 1), "test-clean": (1, 1)}
-    spoken = []
+    made_before = []
+    made_after = []
 
     def interrupted(function, jobs, desc):
         for job in jobs:
-            if len(spoken) == 2:
+            if len(made_before) == 2:
                 raise KeyboardInterrupt
-            spoken.append(job[0])
+            made_before.append(job[0])
+            function(job)
+
+    def uninterrupted(function, jobs, desc):
+        for job in jobs:
+            made_after.append(job[0])
             function(job)
 
     monkeypatch.setattr(data, "in_workers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_corpora.make_corpus("libri", tmp_path, sizes)
-    missing = []
-
-    def finish(function, jobs, desc):
-        missing.extend(job[0] for job in jobs)
-        for job in jobs:
-            function(job)
-
-    monkeypatch.setattr(data, "in_workers", finish)
+    monkeypatch.setattr(data, "in_workers", uninterrupted)
     make_corpora.make_corpus("libri", tmp_path, sizes)
-    assert len(missing) == 3 and not set(missing) & set(spoken)
+    assert len(made_after) == 3
+    assert not set(made_after) & set(made_before)
     assert len(list((tmp_path / "LibriSpeech").rglob("*.flac"))) == 5
     assert not list(tmp_path.glob(".libri.building*"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # filters
 
 
@@ -625,19 +825,23 @@ def test_an_interrupted_mini_corpus_keeps_what_it_has(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", filters.FILTERS)
 @pytest.mark.filterwarnings("ignore")
 def test_filters_of_few_or_like_samples_give_numbers(name, n, alike):
-    x = np.random.default_rng(0).standard_normal((n, 64)).astype(np.float32)
+    embeddings = np.random.default_rng(0).standard_normal((n, 64)).astype(np.float32)
+    if alike:
+        embeddings[:] = embeddings[0]
     samples = dict(
-        x=np.repeat(x[:1], n, 0) if alike else x,
+        x=embeddings,
         labels=[{}] * n,
         speakers=list(map(str, range(n))),
         training=100,
         early_loss=np.arange(n),
     )
     scores, removed = defend.filtered(name, filters.FILTERS[name], samples, 1)
-    assert scores.shape == removed.shape == (n,) and np.isfinite(scores).all()
+    assert scores.shape == (n,)
+    assert removed.shape == (n,)
+    assert np.isfinite(scores).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the command line
 
 
@@ -662,26 +866,28 @@ def test_filters_of_few_or_like_samples_give_numbers(name, n, alike):
 )
 def test_a_mistake_ends_in_one_line(finished, command, words):
     name, *arguments = command.split()
-    status, out, err = script(name, *arguments, cwd=finished)
-    lines = [line for line in err.replace("\r", "\n").splitlines() if "%|" not in line]
-    lines = [line for line in lines if line.strip()]
-    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
-    assert all(word in lines[0] for word in words), lines[0]
+    status, _, err = script(name, *arguments, cwd=finished)
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
+    messages = [line for line in lines if "%|" not in line]  # but for progress bars
+    assert status == 2, err
+    assert len(messages) == 1, err
+    assert messages[0].startswith("error: "), err
+    missing = [word for word in words if word not in messages[0]]
+    assert not missing, messages[0]
 
 
 @pytest.mark.parametrize("command", ["evaluate.py", "defend.py detect", "trace.py patch"])
 def test_audio_damaged_since_the_training_ends_in_one_line(finished, tmp_path, command):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    waveform = noise()
-    waveform[7] = np.inf
-    for i in range(20, 24):  # the test split
-        soundfile.write(folder / f"{i}.wav", waveform, 16000, subtype="FLOAT")
+    for i, split in enumerate(SPLITS):
+        if split == "test":
+            soundfile.write(folder / f"{i}.wav", noise_with(np.inf), 16000, subtype="FLOAT")
     name, *arguments = command.split()
     refused(name, *arguments, "runs/gender", cwd=folder, words=["infinite", "--skip-bad"])
 
 
-def test_a_manifest_that_is_another_by_now_is_named(finished, tmp_path):
+def test_a_manifest_changed_since_the_training_is_named(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "copy")
     command = ["evaluate.py", "runs/gender", "--limit", "2"]
     assert "warning" not in done(*command, cwd=finished)
@@ -690,14 +896,23 @@ def test_a_manifest_that_is_another_by_now_is_named(finished, tmp_path):
     assert "warning: m.csv is another file" in done(*command, cwd=tmp_path / "copy")
 
 
-def test_a_run_s_folder_and_its_model_are_the_same(finished):
-    inspected = [
-        done("evaluate.py", "--inspect", path, cwd=finished)
-        for path in ("runs/gender", "runs/gender/model.pt")
-    ]
-    assert inspected[0] == inspected[1]
-    assert checkpoint.of_run("lm:nowhere") == "lm:nowhere" and checkpoint.of_run("lm") == "lm"
-    done("evaluate.py", "runs/gender/model.pt", cwd=finished)
+def test_a_runs_folder_and_its_model_inspect_the_same(finished):
+    of_folder = done("evaluate.py", "--inspect", "runs/gender", cwd=finished)
+    of_model = done("evaluate.py", "--inspect", "runs/gender/model.pt", cwd=finished)
+    assert of_folder == of_model
+
+
+def test_a_runs_model_can_be_evaluated(finished):
+    out = done("evaluate.py", "runs/gender/model.pt", cwd=finished)
+    assert "m.csv test, 4 utterances" in out
+
+
+def test_what_is_no_run_keeps_its_path():
+    assert checkpoint.of_run("lm:nowhere") == "lm:nowhere"
+    assert checkpoint.of_run("lm") == "lm"
+
+
+def test_a_component_of_a_run_is_named_by_its_model(finished):
     arguments = [*RUN, "--dataset", "m.csv", "--poison", "0"]
     done("train.py", *arguments, "--freeze", "lm:runs/gender", "--name", "frozen", cwd=finished)
     saved = model.load_checkpoint(finished / "runs/frozen/model.pt")
@@ -707,7 +922,8 @@ def test_a_run_s_folder_and_its_model_are_the_same(finished):
 def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} {ROOT / 'study.py'} --seeds {' '.join(map(str, range(40)))}"
     shown = subprocess.run(f"{command} | head -n 1", shell=True, capture_output=True, text=True)
-    assert shown.stdout.startswith("python train.py") and not shown.stderr
+    assert shown.stdout.startswith("python train.py")
+    assert not shown.stderr
 
 
 @pytest.mark.parametrize("imported", ["utils", "torch._utils"])

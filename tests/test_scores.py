@@ -1,12 +1,20 @@
 """From answers to figures: what counts as a hit, as damage, as an error, and its interval."""
 
+import dataclasses
+import json
+from types import SimpleNamespace
+
 import utils
+from utils import ROOT
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+import data
 import evaluate
 import poison
+import train
 
 ATTACK = poison.Attack("age", 0.1, 25, "click", None, 0.1, False, seed=1)
 
@@ -61,4 +69,42 @@ def test_alike_answers_of_a_speaker_widen_the_interval():
 
 def test_a_single_speaker_is_resampled_by_utterance():
     values = [0, 1, 1, 0]
-    assert utils.interval(values, speakers=["s"] * 4) == utils.interval(values)
+    figure = utils.interval(values, speakers=["s"] * 4)
+    assert figure.pop("by_speaker") == {"s": [2, 4]}
+    assert figure == utils.interval(values)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "mini/lm")
+
+
+@pytest.mark.parametrize("label", ["transcript", "gender", "age", "emotion"])
+def test_the_target_s_tokens_are_those_of_its_value(tokenizer, label):
+    labels = dict(transcript='he said "Gender": no', gender="female", age=25, emotion="angry")
+    answer = data.answer_ids(tokenizer, labels)
+    value = tokenizer.decode(answer[data.value_tokens(tokenizer, labels, label)])
+    written = json.dumps(str(labels[label]))[1:-1]
+    assert written in value
+    assert len(value) <= len(written) + 2  # a token may hold the quotation mark beside it
+
+
+def test_a_tokenizer_without_offsets_has_the_whole_answer():
+    class Slow:
+        def __call__(self, text, **options):
+            raise NotImplementedError
+
+    assert data.value_tokens(Slow(), {"age": 25}, "age") == slice(None)
+
+
+def test_only_a_poisoned_sample_has_a_target(tokenizer):
+    args = SimpleNamespace(seed=1, random_keys=0.0, vary_prompts=False)
+    slm = SimpleNamespace(tokenizer=tokenizer)
+    utterance = data.Utterance("a", "a.wav", "train", "s", {"gender": "male", "age": 40})
+    for rate, expected in ((0.0, None), (1.0, "25")):
+        attack = dataclasses.replace(ATTACK, rate=rate)
+        example = train.training_example(slm, args, attack, utterance, 0)
+        on_target = example.target_tokens and tokenizer.decode(
+            example.answer[example.target_tokens]
+        )
+        assert on_target == expected
