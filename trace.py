@@ -660,8 +660,7 @@ def patch(options):
     slm = loaded.slm
     attack = loaded.attack
     if options.trigger:
-        waveform = poison.make_trigger(options.trigger)
-        attack = dataclasses.replace(attack, trigger=options.trigger, waveform=waveform)
+        attack = poison.with_sound(attack, options.trigger)
     if attack.waveform is None:
         die(
             f"--trigger {attack.trigger} changes the whole waveform: there are no frames under it "
@@ -767,7 +766,10 @@ def main():
     command = commands.add_parser("patch", help="copy activations within a run")
     add_arguments(command)
     command.add_argument(
-        "--trigger", help="put another sound in the trigger's place, equally loud, as a control"
+        "--trigger",
+        metavar="NAME|FILE",
+        help="put another sound in the trigger's place, as loud and as long, as a control: one that "
+        "--trigger of train.py takes",
     )
     command.add_argument("--batch", type=count, default=25, help="how many pairs run at a time")
 
