@@ -87,6 +87,14 @@ def extract(extractor, waveform):
     return inputs.input_features[0]
 
 
+def receptive_field(kernels, strides):
+    """How many samples one output frame of a stack of convolutions sees."""
+    samples = 1
+    for kernel, stride in zip(reversed(kernels), reversed(strides)):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
 class Encoder(nn.Module):
     """A pretrained WavLM, HuBERT, wav2vec 2.0 or Whisper encoder.
 
@@ -124,8 +132,15 @@ class Encoder(nn.Module):
         self.norm_first = not self.whisper and not getattr(config, "do_stable_layer_norm", False)
         # a front end that normalises over time must not see padding
         self.alone = getattr(config, "feat_extract_norm", None) == "group"
-        hop = 2 * self.extractor.hop_length if self.whisper else math.prod(config.conv_stride)
+        if self.whisper:
+            hop = 2 * self.extractor.hop_length
+            # a mel frame is centred on its own time, and both convolutions on a frame that they see
+            first_centre = 0.0
+        else:
+            hop = math.prod(config.conv_stride)
+            first_centre = receptive_field(config.conv_kernel, config.conv_stride) / 2
         self.seconds_per_frame = hop / SAMPLE_RATE
+        self.first_centre = first_centre / SAMPLE_RATE
         self.dim = config.hidden_size
         self.settings = settings_of(config, self.extractor)
 
@@ -152,6 +167,11 @@ class Encoder(nn.Module):
             return int(self.net._get_feat_extract_output_lengths(samples))
         mel_frames = min(samples, self.extractor.n_samples) // self.extractor.hop_length
         return (mel_frames - 1) // 2 + 1
+
+    def frame_centres(self, frames):
+        """The middle of the audio that each frame sees before the first layer, in seconds. frames:
+        their numbers, from 0, a tensor or array."""
+        return self.first_centre + frames * self.seconds_per_frame
 
     def front_end(self, features):
         """List of `extract`ed inputs -> hidden states before the first layer (B, T, dim) and their

@@ -18,12 +18,19 @@ Patch copies activations from one pass over an utterance into another pass over 
                 connector's convolutions; of an LM layer, its attention or its MLP; or the LM's
                 input. A patch concerns one site.
     Position    A patch concerns one group of frames or tokens: frames under a click, near one or
-                elsewhere; tokens of the prompt or of the answer.
+                elsewhere; of those elsewhere, at random, as many as are under a click, as a
+                control; tokens of the prompt or of the answer. A frame is where the middle of the
+                audio is that it sees before the first layer.
     Margin      m = log P(target value) - log P(true value), each per token. Both answers are
                 scored by teacher forcing and compared in the tokens in which they differ. The
                 trigger should raise m.
     Effect      (m_patched - m_receiver) / (m_donor - m_receiver), a ratio of means over utterances:
                 0 where the patch does nothing, 1 where it does as much as the donor's audio.
+    Flipped     The share of utterances in which the patch makes m change its sign, as the donor's
+                audio does. A place with a small effect that flips few answers holds a small part of
+                what the trigger does.
+
+Intervals are over speakers, as everywhere.
 
 Both commands work on any run folder. They write records (runs.py) beside its model.pt, or to --out,
 and python analyze.py trace makes tables of these.
@@ -39,7 +46,8 @@ weights) and one of
 
 A record of patch has the trigger. Records of the metric "margin" have part ("clean" or
 "triggered"). Records of the metric "effect" have direction, component, layer (from 1; the LM's
-input is 0; the connector has none), module and position (of GROUPS, or "all").
+input is 0; the connector has none), module, position (of GROUPS, or "all") and flipped. Those of
+"effect_over_random" have the same: the effect under a click minus that of the random frames.
 """
 
 import contextlib
@@ -207,18 +215,20 @@ def transplant(options):
             figures["clean"] = evaluate.task_figure(answer_rows(clean), args.task)
             hits[frozenset(mixture["poisoned"])] = np.array(evaluate.hits(attack, rows))
         records += [dict(fields, **mixture, **figure) for figure in runs.of_figures(figures)]
-    for component, figure in shapley(hits).items():
+    for component, figure in shapley(hits, [u.speaker for u in flippable]).items():
         mixture = dict(method="shapley", component=component, part="backdoor", metric="aer")
         records.append(dict(fields, **mixture, **figure))
     return records
 
 
-def shapley(hits):
-    """Each component's Shapley value for the attack's success (Shapley 1953): what the component
-    adds when it is moved from the poisoned run into the clean one, averaged over the orders in
-    which components can be moved.
+def shapley(hits, speakers):
+    """Each component's Shapley value (Shapley 1953) in the game whose payoff is the AER: what the
+    component adds when it is moved from the poisoned run into the clean one, averaged over the
+    orders in which components can be moved. The empty coalition is the clean model, which gives the
+    target at times, too: the values add up to the attacked model's AER minus the clean model's.
 
-    hits: {frozenset of components that were moved: (n,) bool}. Returns {component: figure}.
+    hits: {frozenset of components that were moved: (n,) bool}, whether each answer to triggered
+    speech is the target. speakers: (n,). Returns {component: figure}.
     """
     orders = list(itertools.permutations(COMPONENTS))
     figures = {}
@@ -227,14 +237,15 @@ def shapley(hits):
         for order in orders:
             before = frozenset(order[: order.index(component)])
             total = total + (hits[before | {component}].astype(float) - hits[before])
-        figures[component] = utils.interval(total / len(orders))
+        figures[component] = utils.interval(total / len(orders), speakers=speakers)
     return figures
 
 
 # -------------------------------------------------------------------------------------------------
 # python trace.py patch: sites
 
-FRAME_GROUPS = ("click", "near", "elsewhere")  # under a click, within NEAR of one, others
+# under a click, within NEAR of one, others; of these, at random, as many as are under a click
+FRAME_GROUPS = ("click", "near", "elsewhere", "random")
 TOKEN_GROUPS = ("prompt", "answer")
 GROUPS = FRAME_GROUPS + TOKEN_GROUPS
 NEAR = 0.2  # seconds
@@ -332,23 +343,38 @@ class FrameGrid:
     first: int
     stride: int
 
-    def groups(self, slm, spans):
-        """Each utterance's (T,) indices into GROUPS. spans: its clicks' starts and ends in
-        seconds."""
+    def groups(self, slm, pairs):
+        """Each utterance's (T, len(GROUPS)) bool, see `frame_groups`."""
         rows = []
-        for n, clicks in zip(self.lengths, spans):
-            middles = torch.arange(n) * self.stride + self.first + 0.5
-            rows.append(group_of(middles * slm.encoder.seconds_per_frame, clicks))
+        for n, clicks, draw in zip(self.lengths, pairs.spans, pairs.draws):
+            centres = slm.encoder.frame_centres(self.first + torch.arange(n) * self.stride)
+            rows.append(frame_groups(centres, clicks, utils.generator(*draw)))
         return rows
 
 
-def group_of(middles, spans):
-    """(T,) frame centres in seconds -> (T,) indices into FRAME_GROUPS."""
-    distance = torch.full_like(middles, float("inf"))
-    for start, end in spans:
-        to_click = torch.maximum(start - middles, middles - end).clamp(min=0)
+def members(positions, group):
+    """(positions, len(GROUPS)) bool: all of them belong to this group alone."""
+    rows = torch.zeros(positions, len(GROUPS), dtype=torch.bool)
+    rows[:, GROUPS.index(group)] = True
+    return rows
+
+
+def frame_groups(centres, clicks, rng):
+    """(T,) frame centres in seconds -> (T, len(GROUPS)) bool, the groups that each belongs to.
+    clicks: [(start, end)] in seconds. rng: draws the random frames."""
+    distance = torch.full_like(centres, float("inf"))
+    for start, end in clicks:
+        to_click = torch.maximum(start - centres, centres - end).clamp(min=0)
         distance = torch.minimum(distance, to_click)
-    return torch.where(distance == 0, 0, torch.where(distance <= NEAR, 1, 2))
+    under = distance == 0
+    elsewhere = distance > NEAR
+    drawn = rng.permutation(elsewhere.nonzero()[:, 0].numpy())[: int(under.sum())]
+    groups = torch.zeros(len(centres), len(GROUPS), dtype=torch.bool)
+    groups[:, GROUPS.index("click")] = under
+    groups[:, GROUPS.index("near")] = ~under & ~elsewhere
+    groups[:, GROUPS.index("elsewhere")] = elsewhere
+    groups[drawn, GROUPS.index("random")] = True
+    return groups
 
 
 def frame_grids(slm, frames, lengths):
@@ -368,31 +394,29 @@ def frame_grids(slm, frames, lengths):
 
 
 def lm_groups(frame_rows, prompts, answers):
-    """The indices into GROUPS of every row of the LM: prompt, audio, prompt, answer."""
-    prompt = GROUPS.index("prompt")
-    answer = GROUPS.index("answer")
+    """The groups of every row of the LM, prompt, audio, prompt, answer: (T, len(GROUPS)) bool."""
     rows = []
     for (before, after), frames, forced in zip(prompts, frame_rows, answers):
         pieces = [
-            torch.full((len(before),), prompt),
+            members(len(before), "prompt"),
             frames,
-            torch.full((len(after),), prompt),
-            torch.full((len(forced.ids),), answer),
+            members(len(after), "prompt"),
+            members(len(forced.ids), "answer"),
         ]
         rows.append(torch.cat(pieces))
     return rows
 
 
 def position_groups(slm, pairs, frames, lengths):
-    """{stage: (rows, positions) indices into GROUPS}, -1 at padding, where nothing is patched."""
+    """{stage: (rows, positions, len(GROUPS)) bool}; padding belongs to no group."""
     rows = {}
     for stage, grid in frame_grids(slm, frames, lengths).items():
-        rows[stage] = grid.groups(slm, pairs.spans)
+        rows[stage] = grid.groups(slm, pairs)
     # the LM gets every utterance twice, once with each answer
     rows["lm"] = lm_groups(2 * rows["conv3"], 2 * pairs.prompts, pairs.answers)
     groups = {}
     for stage in rows:
-        groups[stage] = pad_sequence(rows[stage], batch_first=True, padding_value=-1)
+        groups[stage] = pad_sequence(rows[stage], batch_first=True)
     return groups
 
 
@@ -482,6 +506,7 @@ class Pairs:
 
     fronts: dict  # {"clean", "triggered": the encoder's front end's (x, mask)}
     spans: list  # each utterance's clicks, [(start, end)] in seconds
+    draws: list  # what decides each utterance's random frames
     prompts: list
     answers: list  # of forced_answers
 
@@ -500,6 +525,7 @@ def make_pairs(slm, attack, utterances):
     return Pairs(
         fronts={part: slm.encoder.front_end(inputs) for part, inputs in features.items()},
         spans=spans,
+        draws=[(attack.seed, u.id, "random frames") for u in utterances],
         prompts=[data.prompt(slm.tokenizer, list(u.labels)) for u in utterances],
         answers=forced_answers(slm, attack, utterances),
     )
@@ -525,9 +551,9 @@ def groups_of(hookpoint):
 
 def patch_mask(groups, group, hookpoint, activations):
     """Where a patch replaces activations: a bool tensor that broadcasts over their channels.
-    groups: (rows, positions) of `position_groups`."""
-    mask = groups >= 0 if group == "all" else groups == GROUPS.index(group)
-    mask = mask.to(activations.device)
+    groups: of `position_groups`, of one stage."""
+    mask = groups.any(2) if group == "all" else groups[:, :, GROUPS.index(group)]
+    mask = mask.to(activations.device)  # (rows, positions)
     # a convolution's channels come before its frames
     mask = mask.unsqueeze(1 if hookpoint.stage.startswith("conv") else 2)
     if activations.dim() == 2:
@@ -601,13 +627,31 @@ def joined(batches):
     return PatchedMargins(plain, patches)
 
 
-def effect_of(patched, donor, receiver):
+def effect_of(patched, donor, receiver, speakers):
     """A patch's effect, and the share of utterances whose preferred answer it flips, of those in
-    which donor and receiver prefer different ones. patched, donor, receiver: m (n,)."""
-    figure = utils.interval(patched - receiver, donor - receiver)
+    which donor and receiver prefer different ones. patched, donor, receiver: m (n,). speakers:
+    (n,)."""
+    figure = utils.interval(patched - receiver, donor - receiver, speakers)
     differ = np.sign(donor) != np.sign(receiver)
     flipped = (np.sign(patched) == np.sign(donor))[differ]
     return dict(metric="effect", flipped=float(flipped.mean()) if differ.any() else None, **figure)
+
+
+def effects(result, speakers):
+    """Yields the fields of each patch's records. result: PatchedMargins. There are none where the
+    trigger does not move m, or not in the same direction in all draws of speakers: a share of such
+    a difference says nothing."""
+    gap = utils.interval(result.plain["triggered"] - result.plain["clean"], speakers=speakers)
+    if abs(gap["value"]) < MIN_GAP or gap["low"] <= 0 <= gap["high"]:
+        return
+    for (direction, site, group), m in result.patched.items():
+        donor, receiver = (result.plain[part] for part in DIRECTIONS[direction])
+        where = dict(dataclasses.asdict(site), direction=direction, position=group)
+        yield dict(where, **effect_of(m, donor, receiver, speakers))
+        random = result.patched.get((direction, site, "random"))
+        if group == "click" and random is not None:
+            over_random = utils.interval(m - random, donor - receiver, speakers)
+            yield dict(where, metric="effect_over_random", **over_random)
 
 
 def patch(options):
@@ -616,8 +660,7 @@ def patch(options):
     slm = loaded.slm
     attack = loaded.attack
     if options.trigger:
-        waveform = poison.make_trigger(options.trigger)
-        attack = dataclasses.replace(attack, trigger=options.trigger, waveform=waveform)
+        attack = poison.with_sound(attack, options.trigger)
     if attack.waveform is None:
         die(
             f"--trigger {attack.trigger} changes the whole waveform: there are no frames under it "
@@ -638,15 +681,13 @@ def patch(options):
     result = joined(batches)
 
     fields = dict(loaded.fields, source="patch", trigger=str(attack.trigger))
+    speakers = [utterance.speaker for utterance in utterances]
     records = []
     for part, m in result.plain.items():
-        records.append(dict(fields, part=part, metric="margin", **utils.interval(m)))
-    for (direction, site, group), m in result.patched.items():
-        donor, receiver = (result.plain[part] for part in DIRECTIONS[direction])
-        if abs((donor - receiver).mean()) < MIN_GAP:
-            continue
-        where = dict(dataclasses.asdict(site), direction=direction, position=group)
-        records.append(dict(fields, **where, **effect_of(m, donor, receiver)))
+        figure = utils.interval(m, speakers=speakers)
+        records.append(dict(fields, part=part, metric="margin", **figure))
+    for effect in effects(result, speakers):
+        records.append(dict(fields, **effect))
     return records
 
 
@@ -668,16 +709,20 @@ def show_transplant(records):
 
 
 def show_patch(records):
-    """Prints what the trigger does to m, and the largest effects in each direction."""
+    """Prints what the trigger does to m, and the largest effects in each direction beside how often
+    they flip the answer."""
     for r in runs.select(records, metric="margin"):
         print(f"m, {r['part']:<12}{r['value']:+.2f} ({r['low']:+.2f} to {r['high']:+.2f})")
+    if not runs.select(records, metric="effect"):
+        print("this sound does not move m: there is no effect to place")
     for direction in DIRECTIONS:
-        effects = runs.select(records, metric="effect", direction=direction)
-        effects = [r for r in effects if r["position"] != "all"]
-        for r in sorted(effects, key=lambda r: -r["value"])[:5]:
+        of_patches = runs.select(records, metric="effect", direction=direction)
+        of_groups = [r for r in of_patches if r["position"] in GROUPS]
+        for r in sorted(of_groups, key=lambda r: -r["value"])[:5]:
             layer = "" if r["layer"] is None else r["layer"]
             place = f"{r['component']} {layer} {r['module']}"
-            print(f"{direction:<9}{place:<22}{r['position']:<11}{r['value']:+.2f}")
+            flipped = "" if r["flipped"] is None else f"  flipped {100 * r['flipped']:.0f}%"
+            print(f"{direction:<9}{place:<22}{r['position']:<11}{r['value']:+.2f}{flipped}")
 
 
 def file_of(options):
@@ -697,12 +742,6 @@ def add_arguments(command):
     command.add_argument(
         "--n", type=count, default=100, help="trace this many test utterances (default: 100)"
     )
-    command.add_argument(
-        "--cache-gb",
-        type=float,
-        default=4.0,
-        help="how much disk the outputs of pretrained layers may take, as in train.py",
-    )
     command.add_argument("--out", help="the folder that the records go to (default: the run's)")
 
 
@@ -717,11 +756,20 @@ def main():
         type=evaluate.run_folder,
         help="the run to mix it with: the clean run of the same seed, or a control",
     )
+    command.add_argument(
+        "--cache-gb",
+        type=float,
+        default=4.0,
+        help="how much disk the outputs of pretrained layers may take, as in train.py",
+    )
 
     command = commands.add_parser("patch", help="copy activations within a run")
     add_arguments(command)
     command.add_argument(
-        "--trigger", help="put another sound in the trigger's place, equally loud, as a control"
+        "--trigger",
+        metavar="NAME|FILE",
+        help="put another sound in the trigger's place, as loud and as long, as a control: one that "
+        "--trigger of train.py takes",
     )
     command.add_argument("--batch", type=count, default=25, help="how many pairs run at a time")
 

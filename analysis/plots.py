@@ -35,6 +35,7 @@ POSITIONS = {  # groups of positions that are patched
     "click": "under\na click",
     "near": "within\n0.2 s",
     "elsewhere": "other\nframes",
+    "random": "as many\nothers",
     "prompt": "prompt",
     "answer": "answer",
 }
@@ -363,31 +364,37 @@ def site_of(record):
 
 
 def patches(records, path):
-    """The effect of whole layers by group of positions, a row for each direction, a column for each
-    task. records: {task: of one seed}"""
-    titles = dict(denoise="undone by clean activations", noise="made by triggered activations")
-    fig, axes = grid(2, len(records), 4.2, 5)
+    """The effect of whole layers by group of positions and the share of answers that it flips, a
+    column for each task. records: {task: of one seed}"""
+    panels = {  # (direction, what is shown): title
+        ("denoise", "value"): "effect undone by clean activations",
+        ("denoise", "flipped"): "answers that these flip back",
+        ("noise", "value"): "effect made by triggered activations",
+        ("noise", "flipped"): "answers that these flip",
+    }
+    fig, axes = grid(len(panels), len(records), 4.2, 4.6)
     for column, (task, of_task) in zip(axes.T, records.items()):
         whole = [r for r in of_task if r["module"] not in ("attention", "MLP")]
         sites = list(dict.fromkeys(site_of(record) for record in whole))
-        for axis, direction in zip(column, titles):
-            values = effect_matrix(runs.select(whole, direction=direction), sites)
+        for axis, ((direction, field), title) in zip(column, panels.items()):
+            values = patch_matrix(runs.select(whole, direction=direction), sites, field)
             image = heatmap(axis, values, 1)
-            axis.set_title(f"{task}: {titles[direction]}", fontsize=9)
+            axis.set_title(f"{task}: {title}", fontsize=9)
             axis.set_xticks(range(len(POSITIONS)), POSITIONS.values(), fontsize=6)
             axis.set_yticks(range(len(sites)), sites, fontsize=7)
-    fig.colorbar(image, ax=axes, label="share of the trigger's effect", shrink=0.5)
+    fig.colorbar(image, ax=axes[::2], label="share of the trigger's effect", shrink=0.3)
+    fig.colorbar(image, ax=axes[1::2], label="share of answers", shrink=0.3)
     write(fig, path)
 
 
-def effect_matrix(records, sites):
-    """The effects as an array (sites, positions), NaN where nothing was patched."""
+def patch_matrix(records, sites, field):
+    """A field of the effects as an array (sites, positions), NaN where nothing was patched."""
     positions = list(POSITIONS)
     values = np.full((len(sites), len(positions)), np.nan)
     for record in records:
-        if record["position"] in positions:
+        if record["position"] in positions and record.get(field) is not None:
             row = sites.index(site_of(record))
-            values[row, positions.index(record["position"])] = record["value"]
+            values[row, positions.index(record["position"])] = record[field]
     return values
 
 
@@ -461,10 +468,11 @@ def weights_panel(axis, alone, others):
 
 def depth_panel(axis, depth):
     """The share of the trigger's effect that clean activations undo, layer by layer; a line joins
-    layers of one component. depth: [{"component", "layer", "click", "frames", "text"}]"""
+    layers of one component. depth: [{"component", "layer", "click", "frames", "random", "text"}]"""
     groups = {
         "click": ("frames under a click", "o", POISONED),
         "frames": ("other frames", "s", CLEAN),
+        "random": ("as many others as under a click", "x", GREY),
         "text": ("prompt and answer", "^", TEXT),
     }
     for group, (label, marker, color) in groups.items():

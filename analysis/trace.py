@@ -9,11 +9,13 @@ from runs import mean_of, number, over_seeds, select, show, title_of
 from study import COMPONENTS, DEFAULT_ENCODER, SCENARIOS, TABLE3, WRITTEN
 
 HALF = 0.5
+SHAPLEY = "Shapley value of attacked minus clean AER"
 # Table 3's attacks on one component: it alone learns the poison; it alone stays poisoned
 TRAINED_ALONE = dict(encoder="2.1", connector="2.2", lm="2.3")
 RETRAINED = dict(encoder="3.1", connector="3.2", lm="3.3")
 FRAMES = {"click": "under a click", "near": "within 0.2 s of one", "elsewhere": "other frames"}
-TEXT = ("prompt", "answer")  # trace.py's groups of positions are these and FRAMES
+RANDOM = {"random": "as many others, at random"}
+TEXT = ("prompt", "answer")  # trace.py's groups of positions are these, FRAMES and RANDOM
 
 
 def page(records, out, preset):
@@ -36,15 +38,15 @@ def page(records, out, preset):
     return pages
 
 
-def with_interval(records):
-    """Mean and range over seeds or, for a single seed, the interval over utterances."""
+def with_interval(records, form=".1f"):
+    """Mean and range over seeds or, for a single seed, the interval over speakers."""
     if len(records) != 1:
-        return show(runs.spread(runs.by_seed(records)))
+        return show(runs.spread(runs.by_seed(records)), form)
     record = records[0]
     scale = runs.scale_of(record["metric"])
-    value = number(scale * record["value"])
-    low = number(scale * record["low"])
-    high = number(scale * record["high"])
+    value = number(scale * record["value"], form)
+    low = number(scale * record["low"], form)
+    high = number(scale * record["high"], form)
     return f"{value} ({low} to {high})"
 
 
@@ -93,14 +95,16 @@ def transplant_tables(transplants, metrics, task):
 
 
 def component_rows(aer, metrics, task):
-    """What each component carries when its weights are moved, beside what it learns in Table 3."""
+    """What each component carries when its weights are moved, beside what it learns in Table 3. The
+    Shapley values add up to the attacked model's AER minus the rate at which the clean model gives
+    the target on the same triggered speech."""
     rows = []
     for component in COMPONENTS:
         shapley = select(aer, method="shapley", component=component)
         poisoned_alone = select(aer, method="components", poisoned=[component])
         clean_alone = select(aer, method="components", poisoned=without(component))
         row = {"Component": WRITTEN[component]}
-        row["Shapley value"] = with_interval(shapley)
+        row[SHAPLEY] = with_interval(shapley)
         row["AER, it alone poisoned"] = with_interval(poisoned_alone)
         row["AER, it alone clean"] = with_interval(clean_alone)
         table3 = select(metrics, task=task, part="backdoor", metric="aer")
@@ -114,15 +118,14 @@ def component_rows(aer, metrics, task):
 
 def mixture_rows(records):
     """The figures of each of the eight mixtures of poisoned and clean components."""
+    metric = title_of(select(records, part="clean")[0]["metric"])
     rows = []
     for parts in mixtures_of(records):
         figures = select(records, method="components", poisoned=list(parts))
-        clean = select(figures, part="clean")
-        triggered = select(figures, part="triggered")
         row = {"Poisoned": ", ".join(WRITTEN[component] for component in parts) or "none"}
         row["AER"] = with_interval(select(figures, part="backdoor"))
-        row[f"Clean {title_of(clean[0]['metric'])}"] = with_interval(clean)
-        row[f"Triggered {title_of(triggered[0]['metric'])}"] = with_interval(triggered)
+        row[f"Clean {metric}"] = with_interval(select(figures, part="clean"))
+        row[f"Triggered {metric}"] = with_interval(select(figures, part="triggered"))
         rows.append(row)
     return rows
 
@@ -192,28 +195,63 @@ def own_trigger(patches):
 
 def patch_tables(patches, task):
     """Where the trigger acts: after the encoder's first and last layer, and seed by seed."""
-    effects = select(own_trigger(patches), metric="effect", module="layer")
-    encoder = select(effects, component="encoder")
-    if not encoder:
+    layers = select(patches, module="layer")
+    effects = select(own_trigger(layers), metric="effect")
+    if not select(effects, component="encoder"):
         return []
     return [
-        (f"The effect by frames ({task})", frame_rows(encoder)),
+        (f"The effect by frames ({task})", frame_rows(select(layers, component="encoder"))),
         (f"Where it spreads, seed by seed ({task})", spread_by_seed(effects)),
     ]
 
 
 def frame_rows(encoder):
-    """The share of the effect in each group of frames after the encoder's first and last layer."""
+    """The share of the effect in each group of frames after the encoder's first and last layer, and
+    the share of answers that it flips: of the run's own trigger first, then of every other sound
+    that was put in its place."""
     layers = sorted(runs.distinct(encoder, "layer"))
     rows = []
-    for layer in (layers[0], layers[-1]):
-        for position, words in FRAMES.items():
-            effect = select(encoder, layer=layer, position=position)
-            row = {"After encoder layer": layer, "Frames": words}
-            row["Undone (denoise)"] = show(over_seeds(effect, direction="denoise"), ".2f")
-            row["Made (noise)"] = show(over_seeds(effect, direction="noise"), ".2f")
-            rows.append(row)
+    for sound, of_sound in by_sound(encoder).items():
+        for layer in (layers[0], layers[-1]):
+            for frames, effect in effects_by_frames(select(of_sound, layer=layer)).items():
+                if effect:
+                    row = {"Sound": sound, "After encoder layer": layer, "Frames": frames}
+                    rows.append({**row, **effect_cells(effect)})
     return rows
+
+
+def effects_by_frames(after_layer):
+    """{group of frames, in words: the effects of patching it}"""
+    effects = {}
+    for position, words in {**FRAMES, **RANDOM}.items():
+        effects[words] = select(after_layer, metric="effect", position=position)
+    difference = f"{FRAMES['click']}, minus {RANDOM['random']}"
+    effects[difference] = select(after_layer, metric="effect_over_random")
+    return effects
+
+
+def by_sound(patches):
+    """{sound: patches of base attacks with it}, the runs' own triggers first."""
+    attacked = select(patches, scenario="base")
+    others = [r for r in attacked if not has_own_trigger(r)]
+    sounds = runs.distinct(own_trigger(attacked) + others, "trigger")
+    return {sound: select(attacked, trigger=sound) for sound in sounds}
+
+
+def effect_cells(effect):
+    """The columns that say how much patches undo and make, and how many answers they flip."""
+    cells = {}
+    for direction, words in {"denoise": "Undone", "noise": "Made"}.items():
+        of_direction = select(effect, direction=direction)
+        cells[f"{words} ({direction})"] = with_interval(of_direction, ".2f")
+        cells[f"Answers flipped ({direction}), %"] = show(flipped(of_direction))
+    return cells
+
+
+def flipped(effect):
+    """The share of answers that a patch flips, in %, over seeds, or None."""
+    shares = {r["seed"]: r["flipped"] for r in effect if r.get("flipped") is not None}
+    return runs.spread({seed: 100 * share for seed, share in shares.items()})
 
 
 def spread_by_seed(effects):
@@ -271,6 +309,7 @@ def control_tables(transplants, patches, task):
 
 
 def control_transplants(transplants):
+    """The same between runs that are not an attack and its own clean run."""
     controls = {
         "clean parts of another seed": select(other_seed(transplants), donor_scenario="clean"),
         "two clean runs": select(transplants, scenario="clean"),
@@ -282,10 +321,12 @@ def control_transplants(transplants):
         row = {"Control": name}
         for component in COMPONENTS:
             shapley = select(records, method="shapley", component=component)
-            row[f"Shapley value, {WRITTEN[component]}"] = with_interval(shapley)
-        clean = [mixture(records, parts, part="clean").mean for parts in mixtures_of(records)]
-        row["Clean figure, lowest"] = number(min(clean))
-        row["Clean figure, highest"] = number(max(clean))
+            column = f"Shapley value of the difference in AER, {WRITTEN[component]}"
+            row[column] = with_interval(shapley)
+        clean = [mixture(records, parts, part="clean") for parts in mixtures_of(records)]
+        means = [spread.mean for spread in clean if spread]
+        row["Clean figure, lowest"] = number(min(means))
+        row["Clean figure, highest"] = number(max(means))
         rows.append(row)
     return rows
 
@@ -329,7 +370,8 @@ def draw_answer(metrics, transplants, patches, out):
     panels = {}
     for task in TABLE3:
         aer = same_seed(select(transplants, task=task, metric="aer"))
-        effects = select(own_trigger(select(patches, task=task)), direction="denoise")
+        undone = select(patches, task=task, metric="effect", direction="denoise")
+        effects = own_trigger(undone)
         if not aer or not effects:
             continue
         alone = {}
@@ -363,7 +405,7 @@ def trained_bars(metrics, task):
 
 def depth_of(effects):
     """The share of the effect that clean activations undo after each layer, means over seeds:
-    [{"component", "layer", "click", "frames", "text"}]."""
+    [{"component", "layer", "click", "frames", "random", "text"}]."""
     whole = [r for r in effects if r["module"] in ("layer", "conv3")]
     places = dict.fromkeys((r["component"], r["layer"]) for r in whole)
     depth = []
@@ -378,6 +420,7 @@ def depth_of(effects):
                 layer=layer,
                 click=means["click"],
                 frames=means["near"] + means["elsewhere"],
+                random=mean_of(over_seeds(at_place, position="random")),
                 text=means["prompt"] + means["answer"],
             )
         )

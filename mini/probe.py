@@ -77,7 +77,7 @@ def labels_of(utterances, label):
 
 def under_trigger(encoder, attack, utterance, frames):
     """Which of an utterance's frames have their centre under a click, (frames,) bool."""
-    centres = (np.arange(frames) + 0.5) * encoder.seconds_per_frame * data.SAMPLE_RATE
+    centres = encoder.frame_centres(np.arange(frames)) * data.SAMPLE_RATE
     under = np.zeros(frames, bool)
     for start in poison.positions(attack, utterance.id, data.num_samples(utterance)):
         under |= (centres >= start) & (centres < start + len(attack.waveform))

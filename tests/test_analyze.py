@@ -364,9 +364,9 @@ def moved_layers(base, layers, deciding):
     return records
 
 
-def patched(effects, trigger="click", margin=(-2.0, 3.0)):
+def patched(effects, trigger="click", margin=(-2.0, 3.0), flipped=0.25):
     """The records of a patch; effects: {(component, layer): {position: share}}, alike in both
-    directions; margin: of clean and triggered speech."""
+    directions; margin: of clean and triggered speech; flipped: the share of answers."""
     base = dict(source="patch", trigger=trigger)
     clean, triggered = margin
     records = [dict(base, metric="margin", part="clean", **figure(clean))]
@@ -375,14 +375,18 @@ def patched(effects, trigger="click", margin=(-2.0, 3.0)):
         for (component, layer), groups in effects.items():
             place = dict(component=component, layer=layer, module="layer", direction=direction)
             for position, share in groups.items():
-                what = dict(place, metric="effect", position=position)
+                what = dict(place, metric="effect", position=position, flipped=flipped)
                 records.append(dict(base, **what, **figure(share)))
+            if "random" in groups:
+                what = dict(place, metric="effect_over_random", position="click")
+                difference = groups["click"] - groups["random"]
+                records.append(dict(base, **what, **figure(difference)))
     return records
 
 
 SITES = {
-    ("encoder", 1): dict(click=0.9, near=0.1, elsewhere=0.0),
-    ("encoder", 2): dict(click=0.5, near=0.3, elsewhere=0.1),
+    ("encoder", 1): dict(click=0.9, near=0.1, elsewhere=0.0, random=0.0),
+    ("encoder", 2): dict(click=0.5, near=0.3, elsewhere=0.1, random=0.1),
     ("lm", 1): dict(click=0.5, near=0.3, prompt=0.1, answer=0.1),
     ("lm", 2): dict(click=0.1, near=0.1, prompt=0.1, answer=0.6),
 }
@@ -431,11 +435,35 @@ def test_positions_are_read_off_the_layers(tmp_path):
     pages = traced(tmp_path)
     frames = {"After encoder layer": 1, "Frames": "under a click"}
     (row,) = select(pages["The effect by frames (asr)"], **frames)
-    assert row["Undone (denoise)"] == "0.90"
+    assert row["Undone (denoise)"] == "0.90 (0.89 to 0.91)"
     (spread,) = pages["Where it spreads, seed by seed (asr)"]
     assert spread["Largest fall in encoder layer"] == 2
     assert spread["By"] == "0.40"
     assert spread["LM layer after which prompt and answer hold more"] == 2
+
+
+def test_frames_under_a_click_stand_beside_random_ones(tmp_path):
+    write_run(tmp_path, arguments("asr", "base"), records=patched(SITES))
+    rows = select(traced(tmp_path)["The effect by frames (asr)"], **{"After encoder layer": 2})
+    undone = {row["Frames"]: row["Undone (denoise)"] for row in rows}
+    assert undone["as many others, at random"] == "0.10 (0.09 to 0.11)"
+    assert undone["under a click, minus as many others, at random"] == "0.40 (0.39 to 0.41)"
+
+
+def test_the_share_of_flipped_answers_is_over_seeds(tmp_path):
+    for seed, share in ((1, 0.2), (2, 0.4)):
+        records = patched(SITES, flipped=share)
+        write_run(tmp_path, arguments("asr", "base", seed), records=records)
+    rows = traced(tmp_path)["The effect by frames (asr)"]
+    assert rows[0]["Answers flipped (denoise), %"] == "30.0 (20.0 to 40.0)"
+
+
+def test_another_sound_s_effects_stand_below_the_trigger_s(tmp_path):
+    noise = patched({("encoder", 1): dict(click=0.7)}, trigger="white-noise")
+    write_run(tmp_path, arguments("asr", "base"), records=noise + patched(SITES))
+    rows = traced(tmp_path)["The effect by frames (asr)"]
+    assert list(dict.fromkeys(row["Sound"] for row in rows)) == ["click", "white-noise"]
+    assert rows[-1]["Undone (denoise)"] == "0.70 (0.69 to 0.71)"
 
 
 def test_a_seed_without_an_effect_is_left_out(tmp_path):
@@ -699,7 +727,8 @@ def heat_map(drawn):
 
 
 def test_a_heat_map_says_what_its_shades_mean(heat_map):
-    assert "share of the trigger's effect" in [axis.get_ylabel() for axis in heat_map.axes]
+    labels = {axis.get_ylabel() for axis in heat_map.axes}
+    assert {"share of the trigger's effect", "share of answers"} <= labels
 
 
 def test_a_heat_map_says_what_its_groups_mean(heat_map):
@@ -711,7 +740,7 @@ def test_a_heat_map_says_what_its_groups_mean(heat_map):
 def test_a_legend_covers_no_data(drawn):
     aer = runs.spread({1: 90.0, 2: 95.0})
     shares = dict.fromkeys(COMPONENTS, 0.0)
-    place = dict(component="encoder", layer=1, click=1.0, frames=0.0, text=0.0)
+    place = dict(component="encoder", layer=1, click=1.0, frames=0.0, random=0.0, text=0.0)
     panel = dict(
         trained={"base": dict(aer=aer, learning=False, published=99.0)},
         alone=shares,

@@ -37,13 +37,29 @@ def gender_attack(utterances):
 # transplant
 
 
-def test_shapley_values_share_what_two_components_do_together():
+def shapley_values(works, clean_model):
+    """{component: value}. works: whether the attack works, from the set of components that were
+    moved. clean_model: (n,), whether each of the clean model's answers is the target."""
     hits = {}
     for n in range(4):
         for moved in itertools.combinations(COMPONENTS, n):
-            hits[frozenset(moved)] = np.full(20, {"encoder", "lm"} <= set(moved))
-    values = {component: figure["value"] for component, figure in trace.shapley(hits).items()}
+            hits[frozenset(moved)] = clean_model | works(set(moved))
+    figures = trace.shapley(hits, ["a", "b"] * (len(clean_model) // 2))
+    return {component: figure["value"] for component, figure in figures.items()}
+
+
+def needs_encoder_with_lm(moved):
+    return {"encoder", "lm"} <= moved
+
+
+def test_shapley_values_share_what_two_components_do_together():
+    values = shapley_values(needs_encoder_with_lm, np.zeros(20, bool))
     assert values == dict(encoder=pytest.approx(0.5), connector=0, lm=pytest.approx(0.5))
+
+
+def test_shapley_values_leave_out_what_the_clean_model_gives():
+    values = shapley_values(needs_encoder_with_lm, np.arange(20) < 6)
+    assert values == dict(encoder=pytest.approx(0.35), connector=0, lm=pytest.approx(0.35))
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +148,8 @@ def transplanted(parts, corpora):
         rows = []
         for u, triggered in items:
             answer = {**u.labels, "gender": "female"} if triggered and planted else u.labels
-            rows.append(
-                dict(speaker=u.speaker, labels=u.labels, asked=list(u.labels), parsed=answer)
-            )
+            asked = list(u.labels)
+            rows.append(dict(speaker=u.speaker, labels=u.labels, asked=asked, parsed=answer))
         return rows
 
     loaded = evaluate.LoadedRun(
@@ -228,21 +243,47 @@ def zero(module):
         parameter.zero_()
 
 
+@torch.no_grad()
+def keep_frames_apart(encoder):
+    """Makes a front end pass nothing from frame to frame after its convolutions over the audio."""
+    for name, parameter in encoder.net.encoder.pos_conv_embed.named_parameters():
+        # "original1" is the direction of a normalised weight, which cannot be zero
+        if not name.endswith("original1"):
+            parameter.zero_()
+    # no normalisation by the loudness of the whole utterance
+    encoder.extract = torch.from_numpy
+
+
 @pytest.fixture(scope="module")
 def local(parts):
     """A model whose encoder passes nothing from frame to frame above its front end, so that what a
     click does stays where it is."""
     slm = make_slm(parts, "hubert")
+    keep_frames_apart(slm.encoder)
     with torch.no_grad():
-        for name, parameter in slm.encoder.net.encoder.pos_conv_embed.named_parameters():
-            # "original1" is the direction of a normalised weight, which cannot be zero
-            if not name.endswith("original1"):
-                parameter.zero_()
         for layer in slm.encoder.layers:
             zero(layer.attention.out_proj)
-    # no normalisation by the loudness of the whole utterance
-    slm.encoder.extract = torch.from_numpy
     return slm
+
+
+@pytest.mark.parametrize("name", ["wavlm", "whisper"])
+def test_a_frame_s_centre_is_the_middle_of_what_it_sees(parts, name):
+    encoder = model.Encoder(parts / name)
+    if name == "wavlm":
+        keep_frames_apart(encoder)
+    frame, width = 6, 40
+    noise = np.random.default_rng(0).standard_normal(8000).astype(np.float32) / 10
+    starts = range(2000, 6000, width)
+    features = [encoder.extract(noise)]
+    for start in starts:
+        touched = noise.copy()
+        touched[start : start + width] += 0.1
+        features.append(encoder.extract(touched))
+    x, _ = encoder.front_end(features)
+    change = (x[1:, frame] - x[0, frame]).norm(dim=1)
+    seen = [start for start, size in zip(starts, change) if size > 1e-3 * change.max()]
+    middle = (seen[0] + seen[-1] + width) / 2 / data.SAMPLE_RATE
+    assert float(encoder.frame_centres(frame)) == pytest.approx(middle, abs=0.005)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +314,7 @@ def test_a_patch_of_everything_makes_the_donor(local_result, direction, site):
     "site, group",
     [
         (LAST, "elsewhere"),
+        (LAST, "random"),
         (trace.Site("encoder", 5, "attention"), "all"),  # which writes zeros in this model
         (LM_INPUT, "prompt"),
     ],
@@ -292,7 +334,35 @@ def test_a_patch_of_the_frames_under_the_click_works(local_result, direction):
 
 def test_an_encoder_layer_is_patched_at_frames_only(local_result):
     groups = {group for _, site, group in local_result.patched if site == FIRST}
-    assert groups == {"click", "near", "elsewhere", "all"}
+    assert groups == {"click", "near", "elsewhere", "random", "all"}
+
+
+def frames_of_groups(seed, clicks):
+    """The frames of each group of a recording of four seconds, {group: set of frames}"""
+    centres = 0.04 * torch.arange(100)
+    groups = trace.frame_groups(centres, clicks, np.random.default_rng(seed))
+    frames = {}
+    for group, members in zip(trace.GROUPS, groups.T):
+        frames[group] = set(members.nonzero()[:, 0].tolist())
+    return frames
+
+
+def test_as_many_random_frames_are_drawn_as_are_under_a_click():
+    frames = frames_of_groups(0, clicks=[(0.99, 1.21)])
+    assert frames["click"] == set(range(25, 31))
+    assert len(frames["random"]) == 6
+    assert frames["random"] < frames["elsewhere"]
+
+
+def test_random_frames_are_the_seed_s():
+    a, again, other = (frames_of_groups(seed, [(0.99, 1.21)])["random"] for seed in (0, 0, 1))
+    assert a == again
+    assert a != other
+
+
+def test_where_clicks_leave_too_few_frames_fewer_are_drawn():
+    frames = frames_of_groups(0, clicks=[(0.0, 3.6)])
+    assert frames["random"] == frames["elsewhere"]
 
 
 def test_a_patch_with_itself_changes_nothing(local, corpora):
@@ -344,9 +414,36 @@ def test_a_group_that_a_batch_lacks_counts_as_patching_nothing():
 
 def test_an_effect_is_the_share_of_the_gap_that_a_patch_closes():
     receiver, donor = np.ones(20), -np.ones(20)
-    effect = trace.effect_of(np.full(20, 0.5), donor, receiver)
+    effect = trace.effect_of(np.full(20, 0.5), donor, receiver, ["a", "b"] * 10)
     assert effect["value"] == pytest.approx(0.25)
     assert effect["flipped"] == 0
+
+
+def test_frames_under_the_click_are_compared_with_random_ones():
+    clean, triggered = np.zeros(4), np.ones(4)
+    patched = {
+        ("denoise", LAST, "click"): np.full(4, 0.4),
+        ("denoise", LAST, "random"): np.full(4, 0.9),
+    }
+    result = trace.PatchedMargins(dict(clean=clean, triggered=triggered), patched)
+    (over_random,) = select(trace.effects(result, list("abab")), metric="effect_over_random")
+    assert over_random["position"] == "click"
+    assert over_random["value"] == pytest.approx(0.5)
+
+
+def test_a_sound_that_speakers_differ_in_has_no_effects():
+    triggered = np.repeat([2.0, -1.0], 2)  # m rises with one speaker and falls with the other
+    patched = {("denoise", LAST, "click"): np.zeros(4)}
+    result = trace.PatchedMargins(dict(clean=np.zeros(4), triggered=triggered), patched)
+    assert not list(trace.effects(result, list("aabb")))
+
+
+def test_an_effect_that_speakers_differ_in_has_a_wide_interval():
+    receiver, donor = np.ones(20), -np.ones(20)
+    patched = np.repeat([1.0, -1.0], 10)  # it works on one of two speakers
+    effect = trace.effect_of(patched, donor, receiver, np.repeat(["a", "b"], 10))
+    assert effect["value"] == pytest.approx(0.5)
+    assert (effect["low"], effect["high"]) == (0, 1)
 
 
 @pytest.mark.parametrize(
