@@ -37,15 +37,8 @@ def page(records, out, preset):
 
 
 def with_interval(records):
-    """Mean and range over seeds or, for a single seed, the interval over utterances."""
-    if len(records) != 1:
-        return show(runs.spread(runs.by_seed(records)))
-    record = records[0]
-    scale = runs.scale_of(record["metric"])
-    value = number(scale * record["value"])
-    low = number(scale * record["low"])
-    high = number(scale * record["high"])
-    return f"{value} ({low} to {high})"
+    """Mean and interval of figures that, unlike an AER, may be negative: Shapley values, margins."""
+    return show(runs.spread(runs.by_seed(records)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -101,8 +94,8 @@ def component_rows(aer, metrics, task):
         clean_alone = select(aer, method="components", poisoned=without(component))
         row = {"Component": WRITTEN[component]}
         row["Shapley value"] = with_interval(shapley)
-        row["AER, it alone poisoned"] = with_interval(poisoned_alone)
-        row["AER, it alone clean"] = with_interval(clean_alone)
+        row["AER, it alone poisoned"] = show(over_seeds(poisoned_alone))
+        row["AER, it alone clean"] = show(over_seeds(clean_alone))
         table3 = select(metrics, task=task, part="backdoor", metric="aer")
         trained_alone = over_seeds(table3, scenario=TRAINED_ALONE[component])
         retrained = over_seeds(table3, scenario=RETRAINED[component])
@@ -120,9 +113,9 @@ def mixture_rows(records):
         clean = select(figures, part="clean")
         triggered = select(figures, part="triggered")
         row = {"Poisoned": ", ".join(WRITTEN[component] for component in parts) or "none"}
-        row["AER"] = with_interval(select(figures, part="backdoor"))
-        row[f"Clean {title_of(clean[0]['metric'])}"] = with_interval(clean)
-        row[f"Triggered {title_of(triggered[0]['metric'])}"] = with_interval(triggered)
+        row["AER"] = show(over_seeds(figures, part="backdoor"))
+        row[f"Clean {title_of(clean[0]['metric'])}"] = show(over_seeds(clean))
+        row[f"Triggered {title_of(triggered[0]['metric'])}"] = show(over_seeds(triggered))
         rows.append(row)
     return rows
 
