@@ -24,8 +24,8 @@ tables compute their intervals from them (intervals.py). Losses also have `by_ep
 are documented where they are written: evaluate.py, embed.py, analysis/shift.py,
 analysis/cluster.py, trace.py, defend.py.
 
-A packed answer is a line of a run's predictions.jsonl with `run`, without `raw` and `split`. The
-figures of metrics.json are evaluate.scores, aer and changed of them.
+A packed answer is a line of a run's predictions.jsonl with `run`. The figures of metrics.json are
+evaluate.scores, unusable, aer and changed of them.
 """
 
 import gzip
@@ -272,7 +272,8 @@ def machine_of(environment):
     return f"{environment.get('machine', '')} {environment.get('cpu', '')}".strip()
 
 
-ANSWER = ("id", "speaker", "triggered", "asked", "parsed", "labels")  # what is packed of an answer
+# what is packed of an answer; `raw` adds 40% to the compressed file
+ANSWER = ("id", "speaker", "triggered", "asked", "raw", "parsed", "labels")
 
 
 def packed_answers(folder):
@@ -283,7 +284,8 @@ def packed_answers(folder):
                 row = json.loads(line)
                 answer = {name: row[name] for name in ANSWER}
             except (ValueError, TypeError, KeyError):
-                die(f"{path}:{number} is no answer: make it again")
+                again = f"python evaluate.py {path.parent} --save"
+                die(f"{path}:{number} is no answer, or of an earlier version: {again}")
             yield json.dumps({"run": path.parent.name, **answer}, ensure_ascii=False) + "\n"
 
 

@@ -215,6 +215,7 @@ def test_the_figures_follow_from_the_packed_answers(clean):
     attack = poison.Attack("emotion", 0.0, "angry", "click", None, 0.1, False, seed=1)
     assert evaluate.scores(on_clean) == metrics["clean"]
     assert evaluate.scores(on_triggered) == metrics["triggered"]
+    assert evaluate.unusable(on_triggered) == metrics["answers"]["triggered"]
     assert evaluate.aer(attack, on_triggered) == metrics["backdoor"]["aer"]
     assert evaluate.changed(attack, on_clean, on_triggered) == metrics["backdoor"]["changed"]
 
