@@ -111,7 +111,7 @@ def origin(records, paths):
         "Runs": len(trained),
         "Seeds": ", ".join(str(seed) for seed in seeds),
         "Runs by commit": ", ".join(f"{name} {n}" for name, n in commits.most_common()),
-        "In parentheses": "95% interval over seeds and speakers (intervals.py)",
+        "In parentheses": "95% interval over seeds and speakers, unless said otherwise",
         "Runs by machine": ", ".join(f"{name} {n}" for name, n in machines.most_common()),
     }
     return [{"": name, "This page": value} for name, value in facts.items()]

@@ -129,6 +129,18 @@ def load(path):
         die(f"{path} is not JSON: make it again")
 
 
+def are_sums(by_speaker):
+    """Whether this is {speaker: [numerator, denominator]}, of finite numbers."""
+    if not isinstance(by_speaker, dict):
+        return False
+    for pair in by_speaker.values():
+        if not isinstance(pair, list) or len(pair) != 2:
+            return False
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in pair):
+            return False
+    return True
+
+
 def problem_of_record(record):
     """What is wrong with a record, as text, or None. It must say which run it is about, and a
     figure must be a finite number."""
@@ -142,11 +154,8 @@ def problem_of_record(record):
     if "value" not in record and record["source"] not in NO_VALUE:
         return f"its {record['metric']} has no value"
     figures = [record[name] for name in ("value", "low", "high", "n") if name in record]
-    sums = record.get("by_speaker", {})
-    pairs = list(sums.values()) if isinstance(sums, dict) else [sums]
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        return f"its by_speaker is {sums!r}"
-    figures += [number for pair in pairs for number in pair]
+    if not are_sums(record.get("by_speaker", {})):
+        return f"its by_speaker is {record['by_speaker']!r}"
     by_epoch = record.get("by_epoch", [])
     if not isinstance(by_epoch, list):
         return f"its by_epoch is {by_epoch!r}"

@@ -9,7 +9,9 @@ from intervals import SeedFigure
 UTTERANCES = 40  # of each speaker
 REPETITIONS = 400
 # standard deviations of the effects, on the scale of log odds
-SEED, SPEAKER, BOTH = 0.5, 0.7, 0.3
+SEED = 0.5
+SPEAKER = 0.7
+BOTH = 0.3
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(60)  # of a normal's mean
 
 
