@@ -61,4 +61,6 @@ def test_alike_answers_of_a_speaker_widen_the_interval():
 
 def test_a_single_speaker_is_resampled_by_utterance():
     values = [0, 1, 1, 0]
-    assert utils.interval(values, speakers=["s"] * 4) == utils.interval(values)
+    figure = utils.interval(values, speakers=["s"] * 4)
+    assert figure.pop("by_speaker") == {"s": [2.0, 4.0]}
+    assert figure == utils.interval(values)
