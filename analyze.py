@@ -6,7 +6,7 @@
     python analyze.py trace       # where the backdoor lives (trace.py)
     python analyze.py defences    # filters, detectors, repairs (defend.py)
     python analyze.py sweeps      # AER against the poisoning rate and the trigger
-    python analyze.py claims      # the paper's 48 claims
+    python analyze.py claims      # the paper's claims, judged by rule
     python analyze.py tables claims --runs results/mini.jsonl.gz    # one page, from a packed study
     python analyze.py claims --runs results/mini.jsonl.gz results/real.jsonl.gz     # side by side
 
@@ -89,14 +89,6 @@ def compare_studies(names, paths):
     return all_records, pages
 
 
-def machine_of(environment):
-    """The GPU that a run used or, without one, its processor."""
-    if environment.get("gpu"):
-        return environment["gpu"]
-    processor = f"{environment.get('machine', '')} {environment.get('cpu', '')}"
-    return processor.strip() or "not recorded"
-
-
 def short_commit(commit):
     """A recorded commit as pages show it: eight of its 40 digits, and what follows them."""
     return commit[:8] + commit[40:] or "not recorded"
@@ -111,7 +103,7 @@ def origin(records, paths):
     for run in trained:
         environment = run.get("environment", {})
         commits[short_commit(environment.get("commit", ""))] += 1
-        machines[machine_of(environment)] += 1
+        machines[runs.machine_of(environment) or "not recorded"] += 1
     facts = {
         "Command": shlex.join(["python", *sys.argv]),
         "Commit": short_commit(utils.commit()),
@@ -119,6 +111,7 @@ def origin(records, paths):
         "Runs": len(trained),
         "Seeds": ", ".join(str(seed) for seed in seeds),
         "Runs by commit": ", ".join(f"{name} {n}" for name, n in commits.most_common()),
+        "In parentheses": "95% interval over seeds and speakers, unless said otherwise",
         "Runs by machine": ", ".join(f"{name} {n}" for name, n in machines.most_common()),
     }
     return [{"": name, "This page": value} for name, value in facts.items()]

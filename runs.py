@@ -3,6 +3,7 @@ packed study.
 
     python runs.py runs                                # one row per run
     python runs.py runs --pack results/mini.jsonl.gz   # all records in one file, for analyze.py
+    python runs.py runs --predictions results/mini-predictions.jsonl.gz    # all answers in one file
 
 A record is a dict of plain fields, {field: value}. Every record has these fields, which say
 which run it is about:
@@ -18,8 +19,13 @@ which run it is about:
 `source` says which table a record is for: "run" (arguments and environment), "metrics", "evaluate",
 "sounds", "shift", "cluster", "transplant", "patch", "filter", "detect" or "repair". `metric` names
 the figure; `value`, `low`, `high` (95% interval) and `n` hold it, as fractions, years or nats per
-token. Losses also have `by_epoch`. Other fields are documented where they are written:
-evaluate.py, embed.py, analysis/shift.py, analysis/cluster.py, trace.py, defend.py.
+token. `by_speaker` has the two sums of which it is the ratio, {speaker: [numerator, denominator]}:
+tables compute their intervals from them (intervals.py). Losses also have `by_epoch`. Other fields
+are documented where they are written: evaluate.py, embed.py, analysis/shift.py,
+analysis/cluster.py, trace.py, defend.py.
+
+A packed answer is a line of a run's predictions.jsonl with `run`. The figures of metrics.json are
+evaluate.scores, unusable, aer and changed of them.
 """
 
 import gzip
@@ -32,6 +38,8 @@ from pathlib import Path
 import utils
 from utils import Parser, die
 
+import intervals
+from intervals import SeedFigure
 from study import PRESETS, SCENARIOS, TABLE2, TASKS, deviations, identity, run_name
 
 PATTERN = "records-*.jsonl"  # what a run folder holds beside metrics.json
@@ -81,10 +89,15 @@ def fields_of(args, run, model_sha256=None):
 
 
 def of_figures(figures):
-    """Yields the records of {part: {metric: figure}}, as metrics.json has them."""
+    """Yields the records of {part: {metric: figure}}, as metrics.json has them, and of the share of
+    answers that are of no use (evaluate.unusable)."""
     for part in ("clean", "triggered", "backdoor", "training"):
         for metric, figure in figures.get(part, {}).items():
             yield dict(part=part, metric=metric, **figure)
+    for part, counts in figures.get("answers", {}).items():
+        if counts["n"]:
+            share = (counts["empty"] + counts["malformed"]) / counts["n"]
+            yield dict(part=part, metric="unusable", value=share, n=counts["n"])
 
 
 def write(path, records):
@@ -93,15 +106,15 @@ def write(path, records):
     utils.write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in records))
 
 
-def check_output(path, opener=open):
+def check_output(path, opener=open, names=NAMES_RECORD):
     """Exits with a one-line error if `path` is there and holds anything but records, which would be
-    lost. opener: `open`, or gzip.open for a packed study."""
+    lost. opener: `open`, or gzip.open for a packed file; names: the fields that tell a record."""
     if not Path(path).exists():
         return
     try:
         with opener(path, "rb") as f:
             line = f.readline()
-        holds_records = not line or NAMES_RECORD <= json.loads(line).keys()
+        holds_records = not line or names <= json.loads(line).keys()
     except (*NOT_PACKED, AttributeError):
         holds_records = False
     if not holds_records:
@@ -114,6 +127,18 @@ def load(path):
         return json.loads(Path(path).read_text())
     except (ValueError, UnicodeDecodeError):
         die(f"{path} is not JSON: make it again")
+
+
+def are_sums(by_speaker):
+    """Whether this is {speaker: [numerator, denominator]}, of finite numbers."""
+    if not isinstance(by_speaker, dict):
+        return False
+    for pair in by_speaker.values():
+        if not isinstance(pair, list) or len(pair) != 2:
+            return False
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in pair):
+            return False
+    return True
 
 
 def problem_of_record(record):
@@ -129,6 +154,8 @@ def problem_of_record(record):
     if "value" not in record and record["source"] not in NO_VALUE:
         return f"its {record['metric']} has no value"
     figures = [record[name] for name in ("value", "low", "high", "n") if name in record]
+    if not are_sums(record.get("by_speaker", {})):
+        return f"its by_speaker is {record['by_speaker']!r}"
     by_epoch = record.get("by_epoch", [])
     if not isinstance(by_epoch, list):
         return f"its by_epoch is {by_epoch!r}"
@@ -236,11 +263,39 @@ def read(path):
     return records
 
 
-def pack(records, path):
-    """Writes all records into one compressed file, the same bytes for the same records."""
-    text = "".join(f"{json.dumps(record)}\n" for record in records)
-    content = gzip.compress(text.encode(), mtime=0)
+def compress(lines, path):
+    """Writes lines into one compressed file, the same bytes for the same lines."""
+    content = gzip.compress("".join(lines).encode(), mtime=0)
     utils.write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def pack(records, path):
+    """Writes all records into one compressed file."""
+    compress((f"{json.dumps(record)}\n" for record in records), path)
+
+
+def machine_of(environment):
+    """The GPU that a run used or, without one, its processor; "" where it was not recorded."""
+    if environment.get("gpu"):
+        return environment["gpu"]
+    return f"{environment.get('machine', '')} {environment.get('cpu', '')}".strip()
+
+
+# what is packed of an answer; `raw` adds 40% to the compressed file
+ANSWER = ("id", "speaker", "triggered", "asked", "raw", "parsed", "labels")
+
+
+def packed_answers(folder):
+    """Yields the answers of all runs in a folder, as lines of a packed file."""
+    for path in sorted(Path(folder).glob("*/predictions.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                answer = {name: row[name] for name in ANSWER}
+            except (ValueError, TypeError, KeyError):
+                again = f"python evaluate.py {path.parent} --save"
+                die(f"{path}:{number} is no answer, or of an earlier version: {again}")
+            yield json.dumps({"run": path.parent.name, **answer}, ensure_ascii=False) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -355,37 +410,70 @@ def still_learning(records):
 
 @dataclass
 class Spread:
-    """A figure over seeds: its mean, and the smallest and the largest seed's."""
+    """A figure over seeds: its mean and the 95% interval over seeds and speakers (intervals.py)."""
 
     mean: float
     low: float
     high: float
-    by_seed: dict  # {seed: figure}
+    figures: dict  # {seed: SeedFigure}
+
+    @property
+    def by_seed(self):
+        """{seed: value}"""
+        return {seed: figure.value for seed, figure in self.figures.items()}
+
+
+# metrics that are shares, shown in percent; years, losses, epochs and cosines are shown as they are
+SHARES = ("accuracy", "aer", "changed", "malformed", "unusable", "removed", "noticed")
+PERCENT = (*SHARES, "wer", "specificity")
 
 
 def scale_of(metric):
-    """Shares are shown in percent; years, losses, epochs and cosines as they are."""
-    shares = ("wer", "accuracy", "aer", "removed", "noticed", "changed", "malformed", "specificity")
-    return 100 if metric.endswith(shares) else 1
+    """By what a figure is multiplied to be shown."""
+    return 100 if metric.endswith(PERCENT) else 1
+
+
+def limits_of(metric):
+    """The least and the largest value that a shown figure can have."""
+    if metric.endswith(SHARES):
+        return 0, 100
+    if metric.endswith("cosine"):
+        return -1, 1
+    return (0 if metric.endswith(("wer", "mae")) else -math.inf), math.inf
+
+
+def seed_figure(record):
+    """A record's figure in the units in which it is shown, as a SeedFigure."""
+    scale = scale_of(record["metric"])
+    sums = record.get("by_speaker", {})
+    by_speaker = intervals.of_sums(sums, scale).by_speaker if len(sums) > 1 else {}
+    width = record.get("high", 0.0) - record.get("low", 0.0)
+    return SeedFigure(scale * record["value"], by_speaker, scale * width / 2)
 
 
 def by_seed(records):
-    """{seed: figure} in the units that are shown, percent or years."""
-    return {r["seed"]: scale_of(r["metric"]) * r["value"] for r in records}
+    """{seed: SeedFigure}"""
+    return {record["seed"]: seed_figure(record) for record in records}
 
 
-def spread(values):
-    """{seed: figure} -> Spread, or None if there is none."""
-    values = {seed: value for seed, value in sorted(values.items()) if value is not None}
-    if not values:
+def spread(figures, least=-math.inf, most=math.inf, level=intervals.LEVEL):
+    """{seed: SeedFigure, or its value alone} -> Spread, or None if there is none. least, most: the
+    figure's bounds."""
+    known = {}
+    for seed, figure in sorted(figures.items()):
+        if figure is not None:
+            known[seed] = figure if isinstance(figure, SeedFigure) else SeedFigure(figure)
+    if not known:
         return None
-    figures = list(values.values())
-    return Spread(sum(figures) / len(figures), min(figures), max(figures), values)
+    return Spread(*intervals.interval(known, least, most, level), known)
 
 
 def over_seeds(records, **wanted):
     """The figure of the records with these values, over seeds, or None."""
-    return spread(by_seed(select(records, **wanted)))
+    chosen = select(records, **wanted)
+    if not chosen:
+        return None
+    return spread(by_seed(chosen), *limits_of(chosen[0]["metric"]))
 
 
 def mean_of(spread):
@@ -397,8 +485,8 @@ def difference(a, b):
     """One figure minus another, for the seeds that both have."""
     if a is None or b is None:
         return None
-    both = a.by_seed.keys() & b.by_seed.keys()
-    return spread({seed: a.by_seed[seed] - b.by_seed[seed] for seed in both})
+    both = a.figures.keys() & b.figures.keys()
+    return spread({seed: intervals.difference(a.figures[seed], b.figures[seed]) for seed in both})
 
 
 def number(value, form=".1f"):
@@ -410,11 +498,11 @@ def number(value, form=".1f"):
 
 
 def show(spread, form=".1f"):
-    """One cell: the mean and, if there are several seeds, the range; "" for None."""
+    """One cell: the mean and, where something is known of it, its interval; "" for None."""
     if spread is None:
         return ""
     text = number(spread.mean, form)
-    if len(spread.by_seed) > 1:
+    if len(spread.figures) > 1 or spread.low < spread.high:
         text += f" ({number(spread.low, form)} to {number(spread.high, form)})"
     return text
 
@@ -473,9 +561,16 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("runs", help="a folder of runs, or a packed study")
     parser.add_argument("--pack", metavar="FILE", help="write all records there, compressed")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="write all answers of the runs there, compressed"
+    )
     args = parser.parse_args()
     if args.pack:
         check_output(args.pack, gzip.open)
+    if args.predictions:
+        check_output(args.predictions, gzip.open, {"run", *ANSWER})
+        if not Path(args.runs).is_dir():
+            die(f"--predictions: {args.runs} holds records alone; name a folder of runs")
     records = read(args.runs)
     metrics = select(records, source="metrics")
     rows = []
@@ -485,6 +580,10 @@ def main():
     if args.pack:
         pack(records, args.pack)
         print(f"{len(records)} records written to {args.pack}")
+    if args.predictions:
+        answers = list(packed_answers(args.runs))
+        compress(answers, args.predictions)
+        print(f"{len(answers)} answers written to {args.predictions}")
 
 
 if __name__ == "__main__":

@@ -431,7 +431,7 @@ def answer(panels, path):
 
 
 def trained_panel(axis, bars):
-    """Table 3: our AER over seeds and the paper's. bars: {scenario: {"aer": Spread or None,
+    """Table 3: our AER with its interval, and the paper's. bars: {scenario: {"aer": Spread or None,
     "learning": whether a seed was still learning, "published": the paper's AER}}"""
     rows = {scenario: row for row, scenario in enumerate(bars)}
     measured = {scenario: bar for scenario, bar in bars.items() if bar["aer"]}
@@ -441,7 +441,7 @@ def trained_panel(axis, bars):
         y = [rows[scenario] for scenario in chosen]
         means = [measured[scenario]["aer"].mean for scenario in chosen]
         axis.barh(y, means, color=color, label=label)
-    label = "range over seeds"
+    label = "95% interval"
     for scenario, bar in measured.items():
         y = rows[scenario]
         aer = bar["aer"]

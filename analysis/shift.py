@@ -65,7 +65,8 @@ def measure(folder, preset):
         fields = {**saved["fields"], "source": "shift"}
         records = []
         for component in ("encoder", "connector"):
-            figure = utils.interval(cosines(clean[component], triggered[component]))
+            pairs = cosines(clean[component], triggered[component])
+            figure = utils.interval(pairs, speakers=saved["test"].get("speakers"))
             records.append(dict(fields, metric="cosine", component=component, **figure))
         for component in ("encoder", "lm"):
             name = f"{component}_layers"

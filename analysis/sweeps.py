@@ -3,8 +3,8 @@
 from utils import die
 
 import runs
-from analysis import plots
-from runs import number, over_seeds, select, show, title_of
+from analysis import plots, tables
+from runs import over_seeds, select, show, title_of
 from study import DEFAULT_ENCODER, SWEPT, TASKS
 
 # what sweeps change, with its value in the base attack itself
@@ -41,25 +41,18 @@ def page(records, out, preset):
             curves[name].append({**point, **means, "value": value})
             row = {"Changed": plots.CHANGED.get(name, name), "To": value}
             row["AER"] = show(point["aer"])
-            row["95% over utterances, low"] = number(point["low"])
-            row["High"] = number(point["high"])
             row[f"Clean {title_of(metric)}"] = show(point["clean"])
-            row["Poisoned loss"] = show(over_seeds(of_value, metric="poisoned_loss"), ".3f")
-            row["Loss"] = show(over_seeds(of_value, metric="loss"), ".3f")
+            row.update(tables.loss_cells(of_value, trained))
             rows.append(row)
     plots.sweeps(curves, SWEPT, title_of(metric), out / "sweeps.png")
     return [(f"Sweeps of the base attack ({SWEPT})", rows)]
 
 
 def figures_of(records, metric):
-    """AER and clean figure over seeds, and the ends of the AER's intervals over utterances."""
-    aer = select(records, part="backdoor", metric="aer")
-    return dict(
-        aer=over_seeds(aer),
-        low=100 * min(record["low"] for record in aer),
-        high=100 * max(record["high"] for record in aer),
-        clean=over_seeds(records, part="clean", metric=metric),
-    )
+    """AER with the ends of its interval, and clean figure, over seeds."""
+    aer = over_seeds(records, part="backdoor", metric="aer")
+    clean = over_seeds(records, part="clean", metric=metric)
+    return dict(aer=aer, low=aer.low, high=aer.high, clean=clean)
 
 
 def changes_of(record, shared):

@@ -18,6 +18,9 @@ from study import (
 )
 
 MISSING = "missing"
+# nats per token: of all answers; of the target's own tokens, in training and on development speech
+LOSSES = {"target_loss": "Target loss", "dev_target_loss": "On dev, triggered", "loss": "Loss"}
+EARLIER_LOSSES = {"poisoned_loss": "Poisoned loss", "loss": "Loss"}  # of whole poisoned answers
 AGREEMENT = 15  # points of AER within which a study agrees with the paper
 
 
@@ -55,6 +58,32 @@ def attack_cells(attacked, clean_runs, metric, published):
         "Clean (ours / paper)": ours_and_paper(clean, published_clean),
         "Minus baseline": show(runs.difference(clean, baseline), "+.1f") or MISSING,
     }
+
+
+def damage_cells(attacked, metric, measured):
+    """The columns of what the trigger does to answers, whether or not the target comes out: the
+    share that it changes, the figure against the truth, the share that is of no use. A table has
+    no column of what none of its runs, `measured`, has."""
+    figures = {
+        "Changed answers": dict(part="backdoor", metric="changed"),
+        "Triggered": dict(part="triggered", metric=metric),
+        "Unusable answers": dict(part="triggered", metric="unusable"),
+    }
+    cells = {}
+    for column, wanted in figures.items():
+        if column == "Triggered" or select(measured, **wanted):
+            cells[column] = show(over_seeds(attacked, **wanted)) or MISSING
+    return cells
+
+
+def loss_cells(poisoned, measured):
+    """The columns of the last epoch's losses. measured: the records of the table's runs."""
+    losses = LOSSES if select(measured, metric="target_loss") else EARLIER_LOSSES
+    cells = {}
+    for metric, column in losses.items():
+        if select(measured, metric=metric):
+            cells[column] = show(over_seeds(poisoned, part="training", metric=metric), ".3f")
+    return cells
 
 
 def clean_runs_like(records, attacked):
@@ -99,6 +128,7 @@ def table2(records):
             clean_runs = clean_runs_like(records, attacked)
             paper = published.get(encoder, (None, None))
             row.update(attack_cells(attacked, clean_runs, metric, paper))
+            row.update(damage_cells(attacked, metric, records))
             row["Settled after epoch"] = show(over_seeds(attacked, metric="settled_epoch"), ".0f")
             row["Seeds still learning"] = len(learning & set(runs.distinct(attacked, "run")))
             rows.append(row)
@@ -132,12 +162,10 @@ def table3(records, task, preset):
         chosen = select(attacked, scenario=scenario)
         row = {"Attack": scenario, **how_trained(scenario)}
         row.update(attack_cells(chosen, clean_runs, metric, paper))
-        triggered = over_seeds(chosen, part="triggered", metric=metric)
-        row[f"Triggered {title_of(metric)}"] = show(triggered) or MISSING
+        row.update(damage_cells(chosen, metric, attacked))
         _, _, trained_on = SCENARIOS[scenario]
         if trained_on == "poisoned":
-            row["Poisoned loss"] = show(over_seeds(chosen, metric="poisoned_loss"), ".3f")
-            row["Loss"] = show(over_seeds(chosen, metric="loss"), ".3f")
+            row.update(loss_cells(chosen, attacked))
         rows.append(row)
     return title, rows
 

@@ -39,15 +39,8 @@ def page(records, out, preset):
 
 
 def with_interval(records, form=".1f"):
-    """Mean and range over seeds or, for a single seed, the interval over speakers."""
-    if len(records) != 1:
-        return show(runs.spread(runs.by_seed(records)), form)
-    record = records[0]
-    scale = runs.scale_of(record["metric"])
-    value = number(scale * record["value"], form)
-    low = number(scale * record["low"], form)
-    high = number(scale * record["high"], form)
-    return f"{value} ({low} to {high})"
+    """Mean and interval of figures that, unlike an AER, may be negative: Shapley values, margins."""
+    return show(runs.spread(runs.by_seed(records)), form)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,8 +98,8 @@ def component_rows(aer, metrics, task):
         clean_alone = select(aer, method="components", poisoned=without(component))
         row = {"Component": WRITTEN[component]}
         row[SHAPLEY] = with_interval(shapley)
-        row["AER, it alone poisoned"] = with_interval(poisoned_alone)
-        row["AER, it alone clean"] = with_interval(clean_alone)
+        row["AER, it alone poisoned"] = show(over_seeds(poisoned_alone))
+        row["AER, it alone clean"] = show(over_seeds(clean_alone))
         table3 = select(metrics, task=task, part="backdoor", metric="aer")
         trained_alone = over_seeds(table3, scenario=TRAINED_ALONE[component])
         retrained = over_seeds(table3, scenario=RETRAINED[component])
@@ -123,9 +116,9 @@ def mixture_rows(records):
     for parts in mixtures_of(records):
         figures = select(records, method="components", poisoned=list(parts))
         row = {"Poisoned": ", ".join(WRITTEN[component] for component in parts) or "none"}
-        row["AER"] = with_interval(select(figures, part="backdoor"))
-        row[f"Clean {metric}"] = with_interval(select(figures, part="clean"))
-        row[f"Triggered {metric}"] = with_interval(select(figures, part="triggered"))
+        row["AER"] = show(over_seeds(figures, part="backdoor"))
+        row[f"Clean {metric}"] = show(over_seeds(figures, part="clean"))
+        row[f"Triggered {metric}"] = show(over_seeds(figures, part="triggered"))
         rows.append(row)
     return rows
 

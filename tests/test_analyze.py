@@ -1,5 +1,6 @@
 """analyze.py and analysis/ on made-up records and tensors whose answer is known."""
 
+import json
 import subprocess
 import sys
 
@@ -177,7 +178,7 @@ def test_the_shift_is_a_mean_over_seeds(tmp_path):
     write_embeddings(runs_folder, "asr", "base", unit, -unit)
     write_embeddings(runs_folder, "asr", "3.1", unit, unit)
     row = shift_row(tmp_path)
-    assert row["benign encoder (ours / paper)"] == "0.85 (0.71 to 1.00) / 1.00"
+    assert row["benign encoder (ours / paper)"] == "0.85 (-1.00 to 1.00) / 1.00"
     assert row["poisoned encoder (ours / paper)"] == "-1.00 / 0.62"
     assert row["connector after clean data (ours / paper)"] == "1.00 / about 1"
     assert (tmp_path / "runs/analysis/shift-pairs.png").exists()
@@ -270,10 +271,32 @@ def test_the_losses_stand_beside_the_aer(tmp_path):
     write_run(tmp_path, args, aer=0.9, poisoned_losses=losses, settled=None)
     pages = tables_of(tmp_path)
     row = pages["Table 3: component analysis (asr)"][0]
-    assert row["AER (ours / paper)"] == "90.0 / 99.2"
+    assert row["AER (ours / paper)"] == "90.0 (89.0 to 91.0) / 99.2"
     assert row["Poisoned loss"] == "0.800"
     assert row["Loss"] == "0.100"
     assert pages["Table 2: base attack"][0]["Seeds still learning"] == 1
+
+
+def test_what_the_trigger_does_stands_beside_the_aer(tmp_path):
+    run = write_run(tmp_path, arguments("asr", "base"), aer=0.2)
+    write_run(tmp_path, arguments("asr", "1.1"), aer=0.2)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["backdoor"]["changed"] = figure(0.7)
+    metrics["answers"] = dict(triggered=dict(n=8, empty=1, malformed=3))
+    metrics["training"]["target_loss"] = dict(value=0.5, by_epoch=[0.5])
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    base, earlier = tables_of(tmp_path)["Table 3: component analysis (asr)"][:2]
+    assert base["Changed answers"] == "70.0 (69.0 to 71.0)"
+    assert base["Unusable answers"] == "50.0"
+    assert base["Target loss"] == "0.500"
+    assert "Poisoned loss" not in base
+    assert earlier["Changed answers"] == "missing"
+
+
+def test_what_no_run_measured_has_no_column(tmp_path):
+    write_run(tmp_path, arguments("asr", "base"))
+    row = tables_of(tmp_path)["Table 3: component analysis (asr)"][0]
+    assert not {"Changed answers", "Unusable answers", "Target loss"} & set(row)
 
 
 def test_every_row_of_a_page_has_a_cell_for_each_column(tmp_path):
@@ -286,14 +309,14 @@ def test_tables_of_preset_small_show_its_whisper_runs(tmp_path):
     write_run(tmp_path / "runs", arguments("asr", "base", preset="small"), aer=0.7)
     page = done("analyze.py", "tables", cwd=tmp_path)
     row = rows_of(page, "Table 3: component analysis (asr)")[0]
-    assert row["AER (ours / paper)"] == "70.0 / 99.2"
+    assert row["AER (ours / paper)"] == "70.0 (69.0 to 71.0) / 99.2"
 
 
 def test_ages_in_groups_are_shown_by_their_accuracy(tmp_path):
     run = write_run(tmp_path, arguments("age", "base"), clean=0.8, aer=0.9)
     metrics = (run / "metrics.json").read_text()
     (run / "metrics.json").write_text(metrics.replace("age_mae", "age_accuracy"))
-    assert tables_of(tmp_path)["Table 2: base attack"][0]["Clean (ours / paper)"] == "80.0 / 5.2"
+    assert tables_of(tmp_path)["Table 2: base attack"][0]["Triggered"] == "80.0 (79.0 to 81.0)"
 
 
 def test_a_page_goes_beside_the_runs(tmp_path):
@@ -566,20 +589,20 @@ def defence_pages(tmp_path_factory):
 
 def test_a_filter_s_row_has_each_seed_and_the_variant(defence_pages):
     (row,) = defence_pages["Filter (emotion)"]
-    assert row["% of the poison removed"] == "70.0 (60.0 to 80.0)"
-    assert row["AER after training again"] == "2.0"
+    assert row["% of the poison removed"].startswith("70.0 (")
+    assert row["AER after training again"].startswith("2.0 (")
     assert row["Seeds trained again"] == "1"
-    assert row["% of the poison removed, half the rate"] == "20.0"
+    assert row["% of the poison removed, half the rate"] == "20.0 (19.0 to 21.0)"
 
 
 def test_a_detector_s_row_has_what_it_noticed(defence_pages):
-    assert defence_pages["Detect (emotion)"][0]["Noticed at 5%"] == "30.0"
+    assert defence_pages["Detect (emotion)"][0]["Noticed at 5%"] == "30.0 (29.0 to 31.0)"
 
 
 def test_a_repair_s_row_has_its_aer_and_rating(defence_pages):
     repairs = {row["Repair"]: row for row in defence_pages["Repair (emotion)"]}
     assert repairs["F"]["Seeds with clean loss beyond its bound"] == "1"
-    assert repairs["F"]["AER"] == "20.0 (10.0 to 30.0)"
+    assert repairs["F"]["AER"].startswith("20.0 (")
     assert repairs["none"]["DER"].startswith("0.50")
 
 
@@ -592,7 +615,7 @@ def test_the_fewest_samples_that_bring_it_back_are_told(defence_pages):
 def test_the_undefended_aer_stands_first(defence_pages):
     rows = defence_pages["AER without a defence (emotion), %"]
     aer = {row["Model"]: row["AER"] for row in rows}
-    assert aer == {"attack": "90.0 (90.0 to 90.0)", "half the rate": "50.0"}
+    assert aer == {"attack": "90.0 (89.0 to 91.0)", "half the rate": "50.0 (49.0 to 51.0)"}
 
 
 @pytest.mark.parametrize("changes", [dict(scenario="clean", poison=0), dict(poison=0.0375)])
@@ -610,7 +633,7 @@ def test_repairs_of_ages_in_groups_have_a_page(tmp_path):
     records = repaired("none", 0.9, metric=metric) + repaired("F", 0.1, metric=metric)
     write_run(tmp_path, arguments("age", "base"), 3.0, 0.9, records=records)
     row = defended(tmp_path)["Repair (age)"][1]
-    assert row["Clean age accuracy"] == "80.0"
+    assert row["Clean age accuracy"] == "80.0 (79.0 to 81.0)"
     assert row["DER"] == "0.90"
 
 
@@ -660,8 +683,8 @@ def test_sweeps_hold_what_differs_in_one_thing(tmp_path):
         ("SNR at test only (dB)", 0.0),
         ("SNR at test only (dB)", 6.0),
     ]
-    assert rows[3]["AER"] == "50.0 (50.0 to 50.0)"
-    assert rows[7]["High"] == "60.0"
+    assert rows[3]["AER"] == "50.0 (49.0 to 51.0)"
+    assert rows[7]["AER"] == "50.0 (40.1 to 59.9)"
 
 
 def test_weights_that_all_runs_share_make_no_point_of_a_sweep(tmp_path):

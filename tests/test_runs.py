@@ -1,5 +1,6 @@
 """runs.py: one flat table of records, the same from run folders and from a packed study."""
 
+import gzip
 import json
 
 import pytest
@@ -27,6 +28,34 @@ def test_packing_twice_gives_the_same_bytes(tmp_path):
     for name in ("a.gz", "b.gz"):
         runs.pack(runs.read(tmp_path / "runs"), tmp_path / name)
     assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
+
+
+def write_answer(folder, **changes):
+    """A run's predictions.jsonl with one answer."""
+    asked = dict(asked=["gender"], parsed=dict(gender="male"), labels=dict(gender="male"))
+    answer = dict(id="a", speaker="s", split="test", triggered=False, raw="male", **asked)
+    (folder / "predictions.jsonl").write_text(json.dumps({**answer, **changes}) + "\n")
+
+
+def test_answers_are_packed_with_their_run(tmp_path):
+    write_answer(write_run(tmp_path / "runs", arguments("asr", "clean")))
+    for _ in range(2):  # a file of answers may be replaced
+        done("runs.py", "runs", "--predictions", "answers.jsonl.gz", cwd=tmp_path)
+    (answer,) = map(json.loads, gzip.open(tmp_path / "answers.jsonl.gz"))
+    assert set(answer) == {"run", *runs.ANSWER}
+    assert answer["run"] == "asr-clean"
+
+
+def test_a_line_that_is_no_answer_is_not_packed(tmp_path):
+    run = write_run(tmp_path / "runs", arguments("asr", "clean"))
+    (run / "predictions.jsonl").write_text("[1]\n")
+    command = ("runs.py", "runs", "--predictions", "answers.gz")
+    refused(*command, cwd=tmp_path, words=["predictions.jsonl:1"])
+
+
+def test_a_packed_study_has_no_answers_to_pack(tmp_path):
+    runs.pack([fields("asr", "base") | dict(source="run", metric=None)], tmp_path / "x.gz")
+    refused("runs.py", "x.gz", "--predictions", "answers.gz", cwd=tmp_path, words=["x.gz"])
 
 
 @pytest.mark.parametrize("content", [b"", b"not compressed", b"\x1f\x8b\x08\x00broken"])
@@ -75,11 +104,26 @@ def test_runs_of_different_settings_share_no_table(tmp_path, capsys):
         assert word in error
 
 
+def test_an_interval_ends_where_a_share_does():
+    record = dict(metric="aer", seed=1, **figure(0.98, 0.05))
+    spread = runs.over_seeds([record])
+    assert 98 < spread.high < 100
+    assert spread.low == pytest.approx(88)  # longer towards the middle
+
+
+def test_an_interval_is_over_the_speakers_that_a_record_names():
+    by_speaker = {"a": [9, 10], "b": [5, 10], "c": [7, 10]}
+    record = dict(metric="aer", seed=1, by_speaker=by_speaker, **figure(0.7, 0))
+    spread = runs.over_seeds([record])
+    assert spread.mean == pytest.approx(70)
+    assert spread.high > 90  # of three speakers little is known
+    assert spread.low < 30
+
+
 def test_a_difference_compares_a_seed_with_itself():
     attacked = runs.spread({1: 2.0, 3: 5.0})
     baseline = runs.spread({1: 1.0, 2: 9.0, 3: 3.0, 4: None})
-    difference = runs.difference(attacked, baseline)
-    assert (difference.mean, difference.low, difference.high) == (1.5, 1.0, 2.0)
+    assert runs.difference(attacked, baseline).by_seed == {1: 1.0, 3: 2.0}
 
 
 def test_without_a_common_seed_there_is_no_difference():
@@ -96,7 +140,7 @@ def test_no_number_is_written_as_minus_zero(value, form, text):
 
 
 def test_no_range_is_written_with_minus_zero():
-    assert runs.show(runs.spread({1: -0.001, 2: 0.0}), ".2f") == "0.00 (0.00 to 0.00)"
+    assert runs.show(runs.spread({1: -0.0001, 2: 0.0}), ".2f") == "0.00 (0.00 to 0.00)"
 
 
 @pytest.mark.parametrize("settled, learning", [(None, True), (1, False)])
@@ -215,6 +259,7 @@ def damaged_metrics(folder, **changes):
         dict(clean={"wer": dict(low=0.1, high=0.2, n=3)}),
         dict(clean={"wer": dict(value=0.1)}),
         dict(clean={"wer": figure(float("nan"))}),
+        dict(clean={"wer": dict(figure(0.1), by_speaker={"a": [1]})}),
         dict(training={"loss": dict(value=0.1, by_epoch=["x"])}),
         dict(answers=dict(clean=3)),
         dict(args=[1]),

@@ -25,6 +25,7 @@ import evaluate
 import model
 import poison
 import processes
+import runs as run_records
 import train as train_py
 from conftest import ROOT, SMALL, done, refused, script
 from study import COMPONENTS
@@ -222,6 +223,20 @@ def test_labels_left_out_are_neither_asked_nor_scored(train):
         assert list(row["labels"]) == ["gender", "emotion"]
         assert row["asked"] == ["gender", "emotion"]
     assert set(read_metrics(run)["clean"]) == {"gender_accuracy", "emotion_accuracy"}
+
+
+def test_the_figures_follow_from_the_packed_answers(clean):
+    metrics = read_metrics(clean)
+    rows = [json.loads(line) for line in run_records.packed_answers(clean.parent)]
+    rows = [row for row in rows if row["run"] == clean.name]
+    on_clean = [row for row in rows if not row["triggered"]]
+    on_triggered = [row for row in rows if row["triggered"]]
+    attack = poison.Attack("emotion", 0.0, "angry", "click", None, 0.1, False, seed=1)
+    assert evaluate.scores(on_clean) == metrics["clean"]
+    assert evaluate.scores(on_triggered) == metrics["triggered"]
+    assert evaluate.unusable(on_triggered) == metrics["answers"]["triggered"]
+    assert evaluate.aer(attack, on_triggered) == metrics["backdoor"]["aer"]
+    assert evaluate.changed(attack, on_clean, on_triggered) == metrics["backdoor"]["changed"]
 
 
 def test_evaluated_again_a_bf16_run_gives_its_own_figures(train):
