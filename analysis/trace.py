@@ -244,7 +244,7 @@ def effect_cells(effect):
 def flipped(effect):
     """The share of answers that a patch flips, in %, over seeds, or None."""
     shares = {r["seed"]: r["flipped"] for r in effect if r.get("flipped") is not None}
-    return runs.spread({seed: 100 * share for seed, share in shares.items()})
+    return runs.spread({seed: 100 * share for seed, share in shares.items()}, 0, 100)
 
 
 def spread_by_seed(effects):
