@@ -499,7 +499,7 @@ def evaluate_sounds(options):
     runs.check_output(path)
     attackable = poison.attackable(attack, loaded.sets["test"])
     utterances = data.in_drawn_order(attackable)[: options.n]
-    print(
+    utils.say(
         f"{options.run}: trigger {attack.trigger} and {len(sounds.SOUNDS)} other sounds at "
         f"{loaded.args.snr:g} dB over {len(utterances)} test utterances, on {options.device}"
     )
@@ -517,7 +517,8 @@ def print_sounds(records, target):
     trigger is."""
     by_aer = sorted(runs.select(records, metric="aer"), key=lambda record: -record["value"])
     width = max(len(record["sound"]) for record in by_aer)
-    print(f"\nshare of answers that are {target!r}, %")
+    print()
+    utils.say(f"share of answers that are {target!r}, %")
     print(f"{'sound':<{width}}  family   target   95% interval   changed  malformed")
     for record in by_aer:
         sound = record["sound"]
@@ -527,7 +528,7 @@ def print_sounds(records, target):
             [other] = runs.select(records, sound=sound, metric=metric)
             shares[metric] = 100 * other["value"]
         interval = f"{low:.1f} to {high:.1f}"
-        print(
+        utils.say(
             f"{sound:<{width}}  {record['family']:<8}{value:>7.1f}   {interval:<14} "
             f"{shares['changed']:>7.1f}  {shares['malformed']:>9.1f}"
         )
