@@ -479,9 +479,10 @@ def vet_part(options):
     part = load_part(options.part, device)
     path = options.reference or part.record.get("encoder_weights", "none")
     reference = None if path == "none" else load_encoder(path, device)
+    recorded = " (as recorded there)" if part.record and not options.reference else ""
     dataset, utterances = vetting_speech(options, part.record)
     print(
-        f"{options.part}: reference {path}; {len(vet.BANK)} sounds and other changes, each on "
+        f"{options.part}: reference {path}{recorded}; {len(vet.BANK)} sounds and other changes, each on "
         f"{len(utterances)} utterances of {dataset}"
     )
     start = time.perf_counter()

@@ -20,8 +20,8 @@ other sounds.
                 mostly cancels out in it.
     Ratio       The part's shift over the reference's. Reference shifts below FLOOR count as FLOOR:
                 a ratio of two shifts that are both next to nothing says nothing.
-    Excess      Without a reference: the part's shift over the median of all sounds of this level
-                and length. WHOLE is left out, as it has no level.
+    Excess      Without a reference: the part's shift over the median of all sounds as loud and as
+                long, or over FLOOR. WHOLE is left out, as it has no level.
     Statistic   The largest ratio or the largest excess of the bank. From its threshold on the part
                 is suspicious.
 
@@ -54,6 +54,7 @@ from data import SAMPLE_RATE
 SECONDS = 2.0  # of each utterance
 # how loud each sound is, in dB relative to the mean RMS of the speech, and how long, in seconds
 SETTINGS = ((0.0, 0.11), (0.0, 0.22), (0.0, 0.44), (-6.0, 0.22), (-12.0, 0.22))
+# the shift below which none is told from another: a tenth of the bank shifts mini's WavLM by less
 FLOOR = 0.05
 FEWEST = 16  # utterances
 BATCH = 32
@@ -252,13 +253,12 @@ def ratios(shift, reference):
 
 
 def excesses(shift):
-    """(changes,) shifts -> (changes,): each over the median of its level and length, NaN for
-    WHOLE."""
+    """(changes,) shifts -> (changes,): each over the median of its setting, NaN for WHOLE."""
     excess = np.full(len(BANK), np.nan)
     for setting in SETTINGS:
         alike = [i for i, c in enumerate(BANK) if (c.level, c.seconds) == setting]
         if alike:
-            excess[alike] = shift[alike] / np.median(shift[alike])
+            excess[alike] = shift[alike] / max(FLOOR, np.median(shift[alike]))
     return excess
 
 

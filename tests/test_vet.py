@@ -10,6 +10,7 @@ import soundfile
 import torch
 from torch import nn
 
+import export
 import model
 import sounds
 from conftest import ROOT, done, refused
@@ -186,6 +187,23 @@ def test_command_writes_verdict_picture_sounds(tmp_path, recordings):
     assert len(content["sounds"]) == len(FEW)
     assert (tmp_path / "vet-wavlm/vet.png").stat().st_size > 0
     assert len(list((tmp_path / "vet-wavlm").glob("*.wav"))) == 3
+
+
+def test_export_is_compared_with_its_recorded_origin(tmp_path, recordings):
+    part = tmp_path / "parts"
+    part.mkdir()
+    (part / "encoder").symlink_to(ROOT / "mini/wavlm")
+    record = {name: {} for name in export.RECORDED}
+    record["args"] = dict(encoder_weights=str(ROOT / "mini/wavlm"))
+    provenance = dict(record, first_trained_layer=3)
+    (part / export.PROVENANCE).write_text(json.dumps(provenance))
+    printed = done(
+        "defend.py", "vet", part, "--speech", recordings, "--device", "cpu", cwd=tmp_path
+    )
+    assert "as recorded there" in printed
+    content = json.loads((tmp_path / "vet-parts/vet.json").read_text())
+    assert content["kind"] == "ratio"
+    assert content["encoder_sha256"] == content["reference_sha256"]
 
 
 def test_part_that_is_no_encoder_ends_in_one_line(tmp_path, recordings):
