@@ -3,6 +3,7 @@
     python defend.py filter runs/emotion-poison0.075 --retrain     # after embed.py
     python defend.py detect runs/emotion-poison0.075
     python defend.py repair runs/emotion-poison0.075
+    python defend.py vet parts/wavlm --reference microsoft/wavlm-large   # an encoder alone
 
 Each defence is a function and an entry in a table, in defences/. Its settings are those of the
 original paper, or were tuned on clean speech only. All work on any run, including a clean one,
@@ -18,6 +19,9 @@ defence's name in `defence`. In addition:
         "passes", "milliseconds"; "suspicion", with sound and `scores`
     repair: strength and passed (whether clean loss stayed within its bound), with part and metric
         as in metrics.json; "loss_rise" by strength; "relearned_aer" by poisoned_samples
+
+vet is about an encoder, a run's or anyone's, and needs no more than clean speech (defences/vet.py).
+It writes vet.json, vet.png and the three most suspicious sounds as WAV into a folder of their own.
 """
 
 import dataclasses
@@ -36,18 +40,23 @@ import installed  # noqa: F401
 
 import numpy as np
 import torch
+import transformers
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 import cache
 import checkpoint
+import corpora
 import data
 import evaluate
+import export
 import lora
+import model
 import poison
+import processes
 import runs
-from defences import detectors, filters, repairs
-from study import CONTROLS, TASKS, embeddings_name
+from defences import detectors, filters, repairs, vet
+from study import CONTROLS, MINI_ROOT, TASKS, embeddings_name
 
 # -------------------------------------------------------------------------------------------------
 # python defend.py filter
@@ -338,6 +347,174 @@ def repair_model(options):
 
 
 # -------------------------------------------------------------------------------------------------
+# python defend.py vet
+
+LISTEN = 3  # so many sounds are written as WAV
+LISTED = 8  # so many changes stand in the short table
+LIMITS = (  # printed after every verdict
+    "Not seen: a trigger unlike every sound of the bank, a backdoor in the connector or the language "
+    "model, a reference that carries the same backdoor."
+)
+
+
+@dataclasses.dataclass
+class Part:
+    """An encoder to vet. record: the arguments of the run that it is from, empty for a pretrained
+    encoder."""
+
+    encoder: model.Encoder
+    record: dict
+    out: Path  # where the results go by default
+
+
+def load_encoder(path, device):
+    """A pretrained encoder in evaluation mode. Exits with a one-line error where there is none."""
+    try:
+        with checkpoint.loading():
+            encoder = model.Encoder(path)
+    except Exception as error:  # a folder of another kind raises errors of many kinds
+        die(
+            f"{path} is no encoder, nor a run or an export that holds one: {utils.first_line(error)}"
+        )
+    return encoder.eval().to(device)
+
+
+def load_part(path, device):
+    """The Part at a path: a run, an export, or a pretrained encoder's folder or hub id."""
+    run = Path(evaluate.run_folder(path))
+    if (run / "model.pt").is_file():
+        slm = checkpoint.load_run(run, device)
+        return Part(slm.encoder, vars(slm.args), run.parent / f"vet-{run.resolve().name}")
+    out = Path(f"vet-{Path(path).resolve().name}")
+    if (run / export.PROVENANCE).is_file():
+        record = checkpoint.load_arguments(path)
+        return Part(load_encoder(run / "encoder", device), record, out)
+    return Part(load_encoder(path, device), {}, out)
+
+
+def audio_files(folder):
+    """All files of a folder and its subfolders that hold audio, as utterances."""
+    utterances = []
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        utterances.append(data.Utterance(name, str(path), "dev", name, {}))
+    return utterances
+
+
+def vetting_speech(options, record):
+    """Clean speech that the encoder was not trained on: (what it is called, utterances)."""
+    known = {"dataset": "crema", "data_root": MINI_ROOT, **record}
+    dataset = options.speech or known["dataset"]
+    if dataset not in corpora.READERS and not Path(dataset).exists():
+        if options.speech:
+            names = ", ".join(corpora.READERS)
+            die(f"--speech {dataset}: neither {names} nor a CSV nor a folder of audio")
+        dataset = "crema"
+    if Path(dataset).is_dir() and dataset not in corpora.READERS:
+        utterances = audio_files(dataset)
+    else:
+        root = options.data_root or known["data_root"]
+        utterances, _ = corpora.read_split(dataset, root, "dev")
+    usable = (u for u in data.in_drawn_order(utterances) if not corpora.header_problem(u))
+    return dataset, list(itertools.islice(usable, options.n))
+
+
+def sounds_of(verdict):
+    """What vet.json says of each change of the bank."""
+    rows = []
+    for i, change in enumerate(vet.BANK):
+        row = dataclasses.asdict(change)
+        score = verdict.score[i]
+        row[verdict.kind] = round(float(score), 4) if np.isfinite(score) else None
+        row["shift_by_layer"] = verdict.shift[i].round(5).tolist()
+        if verdict.reference is not None:
+            row["reference_shift_by_layer"] = verdict.reference[i].round(5).tolist()
+        rows.append(row)
+    return rows
+
+
+def table_of(verdict):
+    """The most suspicious changes, one row each."""
+    rows = []
+    for i in verdict.order[:LISTED]:
+        change = vet.BANK[i]
+        row = {"Sound": change.name, "dB": runs.number(change.level, ".0f")}
+        row["Seconds"] = runs.number(change.seconds, ".2f")
+        row["Shift"] = runs.number(verdict.shift[i, -1], ".3f")
+        if verdict.reference is not None:
+            row["Reference"] = runs.number(verdict.reference[i, -1], ".3f")
+        row[verdict.kind.capitalize()] = runs.number(verdict.score[i], ".2f")
+        rows.append(row)
+    return rows
+
+
+def in_words(verdict):
+    """The verdict in one sentence."""
+    change = vet.BANK[verdict.order[0]]
+    compared = "in its reference" if verdict.kind == "ratio" else "as sounds usually do here"
+    measured = (
+        f"{change.name} moves its embeddings {verdict.statistic:.1f} times as far as {compared} "
+        f"(clean encoders: at most {verdict.threshold:.1f} in {1 - vet.FALSE_ALARMS:.0%} of cases)"
+    )
+    if verdict.suspicious:
+        return f"SUSPICIOUS: {measured}. Do not use this encoder before you know why."
+    return f"Nothing suspicious: at most, {measured}."
+
+
+def write_sounds(verdict, speech, out):
+    """Writes the most suspicious sounds, each over the same utterance."""
+    names = []
+    for i in verdict.order:
+        change = vet.BANK[i]
+        if change.name not in names and len(names) < LISTEN:
+            names.append(change.name)
+            path = out / f"{len(names)}-{poison.file_name(change.name)}.wav"
+            poison.write_wav(path, vet.changed(change, speech)[-1])
+
+
+def vet_part(options):
+    """Vets one encoder: prints the verdict and writes the results."""
+    transformers.utils.logging.disable_progress_bar()
+    device = processes.device_of(options.device)
+    part = load_part(options.part, device)
+    path = options.reference or part.record.get("encoder_weights", "none")
+    reference = None if path == "none" else load_encoder(path, device)
+    recorded = " (as recorded there)" if part.record and not options.reference else ""
+    dataset, utterances = vetting_speech(options, part.record)
+    print(
+        f"{options.part}: reference {path}{recorded}; {len(vet.BANK)} sounds and other changes, each on "
+        f"{len(utterances)} utterances of {dataset}"
+    )
+    start = time.perf_counter()
+    speech = vet.read_speech(utterances, options.seed)
+    verdict = vet.vet(part.encoder, speech, reference)
+    content = dict(
+        part=str(options.part),
+        encoder_sha256=model.digest(part.encoder.net.state_dict()),
+        reference=path,
+        reference_sha256=reference and model.digest(reference.net.state_dict()),
+        speech=str(dataset),
+        n=len(utterances),
+        seed=options.seed,
+        kind=verdict.kind,
+        statistic=verdict.statistic,
+        threshold=verdict.threshold,
+        false_alarms=vet.FALSE_ALARMS,
+        suspicious=verdict.suspicious,
+        minutes=round((time.perf_counter() - start) / 60, 2),
+        sounds=sounds_of(verdict),
+    )
+    out = Path(options.out or part.out)
+    utils.write_atomically(out / "vet.json", json.dumps(content, indent=1))
+    from analysis import plots  # matplotlib takes long to import
+
+    plots.vetted(verdict, vet.BANK, out / "vet.png")
+    write_sounds(verdict, speech, out)
+    print(f"\n{runs.markdown(options.part, table_of(verdict))}\n{in_words(verdict)}\n{LIMITS}")
+    print(f"written to {out}: vet.json, vet.png and {LISTEN} sounds to listen to")
+
+
+# -------------------------------------------------------------------------------------------------
 
 SHOWN = dict(  # the columns of the short table at the end, and the fields of the record in each
     filter={
@@ -416,8 +593,45 @@ def main():
         help="score this many clean and this many triggered test utterances (default: 100)",
     )
 
+    command = commands.add_parser("vet", help="whether an encoder may carry a backdoor")
+    command.add_argument("part", help="a pretrained encoder's folder or hub id, a run or an export")
+    command.add_argument(
+        "--reference",
+        metavar="PRETRAINED",
+        help="the pretrained encoder that it claims to start from, from a source that you trust, or "
+        "none (default: what the run or the export records)",
+    )
+    command.add_argument(
+        "--speech",
+        metavar="CSV",
+        help="clean speech: a CSV, a folder of audio or a corpus's name (default: the run's own "
+        "corpus or crema, of which the dev split is used)",
+    )
+    command.add_argument(
+        "--data-root",
+        type=corpora.named_root,
+        help="where the corpora are (default: as in the run)",
+    )
+    command.add_argument(
+        "--n",
+        type=count,
+        default=64,
+        help="listen to this many utterances (default: 64, as for the thresholds)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="decides where the sounds lie")
+    command.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu"
+    )
+    command.add_argument(
+        "--out", help="the folder to write (default: vet-NAME, beside the run if it is one)"
+    )
+
     options = parser.parse_args()
     cache.keep_memory()
+    if options.command == "vet":
+        with data.no_bad_audio():
+            vet_part(options)
+        return
     functions = dict(filter=filter_training_data, detect=detect, repair=repair_model)
     with data.no_bad_audio():
         records = functions[options.command](options)

@@ -574,3 +574,34 @@ def sweep_panel(axis, name, points, clean_label):
     elif not are_numbers or all(type(value) is int for value in values):
         axis.set_xticks(list(x), [str(value) for value in values])
     axis.grid(alpha=0.3)
+
+
+# --------------------------------------------------------------------------------------------------
+# defend.py vet
+
+
+def vetted(verdict, bank, path):
+    """The shift of every sound by level and length, the reference's beside it, and what is judged.
+    verdict: vet.Verdict. bank: vet.BANK"""
+    names = runs.distinct([vars(change) for change in bank], "name")
+    settings = list(dict.fromkeys((change.level, change.seconds) for change in bank))
+    panels = {"shift": verdict.shift[:, -1]}
+    if verdict.reference is not None:
+        panels["reference's shift"] = verdict.reference[:, -1]
+    panels[f"{verdict.kind} (suspicious from {verdict.threshold:.1f})"] = verdict.score
+    of_sounds = [i for i, change in enumerate(bank) if change.level is not None]
+    largest = [verdict.shift[of_sounds, -1].max()] * (len(panels) - 1)
+    largest.append(max(verdict.threshold, verdict.statistic))
+    fig, axes = grid(1, len(panels), 4.6, 9.5, sharey=True)
+    for axis, (title, values), top in zip(axes[0], panels.items(), largest):
+        cells = np.full((len(names), len(settings)), np.nan)
+        for change, value in zip(bank, values):
+            cells[names.index(change.name), settings.index((change.level, change.seconds))] = value
+        heatmap(axis, cells, top)
+        axis.set_title(title, fontsize=9)
+        ticks = [
+            "whole" if level is None else f"{level:.0f} dB\n{s:.2f} s" for level, s in settings
+        ]
+        axis.set_xticks(range(len(settings)), ticks, fontsize=6)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+    write(fig, path)

@@ -1,0 +1,339 @@
+"""Whether an encoder may carry an acoustic backdoor, for someone who has nothing but the encoder: no
+trigger, no poisoned data, no labels.
+
+    python defend.py vet parts/asr --reference microsoft/wavlm-large
+
+A backdoored encoder turns whatever speech has the trigger in it towards one direction. Sounds that
+resemble the trigger take some of that way, so that generic sounds find a backdoor whose trigger
+nobody knows. A clean encoder reacts to such sounds too. How much is normal is told by the
+pretrained encoder that the part started from or, without it, by the part's own reaction to the
+other sounds.
+
+    Embedding   What the encoder makes of an utterance, averaged over time, after each layer.
+    Bank        Changes of the waveform that are fixed here, before any attacked encoder was looked
+                at: every sound of sounds.py, as loud and as long as SETTINGS say, laid over the
+                speech at a place decided by the seed and the utterance's id; and WHOLE, which
+                change all of it.
+    Shift       The norm of the mean over utterances of (embedding with the change - embedding
+                without it), as a share of the clean embeddings' spread, the root mean square of
+                their distances from their mean. What a change does to each utterance differently
+                mostly cancels out in it.
+    Ratio       The part's shift over the reference's. Reference shifts below FLOOR count as FLOOR:
+                a ratio of two shifts that are both next to nothing says nothing.
+    Excess      Without a reference: the part's shift over the median of all sounds as loud and as
+                long, or over FLOOR. WHOLE is left out, as it has no level.
+    Statistic   The largest ratio or the largest excess of the bank. From its threshold on the part
+                is suspicious.
+
+The thresholds were set on clean encoders alone, see THRESHOLDS. Shifts, spread and ratios depend on
+the speech a little, so that both encoders hear the same utterances, each cut to SECONDS: a sound
+then takes the same share of an embedding in any corpus.
+
+Nothing is optimised here. In particular no trigger is inverted in the manner of DECREE (Feng et al.
+2023, arXiv 2303.15180). A trigger that resembles no sound of the bank goes unnoticed, and so does a
+backdoor that is in the connector or the language model alone.
+"""
+
+import dataclasses
+import functools
+
+import utils
+from utils import die
+
+import numpy as np
+import torch
+import torchaudio
+from scipy import stats
+from tqdm import tqdm
+
+import data
+import embed
+import sounds
+from data import SAMPLE_RATE
+
+SECONDS = 2.0  # of each utterance
+# how loud each sound is, in dB relative to the mean RMS of the speech, and how long, in seconds
+SETTINGS = ((0.0, 0.11), (0.0, 0.22), (0.0, 0.44), (-6.0, 0.22), (-12.0, 0.22))
+# the shift below which none is told from another: a tenth of the bank shifts mini's WavLM by less
+FLOOR = 0.05
+FEWEST = 16  # utterances
+BATCH = 32
+# The share of clean encoders that may be called suspicious, and the statistics from which on they
+# are: see `threshold`.
+FALSE_ALARMS = 0.05
+THRESHOLDS = dict(ratio=3.0, excess=8.0)
+
+# -------------------------------------------------------------------------------------------------
+# the bank
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change of the waveform. level (dB) and seconds are None where it changes all of it."""
+
+    name: str
+    level: float | None = None
+    seconds: float | None = None
+
+
+def without(waveform, low, high):
+    """A waveform without its frequencies from `low` to below `high`, in Hz."""
+    spectrum = np.fft.rfft(waveform)
+    frequencies = np.fft.rfftfreq(len(waveform), 1 / SAMPLE_RATE)
+    spectrum[(frequencies >= low) & (frequencies < high)] = 0
+    return np.fft.irfft(spectrum, len(waveform)).astype(np.float32)
+
+
+def louder(waveform, decibels):
+    return waveform * np.float32(10 ** (decibels / 20))
+
+
+def faster(waveform, tenths):
+    """So many tenths of the speed, and of the pitch."""
+    return torchaudio.functional.resample(torch.from_numpy(waveform), tenths, 10).numpy()
+
+
+WHOLE = {
+    "6 dB louder": functools.partial(louder, decibels=6),
+    "6 dB softer": functools.partial(louder, decibels=-6),
+    "speed 0.9": functools.partial(faster, tenths=9),
+    "speed 1.1": functools.partial(faster, tenths=11),
+    "only below 2000 Hz": functools.partial(without, low=2000, high=np.inf),
+    "only above 500 Hz": functools.partial(without, low=0, high=500),
+    "without 500 to 1000 Hz": functools.partial(without, low=500, high=1000),
+}
+
+
+def make_bank():
+    """Every Change, the sounds in the order of sounds.SOUNDS."""
+    bank = []
+    for name in sounds.SOUNDS:
+        bank += [Change(name, level, seconds) for level, seconds in SETTINGS]
+    return bank + [Change(name) for name in WHOLE]
+
+
+BANK = make_bank()
+
+
+@dataclasses.dataclass
+class Speech:
+    """The speech that encoders are vetted with."""
+
+    waveforms: list  # each (samples,), at most SECONDS long
+    places: list  # where a sound lies in each: 0 at its beginning, 1 at its end
+    level: float  # the mean RMS
+
+
+def read_speech(utterances, seed):
+    """The Speech of some utterances, shortest first so that little is padded. Raises BadAudio."""
+    rows = []
+    for utterance in utterances:
+        waveform = data.load_waveform(utterance)[: round(SECONDS * SAMPLE_RATE)]
+        rows.append((len(waveform), utterance.id, waveform))
+    rows.sort(key=lambda row: row[:2])
+    levels = [np.sqrt(np.mean(waveform**2, dtype=np.float64)) for _, _, waveform in rows]
+    return Speech(
+        waveforms=[waveform for _, _, waveform in rows],
+        places=[utils.draw(seed, utterance_id, "vet") for _, utterance_id, _ in rows],
+        level=float(np.mean(levels)),
+    )
+
+
+def changed(change, speech):
+    """The speech's waveforms after a change, a list of (samples,). An utterance shorter than the
+    sound gets its beginning."""
+    if change.level is None:
+        return [WHOLE[change.name](waveform) for waveform in speech.waveforms]
+    sound = sounds.make_sound(change.name, change.seconds)
+    sound *= np.float32(speech.level * 10 ** (change.level / 20))
+    mixed = []
+    for waveform, place in zip(speech.waveforms, speech.places):
+        start = int(place * max(0, len(waveform) - len(sound)))
+        fitting = sound[: len(waveform) - start]
+        with_sound = waveform.copy()
+        with_sound[start : start + len(fitting)] += fitting
+        mixed.append(with_sound)
+    return mixed
+
+
+# -------------------------------------------------------------------------------------------------
+# shifts
+
+
+def same_weights(ours, theirs):
+    """Whether two state dicts hold the same."""
+    if ours.keys() != theirs.keys():
+        return False
+    return all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def front_end_weights(encoder):
+    """The state dict of everything but the layers."""
+    of_layers = {id(tensor) for tensor in encoder.layers.state_dict(keep_vars=True).values()}
+    weights = encoder.net.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in weights.items() if id(tensor) not in of_layers}
+
+
+def layers_in_common(encoders):
+    """How many of their lowest layers some encoders have in common, as those of a run have with
+    their pretrained encoder; None where already the front ends differ."""
+    first = encoders[0]
+    common = len(first.layers)
+    for other in encoders[1:]:
+        if other.settings != first.settings:
+            return None
+        if not same_weights(front_end_weights(first), front_end_weights(other)):
+            return None
+        same = 0
+        for layer, other_layer in zip(first.layers, other.layers):
+            if not same_weights(layer.state_dict(), other_layer.state_dict()):
+                break
+            same += 1
+        common = min(common, same)
+    return common
+
+
+@torch.no_grad()
+def embeddings(encoders, common, waveforms):
+    """What each of some encoders makes of waveforms, averaged over time, before its first layer and
+    after each: a list of (layers + 1, n, dim). The last layer's is the encoder's output. common:
+    `layers_in_common`."""
+    collected = [[] for _ in encoders]
+    for batch in data.chunks(waveforms, BATCH):
+        features = [encoders[0].extract(waveform) for waveform in batch]
+        x, mask = encoders[0].front_end(features)
+        frames = mask.sum(1)  # (B,)
+        below = [x, *encoders[0].run_layers(x, mask, 0, common)]
+        for encoder, pooled in zip(encoders, collected):
+            hidden = [*below, *encoder.run_layers(below[-1], mask, common, len(encoder.layers))]
+            if not encoder.norm_first:
+                hidden[-1] = encoder.layer_norm(hidden[-1])
+            pooled.append(torch.stack([embed.pool(h, frames) for h in hidden]))
+    return [torch.cat(pooled, 1).double().cpu().numpy() for pooled in collected]
+
+
+def spread_of(clean):
+    """(layers, n, dim) -> (layers,): the root mean square distance of embeddings from their
+    mean."""
+    from_mean = clean - clean.mean(1, keepdims=True)
+    return np.sqrt((from_mean**2).sum(2).mean(1))
+
+
+def shifts(encoders, speech):
+    """How far each change of the bank moves all embeddings together, relative to their spread: for
+    each of some encoders (changes, layers + 1). Layers that encoders have in common run once."""
+    common = layers_in_common(encoders)
+    groups = [encoders]
+    if common is None:
+        groups = [[encoder] for encoder in encoders]
+        common = 0
+    rows = [[] for _ in encoders]
+
+    def all_embeddings(waveforms):
+        return sum((embeddings(group, common, waveforms) for group in groups), [])
+
+    clean = all_embeddings(speech.waveforms)
+    spreads = [spread_of(x) for x in clean]
+    for change in tqdm(BANK, desc="sounds", unit="sound"):
+        after = all_embeddings(changed(change, speech))
+        for row, x, x_changed, spread in zip(rows, clean, after, spreads):
+            common_shift = (x_changed - x).mean(1)  # (layers + 1, dim)
+            with np.errstate(divide="ignore", invalid="ignore"):  # `vet` looks for them
+                row.append(np.linalg.norm(common_shift, axis=1) / spread)
+    return [np.array(row) for row in rows]
+
+
+# -------------------------------------------------------------------------------------------------
+# the verdict
+
+
+def ratios(shift, reference):
+    """(changes,) shifts of part and reference -> (changes,)"""
+    return shift / np.maximum(reference, FLOOR)
+
+
+def excesses(shift):
+    """(changes,) shifts -> (changes,): each over the median of its setting, NaN for WHOLE."""
+    excess = np.full(len(BANK), np.nan)
+    for setting in SETTINGS:
+        alike = [i for i, c in enumerate(BANK) if (c.level, c.seconds) == setting]
+        if alike:
+            excess[alike] = shift[alike] / max(FLOOR, np.median(shift[alike]))
+    return excess
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What vetting has shown. kind: "ratio" or, without a reference, "excess"."""
+
+    kind: str
+    statistic: float
+    threshold: float
+    score: np.ndarray  # (changes,): the ratio or excess of each change of BANK, NaN for none
+    shift: np.ndarray  # (changes, layers + 1)
+    reference: np.ndarray | None  # the reference's shift
+
+    @property
+    def suspicious(self):
+        return self.statistic >= self.threshold
+
+    @property
+    def order(self):
+        """The indices of all changes that have a score, the most suspicious first."""
+        order = np.argsort(-self.score, kind="stable").tolist()
+        return [i for i in order if np.isfinite(self.score[i])]
+
+
+def judge(shift, reference=None):
+    """The Verdict on the shifts (changes, layers + 1) of a part and of its reference, if any."""
+    if reference is None:
+        kind = "excess"
+        score = excesses(shift[:, -1])
+    else:
+        kind = "ratio"
+        score = ratios(shift[:, -1], reference[:, -1])
+    return Verdict(kind, float(np.nanmax(score)), THRESHOLDS[kind], score, shift, reference)
+
+
+def check_same_kind(encoder, reference):
+    """Exits with a one-line error where the part cannot have started from the reference."""
+    theirs = (len(reference.layers), reference.dim)
+    ours = (len(encoder.layers), encoder.dim)
+    if theirs != ours:
+        die(
+            f"the reference has {theirs[0]} layers of width {theirs[1]}, the part {ours[0]} of "
+            f"{ours[1]}: it does not start from there; name another --reference"
+        )
+
+
+def vet(encoder, speech, reference=None):
+    """A Verdict on an encoder (model.Encoder), by clean Speech that it was not trained on. Exits
+    with a one-line error where that says nothing: too little speech, a reference of another kind,
+    an encoder that gives no numbers or the same for everything.
+
+    It encodes the speech 193 times."""
+    n = len(speech.waveforms)
+    if n < FEWEST:
+        die(f"{n} utterances are too few to vet an encoder: take {FEWEST} or more")
+    if speech.level == 0:
+        die("the speech is silent: there is no level for the sounds")
+    encoders = [encoder]
+    if reference is not None:
+        check_same_kind(encoder, reference)
+        encoders.append(reference)
+    measured = shifts(encoders, speech)
+    if not np.isfinite(measured).all():
+        die(
+            "the encoder gives numbers that are not finite, or the same for all speech: it is broken"
+        )
+    return judge(*measured)
+
+
+def threshold(statistics, false_alarms=FALSE_ALARMS):
+    """The statistic that a further clean encoder exceeds with this probability, if the logarithms
+    of the statistics of clean encoders (n,) are a sample of a normal distribution: its upper
+    prediction bound (Hahn and Meeker 1991, Statistical Intervals, section 4.8)."""
+    logs = np.log(statistics)
+    n = len(logs)
+    t = stats.t.ppf(1 - false_alarms, n - 1)
+    return float(np.exp(logs.mean() + t * logs.std(ddof=1) * np.sqrt(1 + 1 / n)))
