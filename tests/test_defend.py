@@ -41,7 +41,7 @@ CLEAN_REMOVED = {
     "activation clustering, silhouette": 0.02,
     "spectral signatures": 20 / 300,
     "SPECTRE": 20 / 300,
-    "Beatrix": 20 / 300,
+    "Gram matrices of mean embeddings": 20 / 300,
 }
 
 
@@ -61,9 +61,9 @@ def test_clustering_removes_nothing_where_there_is_no_structure():
     assert not removed.any()
 
 
-def test_beatrix_removes_its_budget_where_there_is_no_structure():
+def test_grams_remove_their_budget_where_there_is_no_structure():
     x, _ = blobs((400,), 32, 0.0)
-    _, removed = filters.beatrix(samples(x), 20)
+    _, removed = filters.grams_of_means(samples(x), 20)
     assert removed.sum() == 30
 
 
@@ -78,6 +78,65 @@ def test_spectre_finds_what_variance_hides():
     visible, _ = filters.spectre(samples(x), 50)
     assert roc_auc_score(poisoned, hidden) < 0.7
     assert roc_auc_score(poisoned, visible) > 0.95
+
+
+def test_spectre_finds_a_compact_poison_of_a_fifth():
+    """So many, so much alike, that a covariance without the scattered samples keeps them."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 24))
+    poisoned = np.arange(500) >= 390
+    x[poisoned] = 0.05 * rng.standard_normal((110, 24)) + 12 * np.eye(24)[0]
+    scores, removed = filters.spectre(samples(x), 110)
+    assert roc_auc_score(poisoned, scores) > 0.99
+    assert removed[poisoned].all()
+
+
+def test_spectre_looks_beyond_twenty_components():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1000, 40)) * np.linspace(10, 1, 40)
+    poisoned = np.arange(1000) >= 900
+    x[poisoned, -1] += 6
+    scores, _ = filters.spectre(samples(x), 100)
+    assert roc_auc_score(poisoned, scores) > 0.9
+
+
+@pytest.mark.parametrize("dim", [4, 30])
+def test_a_robust_covariance_rests_on_the_clean_samples(dim):
+    """Few dimensions or many, compared with the samples."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((600, dim))
+    poisoned = np.arange(600) >= 570
+    x[poisoned, 0] *= 9
+    kept = filters.clean_by_covariance(x - x.mean(0), 0.05, 60)
+    spread = x[kept, 0].std()
+    assert spread < 1.5 < x[:, 0].std()
+    assert kept[~poisoned].mean() > 0.9
+
+
+@pytest.mark.parametrize("n", [100, 500])
+def test_the_top_component_of_products_is_that_of_their_covariance(n):
+    rng = np.random.default_rng(0)
+    x = rng.standard_t(4, (n, 12))
+    y = filters.whitened(x, x.T @ x / n)
+    products = np.einsum("ni,nj->nij", y, y).reshape(n, -1)
+    centred = products - products.mean(0)
+    values, vectors = np.linalg.eigh(centred.T @ centred / n)
+    variance, along = filters.top_component(y)
+    assert variance == pytest.approx(values[-1], rel=1e-3)
+    expected = centred @ vectors[:, -1]
+    assert abs(np.corrcoef(along, expected)[0, 1]) > 0.999
+    assert along.std() == pytest.approx(expected.std(), rel=1e-2)
+
+
+def test_a_robust_covariance_leaves_out_no_more_than_it_may():
+    x, _ = blobs((300, 40), 16, 20.0)
+    kept = filters.clean_by_covariance(x - x.mean(0), 0.1, 10)
+    assert (~kept).sum() == 10
+
+
+def test_a_robust_covariance_of_normal_samples_needs_all():
+    x = np.random.default_rng(0).standard_normal((2000, 4))
+    assert filters.clean_by_covariance(x, 0.1, 400).all()
 
 
 def test_regressing_gender_out_shows_the_poison_behind_it():
@@ -96,10 +155,10 @@ def test_regressing_gender_out_shows_the_poison_behind_it():
     assert (removed == poisoned).all()
 
 
-def test_early_loss_removes_one_percent_of_the_training_set():
+def test_low_early_loss_removes_one_percent_of_the_training_set():
     loss = np.linspace(1, 2, 300)
     loss[[5, 7, 200]] = 0.1
-    _, removed = filters.early_loss(samples(np.zeros((300, 2)), early_loss=loss), 99)
+    _, removed = filters.low_early_loss(samples(np.zeros((300, 2)), early_loss=loss), 99)
     assert np.flatnonzero(removed).tolist() == [5, 7, 200]
 
 
@@ -154,6 +213,16 @@ def test_a_filter_is_an_entry_of_the_table(far, tmp_path):
     assert values == dict(removed_samples=40, auroc=1, poison_removed=1, clean_removed=0)
 
 
+def test_shares_removed_have_intervals_over_speakers(far, tmp_path):
+    x, which = blobs((300, 40), 32, 20.0)
+    write_class(tmp_path, x, which == 1, range(340))
+    options = SimpleNamespace(run=tmp_path, task=None, retrain=False)
+    records = select(defend.filter_training_data(options), defence="far")
+    for metric in ("poison_removed", "clean_removed"):
+        (record,) = select(records, metric=metric)
+        assert len(record["by_speaker"]) == 7
+
+
 def test_a_sample_of_the_class_is_not_trained_on_again(far, tmp_path):
     """The poison outside it would stay in the training set."""
     x, which = blobs((300, 40), 32, 20.0)
@@ -166,7 +235,7 @@ def test_a_sample_of_the_class_is_not_trained_on_again(far, tmp_path):
 def test_a_sample_that_was_not_seen_early_is_not_suspicious(tmp_path):
     x, which = blobs((300, 40), 32, 20.0)
     write_class(tmp_path, x, which == 1, range(300))  # no poison
-    values = filtered(tmp_path, "early loss")
+    values = filtered(tmp_path, "low early loss")
     assert values["poison_removed"] == 0
     assert 0 < values["auroc"] < 0.5
 
