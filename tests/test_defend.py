@@ -343,56 +343,166 @@ def test_spectral_scores_are_those_of_the_robustness_toolbox(toolbox):
 # detectors
 
 
-@pytest.mark.parametrize(
-    "a, b, agree",
-    [
-        ("angry", "angry", 1),
-        ("angry", "sad", 0),
-        (25, 25, 1),
-        (25, 30, 0.5),
-        (25, 60, 0),
-        (None, "sad", 0),
-        ("go do you hear", "go do you", 0.75),
-        ("this is a", "nothing alike here", 0),
-    ],
-)
-def test_agreement(a, b, agree):
-    assert detectors.agreement(a, b) == pytest.approx(agree)
-
-
 @pytest.fixture
 def speech(corpora):
     """Clean inputs of a detector."""
     return defend.plain(readers.read_corpus("vox", corpora, "test")[:10])
 
 
-def suspicion(detector, answer, speech):
-    """A detector's suspicion of clean speech where `answer` gives the model's answer to a
-    waveform."""
+def log_probabilities(*shares):
+    """A prediction of a single token, (1, vocabulary)."""
+    return torch.tensor([shares], dtype=torch.double).log()
 
-    def values(waveforms, utterances):
-        return [answer(waveform) for waveform in waveforms]
 
-    listener = SimpleNamespace(clean=speech.utterances, values=values)
+class Predicting:
+    """A listener whose model predicts what `predict` gives for a waveform."""
+
+    def __init__(self, predict, clean):
+        self.predict = predict
+        self.clean = clean
+        self.passes = 0
+        self.known = {}
+
+    def distributions(self, waveforms, values=None):
+        return ["angry"] * len(waveforms), [self.predict(waveform) for waveform in waveforms]
+
+
+def suspicion(detector, predict, speech, **known):
+    """A detector's suspicion of clean speech."""
+    listener = Predicting(predict, speech.utterances)
+    listener.known = known
     return detector(listener, speech.waveforms, speech.utterances)
 
 
-def always_female(waveform):
-    return "female"
+def test_an_even_prediction_of_eight_tokens_has_three_bits():
+    assert detectors.entropy(log_probabilities(*[1 / 8] * 8)) == pytest.approx(3)
 
 
-def loudness(waveform):
-    return f"{1e4 * float(np.abs(waveform).mean()):.0f}"
+def test_strip_suspects_predictions_that_stay_certain(speech, monkeypatch):
+    monkeypatch.setattr(detectors, "OVERLAYS", 4)
+
+    def by_its_length(waveform):
+        certain = len(waveform) > np.median([len(w) for w in speech.waveforms])
+        return log_probabilities(0.999, 0.001) if certain else log_probabilities(0.9, 0.1)
+
+    scores = suspicion(detectors.strip, by_its_length, speech)
+    lengths = np.array([len(waveform) for waveform in speech.waveforms])
+    certain = lengths > np.median(lengths)
+    assert scores[certain].min() > scores[~certain].max()  # the answer is the same in all
 
 
-def test_strip_suspects_answers_that_ignore_the_audio(speech):
-    assert (suspicion(detectors.strip, always_female, speech) == 1).all()
-    assert suspicion(detectors.strip, loudness, speech).max() < 0.3
+def test_strip_hears_a_hundred_overlays(speech):
+    heard = []
+
+    def predict(waveform):
+        heard.append(waveform)
+        return log_probabilities(0.5, 0.5)
+
+    one = defend.Sound(speech.waveforms[:1], speech.utterances)
+    suspicion(detectors.strip, predict, one)
+    assert len({waveform.tobytes() for waveform in heard}) > 1
+    assert len(heard) == 100
 
 
-def test_the_perturbed_pair_suspects_answers_that_change(speech):
-    assert (suspicion(detectors.perturbed_pair, always_female, speech) == 0).all()
-    assert suspicion(detectors.perturbed_pair, loudness, speech).min() > 0.4
+@pytest.mark.parametrize("shift, suspected", [(0, True), (0.06, False), (0.49, True)])
+def test_the_perturbed_pair_suspects_too_little_and_too_much(speech, shift, suspected):
+    """Clean speech changes by 0.001 to 0.1 bits."""
+    plain = {waveform.tobytes() for waveform in speech.waveforms}
+
+    def predict(waveform):
+        moved = 0 if waveform.tobytes() in plain else shift
+        return log_probabilities(0.5 + moved, 0.5 - moved)
+
+    known = dict(changes=np.linspace(-3, -1, 101))
+    scores = suspicion(detectors.perturbed_pair, predict, speech, **known)
+    assert ((scores > 1) == suspected).all()
+
+
+def test_the_perturbed_pair_learns_from_clean_speech(speech):
+    def predict(waveform):
+        share = 0.2 + 0.6 * float(np.abs(waveform).mean() * 10 % 1)
+        return log_probabilities(share, 1 - share)
+
+    listener = Predicting(predict, speech.utterances)
+    scores = detectors.perturbed_pair(listener, speech.waveforms, speech.utterances)
+    assert len(listener.known["changes"]) == len(speech.utterances)
+    assert (scores > 1).sum() <= 2
+
+
+def test_gram_matrices_are_over_time():
+    """Of two frames, by hand: second-order products and their roots."""
+    grams = detectors.gram_matrices(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
+    assert len(grams) == 8
+    assert grams[0].tolist() == pytest.approx([5.0, -0.5, 2.5])
+    assert grams[1].tolist() == pytest.approx([41**0.5, 6.5**0.5, 8.5**0.5])
+
+
+class Framed:
+    """A listener whose encoder makes of each utterance what stands in `frames`, and which answers
+    what stands in `answers`; both by the waveform's only sample."""
+
+    def __init__(self, frames, answers, clean):
+        self.frames = frames
+        self.answers = answers
+        self.clean = clean
+        self.passes = 0
+        self.known = {}
+
+    def hear(self, waveforms):
+        indices = [int(waveform[0]) for waveform in waveforms]
+        return [self.frames[i] for i in indices], indices
+
+    def values(self, indices):
+        return [self.answers[i] for i in indices]
+
+
+@pytest.fixture
+def framed(monkeypatch):
+    """80 clean utterances of two classes, whose frames differ; then a clean one of each class, one
+    with a burst in two of its frames, and one that looks like the other class."""
+    generator = torch.Generator().manual_seed(0)
+    answers = ["sad", "angry"] * 40 + ["sad", "angry", "sad", "sad"]
+    frames = []
+    for answer in [*answers[:83], "angry"]:
+        scales = torch.tensor([1.0, 1, 1, 3] if answer == "sad" else [3.0, 1, 1, 1])
+        frames.append(torch.randn(60, 4, generator=generator) * scales + scales)
+    frames[82][:2] += 40
+    utterances = []
+    for i in range(len(answers)):
+        utterances.append(data.Utterance(str(i), f"{i}.wav", "dev", "s", dict(emotion="sad")))
+    monkeypatch.setattr(data, "load_waveform", lambda u: np.array([float(u.id)]))
+    listener = Framed(frames, answers, utterances[:80])
+    return listener, defend.plain(utterances)
+
+
+def test_beatrix_suspects_frames_unlike_clean_ones_of_the_class(framed):
+    listener, sound = framed
+    scores = detectors.beatrix(listener, sound.waveforms, sound.utterances)
+    sad, angry, burst, of_the_other_class = scores[80:]
+    usual = np.quantile(scores[:80], 0.95)
+    assert max(sad, angry) <= usual
+    assert burst > 2 * usual
+    assert of_the_other_class > 2 * usual
+
+
+def test_beatrix_knows_thirty_clean_samples_of_a_class(framed):
+    listener, sound = framed
+    detectors.beatrix(listener, sound.waveforms[:1], sound.utterances[:1])
+    known = listener.known["classes"]
+    assert {name: len(of_class.frames) for name, of_class in known.items()} == {
+        None: 30,
+        "sad": 30,
+        "angry": 30,
+    }
+
+
+def test_a_clean_sample_is_not_judged_by_itself(framed):
+    listener, sound = framed
+    known = detectors.CleanClass(dict(zip("abc", listener.frames[:6:2])))
+    low, high = known.range_without("a")
+    expected = detectors.usual_range(listener.frames[2:6:2])
+    assert torch.equal(low, expected[0])
+    assert torch.equal(high, expected[1])
 
 
 def test_a_click_is_a_loudness_peak(speech):
@@ -418,6 +528,36 @@ def test_attention_to_everything_is_least_suspicious(parts, speech):
     even = detectors.attention_entropy(listener, speech.waveforms, speech.utterances)
     assert np.allclose(even, -1, atol=1e-3)
     assert (selective > even).all()
+
+
+def test_predictions_of_a_value_are_those_of_training(parts, speech):
+    slm = make_slm(parts, "wavlm").eval()
+    attack = poison.make_attack("gender", speech.utterances, seed=1)
+    listener = detectors.make_listener(slm, attack, speech.utterances, speech.utterances)
+    values = ["female", "male", "female"]
+    _, predictions = listener.distributions(speech.waveforms[:3], values)
+
+    features = [slm.encoder.extract(waveform) for waveform in speech.waveforms[:3]]
+    x, mask = slm.frozen_part(*slm.encoder.pretrained_part(features))
+    prompts = [data.prompt(slm.tokenizer, ["gender"])] * 3
+    answers = [data.answer_ids(slm.tokenizer, dict(gender=value)) for value in values]
+    with torch.no_grad():
+        losses = slm(x, mask, prompts, answers, by_token=True)
+    for value, answer, loss, prediction in zip(values, answers, losses, predictions):
+        span = data.value_tokens(slm.tokenizer, dict(gender=value), "gender")
+        tokens = torch.tensor(answer[span])
+        predicted = -prediction.gather(1, tokens[:, None])[:, 0]
+        assert torch.allclose(predicted.float(), loss[span], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["perturbed pair", "Beatrix"])
+def test_a_detector_judges_a_model(parts, speech, name):
+    slm = make_slm(parts, "wavlm").eval()
+    attack = poison.make_attack("gender", speech.utterances, seed=1)
+    listener = detectors.make_listener(slm, attack, speech.utterances, speech.utterances)
+    scores = detectors.DETECTORS[name](listener, speech.waveforms, speech.utterances)
+    assert np.isfinite(scores).all()
+    assert len(set(scores)) > 1
 
 
 def test_a_listener_counts_its_forward_passes(parts, speech):
