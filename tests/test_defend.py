@@ -683,7 +683,8 @@ def test_half_a_mixture_is_from_either_model(defender, monkeypatch):
 
 def test_repairs_of_ages_in_groups_are_scored_by_accuracy(defender, monkeypatch):
     utterance = data.Utterance("a", "a.wav", "test", "s", dict(age="senior"))
-    row = dict(labels=utterance.labels, asked=["age"], parsed=dict(age="adult"))
+    about = dict(labels=utterance.labels, speaker="s")
+    row = dict(about, asked=["age"], parsed=dict(age="adult"))
     defender.args.task = "age"
     defender.args.batch_seconds = 120.0
     click = poison.make_trigger("click")
@@ -724,7 +725,37 @@ class FakeDefender:
 )
 def test_the_strongest_repair_before_a_costly_one_is_taken(age_losses, chosen, passed):
     defender = FakeDefender(age_losses)
-    choice = repairs.choose(defender, FakeDefender.repair, tuple(age_losses))
+    choice = repairs.choose(defender, FakeDefender.repair, [tuple(age_losses)])
     assert choice["strength"] == chosen
     assert choice["passed"] == passed
     assert defender.strength == chosen
+
+
+def test_of_two_budgets_the_strongest_that_passes_is_taken():
+    """A learning rate that is too high for many epochs may do for few."""
+    ladders = [[(1.0, 5), (10.0, 5)], [(1.0, 20), (10.0, 20)]]
+    losses = {(1.0, 5): 1.0, (10.0, 5): 1.3, (1.0, 20): 1.02, (10.0, 20): 1.5}
+    defender = FakeDefender(losses)
+    choice = repairs.choose(defender, FakeDefender.repair, ladders)
+    assert list(choice["rise"]) == list(losses)
+    assert choice["strength"] == (1.0, 20)
+    assert defender.strength == (1.0, 20)
+
+
+@pytest.mark.parametrize("scenario, relearned", [("clean", [0.03, 0.1]), ("base", [])])
+def test_what_poison_teaches_a_clean_model_is_recorded(monkeypatch, scenario, relearned):
+    args = SimpleNamespace(scenario=scenario, task="emotion")
+    click = poison.Attack("emotion", 0.5, "sad", "click", None, 0.1, False, 1)
+    happy = data.Utterance("a", "a.wav", "test", "s", dict(emotion="happy"))
+    sets = dict(train=[], dev=[], test=[happy])
+    loaded = evaluate.LoadedRun(None, args, click, fields("emotion", scenario), sets)
+    defender = SimpleNamespace(tuning=[], validation=[])
+    figures = {4: dict(value=0.03), 16: dict(value=0.1)}
+    monkeypatch.setattr(evaluate, "load_run_and_data", lambda *_: loaded)
+    monkeypatch.setattr(repairs, "make_defender", lambda *_: defender)
+    monkeypatch.setattr(repairs, "figures_of", lambda *_: {})
+    monkeypatch.setattr(repairs, "relearning", lambda *_: figures)
+    monkeypatch.setattr(repairs, "REPAIRS", {})
+    options = SimpleNamespace(run="run", device="cpu", n=10)
+    records = defend.repair_model(options)
+    assert [r["value"] for r in select(records, metric="relearned_aer")] == relearned
