@@ -247,9 +247,10 @@ def with_trigger(attack, utterances):
     return Sound(waveforms, utterances)
 
 
-def detector_figures(scores):
+def detector_figures(scores, speakers):
     """Yields the records' fields of how well suspicion tells triggered speech from other speech.
-    scores: {sound: suspicion (n,)}. Thresholds are set on clean dev speech ("dev")."""
+    scores, speakers: {sound: suspicion (n,), whose speech}. Thresholds are set on clean dev speech
+    ("dev")."""
     for sound in ("clean", "tone"):
         truth = [0] * len(scores[sound]) + [1] * len(scores["triggered"])
         auroc = roc_auc_score(truth, [*scores[sound], *scores["triggered"]])
@@ -257,7 +258,7 @@ def detector_figures(scores):
     for alarms in (0.01, 0.05):
         threshold = np.quantile(scores["dev"], 1 - alarms, method="higher")
         for sound in ("clean", "tone", "triggered"):
-            figure = utils.interval(scores[sound] > threshold)
+            figure = utils.interval(scores[sound] > threshold, speakers=speakers[sound])
             yield dict(metric="noticed", false_alarms=alarms, sound=sound, **figure)
     for sound, suspicion in scores.items():
         rounded = [round(float(v), 5) for v in suspicion]
@@ -285,6 +286,7 @@ def detect(options):
         f"{options.run}: {n} triggered and as many clean test utterances, thresholds from "
         f"{len(sounds['dev'].utterances)} clean dev ones"
     )
+    speakers = {kind: [u.speaker for u in sound.utterances] for kind, sound in sounds.items()}
     overlays = dev_set[len(dev_set) // 2 :]
     listener = detectors.make_listener(loaded.slm, attack, test_set, overlays)
     records = []
@@ -299,7 +301,7 @@ def detect(options):
         inputs = sum(len(sound.utterances) for sound in sounds.values())
         records.append(dict(fields, metric="passes", value=listener.passes / inputs))
         records.append(dict(fields, metric="milliseconds", value=1e3 * seconds / inputs))
-        records += [dict(fields, **figure) for figure in detector_figures(scores)]
+        records += [dict(fields, **figure) for figure in detector_figures(scores, speakers)]
     return records
 
 

@@ -21,7 +21,7 @@ import evaluate
 import model
 from data import SAMPLE_RATE
 
-OVERLAYS = 100  # of STRIP
+OVERLAYS = 20  # of STRIP; the authors take 100
 CLEAN = 30  # clean samples of each class that Beatrix knows
 ORDERS = range(1, 9)  # of Beatrix's Gram matrices
 REFERENCE = 200  # clean utterances that the perturbed pair is compared with
@@ -118,11 +118,12 @@ def entropy(log_probabilities):
 def strip(listener, waveforms, utterances):
     """STRIP (Gao et al. 2019, arXiv 1902.06531; for audio, arXiv 1911.10312): an answer is
     suspicious that stays certain when clean speech lies over the input: minus the mean entropy of
-    the model's prediction over 100 overlays.
+    the model's prediction over overlays.
 
-    As published, but for what a prediction is: not a class's, but the LM's next token's over the
-    tokens of the attacked label's value, when that label alone is asked for. And instead of
-    saturating, the sum of the two sounds is scaled down where it would clip."""
+    As published, but for three things. There are OVERLAYS instead of 100, which bound the error of
+    the mean and little else. A prediction is not a class's, but the LM's next token's over the
+    tokens of the attacked label's value, when that label alone is asked for. Instead of saturating,
+    the sum of the two sounds is scaled down where it would clip."""
     scores = []
     for waveform, utterance in zip(waveforms, utterances):
         rng = utils.generator("overlays", utterance.id)
@@ -342,7 +343,7 @@ def loudness_peak(listener, waveforms, utterances):
 
 
 DETECTORS = {
-    "STRIP": strip,
+    f"STRIP, {OVERLAYS} overlays": strip,
     "perturbed pair": perturbed_pair,
     "Beatrix": beatrix,
     "attention entropy": attention_entropy,

@@ -22,6 +22,7 @@ Samples are a dict:
 import numpy as np
 from scipy.linalg import expm
 from scipy.sparse.linalg import LinearOperator, eigsh
+from sklearn.covariance import MinCovDet
 from sklearn.decomposition import PCA
 
 from analysis import clustering
@@ -228,7 +229,20 @@ def spectre(samples, expected):
 
 
 # -------------------------------------------------------------------------------------------------
-# variants of Beatrix and of ABL
+# variants of SPECTRE, Beatrix and ABL
+
+
+def spectre_of_twenty(samples, expected, components=20):
+    """A variant of SPECTRE: 20 principal components instead of a number that is chosen, and the
+    minimum covariance determinant (Rousseeuw 1984) of as many samples as should be clean instead of
+    a filter. It tells what these two are worth."""
+    low = principal_components(samples["x"], min(components, *samples["x"].shape))
+    clean_share = 1 - 1.5 * expected / len(low)
+    robust = MinCovDet(support_fraction=max(0.5, clean_share), random_state=0).fit(low)
+    white = whitened(low - robust.location_, robust.covariance_)
+    weights = entropy_weights(np.atleast_2d(np.cov(white.T)))
+    scores = ((white @ weights) * white).sum(1)
+    return scores, most_suspicious(scores, removal_budget(expected))
 
 
 def deviation(x):
@@ -283,6 +297,7 @@ FILTERS = {
     "activation clustering, speaker and sentence regressed out": regressed_out,
     "spectral signatures": spectral_signatures,
     "SPECTRE": spectre,
+    "SPECTRE, 20 components, least determinant": spectre_of_twenty,
     "Gram matrices of mean embeddings": grams_of_means,
     "low early loss": low_early_loss,
 }

@@ -360,17 +360,19 @@ def fine_mixing(defender, share):
     defender.finetune()
 
 
-RATES = (0.3, 1.0, 3.0, 10.0)  # relative to training's
-FINE_TUNING = []  # a ladder of rates for each budget, of 40 and of 160 steps
-for epochs in (5, 20):
-    FINE_TUNING.append([(rate, epochs) for rate in RATES])
+# a ladder of learning rates, relative to training's, for each number of epochs: 5 are 40 steps
+LADDERS = {}
+for epochs in (5, 20, 80):
+    LADDERS[epochs] = [(rate, epochs) for rate in (0.3, 1.0, 3.0, 10.0)]
 SHARES = [(0.1, 0.3, 0.5, 0.7, 0.9)]
 
 REPAIRS = {}  # name: (function, ladders of strengths)
 for size in range(1, len(COMPONENTS) + 1):
     for components in itertools.combinations(COMPONENTS, size):
         tune = functools.partial(fine_tuning, components)
-        REPAIRS[f"fine-tuning {'+'.join(components)}"] = (tune, FINE_TUNING)
+        REPAIRS[f"fine-tuning {'+'.join(components)}"] = (tune, [LADDERS[5]])
+# the last of these trains everything
+REPAIRS["fine-tuning, 160 or 640 steps"] = (tune, [LADDERS[20], LADDERS[80]])
 REPAIRS["fine-pruning"] = (fine_pruning, SHARES)
 REPAIRS[f"ANP, {ANP_STEPS} steps"] = (
     adversarial_neuron_pruning,
