@@ -17,8 +17,9 @@ defence's name in `defence`. In addition:
     detect: metric "auroc", with sound ("clean" or one of study.CONTROLS: what triggered speech is
         told from); "noticed", with false_alarms (0.01, 0.05) and sound (also "triggered");
         "passes", "milliseconds"; "suspicion", with sound and `scores`
-    repair: strength and passed (whether clean loss stayed within its bound), with part and metric
-        as in metrics.json; "loss_rise" by strength; "relearned_aer" by poisoned_samples
+    repair: strength, with epochs where they vary too, and passed (whether clean loss stayed within
+        its bound), with part and metric as in metrics.json; "loss_rise" by strength;
+        "relearned_aer" by poisoned_samples, which for a clean model is that of "none"
 
 vet is about an encoder, a run's or anyone's, and needs no more than clean speech (defences/vet.py).
 It writes vet.json, vet.png and the three most suspicious sounds as WAV into a folder of their own.
@@ -169,15 +170,18 @@ def filtered(name, function, samples, expected):
     return np.zeros(n), np.zeros(n, bool)
 
 
-def filter_figures(poisoned, scores, removed):
-    """{metric: figure} of what a filter removes. poisoned, scores, removed: (n,)."""
+def filter_figures(target, scores, removed):
+    """{metric: figure} of what a filter removes of a TargetClass. scores, removed: (n,)."""
+    poisoned = target.poisoned
+    speakers = np.array(target.samples["speakers"])
+    clean_removed = utils.interval(removed[~poisoned], speakers=speakers[~poisoned])
     figures = dict(
         removed_samples=dict(value=int(removed.sum())),
-        clean_removed=utils.interval(removed[~poisoned]),
+        clean_removed=clean_removed,
     )
     if poisoned.any():
         figures["auroc"] = dict(value=float(roc_auc_score(poisoned, scores)))
-        figures["poison_removed"] = utils.interval(removed[poisoned])
+        figures["poison_removed"] = utils.interval(removed[poisoned], speakers=speakers[poisoned])
     return figures
 
 
@@ -214,7 +218,7 @@ def filter_training_data(options):
     for name, function in filters.FILTERS.items():
         scores, removed = filtered(name, function, target.samples, expected)
         fields["defence"] = name
-        for metric, figure in filter_figures(poisoned, scores, removed).items():
+        for metric, figure in filter_figures(target, scores, removed).items():
             records.append(dict(fields, metric=metric, **figure))
         enough = poisoned.any() and removed[poisoned].mean() >= WORTH_TRAINING
         if options.retrain and not outside and enough:
@@ -252,9 +256,10 @@ def with_trigger(attack, utterances):
     return Sound(waveforms, utterances)
 
 
-def detector_figures(scores):
+def detector_figures(scores, speakers):
     """Yields the records' fields of how well suspicion tells triggered speech from other speech.
-    scores: {sound: suspicion (n,)}. Thresholds are set on clean dev speech ("dev")."""
+    scores, speakers: {sound: suspicion (n,), whose speech}. Thresholds are set on clean dev speech
+    ("dev")."""
     for sound in ("clean", *CONTROLS):
         truth = [0] * len(scores[sound]) + [1] * len(scores["triggered"])
         auroc = roc_auc_score(truth, [*scores[sound], *scores["triggered"]])
@@ -262,7 +267,7 @@ def detector_figures(scores):
     for alarms in (0.01, 0.05):
         threshold = np.quantile(scores["dev"], 1 - alarms, method="higher")
         for sound in ("clean", *CONTROLS, "triggered"):
-            figure = utils.interval(scores[sound] > threshold)
+            figure = utils.interval(scores[sound] > threshold, speakers=speakers[sound])
             yield dict(metric="noticed", false_alarms=alarms, sound=sound, **figure)
     for sound, suspicion in scores.items():
         rounded = [round(float(v), 5) for v in suspicion]
@@ -287,6 +292,7 @@ def detect(options):
         f"{options.run}: {n} triggered and as many clean test utterances, thresholds from "
         f"{len(sounds['dev'].utterances)} clean dev ones"
     )
+    speakers = {kind: [u.speaker for u in sound.utterances] for kind, sound in sounds.items()}
     overlays = dev_set[len(dev_set) // 2 :]
     listener = detectors.make_listener(loaded.slm, attack, test_set, overlays)
     records = []
@@ -301,7 +307,7 @@ def detect(options):
         inputs = sum(len(sound.utterances) for sound in sounds.values())
         records.append(dict(fields, metric="passes", value=listener.passes / inputs))
         records.append(dict(fields, metric="milliseconds", value=1e3 * seconds / inputs))
-        records += [dict(fields, **figure) for figure in detector_figures(scores)]
+        records += [dict(fields, **figure) for figure in detector_figures(scores, speakers)]
     return records
 
 
@@ -309,9 +315,23 @@ def detect(options):
 # python defend.py repair
 
 
+def strength_fields(strength):
+    """A record's fields of a repair's strength: a number, or a learning rate and epochs."""
+    if isinstance(strength, tuple):
+        rate, epochs = strength
+        return dict(strength=rate, epochs=epochs)
+    return dict(strength=strength)
+
+
+def relearning(defender, fields, train_set, flippable):
+    """Yields the records of how few poisoned samples bring the backdoor into the model."""
+    for samples, figure in repairs.relearning(defender, train_set, flippable).items():
+        yield dict(fields, metric="relearned_aer", poisoned_samples=samples, **figure)
+
+
 def repair_model(options):
     """The records of every repair: clean accuracy and AER after it, and how many poisoned samples
-    bring the backdoor back."""
+    bring the backdoor back; for a clean model, how many bring it there."""
     loaded = evaluate.load_run_and_data(options, "train", "dev", "test")
     args = loaded.args
     args.device = options.device
@@ -328,20 +348,21 @@ def repair_model(options):
     records = []
     for figure in runs.of_figures(repairs.figures_of(defender, clean, flippable)):
         records.append(dict(fields, defence="none", **figure))
-    for name, (repair, strengths) in tqdm(repairs.REPAIRS.items(), desc="repairs"):
+    if args.scenario == "clean":
+        fields["defence"] = "none"
+        records += relearning(defender, fields, loaded.sets["train"], flippable)
+    for name, (repair, ladders) in tqdm(repairs.REPAIRS.items(), desc="repairs"):
         fields["defence"] = name
-        chosen = repairs.choose(defender, repair, strengths)
+        chosen = repairs.choose(defender, repair, ladders)
         for strength, rise in chosen["rise"].items():
-            records.append(dict(fields, metric="loss_rise", strength=strength, value=rise))
-        choice = dict(strength=chosen["strength"], passed=chosen["passed"])
+            tried = strength_fields(strength)
+            records.append(dict(fields, metric="loss_rise", value=rise, **tried))
+        choice = dict(strength_fields(chosen["strength"]), passed=chosen["passed"])
         figures = repairs.figures_of(defender, clean, flippable)
         for figure in runs.of_figures(figures):
             records.append(dict(fields, **choice, **figure))
         if args.scenario == "base" and figures["backdoor"]["aer"]["value"] < 0.5:
-            relearned = repairs.relearning(defender, loaded.sets["train"], flippable)
-            for samples, figure in relearned.items():
-                what = dict(metric="relearned_aer", poisoned_samples=samples)
-                records.append(dict(fields, **what, **figure))
+            records += relearning(defender, fields, loaded.sets["train"], flippable)
         defender.restore()
     return records
 

@@ -30,7 +30,7 @@ def page(records, out, preset):
             chosen = select(of_task, source=source)
             if chosen:
                 pages.append((f"{source.capitalize()} ({task})", rows_of(chosen, task)))
-        relearning = relearning_rows(select(of_task, source="repair", role="attack"))
+        relearning = relearning_rows(select(of_task, source="repair", metric="relearned_aer"))
         if relearning:
             pages.append((f"Poisoned samples back to 50% AER ({task})", relearning))
     draw(select(defended, role="attack"), out)
@@ -202,15 +202,22 @@ def ratings(records, name):
     return by_seed
 
 
-def relearning_rows(records):
-    """How few poisoned samples bring the AER back to 50%, where a repair had brought it below."""
-    seeds = sorted(runs.distinct(records, "seed"))
-    relearned = select(records, metric="relearned_aer")
+def relearning_rows(relearned):
+    """How few poisoned samples bring the AER back to 50%, where a repair had brought it below, and
+    what as many do to a model that was never attacked."""
+    attack = select(relearned, role="attack")
+    never_attacked = select(relearned, role="clean model", defence="none")
+    seeds = sorted(runs.distinct(attack, "seed"))
     rows = []
-    for name in defences_in(relearned):
+    for name in defences_in(attack):
         row = {"Repair": name}
         for seed in seeds:
-            row[f"Seed {seed}"] = fewest_samples(select(relearned, defence=name, seed=seed))
+            row[f"Seed {seed}"] = fewest_samples(select(attack, defence=name, seed=seed))
+        if never_attacked:
+            row["Relearned, never attacked"] = fewest_samples(never_attacked)
+            for samples in sorted(runs.distinct(never_attacked, "poisoned_samples")):
+                of_count = over_seeds(never_attacked, poisoned_samples=samples)
+                row[f"AER with {samples}, never attacked"] = show(of_count)
         rows.append(row)
     return rows
 

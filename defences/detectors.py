@@ -1,26 +1,30 @@
 """Detectors of a trigger in a single input, for python defend.py detect.
 
 A detector is an entry of DETECTORS: a function of (listener, waveforms, utterances) that returns
-each input's suspicion (n,), which is higher where the input looks triggered.
+each input's suspicion (n,), which is higher where the input looks triggered. STRIP and Beatrix are
+other people's, with their settings; where they differ from what was published, they say so. The
+others are ours.
 """
 
 import contextlib
 import dataclasses
-import itertools
 
 import utils
 
-import jiwer
 import numpy as np
 import torch
 import torchaudio
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 import evaluate
 import model
 from data import SAMPLE_RATE
 
-OVERLAYS = 8  # of STRIP
+OVERLAYS = 20  # of STRIP; the authors take 100
+CLEAN = 30  # clean samples of each class that Beatrix knows
+ORDERS = range(1, 9)  # of Beatrix's Gram matrices
+REFERENCE = 200  # clean utterances that the perturbed pair is compared with
 BATCH = 32
 
 
@@ -29,7 +33,7 @@ class Listener:
     """The attacked model as a detector uses it: it answers waveforms and counts forward passes.
 
     label: the label that the attack is on. clean: utterances that are known to be clean. longest:
-    how many tokens an answer may have.
+    how many tokens an answer may have. known: what a detector has learned from clean utterances.
     """
 
     slm: model.SLM
@@ -37,39 +41,61 @@ class Listener:
     clean: list
     longest: int
     passes: int = 0
+    known: dict = dataclasses.field(default_factory=dict)
 
-    def inputs(self, waveforms, utterances):
-        """Yields (audio embeddings, prompts) batch by batch."""
-        for batch in data.chunks(list(zip(waveforms, utterances)), BATCH):
-            self.passes += len(batch)
-            features = [self.slm.encoder.extract(waveform) for waveform, _ in batch]
-            x, mask = self.slm.encoder.pretrained_part(features)
-            x, mask = self.slm.frozen_part(x, mask)
-            audio = self.slm.audio_embeddings(x, mask)
-            yield audio, [data.prompt(self.slm.tokenizer, list(u.labels)) for _, u in batch]
+    def hear(self, waveforms):
+        """A batch of waveforms -> what the encoder makes of each, a list of (T, dim), and the audio
+        in the LM's space, a list of (T', hidden)."""
+        self.passes += len(waveforms)
+        features = [self.slm.encoder.extract(waveform) for waveform in waveforms]
+        x, mask = self.slm.encoder(features)
+        frames = [row[:n] for row, n in zip(x, mask.sum(1).tolist())]
+        x, lengths = self.slm.connector(x, mask)
+        return frames, [row[:n] for row, n in zip(x, lengths.tolist())]
+
+    def prompts(self, n):
+        """Prompts for the attacked label alone."""
+        return [data.prompt(self.slm.tokenizer, [self.label])] * n
 
     @torch.no_grad()
-    def values(self, waveforms, utterances):
-        """The attacked label's value in each answer, None where there is none."""
-        values = []
-        for audio, prompts in self.inputs(waveforms, utterances):
-            for answer in self.slm.decode(self.slm.pack(audio, prompts), self.longest):
-                values.append(data.parse(answer).get(self.label))
-        return values
+    def values(self, audio):
+        """The attacked label's value in the greedy answer to each audio, "" where there is none."""
+        rows = self.slm.pack(audio, self.prompts(len(audio)))
+        answers = self.slm.decode(rows, self.longest)
+        return [data.parse(answer).get(self.label, "") for answer in answers]
+
+    @torch.no_grad()
+    def distributions(self, waveforms, values=None):
+        """How the model spells out the attacked label's value. Returns the values, by default its
+        own greedy ones, and for each waveform of a batch the log probabilities (A, vocabulary) of
+        the next token at each of the A tokens of its value."""
+        _, audio = self.hear(waveforms)
+        values = values or self.values(audio)
+        answers = []
+        spans = []
+        for value in values:
+            labels = {self.label: value}
+            ids = data.answer_ids(self.slm.tokenizer, labels)
+            answers.append(ids)
+            span = data.value_tokens(self.slm.tokenizer, labels, self.label)
+            spans.append(span.indices(len(ids)))
+        rows = self.slm.pack(audio, self.prompts(len(audio)), answers)
+        x = pad_sequence(rows, batch_first=True)  # (B, T, hidden)
+        wanted = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        for i, (start, stop, _) in enumerate(spans):
+            first = len(rows[i]) - len(answers[i]) - 1  # where the answer's first token is foretold
+            wanted[i, first + start : first + stop] = True
+        logits = self.slm.logits(x, wanted)  # (all values' tokens, vocabulary)
+        log_probabilities = logits.double().log_softmax(-1)
+        return values, log_probabilities.split([stop - start for start, stop, _ in spans])
 
 
 def make_listener(slm, attack, utterances, clean):
     return Listener(slm, attack.label, clean, evaluate.longest_answer(slm, attack, utterances))
 
 
-def agreement(a, b):
-    """How well two values agree, from 0 to 1: transcripts by 1 - word error rate, ages linearly up
-    to ten years apart, classes by identity."""
-    if isinstance(a, int) and isinstance(b, int):
-        return max(0.0, 1 - abs(a - b) / 10)
-    if isinstance(a, str) and isinstance(b, str) and " " in a + b:
-        return max(0.0, 1 - jiwer.wer(data.normalise(a) or "-", data.normalise(b)))
-    return float(a == b)
+# -------------------------------------------------------------------------------------------------
+# STRIP
 
 
 def rms(waveform):
@@ -83,26 +109,37 @@ def overlaid(waveform, other):
     return mixed / max(1.0, np.abs(mixed).max())
 
 
+def entropy(log_probabilities):
+    """The entropy of the next token in bits, the mean over the tokens of (A, vocabulary)."""
+    nats = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    return float(nats.mean() / np.log(2))
+
+
 def strip(listener, waveforms, utterances):
-    """STRIP (Gao et al. 2019, arXiv 1902.06531): an answer is suspicious that does not change when
-    clean speech lies over the input."""
-    answers = []  # OVERLAYS lists of n values
-    for k in range(OVERLAYS):
-        mixed = []
-        for waveform, u in zip(waveforms, utterances):
-            other = first_drawn(listener.clean, "overlay", k, u.id)
-            mixed.append(overlaid(waveform, data.load_waveform(other)))
-        answers.append(listener.values(mixed, utterances))
+    """STRIP (Gao et al. 2019, arXiv 1902.06531; for audio, arXiv 1911.10312): an answer is
+    suspicious that stays certain when clean speech lies over the input: minus the mean entropy of
+    the model's prediction over overlays.
+
+    As published, but for three things. There are OVERLAYS instead of 100, which bound the error of
+    the mean and little else. A prediction is not a class's, but the LM's next token's over the
+    tokens of the attacked label's value, when that label alone is asked for. Instead of saturating,
+    the sum of the two sounds is scaled down where it would clip."""
     scores = []
-    for values in zip(*answers):
-        pairs = itertools.combinations(values, 2)
-        scores.append(np.mean([agreement(a, b) for a, b in pairs]))
+    for waveform, utterance in zip(waveforms, utterances):
+        rng = utils.generator("overlays", utterance.id)
+        mixed = []
+        for i in rng.integers(0, len(listener.clean), OVERLAYS):
+            mixed.append(overlaid(waveform, data.load_waveform(listener.clean[i])))
+        entropies = []
+        for batch in data.chunks(mixed, BATCH):
+            _, log_probabilities = listener.distributions(batch)
+            entropies += [entropy(row) for row in log_probabilities]
+        scores.append(-np.mean(entropies))
     return np.array(scores)
 
 
-def first_drawn(utterances, *name):
-    """One of the utterances, decided by `name` alone."""
-    return min(utterances, key=lambda u: utils.draw(*name, u.id))
+# -------------------------------------------------------------------------------------------------
+# the perturbed pair
 
 
 def slower(waveform):
@@ -117,15 +154,142 @@ def speech_band(waveform):
     return torchaudio.functional.lowpass_biquad(x, SAMPLE_RATE, 3400.0).numpy()
 
 
+def divergence(p, q):
+    """How far one prediction is from another in bits, both as log probabilities (A, vocabulary):
+    the Kullback-Leibler divergence, the mean over tokens."""
+    nats = (p.exp() * (p - q)).sum(-1)
+    return float(nats.mean() / np.log(2))
+
+
+def changes(listener, waveforms):
+    """How much the prediction of each answer's value changes when the audio changes slightly: the
+    decimal logarithm of the mean divergence over two changes, (n,)."""
+    changed = []
+    for batch in data.chunks(waveforms, BATCH):
+        values, plain = listener.distributions(batch)
+        divergences = np.zeros(len(batch))
+        for perturb in (slower, speech_band):
+            _, perturbed = listener.distributions([perturb(w) for w in batch], values)
+            divergences += [divergence(p, q) for p, q in zip(plain, perturbed)]
+        changed += (divergences / 2).tolist()
+    return np.log10(np.maximum(changed, 1e-9))
+
+
 def perturbed_pair(listener, waveforms, utterances):
-    """An answer is suspicious that changes when the audio changes slightly."""
-    plain = listener.values(waveforms, utterances)
-    after_slower = listener.values([slower(w) for w in waveforms], utterances)
-    after_band = listener.values([speech_band(w) for w in waveforms], utterances)
+    """An answer is suspicious that changes more, or less, than clean speech's when the audio
+    changes slightly: the distance from the median change of clean speech, in units of the distance
+    of its 2.5th percentile below and of its 97.5th percentile above, so that either side raises
+    equally many false alarms."""
+    if "changes" not in listener.known:
+        passes = listener.passes
+        clean = [data.load_waveform(u) for u in listener.clean[:REFERENCE]]
+        listener.known["changes"] = changes(listener, clean)
+        listener.passes = passes  # done once, not for each input
+    low, middle, high = np.quantile(listener.known["changes"], [0.025, 0.5, 0.975])
+    distance = changes(listener, waveforms) - middle
+    usual = np.where(distance > 0, high - middle, middle - low)
+    return np.abs(distance) / np.maximum(usual, 1e-3)
+
+
+# -------------------------------------------------------------------------------------------------
+# Beatrix
+
+
+def gram_matrices(frames):
+    """Beatrix's features of frames (T, dim), (orders, pairs): the Gram matrices of the frames'
+    powers over time, their roots taken again. Only pairs i <= j, as the matrices are symmetric."""
+    grams = []
+    for order in ORDERS:
+        powered = frames.double() ** order
+        gram = powered.T @ powered / len(frames)  # (dim, dim)
+        pairs = gram[torch.ones_like(gram).triu().bool()]
+        grams.append(pairs.sign() * pairs.abs() ** (1 / order))
+    return torch.stack(grams)
+
+
+def usual_range(clean):
+    """The range outside of which a feature deviates, from the frames of clean samples: the median
+    plus or minus ten median absolute deviations, a pair of (orders, pairs)."""
+    grams = torch.stack([gram_matrices(frames) for frames in clean])
+    middle = grams.median(0).values
+    spread = (grams - middle).abs().median(0).values
+    return middle - 10 * spread, middle + 10 * spread
+
+
+def deviation(frames, low, high):
+    """How far the features of frames (T, dim) are outside their usual range, relative to its
+    bounds, on average."""
+    grams = gram_matrices(frames)
+    below = (low - grams).relu() / (low.abs() + 1e-6)
+    above = (grams - high).relu() / (high.abs() + 1e-6)
+    return float((below + above).mean())
+
+
+def class_of(value):
+    """The class that Beatrix counts an answer to: transcripts are one class, ages ten years."""
+    if isinstance(value, int):
+        return value // 10
+    return "text" if " " in value else value
+
+
+@dataclasses.dataclass
+class CleanClass:
+    """The clean samples of a class that Beatrix knows, {utterance id: frames (T, dim)}."""
+
+    frames: dict = dataclasses.field(default_factory=dict)
+    usual: tuple = None
+
+    def range_without(self, utterance_id):
+        """The usual range, without a sample that is itself to be judged."""
+        others = [frames for i, frames in self.frames.items() if i != utterance_id]
+        if len(others) < len(self.frames):
+            return usual_range(others)
+        if self.usual is None:
+            self.usual = usual_range(others)
+        return self.usual
+
+
+@torch.no_grad()
+def clean_classes(listener):
+    """{class: CleanClass} of what the model answers to clean speech, CLEAN samples of each class;
+    None: those of all classes."""
+    classes = {None: CleanClass()}
+    for batch in data.chunks(listener.clean, BATCH):
+        frames, audio = listener.hear([data.load_waveform(u) for u in batch])
+        for utterance, value, x in zip(batch, listener.values(audio), frames):
+            for name in (None, class_of(value)):
+                known = classes.setdefault(name, CleanClass())
+                if len(known.frames) < CLEAN:
+                    known.frames[utterance.id] = x
+    return classes
+
+
+@torch.no_grad()
+def beatrix(listener, waveforms, utterances):
+    """Beatrix (Ma et al. 2023, arXiv 2209.11715): how far the Gram matrices of an input's features,
+    of orders 1 to 8, are outside the range of 30 clean samples of the class that it is put in.
+
+    As published, with the encoder's frames for an image's positions. Differences: Gram matrices are
+    divided by the number of frames, as utterances differ in length; transcripts count as one class
+    and ages by tens; a class with fewer than 30 clean samples borrows those of all classes."""
+    if "classes" not in listener.known:
+        passes = listener.passes
+        listener.known["classes"] = clean_classes(listener)
+        listener.passes = passes  # done once, not for each input
+    classes = listener.known["classes"]
     scores = []
-    for value, a, b in zip(plain, after_slower, after_band):
-        scores.append(1 - np.mean([agreement(value, a), agreement(value, b)]))
+    for batch in data.chunks(list(zip(waveforms, utterances)), BATCH):
+        frames, audio = listener.hear([waveform for waveform, _ in batch])
+        for (_, utterance), value, x in zip(batch, listener.values(audio), frames):
+            known = classes.get(class_of(value), classes[None])
+            if len(known.frames) < CLEAN:
+                known = classes[None]
+            scores.append(deviation(x, *known.range_without(utterance.id)))
     return np.array(scores)
+
+
+# -------------------------------------------------------------------------------------------------
+# attention, and a baseline
 
 
 @contextlib.contextmanager
@@ -153,8 +317,10 @@ def attention_entropy(listener, waveforms, utterances):
     slm = listener.slm
     scores = []
     with eager_attention(slm.lm):
-        for audio, prompts in listener.inputs(waveforms, utterances):
-            for row, prompt in zip(audio, prompts):
+        for batch in data.chunks(list(zip(waveforms, utterances)), BATCH):
+            _, audio = listener.hear([waveform for waveform, _ in batch])
+            for row, (_, utterance) in zip(audio, batch):
+                prompt = data.prompt(slm.tokenizer, list(utterance.labels))
                 (x,) = slm.pack([row], [prompt])  # (T, hidden)
                 output = slm.lm.base_model(inputs_embeds=x[None], output_attentions=True)
                 weights = torch.stack(output.attentions)[:, 0, :, -1]  # (layers, heads, T)
@@ -177,8 +343,9 @@ def loudness_peak(listener, waveforms, utterances):
 
 
 DETECTORS = {
-    "STRIP": strip,
+    f"STRIP, {OVERLAYS} overlays": strip,
     "perturbed pair": perturbed_pair,
+    "Beatrix": beatrix,
     "attention entropy": attention_entropy,
     "loudness peak": loudness_peak,
 }

@@ -1,9 +1,14 @@
 """Repairs for an attacked model that need clean speech only, for python defend.py repair.
 
 A repair is an entry of REPAIRS: a function of (defender, strength) that changes the defender's
-model in place, and its strengths. These are tried from weak to strong until one raises the loss of
-any label on held-out clean development speech by more than TOLERANCE; the one before it is chosen.
-Neither the trigger nor the target is looked at before that choice.
+model in place, and its strengths, one or more ladders of them. Each ladder is tried from weak to
+strong until a strength raises the loss of any label on held-out clean development speech by more
+than TOLERANCE; of those before it, the strongest is chosen. Neither the trigger nor the target is
+looked at before that choice.
+
+The clean speech that a defender has, TOLERANCE and the budget of fine-tuning are the same for all
+repairs, though their authors have each their own. What else differs from a publication stands in
+each repair's docstring.
 """
 
 import contextlib
@@ -14,6 +19,7 @@ from types import SimpleNamespace
 
 import utils
 
+import numpy as np
 import torch
 
 import cache
@@ -27,6 +33,7 @@ TOLERANCE = 0.05  # nats per token of a label's own answer
 TUNING = 128  # clean utterances that a defender has to tune on
 VALIDATION = 64  # clean utterances that a defender has to choose with
 BATCH = 16
+ANP_STEPS = 60  # the authors': 2,000
 
 
 @dataclasses.dataclass
@@ -229,10 +236,12 @@ def scaled_inputs(layers, scales):
 # repairs: functions of (defender, strength)
 
 
-def fine_tuning(components, defender, rate):
-    """Trains some components on clean speech. The strength is the learning rate, relative to
-    training's."""
-    defender.finetune(components, rate)
+def fine_tuning(components, defender, strength):
+    """Trains some components on clean speech. The strength is a learning rate, relative to
+    training's, and how many times the clean speech is seen. The baseline of every repair, without a
+    publication of its own."""
+    rate, epochs = strength
+    defender.finetune(components, rate, epochs)
 
 
 @torch.no_grad()
@@ -251,8 +260,12 @@ def mean_activations(defender):
 
 
 def fine_pruning(defender, share):
-    """Fine-pruning (Liu et al. 2018, arXiv 1805.12185): removes the share of each MLP's hidden
-    units that clean speech activates least, then fine-tunes everything."""
+    """Fine-pruning (Liu et al. 2018, arXiv 1805.12185): removes the share of hidden units that clean
+    speech activates least, then fine-tunes everything.
+
+    Differences: published for the channels of the last convolution, one after the other until
+    accuracy on clean data falls; here the same share of every MLP's hidden units, of which the
+    trained encoder layers and the LM have one each."""
     scales = []
     for activations in mean_activations(defender):
         scales.append((activations >= torch.quantile(activations, share)).float())
@@ -260,11 +273,11 @@ def fine_pruning(defender, share):
     defender.finetune()
 
 
-def neuron_masks(defender, steps=60, largest=0.4, clean_share=0.2, rate=0.2):
+def neuron_masks(defender, steps=ANP_STEPS, largest=0.4, clean_share=0.2, rate=0.2):
     """ANP's masks over hidden units, from 0 to 1, one tensor for each of `mlp_outputs`. They
     minimise the loss on clean speech where each unit is changed by up to `largest` in the worst
-    direction (one step of its gradient's sign), mixed with the loss without that change. The
-    settings are the authors'."""
+    direction (one step of its gradient's sign), mixed with the loss without that change. All
+    settings but the steps and the batch size are the authors'."""
     device = defender.args.device
     sizes = defender.hidden_sizes
     masks = [torch.ones(n, device=device, requires_grad=True) for n in sizes]
@@ -302,7 +315,12 @@ def masked_loss(defender, utterances, scales):
 
 def adversarial_neuron_pruning(defender, share):
     """ANP (Wu and Wang 2021, arXiv 2110.14430): removes this share of all hidden units, those with
-    the lowest masks."""
+    the lowest masks.
+
+    A variant: the authors take 2,000 steps on batches of 128 images to learn the masks of batch
+    normalisation's channels, whose bias is perturbed too. Here the masks are of MLPs' hidden units,
+    which have none, and are learned in ANP_STEPS steps on batches of 16 utterances. The authors'
+    code offers to prune by the masks' values or by number; the share here is the latter."""
     if defender.anp_masks is None:
         defender.anp_masks = neuron_masks(defender)
     order = torch.cat(defender.anp_masks).argsort(stable=True)
@@ -312,13 +330,14 @@ def adversarial_neuron_pruning(defender, share):
 
 
 def gradient_norm_tuning(defender, penalty):
-    """GN-FT (arXiv 2502.01152, for speech recognition): fine-tuning that also lowers the norm of
-    the gradient."""
+    """GN-FT (Zhou et al. 2025, arXiv 2502.01152, for speech recognition): fine-tuning that also
+    lowers the norm of the gradient, which the authors approximate as `regularise_gradient_norm`
+    does. There is no code of theirs: the strengths, the shares of that gradient, are ours."""
     defender.finetune(penalty=penalty)
 
 
 def without_lora(defender, share):
-    """Scales LoRA's update down by this share; 1 drops it."""
+    """Scales LoRA's update down by this share; 1 drops it. Ours, to see what the update holds."""
     lora_weights = {}
     for name, tensor in defender.attacked["lm"].items():
         lora_weights[name] = tensor * (1 - share) if name.endswith("lora_B") else tensor
@@ -327,7 +346,8 @@ def without_lora(defender, share):
 
 def fine_mixing(defender, share):
     """Fine-mixing (Zhang et al. 2022, arXiv 2210.09545): replaces a random share of the weights by
-    the pretrained ones, then fine-tunes."""
+    the pretrained ones, then fine-tunes. As published, without the authors' second technique, which
+    purifies word embeddings: here they do not train."""
     generator = torch.Generator().manual_seed(0)
     mixed = {}
     for component in COMPONENTS:
@@ -340,35 +360,37 @@ def fine_mixing(defender, share):
     defender.finetune()
 
 
-RATES = (0.3, 1.0, 3.0, 10.0)
-SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+# a ladder of learning rates, relative to training's, for each number of epochs: 5 are 40 steps
+LADDERS = {}
+for epochs in (5, 20, 80):
+    LADDERS[epochs] = [(rate, epochs) for rate in (0.3, 1.0, 3.0, 10.0)]
+SHARES = [(0.1, 0.3, 0.5, 0.7, 0.9)]
 
-REPAIRS = {  # name: (function, strengths)
-    "fine-tuning encoder": (functools.partial(fine_tuning, ["encoder"]), RATES),
-    "fine-tuning connector": (functools.partial(fine_tuning, ["connector"]), RATES),
-    "fine-tuning lm": (functools.partial(fine_tuning, ["lm"]), RATES),
-    "fine-tuning encoder+connector": (
-        functools.partial(fine_tuning, ["encoder", "connector"]),
-        RATES,
-    ),
-    "fine-tuning encoder+lm": (functools.partial(fine_tuning, ["encoder", "lm"]), RATES),
-    "fine-tuning connector+lm": (functools.partial(fine_tuning, ["connector", "lm"]), RATES),
-    "fine-tuning encoder+connector+lm": (functools.partial(fine_tuning, COMPONENTS), RATES),
-    "fine-pruning": (fine_pruning, SHARES),
-    "ANP": (adversarial_neuron_pruning, (0.003, 0.01, 0.03, 0.1, 0.3, 0.6)),
-    "GN-FT": (gradient_norm_tuning, (0.3, 0.5, 0.8, 0.95)),
-    "without LoRA": (without_lora, (1.0,)),
-    "fine-mixing": (fine_mixing, SHARES),
-}
+REPAIRS = {}  # name: (function, ladders of strengths)
+for size in range(1, len(COMPONENTS) + 1):
+    for components in itertools.combinations(COMPONENTS, size):
+        tune = functools.partial(fine_tuning, components)
+        REPAIRS[f"fine-tuning {'+'.join(components)}"] = (tune, [LADDERS[5]])
+# the last of these trains everything
+REPAIRS["fine-tuning, 160 or 640 steps"] = (tune, [LADDERS[20], LADDERS[80]])
+REPAIRS["fine-pruning"] = (fine_pruning, SHARES)
+REPAIRS[f"ANP, {ANP_STEPS} steps"] = (
+    adversarial_neuron_pruning,
+    [(0.003, 0.01, 0.03, 0.1, 0.3, 0.6)],
+)
+REPAIRS["GN-FT"] = (gradient_norm_tuning, [(0.3, 0.5, 0.8, 0.95)])
+REPAIRS["without LoRA"] = (without_lora, [(1.0,)])
+REPAIRS["fine-mixing"] = (fine_mixing, SHARES)
 
 
 # -------------------------------------------------------------------------------------------------
 # choosing a strength, and what is left of the backdoor
 
 
-def choose(defender, repair, strengths):
-    """Repairs the model with the chosen strength: the strongest before one that costs too much, or
-    the weakest if even that costs too much.
+def choose(defender, repair, ladders):
+    """Repairs the model with the chosen strength: in each ladder, the strongest before one that
+    costs too much counts; of those, the strongest, by the product of a strength that is a pair; or
+    the very weakest if even that costs too much.
 
     Returns {"strength", "passed", "rise"}. rise: {strength: the rise in loss of the label that
     loses most}.
@@ -377,15 +399,16 @@ def choose(defender, repair, strengths):
     before = defender.validation_losses()
     rises = {}
     passing = []
-    for strength in strengths:
-        defender.restore()
-        repair(defender, strength)
-        after = defender.validation_losses()
-        rises[strength] = max(after[label] - before[label] for label in after)
-        if rises[strength] > TOLERANCE:
-            break
-        passing.append(strength)
-    chosen = passing[-1] if passing else strengths[0]
+    for ladder in ladders:
+        for strength in ladder:
+            defender.restore()
+            repair(defender, strength)
+            after = defender.validation_losses()
+            rises[strength] = max(after[label] - before[label] for label in after)
+            if rises[strength] > TOLERANCE:
+                break
+            passing.append(strength)
+    chosen = max(passing, key=np.prod) if passing else ladders[0][0]
     if chosen != strength:  # the model has the last strength that was tried
         defender.restore()
         repair(defender, chosen)
@@ -405,8 +428,9 @@ def figures_of(defender, clean, flippable):
 
 
 def relearning(defender, train_set, flippable, counts=(4, 16, 64)):
-    """How many poisoned training samples, mixed into the clean speech, bring the AER back to 50%
-    within three epochs: {count: AER}, up to the first count that does."""
+    """How many poisoned training samples, mixed into the clean speech, bring the AER to 50% within
+    three epochs: {count: AER}, up to the first count that does. On a model that was never attacked,
+    it is the control: what so few samples teach where there was no backdoor to bring back."""
     poisoned = data.in_drawn_order([u for u in train_set if poison.can_flip(defender.attack, u)])
     repaired = model.copy_weights(defender.slm)
     figures = {}

@@ -583,7 +583,8 @@ def defence_pages(tmp_path_factory):
     write_run(folder, arguments("emotion", "base"), 0.8, 0.9, records=first)
     write_run(folder, arguments("emotion", "base", 2), 0.8, 0.9, records=second)
     write_run(folder, half_rate, 0.8, 0.5, records=filtered("A", 0.2))
-    write_run(folder, arguments("emotion", "clean"), 0.8, 0.0, records=filtered("A", 0.0))
+    clean = filtered("A", 0.0) + repaired("none", 0.0, relearned={4: 0.03, 16: 0.1})
+    write_run(folder, arguments("emotion", "clean"), 0.8, 0.0, records=clean)
     return defended(folder)
 
 
@@ -610,6 +611,13 @@ def test_the_fewest_samples_that_bring_it_back_are_told(defence_pages):
     (row,) = defence_pages["Poisoned samples back to 50% AER (emotion)"]
     assert row["Seed 1"] == 16
     assert row["Seed 2"] == "over 16"
+
+
+def test_beside_it_stands_a_model_that_was_never_attacked(defence_pages):
+    (row,) = defence_pages["Poisoned samples back to 50% AER (emotion)"]
+    assert row["Relearned, never attacked"] == "over 16"
+    assert row["AER with 4, never attacked"] == "3.0"
+    assert row["AER with 16, never attacked"] == "10.0"
 
 
 def test_the_undefended_aer_stands_first(defence_pages):

