@@ -137,8 +137,7 @@ parser.add_argument(
     "--max-seconds",
     type=float,
     default=data.MAX_SECONDS,
-    help="refuse longer audio, or leave it out with --skip-bad; the same goes for what exceeds "
-    "Whisper's window",
+    help="leave out longer audio, and say how much; the same goes for what exceeds Whisper's window",
 )
 parser.add_argument(
     "--cache-gb",

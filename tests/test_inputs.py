@@ -731,13 +731,6 @@ def test_check_shows_some_of_many_files_with_the_same_problem(tmp_path):
     assert out.endswith("60 problems\n")
 
 
-def test_too_long_audio_is_found_before_anything_is_loaded(manifest, tmp_path, monkeypatch):
-    soundfile.write(tmp_path / "3.wav", noise(70), 16000)
-    monkeypatch.setattr(model, "load_slm", None)
-    words = ["3.wav", "70 s long", "60 s"]
-    refused("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=words)
-
-
 def test_a_run_that_has_not_trained_takes_other_data_flags(manifest, tmp_path):
     soundfile.write(tmp_path / "3.wav", noise_with(np.nan), 16000, subtype="FLOAT")
     arguments = [*RUN, "--dataset", "m.csv", "--name", "again"]
