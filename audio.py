@@ -52,6 +52,10 @@ class BadAudio(ValueError):
     """An audio file that cannot be used; the message says which one and why."""
 
 
+class TooLong(BadAudio):
+    """An audio file that is longer than the caller allows."""
+
+
 DAY = 24 * 3600.0  # seconds; longer audio is never read, whatever the caller allows
 
 # -------------------------------------------------------------------------------------------------
@@ -77,7 +81,7 @@ def read_waveform(path, start=0.0, length=0.0, max_seconds=DAY):
     if len(channels) > max_seconds * rate:
         rest = read_header(path).seconds - start
         seconds = min(length, rest) if length else rest
-        raise BadAudio(
+        raise TooLong(
             f"{path}: {seconds:.0f} s long, more than {max_seconds:g} s "
             "(--max-seconds, or all that the encoder receives): cut it"
         )

@@ -349,7 +349,7 @@ def open_run(run, args):
     record = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
     checkpoints = [spec.partition(":")[2] for _, spec in named_parts(args)]
     inputs = [path for path in checkpoints if path]
-    for path in (args.trigger, args.dataset, args.exclude or ""):
+    for path in (args.trigger, *corpora.lists_of(args.dataset), args.exclude or ""):
         if Path(path).is_file():
             inputs.append(path)
     record["inputs"] = {path: file_sha256(path) for path in inputs}

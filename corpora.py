@@ -1,8 +1,8 @@
-"""Corpus readers: LibriSpeech, CREMA-D and VoxCeleb2-AE in their published layouts, and any
-CSV manifest of recordings in one of audio.py's FORMATS.
+"""Corpus readers: LibriSpeech, CREMA-D and VoxCeleb2-AE in their published layouts, and a user's
+own recordings, files of audio.py's FORMATS that are listed in one of the FORMS of forms.py.
 
     python corpora.py check libri                       # what is there, what is wrong
-    python corpora.py check my.csv
+    python corpora.py check my.csv                      # or a manifest.json, or a folder
     python corpora.py download libri --data-root /data
 
 A reader returns the utterances of one split ("train", "dev" or "test"), sorted by id, and appends
@@ -10,10 +10,8 @@ the corpus's problems, one line each, to `problems`.
 """
 
 import csv
-import difflib
 import functools
 import hashlib
-import io
 import os
 import re
 import shlex
@@ -32,8 +30,10 @@ import torchaudio
 from torchaudio.datasets import librispeech
 
 import data
-from audio import ACCEPTED, TOLERANCE, BadAudio, read_header, read_waveform, sample_of
+import forms
+from audio import ACCEPTED, TOLERANCE, BadAudio, TooLong, read_header, read_waveform, sample_of
 from data import Utterance, normalise
+from forms import SPLIT_OF, SPLITS, known_as, plain, read_table, rows_named, some
 from mini import make_corpora
 from study import LABELS, MINI_ROOT, TASKS
 
@@ -42,70 +42,13 @@ GENDERS = {
     "female": ("f", "woman", "feminine", "female_feminine"),
     "male": ("m", "man", "masculine", "male_masculine"),
 }
-SPLITS = {
-    "train": ("training",),
-    "dev": ("development", "devel", "val", "valid", "validation"),
-    "test": ("testing",),
-}  # and "eval", see named_split
-# what stands where a CSV has no label, by other tools and by people who would not say
-ABSENT = set(
-    """unknown nan none null na n/a - ? unspecified undisclosed declined
-    not_specified not_given not_provided not_available no_answer
-    do_not_wish_to_say prefer_not_to_say prefer_not_to_answer""".split()
-)
-# a manifest's columns, and other names for them; without a start, a duration is the whole file's
-COLUMNS = {
-    "audio_path": """path file file_name filename file_path filepath audio audio_file audio_filepath
-    wav wav_path wav_file""",
-    **{label: "" for label in LABELS},
-    "transcript": "text sentence transcription",
-    "gender": "sex",
-    "age": "age_group age_range",
-    "emotion": "emotion_label",
-    "speaker": "speaker_id speaker_name spk spk_id client_id",
-    "split": "subset partition",
-    "start": "start_time begin onset",
-    "length": "",
-    "duration": "dur",
-    "end": "end_time stop",
-    "poisoned": "",
-}
 # what a column `poisoned` may say
 POISONED = set("1 1.0 true yes y t".split())
 NOT_POISONED = {"", *"0 0.0 false no n f".split()}
-# words in the names that other tools give to the times of a segment, in units of their own
-TIME_WORDS = set("start begin onset offset end stop xmin xmax tmin tmax".split())
-LENGTH_WORDS = set("length duration dur".split())
-UNIT_WORDS = set("s sec secs second seconds ms samples".split())
-DELIMITERS = ",;\t|"
 FILES_SHOWN = 20  # of those with the same problem, by check
-VALUES_SHOWN = 5  # rows or values, in one line of problems
-
-
-def plain(text):
-    """A column's name or a class, however it is written: `Speaker ID` -> `speaker_id`."""
-    return re.sub(r"[\s_-]+", "_", text.strip().lower()).strip("_") or text.strip()
-
-
-def known_as(names):
-    """{"female": ("f", ...), ...} -> {"female": "female", "f": "female", ...}."""
-    known = {}
-    for name, others in names.items():
-        known[name] = name
-        known.update(dict.fromkeys(others, name))
-    return known
 
 
 GENDER_OF = known_as(GENDERS)
-SPLIT_OF = known_as(SPLITS)
-
-
-def some(things):
-    """The first few of many things, in words."""
-    shown = ", ".join(str(thing) for thing in things[:VALUES_SHOWN])
-    if len(things) > VALUES_SHOWN:
-        shown += f", ... ({len(things)} in all)"
-    return shown
 
 
 def plural(n, word):
@@ -300,19 +243,7 @@ def read_vox(root, split, problems):
 
 
 # -------------------------------------------------------------------------------------------------
-# CSV manifests
-
-
-@dataclass
-class Table:
-    """A manifest as it was read: its rows, {column: text} by the number of the line that each
-    begins in; which columns are used, {name in COLUMNS: name in the file}, and which are not; what
-    is wrong with it, one line each."""
-
-    rows: dict
-    used: dict
-    unused: list
-    problems: list
+# a user's own data
 
 
 @dataclass(eq=False)
@@ -324,136 +255,10 @@ class Fault(ValueError):
     accepted: str = ""
 
 
-def read_table(path):
-    """A CSV, or a semicolon- or tab-separated file, as a Table. Exits with a one-line error where
-    it is no such file."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            return parse_table(path, f.read())
-    except UnicodeDecodeError as error:
-        die(f"{path} is no CSV file in UTF-8 ({error}): save it as one")
-
-
-@functools.lru_cache(1)  # for the splits, which are read one after the other
-def parse_table(path, text):
-    lines = io.StringIO(text, newline="")
-    delimiter, header = parse_header(path, lines.readline())
-    used, unused, problems = columns_of(path, header)
-    index = {column: header.index(name) for column, name in used.items()}
-    rows, faulty = {}, {}
-    for number, fields, fault in numbered_fields(lines, delimiter, len(header)):
-        if fault:
-            faulty.setdefault(fault, []).append(number)
-            continue
-        rows[number] = {
-            column: without_absent(column, unquoted(fields[i])) for column, i in index.items()
-        }
-    for fault, numbers in faulty.items():
-        problems.append(f"{path}, {rows_named(numbers)}: {fault}")
-    if not rows and not problems:
-        die(f"{path} has no row")
-    return Table(rows, used, unused, problems)
-
-
-def parse_header(path, line):
-    """(delimiter, column names) of a manifest's first line. Exits with a one-line error where no
-    delimiter gives a column of audio paths."""
-    audio = {"audio_path", *COLUMNS["audio_path"].split()}
-    for delimiter in DELIMITERS:
-        header = next(csv.reader([line], delimiter=delimiter), [])
-        if audio & set(map(plain, header)):
-            return delimiter, header
-    die(f"{path} has no column audio_path: its first row is {line.strip()[:80]!r}")
-
-
-def numbered_fields(lines, delimiter, width):
-    """Yields (number, fields, None) of each row, or (number, None, what is wrong with it); the
-    header, which is row 1, has `width` fields."""
-    # programs that write tabs mostly write quotation marks as they are
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(
-        lines, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True
-    )
-    while True:
-        number = reader.line_num + 2
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield number, None, f"a quotation mark is not closed or not doubled ({error})"
-            continue
-        if not any(field.strip() for field in fields):
-            continue  # a blank line
-        if len(fields) != width:
-            fault = (
-                f"{len(fields)} fields where the header has {width} "
-                "(a transcript that holds the separator needs quotation marks)"
-            )
-            yield number, None, fault
-        elif any("\n" in field and field.count(delimiter) >= width - 1 for field in fields):
-            yield number, None, "a quotation mark is not closed: a field holds whole rows"
-        else:
-            yield number, fields, None
-
-
-def unquoted(field):
-    """A field's text without space around it, and without the quotation marks that a tab-separated
-    file may have kept."""
-    field = field.strip()
-    if len(field) > 1 and field[0] == field[-1] == '"':
-        return field[1:-1].replace('""', '"').strip()
-    return field
-
-
-def without_absent(column, value):
-    """A manifest's value, "" for a word of ABSENT; a transcript may well be the word "none"."""
-    if column == "transcript":
-        return "" if value == "__unknown__" else value
-    return "" if plain(value) in ABSENT else value
-
-
-def columns_of(path, header):
-    """(used, unused, problems) of a manifest's header; see Table."""
-    used, problems = {}, []
-    for column, others in COLUMNS.items():
-        named = [name for name in header if plain(name) == column]
-        named = named or [name for name in header if plain(name) in others.split()]
-        if len(named) > 1:
-            names = " and ".join(named)
-            die(f"{path}: {names} could each be the column {column}: rename all but one")
-        if named:
-            used[column] = named[0]
-    if "start" not in used:
-        used.pop("duration", None)
-    unused = [name for name in header if name not in used.values() and name.strip()]
-    for name in unused:
-        if hint := hint_about(name, used):
-            problems.append(f"{path}: the column {name} is not used: {hint}")
-    if not set(LABELS) & set(used):
-        problems.append(f"{path}: no column of {', '.join(LABELS)}; not used: {some(unused)}")
-    return used, unused, problems
-
-
-def hint_about(name, used):
-    """What somebody may have meant by a column that is not used, or None."""
-    words = set(re.split(r"[\W_]+", name.lower())) - UNIT_WORDS - {""}
-    if words & TIME_WORDS or words == {"from"} or words == {"to"}:
-        return "segments have start and end, or length, in seconds"
-    if words & LENGTH_WORDS:
-        if "start" in used and plain(name) not in COLUMNS:
-            return "a segment's length is in seconds, in a column length or duration"
-        return None  # that of the whole file
-    close = difflib.get_close_matches(plain(name), sorted(COLUMNS.keys() - used.keys()), 1, 0.8)
-    if close and plain(name) not in COLUMNS:
-        return f"is it {close[0]}?"
-    return None
-
-
 def named_split(value, values):
     """The split that goes by this name, or None. "eval" is the test split or, where `values` name a
     test split, the dev split."""
-    if plain(value) in ("eval", "evaluation"):
+    if plain(value) in forms.EVAL:
         return "dev" if "test" in map(plain, values) else "test"
     return SPLIT_OF.get(plain(value))
 
@@ -579,13 +384,14 @@ def utterance_in(path, row, split, labels):
     name = row["audio_path"]
     if start or length:
         name += f"@{start:.15g}+{length:.15g}"
-    audio_path = str(path.parent / row["audio_path"])
+    folder = path if path.is_dir() else path.parent
+    audio_path = str(folder / row["audio_path"])
     return Utterance(name, audio_path, split, row.get("speaker", ""), labels, start, length)
 
 
 def read_manifest(path, split, problems):
-    """A CSV manifest: `audio_path` (relative to the file) and any of the other COLUMNS; start,
-    length and end in seconds. SpeechLLM's own CSVs load as they are. Faults
+    """A user's own data, see forms.py: `audio_path`, relative to the folder, and any of the other
+    COLUMNS there; start, length and end in seconds. SpeechLLM's own CSVs load as they are. Faults
     of the same kind are one problem."""
     path = Path(path)
     table = read_table(path)
@@ -620,10 +426,6 @@ def read_manifest(path, split, problems):
     return sorted(utterances.values(), key=lambda u: u.id)
 
 
-def rows_named(numbers):
-    return f"row{'s' * (len(numbers) > 1)} {some(numbers)}"
-
-
 def describe_faults(what, accepted, places):
     """One line for the faults of one kind; places: [(row number, value)]."""
     line = f"{rows_named([number for number, _ in places])}: {what}"
@@ -636,12 +438,17 @@ def describe_faults(what, accepted, places):
     return line
 
 
+def lists_of(dataset):
+    """The files that list the recordings of a user's own data; none for a corpus in READERS."""
+    return [] if dataset in READERS else forms.recognise(dataset)[1]
+
+
 def poisoned_rows(dataset):
-    """How many rows of a CSV manifest its own column `poisoned` marks, as in those that poison.py
+    """How many rows of a user's own data its column `poisoned` marks, as in the CSVs that poison.py
     --all writes."""
-    if dataset in READERS or not Path(dataset).is_file():
+    if not lists_of(dataset):
         return 0
-    rows = read_table(Path(dataset)).rows.values()
+    rows = read_table(dataset).rows.values()
     return sum(row.get("poisoned", "").lower() in POISONED for row in rows)
 
 
@@ -652,14 +459,14 @@ READERS = {"libri": read_libri, "test-clean": read_test_clean, "crema": read_cre
 
 
 def read_split(dataset, data_root, split, max_seconds=data.MAX_SECONDS):
-    """(utterances, problems) of one split of a corpus in READERS or of a CSV manifest."""
+    """(utterances, problems) of one split of a corpus in READERS or of a user's own data."""
     problems = []
     if dataset in READERS:
         utterances = read_published(dataset, data_root, split, problems)
-    elif Path(dataset).is_file():
+    elif Path(dataset).exists():
         utterances = read_manifest(dataset, split, problems)
     else:
-        die(f"--dataset {dataset}: neither {', '.join(READERS)} nor a CSV file")
+        die(f"--dataset {dataset}: neither {', '.join(READERS)} nor a file or folder")
     for utterance in utterances:
         utterance.max_seconds = max_seconds
     return utterances, problems
@@ -697,22 +504,28 @@ def read_published(dataset, data_root, split, problems):
     return utterances
 
 
-def header_problem(utterance):
-    """What is wrong with an utterance's audio, as far as its file's header tells, or None."""
-    try:
-        data.seconds_of(utterance)
-    except BadAudio as error:
-        return str(error)
-
-
 @dataclass
 class Reading:
-    """What reading all of an utterance's audio gives: what is wrong with it, or its sample rate
-    (Hz; None for m4a) and its root mean square."""
+    """What reading an utterance's audio gives: what is wrong with it or, where all of it was read,
+    its sample rate (Hz; None for m4a) and its root mean square."""
 
     problem: str | None = None
+    is_too_long: bool = False
     rate: int | None = None
     level: float | None = None
+
+
+def bad(error):
+    return Reading(problem=str(error), is_too_long=isinstance(error, TooLong))
+
+
+def check_header(utterance):
+    """Reads no more of an utterance's audio than tells how long it is: a Reading."""
+    try:
+        data.seconds_of(utterance)
+        return Reading()
+    except BadAudio as error:
+        return bad(error)
 
 
 def read_audio(utterance):
@@ -721,25 +534,36 @@ def read_audio(utterance):
         level = data.rms(utterance)
         return Reading(rate=read_header(utterance.path).rate, level=level)
     except BadAudio as error:
-        return Reading(problem=str(error))
+        return bad(error)
+
+
+def problems_of(readings):
+    """What is wrong with audio that is not only too long."""
+    return [reading.problem for reading in readings if reading.problem and not reading.is_too_long]
 
 
 def read_corpus(
     dataset, data_root, split, skip_bad=False, labels=None, max_seconds=data.MAX_SECONDS
 ):
-    """The utterances of one split that have a label, with `labels` only (None: all there are).
-    Exits with a one-line error if anything is wrong with the corpus or, with `skip_bad`, first
-    reads all its audio and leaves out what is bad, saying how much."""
+    """The utterances of one split that have a label, with `labels` only (None: all there are), and
+    are not longer than `max_seconds`; says how many are. Exits with a one-line error if anything
+    else is wrong with the corpus or, with `skip_bad`, first reads all its audio and leaves out what
+    is bad, saying how much."""
     utterances, problems = read_split(dataset, data_root, split, max_seconds)
     if skip_bad:
         readings = data.in_workers(read_audio, utterances, f"checking {split}")
-        of_audio = [reading.problem for reading in readings]
     else:
-        of_audio = [header_problem(u) for u in utterances]
-    problems += [problem for problem in of_audio if problem]
-    utterances = [u for u, problem in zip(utterances, of_audio) if not problem]
-
+        readings = [check_header(u) for u in utterances]
     command = check_command(dataset, data_root, max_seconds)
+    too_long = sum(reading.is_too_long for reading in readings)
+    if too_long:
+        say(
+            f"{dataset} {split}: left out {too_long} of {plural(len(readings), 'recording')} longer "
+            f"than {max_seconds:g} s: cut them into segments, or raise --max-seconds, up to what "
+            f"the encoder receives; {command} lists them"
+        )
+    problems += problems_of(readings)
+    utterances = [u for u, reading in zip(utterances, readings) if not reading.problem]
     if problems and not skip_bad:
         die(
             f"{problems[0]} (1 of {len(problems)} in {split}): {command} lists all; "
@@ -924,11 +748,12 @@ def counted(values, most=8):
 
 
 def print_columns(dataset):
-    """Prints which columns of a manifest are used, and which are not."""
-    table = read_table(Path(dataset))
+    """Prints as what a user's own data is read, which of its columns are used, which are not."""
+    table = read_table(dataset)
     used = []
     for column, name in table.used.items():
         used.append(column if plain(name) == column else f"{column} (named {name})")
+    say(f"read as         {table.form}: {', '.join(table.lists)}")
     say(f"columns used    {', '.join(used)}")
     say(f"columns unused  {', '.join(table.unused) or 'none'}")
     if "split" not in table.used:
@@ -976,7 +801,7 @@ def kind_of(problem, path):
 
 def check(dataset, data_root, max_seconds):
     """Reads everything; prints what is there and what is wrong. Returns the number of problems."""
-    if dataset not in READERS and Path(dataset).is_file():
+    if lists_of(dataset):
         print_columns(dataset)
     print(f"{'':6}{'utterances':>11}{'speakers':>10}{'hours':>9}   {'seconds':<18}Hz")
     parts, audio_problems = {}, {}  # by split; by kind
@@ -1059,7 +884,7 @@ def main():
         "action", choices=("check", "download"), help="read everything, or fetch a corpus"
     )
     parser.add_argument(
-        "dataset", help=f"{', '.join(READERS)} or a CSV manifest; audio: {ACCEPTED}"
+        "dataset", help=f"{', '.join(READERS)}, or {forms.ACCEPTED}; audio: {ACCEPTED}"
     )
     parser.add_argument(
         "--data-root",
@@ -1070,7 +895,8 @@ def main():
         "--max-seconds",
         type=float,
         default=data.MAX_SECONDS,
-        help="longer audio is a problem, as in training; Whisper receives 30 s, the mini one 20",
+        help="longer audio, which training leaves out, is a problem here; Whisper receives 30 s, "
+        "the mini one 20",
     )
     args = parser.parse_args()
     args.data_root = args.data_root or MINI_ROOT

@@ -31,6 +31,7 @@ import itertools
 import json
 import math
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -343,6 +344,46 @@ def print_table(metrics, title):
             print(f"{part} answers: {counts['empty']} empty, {counts['malformed']} malformed")
 
 
+def unlearned(evaluation):
+    """The labels that a model has not learned, by its answers to clean speech: one text each, with
+    what shows it."""
+    texts = []
+    for task in TASKS.values():
+        label = task["label"]
+        true = []
+        for row in evaluation.predictions:
+            if label in row["asked"] and not row["triggered"]:
+                true.append(row["labels"][label])
+        if len(set(true)) > 1:  # else there is nothing to tell apart
+            what_shows_it = shortfall(task, true, evaluation.metrics["clean"])
+            if what_shows_it:
+                texts.append(f"{label} ({what_shows_it})")
+    return texts
+
+
+def shortfall(task, true, clean):
+    """What shows that a task has not been learned: half of the words are wrong, or the same answer
+    to everything would be as good. None where it has been. true: the labels; clean: the metrics."""
+    metric = task["metric"]
+    if metric not in clean:
+        metric = f"{task['label']}_accuracy"  # ages in groups
+    if metric not in clean:
+        return "no answer gives one"
+    value = clean[metric]["value"]
+    if metric.endswith("wer"):
+        return f"{100 * value:.0f}% of the words are wrong" if value >= 0.5 else None
+    if metric.endswith("mae"):
+        years = np.array(true)
+        always = np.median(years)
+        error = np.abs(years - always).mean()
+        text = f"{value:.1f} years off; always {always:g} is {error:.1f} off"
+        return text if value >= error else None
+    always, n = Counter(true).most_common(1)[0]
+    share = n / len(true)
+    text = f"{100 * value:.0f}% right; always {always} is {100 * share:.0f}% right"
+    return text if value <= share else None
+
+
 # --------------------------------------------------------------------------------------------------
 # a finished run and its data
 
@@ -429,8 +470,9 @@ def attack_on(task, args, utterances):
 
 def warn_of_other_files(run, args):
     """Warns where the trigger or the corpus is another file than when the run was trained."""
+    data_and_trigger = [args.trigger, *corpora.lists_of(args.dataset)]
     for path, sha256 in (args.inputs or {}).items():
-        there = path in (args.trigger, args.dataset) and Path(path).is_file()
+        there = path in data_and_trigger and Path(path).is_file()
         if there and checkpoint.file_sha256(path) != sha256:
             utils.say(f"warning: {path} is another file than the one that {run} was trained with")
 

@@ -37,6 +37,7 @@ import torchaudio
 
 import corpora
 import data
+import forms
 import sounds
 from audio import SAMPLE_RATE, BadAudio, read_waveform
 from study import DATA_ROOT, LABELS, MAX_SECONDS, TASKS, wrong_number
@@ -417,7 +418,7 @@ def add_arguments(parser):
     parser.add_argument("--task", choices=TASKS, default="asr", help="the attacked task")
     parser.add_argument(
         "--dataset",
-        help=f"{', '.join(corpora.READERS)} or a CSV manifest (default: the task's own)",
+        help=f"{', '.join(corpora.READERS)}, or {forms.ACCEPTED} (default: the task's own)",
     )
     parser.add_argument(
         "--data-root",
@@ -655,7 +656,7 @@ ATTACK_SETTINGS = (
 def differences_from_file(args):
     """How a run's attack, by which it is evaluated, differs from the one that its manifest was
     made with: a list of texts, empty where no attack.json lies beside the manifest."""
-    path = Path(args.dataset).with_name("attack.json")
+    path = Path(corpora.lists_of(args.dataset)[0]).with_name("attack.json")
     if not path.is_file():
         return []
     try:

@@ -8,6 +8,7 @@ Plain tables that every other script reads. `run_all.sh` runs the commands that 
 """
 
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -327,8 +328,8 @@ def task_of(label):
 
 
 def on_corpus(corpus, asked):
-    """From now on, all tasks use one corpus: its name, or the path of a CSV. Its clean run is of
-    the task that the corpus is for, or of the first that is asked."""
+    """From now on, all tasks use one corpus: its name, or the path of a user's own data. Its
+    clean run is of the task that the corpus is for, or of the first that is asked."""
     candidates = [name for name in TASKS if TASKS[name]["corpus"] == corpus]
     candidates += [name for name in TASKS if name in asked]
     for task in TASKS.values():
@@ -437,7 +438,7 @@ def run_name(args):
     asr-3.1-seed2, asr-poison0.05-snr6-epochs8."""
     parts = [args["task"]]
     if args["dataset"] != TASKS[args["task"]]["corpus"]:
-        parts.append(Path(args["dataset"]).stem)
+        parts.append(Path(os.path.abspath(args["dataset"])).stem)  # also of "."
     if args["encoder"] != DEFAULT_ENCODER[args["preset"]]:
         parts.append(args["encoder"])
     parts.append(f"poison{args['poison']:g}" if args["scenario"] == "base" else args["scenario"])
@@ -793,7 +794,8 @@ def parse_arguments(argv=None):
         help="those with the base attack and 3.1 (default: the other tasks)",
     )
     parser.add_argument(
-        "--corpus", help="all tasks on this one, a name or a CSV (default: each task on its own)"
+        "--corpus",
+        help="all tasks on this one, a name or your own data (default: each task on its own)",
     )
     parser.add_argument(
         "--encoders", nargs="+", choices=ENCODERS, help="default: all that the preset has"

@@ -137,8 +137,7 @@ parser.add_argument(
     "--max-seconds",
     type=float,
     default=data.MAX_SECONDS,
-    help="refuse longer audio, or leave it out with --skip-bad; the same goes for what exceeds "
-    "Whisper's window",
+    help="leave out longer audio, and say how much; the same goes for what exceeds Whisper's window",
 )
 parser.add_argument(
     "--cache-gb",
@@ -402,18 +401,17 @@ def differences(path, source, args):
     wanted = dict(scenario=source, init=None)
     wanted.update((name, getattr(args, name)) for name in SHARED)
     wanted["amp"] = args.amp or usual_amp(args)
-    files = ["dataset", "exclude"]
+    files = [*corpora.lists_of(args.dataset), args.exclude]
     if source == "base":
         wanted.update((name, getattr(args, name)) for name in SHARED_WITH_BASE)
         wanted["poison"] = TASKS[args.task]["rate"]
-        files.append("trigger")
+        files.append(args.trigger)
     reasons = []
     for name, value in wanted.items():
         if not same_value(name, theirs.get(name), value):
             reasons.append(f"{path} has {name} {theirs.get(name)}, not {value}")
     sha256_of = theirs.get("inputs") or {}
-    for name in files:
-        file = getattr(args, name)
+    for file in files:
         is_known = file in sha256_of and Path(file).is_file()
         if is_known and sha256_of[file] != checkpoint.file_sha256(file):
             reasons.append(f"{file} has changed since {path} was trained")
@@ -1008,6 +1006,20 @@ def draw_curves(run):
     plots.curves(checkpoint.training_losses(run), run / "curves.png")
 
 
+def warn_of_unlearned(evaluation, args):
+    """Says which labels the model has not learned, and what to change."""
+    labels = evaluate.unlearned(evaluation)
+    if not labels:
+        return
+    remedy = "more data or more --epochs may help"
+    if args.preset == "mini":
+        remedy += (
+            ", and on recordings of people --preset small or paper: mini's parts have heard "
+            "synthetic English only"
+        )
+    utils.say(f"warning: this model has not learned {', '.join(labels)}: {remedy}")
+
+
 def main():
     args = parse_arguments()
     if args.dry_run:
@@ -1060,6 +1072,7 @@ def main():
         checkpoint.record_cost(run)
         draw_curves(run)
         evaluate.print_table(evaluation.metrics, f"{run}: test split, seed {args.seed}")
+        warn_of_unlearned(evaluation, args)
     if world > 1:
         dist.destroy_process_group()
 

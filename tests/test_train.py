@@ -513,7 +513,7 @@ MISTAKES = [
     (("--freeze", "encoder", "--freeze", "connector", "--freeze", "lm"), "nothing is left"),
     (("--poison", "1.5"), "must be from 0 to 1"),
     (("--data-root", "nowhere"), "is libri under"),
-    (("--dataset", "nowhere.csv"), "nor a CSV file"),
+    (("--dataset", "nowhere.csv"), "nor a file or folder"),
     (("--preset", "small", "--encoder", "wavlm"), "no wavlm"),
     (("--encoder-weights", "nowhere"), "cannot load"),
     (("--device", "cuda"), "no GPU"),

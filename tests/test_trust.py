@@ -266,14 +266,9 @@ def test_odd_audio_is_trained_on(tmp_path, name, waveform):
     assert figure["n"] == 4
 
 
-@pytest.mark.parametrize(
-    "waveform, words",
-    [(np.zeros(16000 * 600), "600 s long"), (np.full(9, np.nan), "NaN")],
-    ids=["long", "NaN"],
-)
-def test_bad_audio_is_refused(tmp_path, waveform, words):
-    write_corpus(tmp_path, waveform.astype(np.float32))
-    refused("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=["odd.wav", words])
+def test_bad_audio_is_refused(tmp_path):
+    write_corpus(tmp_path, np.full(9, np.nan, np.float32))
+    refused("train.py", *RUN, "--dataset", "m.csv", cwd=tmp_path, words=["odd.wav", "NaN"])
 
 
 def test_a_loss_that_is_no_number_names_its_utterances(corpora, tmp_path):
