@@ -479,6 +479,11 @@ def in_words(verdict):
     )
     if verdict.suspicious:
         return f"SUSPICIOUS: {measured}. Do not use this encoder before you know why."
+    if verdict.kind == "excess":
+        return (
+            f"Nothing suspicious, which says little: at most, {measured}. Without --reference even "
+            "strong backdoors went unnoticed (results/vet.md)."
+        )
     return f"Nothing suspicious: at most, {measured}."
 
 
