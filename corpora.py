@@ -753,7 +753,7 @@ def print_columns(dataset):
     used = []
     for column, name in table.used.items():
         used.append(column if plain(name) == column else f"{column} (named {name})")
-    say(f"read as         {table.form}: {', '.join(table.lists)}")
+    say(f"read as         {table.form}: {some(table.lists)}")
     say(f"columns used    {', '.join(used)}")
     say(f"columns unused  {', '.join(table.unused) or 'none'}")
     if "split" not in table.used:
