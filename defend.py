@@ -51,6 +51,7 @@ import corpora
 import data
 import evaluate
 import export
+import forms
 import lora
 import model
 import poison
@@ -292,7 +293,9 @@ def detect(options):
         f"{options.run}: {n} triggered and as many clean test utterances, thresholds from "
         f"{len(sounds['dev'].utterances)} clean dev ones"
     )
-    speakers = {kind: [u.speaker for u in sound.utterances] for kind, sound in sounds.items()}
+    speakers = {}
+    for kind, sound in sounds.items():
+        speakers[kind] = [u.speaker for u in sound.utterances]
     overlays = dev_set[len(dev_set) // 2 :]
     listener = detectors.make_listener(loaded.slm, attack, test_set, overlays)
     records = []
@@ -431,12 +434,13 @@ def vetting_speech(options, record):
             names = ", ".join(corpora.READERS)
             die(f"--speech {dataset}: neither {names} nor a CSV nor a folder of audio")
         dataset = "crema"
-    if Path(dataset).is_dir() and dataset not in corpora.READERS:
+    is_folder = Path(dataset).is_dir() and dataset not in corpora.READERS
+    if is_folder and not forms.recognise(dataset)[0]:
         utterances = audio_files(dataset)
     else:
         root = options.data_root or known["data_root"]
         utterances, _ = corpora.read_split(dataset, root, "dev")
-    usable = (u for u in data.in_drawn_order(utterances) if not corpora.header_problem(u))
+    usable = (u for u in data.in_drawn_order(utterances) if not corpora.check_header(u).problem)
     return dataset, list(itertools.islice(usable, options.n))
 
 

@@ -616,8 +616,8 @@ def test_the_fewest_samples_that_bring_it_back_are_told(defence_pages):
 def test_beside_it_stands_a_model_that_was_never_attacked(defence_pages):
     (row,) = defence_pages["Poisoned samples back to 50% AER (emotion)"]
     assert row["Relearned, never attacked"] == "over 16"
-    assert row["AER with 4, never attacked"] == "3.0"
-    assert row["AER with 16, never attacked"] == "10.0"
+    assert row["AER with 4, never attacked"].startswith("3.0 (")
+    assert row["AER with 16, never attacked"].startswith("10.0 (")
 
 
 def test_the_undefended_aer_stands_first(defence_pages):
