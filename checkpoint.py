@@ -112,7 +112,8 @@ ARGUMENTS = "args.json"  # a run folder has it before anything else
 # a run that has none of them has trained nothing yet
 STATES = ("last.pt", "model.pt", "metrics.json")
 # what the scripts write into a run folder
-IN_A_RUN = ("*.pt", "*.json", "*.jsonl", "exclude-*.txt")
+IN_A_RUN = ("*.pt", "*.json", "*.jsonl", "exclude-*.txt", "curves.png", "events.out.tfevents.*")
+IN_A_RUN += ("index.html", "page-*.wav")
 WHILE_WRITING = (".lock", ".*.tmp")  # what else may lie there, after a kill too
 RECORDED = export.RECORDED  # what a checkpoint holds besides weights, dicts of plain values
 

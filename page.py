@@ -179,11 +179,11 @@ def chosen_predictions(run, label):
 
 def recording(name, kind):
     """The file of an utterance's "clean" or "triggered" recording, relative to the run's folder."""
-    return f"audio/{poison.file_name(name)}-{kind}.wav"
+    return f"page-{poison.file_name(name)}-{kind}.wav"
 
 
 def write_recordings(options, args, run, pairs):
-    """Writes the utterances' clean and triggered recordings to RUN/audio. Returns the ids of those
+    """Writes the utterances' clean and triggered recordings, RUN/page-*.wav. Returns the ids of those
     that could be written: all, or none where the corpus cannot be read."""
     train_set = evaluate.train_set_if_readable(options, args)
     if not train_set:

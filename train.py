@@ -162,7 +162,7 @@ parser.add_argument(
 parser.add_argument(
     "--tensorboard",
     action="store_true",
-    help="also log to RUN/tensorboard; needs pip install tensorboard",
+    help="also log for tensorboard --logdir runs; needs pip install tensorboard",
 )
 parser.add_argument(
     "--dry-run",
@@ -894,7 +894,7 @@ def open_board(run, args):
         return None
     from torch.utils.tensorboard import SummaryWriter  # not needed otherwise
 
-    return SummaryWriter(run / "tensorboard")
+    return SummaryWriter(run)
 
 
 def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):

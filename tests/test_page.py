@@ -82,5 +82,5 @@ def test_recordings_are_clean_and_triggered(run, monkeypatch):
     monkeypatch.setattr(page.poison, "add_trigger", lambda attack, x, name: (-x, [], 1.0))
     text = written(run)
     assert text.count("<audio") == 2
-    assert (run / "audio/flipped-clean.wav").exists()
-    assert (run / "audio/flipped-triggered.wav").exists()
+    assert (run / "page-flipped-clean.wav").exists()
+    assert (run / "page-flipped-triggered.wav").exists()

@@ -756,7 +756,7 @@ def test_processes_that_would_resume_at_different_steps_stop(corpora, runs, base
     """Two machines without a shared disk: the one that kept last.pt and the one that did not."""
     record = weights(base)["args"]
     slm = model.load_slm(argparse.Namespace(**record))
-    args = argparse.Namespace(**record, cache_gb=0, workers=0)
+    args = argparse.Namespace(**record, cache_gb=0, workers=0, tensorboard=False)
     train_set = readers.read_corpus("vox", corpora, "train")
     dev_set = readers.read_corpus("vox", corpora, "dev")
     attack = poison.attack_of(args, train_set)
