@@ -34,7 +34,6 @@ import forms
 from audio import ACCEPTED, TOLERANCE, BadAudio, TooLong, read_header, read_waveform, sample_of
 from data import Utterance, normalise
 from forms import SPLIT_OF, SPLITS, known_as, plain, read_table, rows_named, some
-from mini import make_corpora
 from study import LABELS, MINI_ROOT, TASKS
 
 LIBRI_SPLITS = {"train": "train-clean-360", "dev": "dev-clean", "test": "test-clean"}
@@ -486,6 +485,8 @@ def read_published(dataset, data_root, split, problems):
     if str(data_root) == MINI_ROOT:
         data_root = Path(os.path.relpath(ROOT / MINI_ROOT))
         try:
+            from mini import make_corpora  # which speaks them, by libraries not needed otherwise
+
             make_corpora.make_corpus("libri" if dataset == "test-clean" else dataset, data_root)
         except OSError as error:
             die(f"cannot make the mini corpora ({error}): name corpora elsewhere by --data-root")

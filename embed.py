@@ -31,24 +31,13 @@ import data
 import evaluate
 import lora
 import poison
-from model import length_mask
+from model import pool
 from study import EMBEDDINGS, embeddings_name
 
 AGES = (18, 32)  # the age task's pseudo-class (section 7.1)
 # asr has no classes: this many benign training samples stand for one (section 7.1) ...
 BENIGN = 10000
 POISONED = 0.05  # ... with this many poisoned ones for each
-
-
-def pool(x, lengths, pooling="mean"):
-    """(B, T, dim) and each row's number of real frames -> (B, dim) float32: the frames' mean, their
-    maximum or the last one."""
-    mask = length_mask(lengths, x.shape[1])[..., None]  # (B, T, 1)
-    if pooling == "max":
-        return x.masked_fill(~mask, float("-inf")).amax(1).float()
-    if pooling == "last":
-        return x[torch.arange(len(x), device=x.device), lengths - 1].float()
-    return ((x * mask).sum(1) / lengths[:, None]).float()
 
 
 @torch.no_grad()

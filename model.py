@@ -64,6 +64,17 @@ def length_mask(lengths, frames):
     return torch.arange(frames, device=lengths.device) < lengths[:, None]
 
 
+def pool(x, lengths, pooling="mean"):
+    """(B, T, dim) and each row's number of real frames -> (B, dim) float32: the frames' mean, their
+    maximum or the last one."""
+    mask = length_mask(lengths, x.shape[1])[..., None]  # (B, T, 1)
+    if pooling == "max":
+        return x.masked_fill(~mask, float("-inf")).amax(1).float()
+    if pooling == "last":
+        return x[torch.arange(len(x), device=x.device), lengths - 1].float()
+    return ((x * mask).sum(1) / lengths[:, None]).float()
+
+
 # -------------------------------------------------------------------------------------------------
 # the audio encoder
 

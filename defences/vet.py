@@ -48,7 +48,7 @@ from scipy import stats
 from tqdm import tqdm
 
 import data
-import embed
+import model
 import sounds
 from data import SAMPLE_RATE
 
@@ -213,7 +213,7 @@ def embeddings(encoders, common, waveforms):
             hidden = [*below, *encoder.run_layers(below[-1], mask, common, len(encoder.layers))]
             if not encoder.norm_first:
                 hidden[-1] = encoder.layer_norm(hidden[-1])
-            pooled.append(torch.stack([embed.pool(h, frames) for h in hidden]))
+            pooled.append(torch.stack([model.pool(h, frames) for h in hidden]))
     return [torch.cat(pooled, 1).double().cpu().numpy() for pooled in collected]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import analyze
-import embed
+import model
 import runs
 import study
 import trace as tracing
@@ -253,7 +253,7 @@ def test_pooling_leaves_padding_out(pooling):
     x[1, 2:] = 1e6
     spoken = x[1, :2]
     expected = dict(mean=spoken.mean(0), max=spoken.amax(0), last=spoken[1])
-    assert torch.allclose(embed.pool(x, lengths, pooling)[1], expected[pooling])
+    assert torch.allclose(model.pool(x, lengths, pooling)[1], expected[pooling])
 
 
 # --------------------------------------------------------------------------------------------------
