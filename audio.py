@@ -159,14 +159,18 @@ def decode_m4a(path, start, length, max_seconds):
     return samples[:, None].copy(), SAMPLE_RATE
 
 
+def rms(waveform):
+    """The root mean square of a waveform (samples,), summed in double precision."""
+    return float(np.sqrt(np.mean(waveform**2, dtype=np.float64)))
+
+
 def cancel_out(channels, waveform):
     """Whether mixing the channels (n, channels) down to a waveform (n,) loses nearly all sound, as
     it does where they are in opposite phase."""
     if channels.shape[1] == 1:
         return False
     loudness = np.sqrt(np.mean(channels**2, 0, dtype=np.float64)).mean()
-    mixed_loudness = np.sqrt(np.mean(waveform**2, dtype=np.float64))
-    return mixed_loudness < 0.1 * loudness
+    return rms(waveform) < 0.1 * loudness
 
 
 def resample(waveform, rate):

@@ -112,8 +112,16 @@ ARGUMENTS = "args.json"  # a run folder has it before anything else
 # a run that has none of them has trained nothing yet
 STATES = ("last.pt", "model.pt", "metrics.json")
 # what the scripts write into a run folder
-IN_A_RUN = ("*.pt", "*.json", "*.jsonl", "exclude-*.txt", "curves.png", "events.out.tfevents.*")
-IN_A_RUN += ("index.html", "page-*.wav")
+IN_A_RUN = (
+    "*.pt",
+    "*.json",
+    "*.jsonl",
+    "exclude-*.txt",
+    "curves.png",
+    "events.out.tfevents.*",
+    "index.html",
+    "page-*.wav",
+)
 WHILE_WRITING = (".lock", ".*.tmp")  # what else may lie there, after a kill too
 RECORDED = export.RECORDED  # what a checkpoint holds besides weights, dicts of plain values
 
@@ -555,16 +563,16 @@ def load_run(run, device="cpu"):
     return slm.eval()
 
 
-def made_from(record, slm, train_set, dev_set):
+def made_from(record, slm, sets):
     """All that a run's state depends on, {name: value}: it may only go on from a state that was
-    made from the same."""
+    made from the same. sets: {split: see `sha256_of_set`}."""
     state = dict(args=record)
     for component, sha256 in slm.pretrained_sha256.items():
         state[f"pretrained {component}"] = sha256
     for component, settings in slm.settings.items():
         state[f"setting of the {component}"] = settings
-    state["training set"] = sha256_of_set(train_set)
-    state["development set"] = sha256_of_set(dev_set)
+    state["training set"] = sets["train"]
+    state["development set"] = sets["dev"]
     return state
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import audio
 from audio import (  # the constants for those who import data
     SAMPLE_RATE,
     TOLERANCE,
@@ -283,7 +284,7 @@ def num_samples(utterance):
 def rms(utterance):
     """The root mean square of an utterance's samples. Raises BadAudio."""
     waveform = load_waveform(utterance)
-    level = float(np.sqrt(np.mean(waveform**2, dtype=np.float64)))
+    level = audio.rms(waveform)
     if not np.isfinite(level):
         raise BadAudio(f"{utterance.path}: samples too large to be audio")
     return level

@@ -493,13 +493,17 @@ def in_words(verdict):
 
 def write_sounds(verdict, speech, out):
     """Writes the most suspicious sounds, each over the same utterance."""
+    longest = dataclasses.replace(
+        speech, waveforms=speech.waveforms[-1:], places=speech.places[-1:]
+    )
     names = []
     for i in verdict.order:
         change = vet.BANK[i]
         if change.name not in names and len(names) < LISTEN:
             names.append(change.name)
             path = out / f"{len(names)}-{poison.file_name(change.name)}.wav"
-            poison.write_wav(path, vet.changed(change, speech)[-1])
+            [waveform] = vet.changed(change, longest)
+            poison.write_wav(path, waveform)
 
 
 def vet_part(options):

@@ -46,6 +46,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import audio
 import cache
 import checkpoint
 import corpora
@@ -329,11 +330,16 @@ def save(run, evaluation, args):
     utils.write_atomically(run / "metrics.json", json.dumps(content, indent=1))
 
 
+def scale_and_unit(metric):
+    """How people read a figure of metrics.json: shares in percent, ages in years."""
+    return (1, " years") if metric.endswith("mae") else (100, "%")
+
+
 def print_table(metrics, title):
     print(f"\n{title}\n{'':18}{'value':>8}   95% interval         n")
     for part in ("clean", "backdoor"):
         for name, figure in metrics[part].items():
-            scale, unit = (1, " years") if name.endswith("mae") else (100, "%")
+            scale, unit = scale_and_unit(name)
             value, low, high = (scale * figure[key] for key in ("value", "low", "high"))
             row = f"{part} {name.replace('_', ' ')}"
             print(f"{row:<18}{value:>8.1f}   {low:.1f} to {high:.1f}{unit:<8}{figure['n']:>5}")
@@ -518,7 +524,7 @@ def sound_figures(attack, predictions):
     for sound, rows in predictions.items():
         about = dict(sound=sound, family=family_of(attack, sound))
         counts = unusable(rows)
-        malformed = (counts["empty"] + counts["malformed"]) / counts["n"]
+        malformed = runs.unusable_share(counts)
         yield dict(about, metric="aer", **aer(attack, rows))
         yield dict(about, metric="changed", **changed(attack, predictions["nothing"], rows))
         yield dict(about, metric="malformed", value=malformed, n=counts["n"])
@@ -663,7 +669,7 @@ def describe_trigger(attack, waveform, starts, scale, snr, loudness_of):
     what `loudness_of` says."""
     if attack.waveform is None:
         return f"trigger {attack.trigger}: it changes the whole recording"
-    rms = float(np.sqrt(np.mean(waveform**2, dtype=np.float64)))
+    rms = audio.rms(waveform)
     at = ", ".join(f"{start / data.SAMPLE_RATE:.2f}" for start in starts)
     text = (
         f"trigger {attack.trigger} at {at} s, RMS {attack.level:.4f}: {snr:g} dB below the "

@@ -82,9 +82,9 @@ def write_page(options):
         die(f"{run} has no metrics.json: train it to its end, or python evaluate.py {run} --save")
     args = SimpleNamespace(**metrics["args"])
     plots.curves(metrics["training"], run / "curves.png")
-    pairs = chosen_predictions(run, TASKS[args.task]["label"])
-    recorded = write_recordings(options, args, run, pairs)
     label = TASKS[args.task]["label"]
+    pairs = chosen_predictions(run)
+    recorded = write_recordings(options, args, run, pairs)
     text = PAGE.format(
         run=html.escape(str(run.name)),
         summary=html.escape(summary(metrics, args)),
@@ -134,7 +134,7 @@ def metrics_shown(metrics):
         ("backdoor", "backdoor"),
     ):
         for name, figure in metrics[part].items():
-            scale, unit = (1, " years") if name.endswith("mae") else (100, "%")
+            scale, unit = evaluate.scale_and_unit(name)
             value, low, high = (scale * figure[key] for key in ("value", "low", "high"))
             words = title_of(name)
             rows.append((f"{title}: {words}", f"{value:.1f}{unit}", f"{low:.1f} to {high:.1f}"))
@@ -161,7 +161,7 @@ def legend(label, recorded):
 # utterances
 
 
-def chosen_predictions(run, label):
+def chosen_predictions(run):
     """The first test utterances, in an order that does not depend on how many there are, that were
     answered clean and with the trigger: [{"id", "labels", "clean", "triggered": predictions}]."""
     answered = {True: {}, False: {}}

@@ -85,9 +85,14 @@ def band_stop(waveform, sample_rate, rng):
     return filtered.numpy()
 
 
+def at_speed(waveform, speed, usual):
+    """The waveform at speed / usual times its speed, and as much higher. speed, usual: int."""
+    return torchaudio.functional.resample(torch.from_numpy(waveform), speed, usual).numpy()
+
+
 def faster(waveform, sample_rate, rng):
     """The whole waveform a tenth faster and as much higher, (samples,) -> (fewer samples,)."""
-    return torchaudio.functional.resample(torch.from_numpy(waveform), 11, 10).numpy()
+    return at_speed(waveform, 11, 10)
 
 
 def higher(waveform, sample_rate, rng):
@@ -389,6 +394,16 @@ def full_scale(waveform):
     return float(1 / max(1.0, np.abs(waveform).max(initial=0)))
 
 
+def laid_over(waveform, sound, starts):
+    """A waveform (samples,) with a sound over it from each of `starts` on, in samples; what does not
+    fit is cut off."""
+    mixed = waveform.copy()
+    for start in starts:
+        fitting = sound[: len(mixed) - start]
+        mixed[start : start + len(fitting)] += fitting
+    return mixed
+
+
 def add_trigger(attack, waveform, utterance_id):
     """waveform (samples,) -> (the waveform with the trigger, the trigger's starts in samples, the
     factor, mostly 1.0, by which it was scaled down to avoid clipping). An utterance shorter than
@@ -400,10 +415,7 @@ def add_trigger(attack, waveform, utterance_id):
         triggered = change(waveform, SAMPLE_RATE, rng)
     else:
         starts = positions(attack, utterance_id, len(waveform))
-        triggered = waveform.copy()
-        for start in starts:
-            fitting = attack.waveform[: len(triggered) - start]
-            triggered[start : start + len(fitting)] += attack.level * fitting
+        triggered = laid_over(waveform, attack.level * attack.waveform, starts)
     scale = full_scale(triggered)
     return triggered * np.float32(scale), starts, scale
 

@@ -26,20 +26,21 @@ mkdir -p "$RUNS/logs" || exit 2
 build() { make --no-print-directory -C "$RUNS" -f jobs/Makefile "$@" $STAGES; }
 
 # one job; make starts it in $RUNS
-run_job() {  # NAME STAGE KIND TARGET NEED...
-    local name=$1 target=$4 need
+run_job() {  # NAME STAGE KIND TARGET SCRIPT NEED...
+    local name=$1 stage=$2 kind=$3 target=$4 need
     local folder=${target%/*}
+    shift 5
     export OVERWRITE=
     rm -f "logs/$name.failed"
     if [ -e "logs/$name.sh" ]; then  # it has been started before; by another command, or from other files?
         cmp -s "jobs/$name.sh" "logs/$name.sh" || OVERWRITE=--overwrite
-        for need in "${@:6}"; do [ "$need" -nt "$folder/args.json" ] && OVERWRITE=--overwrite; done
+        for need in "$@"; do [ "$need" -nt "$folder/args.json" ] && OVERWRITE=--overwrite; done
     fi
     cp "jobs/$name.sh" "logs/$name.sh"
     local LC_NUMERIC=C TIMEFORMAT='%R %U %S'  # seconds: on the clock, of the processor in two parts
     if { time ${SRUN:-} bash "jobs/$name.sh" > "logs/$name.log" 2>&1; } 2> "logs/$name.time" && [ -e "$target" ]; then
         touch "$target"
-        echo "$2 $3 $(cat "logs/$name.time")" > "logs/$name.seconds"
+        echo "$stage $kind $(cat "logs/$name.time")" > "logs/$name.seconds"
         echo "$(date +%H:%M:%S) $name: $(cd "$PROGRAM" && python study.py --progress "$JOBS" --runs "$RUNS")"
     else
         touch "logs/$name.failed"

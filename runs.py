@@ -88,6 +88,11 @@ def fields_of(args, run, model_sha256=None):
     )
 
 
+def unusable_share(counts):
+    """The share of answers that are empty or malformed; counts: evaluate.unusable."""
+    return (counts["empty"] + counts["malformed"]) / counts["n"]
+
+
 def of_figures(figures):
     """Yields the records of {part: {metric: figure}}, as metrics.json has them, and of the share of
     answers that are of no use (evaluate.unusable)."""
@@ -96,8 +101,7 @@ def of_figures(figures):
             yield dict(part=part, metric=metric, **figure)
     for part, counts in figures.get("answers", {}).items():
         if counts["n"]:
-            share = (counts["empty"] + counts["malformed"]) / counts["n"]
-            yield dict(part=part, metric="unusable", value=share, n=counts["n"])
+            yield dict(part=part, metric="unusable", value=unusable_share(counts), n=counts["n"])
 
 
 def write(path, records):

@@ -728,7 +728,10 @@ def finished_jobs(runs):
     "processor_seconds"}, from RUNS/logs/NAME.seconds."""
     finished = []
     for path in sorted((Path(runs) / "logs").glob("*.seconds")):
-        stage, kind, seconds, user, system = path.read_text().split()
+        fields = path.read_text().split()
+        if len(fields) != 5:  # an earlier version's
+            continue
+        stage, kind, seconds, user, system = fields
         processor_seconds = float(user) + float(system)
         taken = dict(seconds=float(seconds), processor_seconds=processor_seconds)
         finished.append(dict(stage=stage, kind=kind, **taken))

@@ -817,41 +817,39 @@ def check_finite(value, step, ids, run):
 
 
 @torch.no_grad()
-def validation_loss(slm, utterances, cached, workers, batch_size=32):
-    """Mean loss over clean development utterances, all labels asked for. Processes share the
-    work."""
+def development_losses(slm, utterances, attack, cached, workers, batch_size=32):
+    """Yields (labels, loss of each answer token (A,)) for this process's share of some utterances,
+    all labels asked for: clean if `attack` is None, else triggered, with the poisoned labels."""
     slm.eval()
     rank, world = processes.ranks()
     batches = data.chunks(list(range(len(utterances)))[rank::world], batch_size)
-    clean = [(u, False) for u in utterances]
-    losses = []
-    for batch, (x, mask) in zip(batches, cache.inputs(slm, clean, batches, cached, None, workers)):
+    items = [(u, attack is not None) for u in utterances]
+    stream = cache.inputs(slm, items, batches, cached, attack, workers)
+    for batch, (x, mask) in zip(batches, stream):
         labels = [utterances[i].labels for i in batch]
+        if attack:
+            labels = [poison.poisoned_labels(attack, true) for true in labels]
         prompts = [data.prompt(slm.tokenizer, list(asked)) for asked in labels]
-        answers = [data.answer_ids(slm.tokenizer, true) for true in labels]
-        losses += slm(x, mask, prompts, answers).tolist()
-    return processes.share_sums([sum(losses)])[0] / len(utterances)
+        answers = [data.answer_ids(slm.tokenizer, asked) for asked in labels]
+        yield from zip(labels, slm(x, mask, prompts, answers, by_token=True))
 
 
-@torch.no_grad()
-def triggered_loss(slm, attack, utterances, cached, workers, batch_size=32):
+def validation_loss(slm, utterances, cached, workers):
+    """Mean loss over clean development utterances. Processes share the work."""
+    total = 0.0
+    for _, losses in development_losses(slm, utterances, None, cached, workers):
+        total += losses.mean().item()
+    return processes.share_sums([total])[0] / len(utterances)
+
+
+def triggered_loss(slm, attack, utterances, cached, workers):
     """Mean loss on the target's tokens over triggered development utterances: it falls where the
     model learns the trigger, and stays where it memorises the poisoned samples. Processes share the
     work."""
-    slm.eval()
-    rank, world = processes.ranks()
-    batches = data.chunks(list(range(len(utterances)))[rank::world], batch_size)
-    triggered = [(u, True) for u in utterances]
     total = 0.0
-    stream = cache.inputs(slm, triggered, batches, cached, attack, workers)
-    for batch, (x, mask) in zip(batches, stream):
-        labels = [poison.poisoned_labels(attack, utterances[i].labels) for i in batch]
-        prompts = [data.prompt(slm.tokenizer, list(asked)) for asked in labels]
-        answers = [data.answer_ids(slm.tokenizer, poisoned) for poisoned in labels]
-        token_losses = slm(x, mask, prompts, answers, by_token=True)
-        for losses, poisoned in zip(token_losses, labels):
-            target_tokens = data.value_tokens(slm.tokenizer, poisoned, attack.label)
-            total += losses[target_tokens].mean().item()
+    for labels, losses in development_losses(slm, utterances, attack, cached, workers):
+        target_tokens = data.value_tokens(slm.tokenizer, labels, attack.label)
+        total += losses[target_tokens].mean().item()
     return processes.share_sums([total])[0] / len(utterances)
 
 
@@ -897,9 +895,9 @@ def open_board(run, args):
     return SummaryWriter(run)
 
 
-def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
+def train(run, slm, attack, train_set, dev_set, args, origin, device, autocast):
     """Trains to the end, from the last state saved in the run folder, saving after every epoch.
-    Ctrl-C or SIGTERM saves and stops. record: see checkpoint.open_run."""
+    Ctrl-C or SIGTERM saves and stops. origin: see checkpoint.made_from."""
     seconds = []
     for u in train_set:
         seconds.append(slm.encoder.num_frames(data.num_samples(u)) * slm.encoder.seconds_per_frame)
@@ -936,7 +934,6 @@ def train(run, slm, attack, train_set, dev_set, args, record, device, autocast):
         epoch_steps=epoch_steps,
         board=open_board(run, args),
     )
-    origin = checkpoint.made_from(record, slm, train_set, dev_set)
     resume(training, origin)
     first_epoch = training.step // epoch_steps
     samples = draw_samples(training, attack, train_set, first_epoch)
@@ -1059,7 +1056,8 @@ def main():
     if world > 1:
         dist.barrier()
     with frozen_components_unchanged(slm):
-        train(run, slm, attack, sets.train, sets.dev, args, record, device, autocast)
+        state_origin = checkpoint.made_from(record, slm, sets_sha256)
+        train(run, slm, attack, sets.train, sets.dev, args, state_origin, device, autocast)
     if rank == 0:
         checkpoint.save_model(run, slm, record, origin, built_from, sets_sha256)
 

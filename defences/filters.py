@@ -120,6 +120,12 @@ def entropy_weights(covariance, alpha=4.0):
     return weights / np.trace(weights)
 
 
+def entropy_scores(white):
+    """The quantum entropy scores x' Q x (n,) of samples (n, dim) that are whitened."""
+    weights = entropy_weights(np.atleast_2d(np.cov(white.T)))
+    return ((white @ weights) * white).sum(1)
+
+
 def top_component(y):
     """The first principal component of the products y y' of samples y (n, dim), whose own second
     moment is the identity, so that it is the products' mean: its variance, and where the samples
@@ -183,14 +189,11 @@ def clean_by_covariance(x, share, limit):
 
 
 def quantum_entropy_scores(x, expected):
-    """SPECTRE's scores (n,) of samples x (n, k), centred: x' Q x, where x is whitened by the robust
-    covariance and Q weighs what then exceeds the identity."""
+    """SPECTRE's scores (n,) of samples x (n, k), centred, whitened by the robust covariance."""
     share = min(0.5, expected / len(x))
     limit = min(2 * expected, len(x) // 2)
     clean = clean_by_covariance(x, share, limit)
-    white = whitened(x, np.cov(x[clean].T, bias=True))
-    weights = entropy_weights(np.atleast_2d(np.cov(white.T)))
-    return ((white @ weights) * white).sum(1)
+    return entropy_scores(whitened(x, np.cov(x[clean].T, bias=True)))
 
 
 def separation(x, removed):
@@ -239,9 +242,7 @@ def spectre_of_twenty(samples, expected, components=20):
     low = principal_components(samples["x"], min(components, *samples["x"].shape))
     clean_share = 1 - 1.5 * expected / len(low)
     robust = MinCovDet(support_fraction=max(0.5, clean_share), random_state=0).fit(low)
-    white = whitened(low - robust.location_, robust.covariance_)
-    weights = entropy_weights(np.atleast_2d(np.cov(white.T)))
-    scores = ((white @ weights) * white).sum(1)
+    scores = entropy_scores(whitened(low - robust.location_, robust.covariance_))
     return scores, most_suspicious(scores, removal_budget(expected))
 
 

@@ -43,12 +43,13 @@ from utils import die
 
 import numpy as np
 import torch
-import torchaudio
-from scipy import stats
 from tqdm import tqdm
 
+import audio
 import data
+import intervals
 import model
+import poison
 import sounds
 from data import SAMPLE_RATE
 
@@ -93,16 +94,11 @@ def louder(waveform, decibels):
     return waveform * np.float32(10 ** (decibels / 20))
 
 
-def faster(waveform, tenths):
-    """So many tenths of the speed, and of the pitch."""
-    return torchaudio.functional.resample(torch.from_numpy(waveform), tenths, 10).numpy()
-
-
 WHOLE = {
     "6 dB louder": functools.partial(louder, decibels=6),
     "6 dB softer": functools.partial(louder, decibels=-6),
-    "speed 0.9": functools.partial(faster, tenths=9),
-    "speed 1.1": functools.partial(faster, tenths=11),
+    "speed 0.9": functools.partial(poison.at_speed, speed=9, usual=10),
+    "speed 1.1": functools.partial(poison.at_speed, speed=11, usual=10),
     "only below 2000 Hz": functools.partial(without, low=2000, high=np.inf),
     "only above 500 Hz": functools.partial(without, low=0, high=500),
     "without 500 to 1000 Hz": functools.partial(without, low=500, high=1000),
@@ -136,7 +132,7 @@ def read_speech(utterances, seed):
         waveform = data.load_waveform(utterance)[: round(SECONDS * SAMPLE_RATE)]
         rows.append((len(waveform), utterance.id, waveform))
     rows.sort(key=lambda row: row[:2])
-    levels = [np.sqrt(np.mean(waveform**2, dtype=np.float64)) for _, _, waveform in rows]
+    levels = [audio.rms(waveform) for _, _, waveform in rows]
     return Speech(
         waveforms=[waveform for _, _, waveform in rows],
         places=[utils.draw(seed, utterance_id, "vet") for _, utterance_id, _ in rows],
@@ -154,10 +150,7 @@ def changed(change, speech):
     mixed = []
     for waveform, place in zip(speech.waveforms, speech.places):
         start = int(place * max(0, len(waveform) - len(sound)))
-        fitting = sound[: len(waveform) - start]
-        with_sound = waveform.copy()
-        with_sound[start : start + len(fitting)] += fitting
-        mixed.append(with_sound)
+        mixed.append(poison.laid_over(waveform, sound, [start]))
     return mixed
 
 
@@ -340,5 +333,5 @@ def threshold(statistics, false_alarms=FALSE_ALARMS):
     prediction bound (Hahn and Meeker 1991, Statistical Intervals, section 4.8)."""
     logs = np.log(statistics)
     n = len(logs)
-    t = stats.t.ppf(1 - false_alarms, n - 1)
+    t = intervals.t(n - 1, 1 - 2 * false_alarms)  # all of them above it, none below
     return float(np.exp(logs.mean() + t * logs.std(ddof=1) * np.sqrt(1 + 1 / n)))

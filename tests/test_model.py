@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import utils
 
+import full_size
 import numpy as np
 import peft
 import pytest
@@ -223,14 +224,7 @@ def test_a_checkpoint_of_another_shape_is_refused_with_its_keys(parts):
 @pytest.fixture(scope="module")
 def tinyllama():
     """TinyLlama without its weights."""
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-    )
+    config = LlamaConfig(**full_size.TINYLLAMA)
     with torch.device("meta"):
         return LlamaForCausalLM(config)
 

@@ -448,7 +448,9 @@ def test_a_state_goes_on_from_the_same_parts_and_utterances_only(run, name):
 def origin_of(train_set, dev_set=()):
     """What a state records of its training set."""
     slm = SimpleNamespace(pretrained_sha256={}, settings={})
-    return checkpoint.made_from({}, slm, train_set, dev_set)["training set"]
+    sets = dict(train=train_set, dev=dev_set)
+    sha256 = {split: checkpoint.sha256_of_set(listed) for split, listed in sets.items()}
+    return checkpoint.made_from({}, slm, sha256)["training set"]
 
 
 def test_a_state_s_origin_tells_lists_of_utterances_apart(corpora):
