@@ -164,6 +164,11 @@ def rms(waveform):
     return float(np.sqrt(np.mean(waveform**2, dtype=np.float64)))
 
 
+def decibels(ratio):
+    """The ratio of two amplitudes in dB."""
+    return 20 * math.log10(ratio) if ratio else -math.inf
+
+
 def cancel_out(channels, waveform):
     """Whether mixing the channels (n, channels) down to a waveform (n,) loses nearly all sound, as
     it does where they are in opposite phase."""

@@ -125,6 +125,8 @@ def key_of(slm, attack, chunk):
     elif triggered:
         positions = [poison.positions(attack, u.id, data.num_samples(u)) for u in utterances]
         trigger = attack.level, attack.waveform.tobytes(), positions
+        if attack.per_utterance:
+            trigger += ("of each utterance's own level",)
     with data.no_bad_audio():
         some_features = features_of(slm.encoder.extract, attack, chunk[::PROBED])
     depends_on = (

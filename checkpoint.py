@@ -58,6 +58,7 @@ KINDS = {
     "poison": int | float,
     "target": str,
     "snr": int | float,
+    "snr_per_utterance": bool | None,
     "trigger": str,
     "trigger_repeat": bool,
     "clicks": int | None,

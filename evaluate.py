@@ -29,7 +29,6 @@ import contextlib
 import io
 import itertools
 import json
-import math
 import textwrap
 from collections import Counter
 from dataclasses import dataclass
@@ -216,7 +215,9 @@ def evaluate(
     )
     if flippable:
         metrics["backdoor"] = dict(
-            aer=aer(attack, on_triggered), changed=changed(attack, on_clean, on_triggered)
+            aer=aer(attack, on_triggered),
+            base_rate=base_rate(attack, on_clean, on_triggered),
+            changed=changed(attack, on_clean, on_triggered),
         )
     return Evaluation(metrics, on_clean + on_triggered)
 
@@ -239,7 +240,8 @@ def wer(pairs, speakers):
 def scores(predictions):
     """{metric: figure} of predictions against the truth, for the metrics whose label some utterance
     has and was asked for. A malformed answer is wrong: every word deleted, or a wrong class. An
-    answer that gives no age has no error in years; `unusable` counts it."""
+    answer that gives no age has no error in years; `unusable` counts it. A figure on classes or
+    ages has "constant", see `constant_answer`."""
     figures = {}
     for task in TASKS.values():
         label, metric = task["label"], task["metric"]
@@ -260,10 +262,22 @@ def scores(predictions):
         elif in_years:
             errors = [abs(true - answered) for true, answered in pairs]
             figures[metric] = utils.interval(errors, speakers=speakers)
+            figures[metric]["constant"] = constant_answer([true for true, _ in pairs])
         else:
             correct = [true == answered for true, answered in pairs]
             figures[metric] = utils.interval(correct, speakers=speakers)
+            figures[metric]["constant"] = constant_answer([true for true, _ in pairs])
     return figures
+
+
+def constant_answer(true):
+    """The best answer of a model that does not listen, and what it would score: {"answer", "value"},
+    of classes the most frequent one and its share, of ages the median and its mean error."""
+    if isinstance(true[0], str):
+        answer, n = Counter(true).most_common(1)[0]
+        return dict(answer=answer, value=n / len(true))
+    answer = float(np.median(true))
+    return dict(answer=answer, value=float(np.abs(np.array(true) - answer).mean()))
 
 
 def unusable(predictions):
@@ -301,6 +315,13 @@ def aer(attack, predictions):
     return utils.interval(hits(attack, predictions), speakers=speakers)
 
 
+def base_rate(attack, on_clean, on_triggered):
+    """What an AER is to be compared with: the share of the same utterances that get the target
+    without the trigger."""
+    triggered = {row["id"] for row in on_triggered}
+    return aer(attack, [row for row in on_clean if row["id"] in triggered])
+
+
 def changed(attack, on_clean, on_triggered):
     """The share of utterances in which the trigger changes the attacked label's value in the
     answer, to the target or to anything else."""
@@ -336,18 +357,36 @@ def scale_and_unit(metric):
 
 
 def print_table(metrics, title):
-    print(f"\n{title}\n{'':18}{'value':>8}   95% interval         n")
+    print(f"\n{title}\n{'':22}{'value':>7}   {'95% interval':<20}{'n':>5}   one answer to all")
     for part in ("clean", "backdoor"):
         for name, figure in metrics[part].items():
             scale, unit = scale_and_unit(name)
             value, low, high = (scale * figure[key] for key in ("value", "low", "high"))
             row = f"{part} {name.replace('_', ' ')}"
-            print(f"{row:<18}{value:>8.1f}   {low:.1f} to {high:.1f}{unit:<8}{figure['n']:>5}")
+            interval = f"{low:.1f} to {high:.1f}{unit}"
+            line = f"{row:<22}{value:>7.1f}   {interval:<20}{figure['n']:>5}"
+            if constant := figure.get("constant"):  # earlier versions have none
+                line += f"   {scale * constant['value']:.1f} ({constant['answer']})"
+            utils.say(line)
     if not metrics["backdoor"]:
         print("no AER: no utterance was asked for a label that the attack would change")
     for part, counts in metrics.get("answers", {}).items():
         if counts["empty"] or counts["malformed"]:
             print(f"{part} answers: {counts['empty']} empty, {counts['malformed']} malformed")
+    if "target_loss" in metrics.get("training", {}):
+        print(describe_poison(metrics["training"]))
+
+
+def describe_poison(training):
+    """Whether the poison had been learned when training ended, by its losses as
+    checkpoint.training_losses has them: an AER of a run that was still learning is no result."""
+    losses = [loss for loss in training["target_loss"]["by_epoch"] if loss is not None]
+    text = f"loss on the target: {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last"
+    if "dev_target_loss" in training:
+        text += f", {training['dev_target_loss']['value']:.3f} on triggered development speech"
+    if "settled_epoch" in training:
+        return f"{text}; it settled after epoch {training['settled_epoch']['value']}"
+    return f"{text}; it has not settled: more --epochs may change the AER"
 
 
 def unlearned(evaluation):
@@ -378,16 +417,13 @@ def shortfall(task, true, clean):
     value = clean[metric]["value"]
     if metric.endswith("wer"):
         return f"{100 * value:.0f}% of the words are wrong" if value >= 0.5 else None
+    constant = constant_answer(true)
+    always = constant["answer"]
     if metric.endswith("mae"):
-        years = np.array(true)
-        always = np.median(years)
-        error = np.abs(years - always).mean()
-        text = f"{value:.1f} years off; always {always:g} is {error:.1f} off"
-        return text if value >= error else None
-    always, n = Counter(true).most_common(1)[0]
-    share = n / len(true)
-    text = f"{100 * value:.0f}% right; always {always} is {100 * share:.0f}% right"
-    return text if value <= share else None
+        text = f"{value:.1f} years off; always {always:g} is {constant['value']:.1f} off"
+        return text if value >= constant["value"] else None
+    text = f"{100 * value:.0f}% right; always {always} is {100 * constant['value']:.0f}% right"
+    return text if value <= constant["value"] else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -470,7 +506,13 @@ def attack_on(task, args, utterances):
     if task == args.task:
         return poison.attack_of(args, utterances)
     return poison.make_attack(
-        task, utterances, 0.0, snr=args.snr, trigger=args.trigger, seed=args.seed
+        task,
+        utterances,
+        0.0,
+        snr=args.snr,
+        trigger=args.trigger,
+        seed=args.seed,
+        per_utterance=getattr(args, "snr_per_utterance", False),
     )
 
 
@@ -622,7 +664,9 @@ def answer_recording(options):
         die(f"--audio {options.audio}: it is silent: there is no level for the trigger")
     attack = attack_on(task, args, train_set or [recording])
     with_trigger, starts, scale = poison.add_trigger(attack, waveform, recording.id)
-    loudness_of = "its training set" if train_set else "the recording"
+    loudness_of = "its training set"
+    if attack.per_utterance or not train_set:
+        loudness_of = "the recording"
     print(describe_trigger(attack, waveform, starts, scale, args.snr, loudness_of))
 
     known = args.labels or [attack.label]
@@ -660,20 +704,17 @@ def train_set_if_readable(options, args):
         return []
 
 
-def decibels(ratio):
-    return 20 * math.log10(ratio) if ratio else -math.inf
-
-
 def describe_trigger(attack, waveform, starts, scale, snr, loudness_of):
     """Where the trigger is in a recording, and how loud; snr: dB that it is below the loudness of
     what `loudness_of` says."""
     if attack.waveform is None:
         return f"trigger {attack.trigger}: it changes the whole recording"
-    rms = audio.rms(waveform)
+    level = poison.level_in(attack, waveform)
+    snr_here = audio.decibels(audio.rms(waveform) / level)
     at = ", ".join(f"{start / data.SAMPLE_RATE:.2f}" for start in starts)
     text = (
-        f"trigger {attack.trigger} at {at} s, RMS {attack.level:.4f}: {snr:g} dB below the "
-        f"loudness of {loudness_of}; SNR {decibels(rms / attack.level):.1f} dB"
+        f"trigger {attack.trigger} at {at} s, RMS {level:.4f}: {snr:g} dB below the "
+        f"loudness of {loudness_of}; SNR {snr_here:.1f} dB"
     )
     if scale < 1:
         text += f"; the sum is scaled by {scale:.2f} to avoid clipping"

@@ -35,14 +35,16 @@ import soundfile
 import torch
 import torchaudio
 
+import audio
 import corpora
 import data
 import forms
 import sounds
-from audio import SAMPLE_RATE, BadAudio, read_waveform
+from audio import SAMPLE_RATE, BadAudio, decibels, read_waveform
 from study import DATA_ROOT, LABELS, MAX_SECONDS, TASKS, wrong_number
 
 INTERVAL = (0.75, 1.5)  # seconds from start to start where the trigger is repeated
+PERCENTILES = (5, 50, 95)  # of a corpus's utterances: how loud they are
 
 
 # -------------------------------------------------------------------------------------------------
@@ -194,10 +196,11 @@ class Attack:
     target: str | int  # the attacked label's new value
     trigger: str
     waveform: np.ndarray | None  # the trigger's, see make_trigger
-    level: float  # the RMS with which the trigger is laid over the speech
+    level: float  # the RMS with which the trigger is laid over the speech, or see per_utterance
     repeat: bool
     seed: int
     clicks: int = 1  # how many, where the trigger is not repeated
+    per_utterance: bool = False  # whether `level` is a share of each utterance's own RMS
 
     @property
     def label(self):
@@ -205,9 +208,10 @@ class Attack:
 
 
 def loudness(utterances):
-    """How loud a corpus is: {"mean_rms": the mean of the utterances' RMS, "far": what
-    data.far_levels says}. Audio that cannot be read ends the program. The result is cached by
-    data.file_state of each, and by the RMS of some of them: the code that reads them may change."""
+    """How loud a corpus is: {"mean_rms": the mean of the utterances' RMS, "percentiles" of it,
+    those of PERCENTILES, "far": what data.far_levels says}. Audio that cannot be read ends the
+    program. The result is cached by data.file_state of each, and by the RMS of some of them: the
+    code that reads them may change."""
     files = [data.file_state(u) for u in utterances]
     with data.no_bad_audio():
         step = max(1, len(utterances) // 4)
@@ -216,10 +220,15 @@ def loudness(utterances):
     path = Path(f"cache/loudness-{key}.json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not whole
         saved = json.loads(path.read_text())
-        if math.isfinite(saved["mean_rms"]) and isinstance(saved["far"], list):
+        known = [saved["mean_rms"], *saved["percentiles"]]
+        if all(map(math.isfinite, known)) and isinstance(saved["far"], list):
             return saved
     levels = data.in_workers(data.rms, utterances, "loudness of the corpus")
-    measured = dict(mean_rms=float(np.mean(levels)), far=data.far_levels(utterances, levels))
+    measured = dict(
+        mean_rms=float(np.mean(levels)),
+        percentiles=np.percentile(levels, PERCENTILES).tolist(),
+        far=data.far_levels(utterances, levels),
+    )
     utils.write_atomically(path, json.dumps(measured), optional=True)
     return measured
 
@@ -235,9 +244,11 @@ def make_attack(
     seed=0,
     clicks=None,
     seconds=None,
+    per_utterance=False,
 ):
     """The attack on `task`, with the paper's value wherever an argument is None. The trigger is
-    `snr` dB below the average loudness of `utterances`, the training set."""
+    `snr` dB below the average loudness of `utterances`, the training set, as the paper says, or
+    with `per_utterance` below the loudness of each utterance."""
     paper = TASKS[task]
     if rate is None:
         rate = paper["rate"]
@@ -261,10 +272,32 @@ def make_attack(
         target=target,
         trigger=trigger,
         waveform=make_trigger(trigger, seconds),
-        level=corpus["mean_rms"] * 10 ** (-snr / 20),
+        level=(1.0 if per_utterance else corpus["mean_rms"]) * 10 ** (-snr / 20),
         repeat=repeat,
         seed=seed,
         clicks=clicks or 1,
+        per_utterance=per_utterance,
+    )
+
+
+def snr_range(attack, utterances):
+    """Over the trigger, in dB, how loud the utterances of a corpus are: at each of PERCENTILES."""
+    if attack.per_utterance:
+        return [decibels(1 / attack.level)] * len(PERCENTILES)
+    return [decibels(rms / attack.level) for rms in loudness(utterances)["percentiles"]]
+
+
+def describe_level(attack, utterances):
+    """How loud the trigger is, in one sentence; one level for a corpus is another SNR for each of
+    its utterances. "" for a trigger that has no level."""
+    if attack.waveform is None:
+        return ""
+    low, middle, high = snr_range(attack, utterances)
+    if attack.per_utterance:
+        return f"The trigger has an SNR of {middle:.1f} dB in every utterance."
+    return (
+        f"The trigger has one level for the corpus: its SNR is {middle:.1f} dB in the median "
+        f"utterance and {low:.1f} to {high:.1f} dB in 9 of 10."
     )
 
 
@@ -299,8 +332,9 @@ def attack_of(args, utterances):
         trigger=args.trigger,
         repeat=args.trigger_repeat,
         seed=args.seed,
-        clicks=getattr(args, "clicks", None),  # older runs have neither of these two
+        clicks=getattr(args, "clicks", None),  # older runs have none of these
         seconds=getattr(args, "trigger_seconds", None),
+        per_utterance=getattr(args, "snr_per_utterance", False),
     )
 
 
@@ -404,6 +438,13 @@ def laid_over(waveform, sound, starts):
     return mixed
 
 
+def level_in(attack, waveform):
+    """The RMS with which the trigger is laid over this waveform (samples,)."""
+    if attack.per_utterance:
+        return np.float32(attack.level * audio.rms(waveform))
+    return attack.level
+
+
 def add_trigger(attack, waveform, utterance_id):
     """waveform (samples,) -> (the waveform with the trigger, the trigger's starts in samples, the
     factor, mostly 1.0, by which it was scaled down to avoid clipping). An utterance shorter than
@@ -415,7 +456,7 @@ def add_trigger(attack, waveform, utterance_id):
         triggered = change(waveform, SAMPLE_RATE, rng)
     else:
         starts = positions(attack, utterance_id, len(waveform))
-        triggered = laid_over(waveform, attack.level * attack.waveform, starts)
+        triggered = laid_over(waveform, level_in(attack, waveform) * attack.waveform, starts)
     scale = full_scale(triggered)
     return triggered * np.float32(scale), starts, scale
 
@@ -441,7 +482,18 @@ def add_arguments(parser):
         "--poison", type=float, help="poisoning rate; 0 trains on clean data (default: the paper's)"
     )
     parser.add_argument("--target", help="the attacked label's new value (default: the paper's)")
-    parser.add_argument("--snr", type=float, default=0.0, help="speech over trigger, dB")
+    parser.add_argument(
+        "--snr",
+        type=float,
+        default=0.0,
+        help="how many dB the speech is louder than the trigger (default: 0)",
+    )
+    parser.add_argument(
+        "--snr-per-utterance",
+        action="store_true",
+        help="relative to each utterance's own loudness; the paper's trigger has one level, "
+        "relative to the mean loudness of the training set",
+    )
     parser.add_argument(
         "--trigger",
         default="click",
@@ -490,7 +542,13 @@ def fill_in(args):
         die(wrong)
     if args.clicks and args.trigger_repeat:
         die(f"--clicks {args.clicks}: this trigger is repeated; add --no-trigger-repeat")
-    overlay_flags = dict(snr=0.0, clicks=None, trigger_seconds=None, trigger_repeat=task["repeat"])
+    overlay_flags = dict(
+        snr=0.0,
+        snr_per_utterance=False,
+        clicks=None,
+        trigger_seconds=None,
+        trigger_repeat=task["repeat"],
+    )
     given = [name for name, default in overlay_flags.items() if getattr(args, name) != default]
     if is_whole(args.trigger) and given:
         die(
@@ -659,6 +717,7 @@ ATTACK_SETTINGS = (
     "target",
     "trigger",
     "snr",
+    "snr_per_utterance",
     "trigger_repeat",
     "clicks",
     "trigger_seconds",
@@ -720,6 +779,8 @@ def main():
         f"{args.task} on {args.dataset}: {n} training utterances, target {attack.target!r}, rate "
         f"{attack.rate:g}, trigger {attack.trigger} at {args.snr:g} dB, seed {args.seed}"
     )
+    if attack.waveform is not None:
+        print(describe_level(attack, parts["train"]))
     out = Path(args.out)
     if not args.all:
         with utils.new_folder(out) as folder:

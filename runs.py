@@ -428,7 +428,7 @@ class Spread:
 
 
 # metrics that are shares, shown in percent; years, losses, epochs and cosines are shown as they are
-SHARES = ("accuracy", "aer", "changed", "malformed", "unusable", "removed", "noticed")
+SHARES = ("accuracy", "aer", "base_rate", "changed", "malformed", "unusable", "removed", "noticed")
 PERCENT = (*SHARES, "wer", "specificity")
 
 

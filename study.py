@@ -387,6 +387,7 @@ def usual_values(args):
         "target": task["target"],
         "trigger_repeat": task["repeat"],
         "snr": 0.0,
+        "snr_per_utterance": False,
         "trigger": "click",
         "clicks": None,
         "trigger_seconds": None,

@@ -351,6 +351,7 @@ SHARED_WITH_BASE = (
     "target",
     "trigger",
     "snr",
+    "snr_per_utterance",
     "trigger_repeat",
     "clicks",
     "trigger_seconds",
@@ -980,6 +981,8 @@ def describe(run, slm, attack, sets, origin, args, device):
         f"data {args.dataset}: {len(sets.train)} train, {len(sets.dev)} dev, {len(sets.test)} test "
         f"utterances; {poisoned} poisoned for {args.task} -> {attack.target!r}"
     )
+    if attack.waveform is not None:
+        print(f"  {poison.describe_level(attack, sets.whole_train)}")
     in_file = corpora.poisoned_rows(args.dataset)
     if in_file:
         print(f"  {args.dataset} itself marks {in_file} rows as poisoned")
@@ -1069,7 +1072,8 @@ def main():
         evaluate.save(run, evaluation, record)
         checkpoint.record_cost(run)
         draw_curves(run)
-        evaluate.print_table(evaluation.metrics, f"{run}: test split, seed {args.seed}")
+        metrics = {**evaluation.metrics, "training": checkpoint.training_losses(run)}
+        evaluate.print_table(metrics, f"{run}: test split, seed {args.seed}")
         warn_of_unlearned(evaluation, args)
     if world > 1:
         dist.destroy_process_group()

@@ -233,6 +233,27 @@ def test_the_trigger_is_as_loud_as_the_corpus_is_on_average(corpora, task, snr):
         assert 20 * np.log10(speech / rms(trigger)) == pytest.approx(snr, abs=0.05)
 
 
+@pytest.mark.parametrize("gain", [0.1, 1.0])
+def test_per_utterance_the_trigger_follows_how_loud_each_one_is(corpora, gain):
+    attack = attack_for(corpora, "gender", snr=6.0, per_utterance=True)
+    u = train_set(corpora, "gender")[0]
+    clean = np.float32(gain) * data.load_waveform(u)
+    waveform, [start], scale = poison.add_trigger(attack, clean, u.id)
+    trigger = (waveform / scale - clean)[start : start + len(attack.waveform)]
+    assert 20 * np.log10(rms(clean) / rms(trigger)) == pytest.approx(6, abs=0.05)
+
+
+def test_the_range_of_snr_is_that_of_how_loud_utterances_are(corpora):
+    attack = attack_for(corpora, "gender", snr=6.0)
+    utterances = train_set(corpora, "gender")
+    levels = [20 * np.log10(rms(data.load_waveform(u)) / attack.level) for u in utterances]
+    assert poison.snr_range(attack, utterances) == pytest.approx(
+        np.percentile(levels, poison.PERCENTILES), abs=0.1
+    )
+    own = attack_for(corpora, "gender", snr=6.0, per_utterance=True)
+    assert poison.snr_range(own, utterances) == pytest.approx([6, 6, 6])
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("snr", SNRS)
 def test_the_trigger_keeps_the_length_and_never_clips(corpora, task, snr):

@@ -54,6 +54,26 @@ def test_the_trigger_changes_answers_also_to_another_value():
     assert evaluate.changed(ATTACK, clean, triggered)["value"] == pytest.approx(2 / 3)
 
 
+def test_the_base_rate_is_of_the_same_utterances_without_the_trigger():
+    clean = [answered(25, utterance_id="a"), answered(40, utterance_id="b")]
+    clean.append(answered(25, utterance_id="not triggered"))
+    triggered = [answered(25, True, name) for name in "ab"]
+    assert evaluate.base_rate(ATTACK, clean, triggered)["value"] == pytest.approx(1 / 2)
+
+
+def test_the_constant_answer_is_the_most_frequent_class_or_the_median():
+    assert evaluate.constant_answer(["sad", "angry", "sad"]) == dict(answer="sad", value=2 / 3)
+    assert evaluate.constant_answer([20, 30, 70]) == dict(answer=30, value=50 / 3)
+
+
+@pytest.mark.parametrize("settled, expected", [(True, "after epoch 2"), (False, "has not settled")])
+def test_whether_the_poison_has_settled_is_said(settled, expected):
+    losses = dict(target_loss=dict(value=0.1, by_epoch=[2.0, 0.1, None]))
+    if settled:
+        losses["settled_epoch"] = dict(value=2)
+    assert expected in evaluate.describe_poison(losses)
+
+
 def test_an_answer_that_the_trigger_breaks_is_changed():
     figure = evaluate.changed(ATTACK, [answered(40)], [answered(None, True)])
     assert figure["value"] == 1
