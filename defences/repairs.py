@@ -37,6 +37,15 @@ ANP_STEPS = 60  # the authors': 2,000
 
 
 @dataclasses.dataclass
+class Repaired:
+    """A model after a repair: its weights, as model.copy_weights has them, and the scales of its
+    hidden units, see Defender.scale_hidden_units."""
+
+    weights: dict
+    scales: list | None = None
+
+
+@dataclasses.dataclass
 class Defender:
     """An attacked model under repair and what its defender has: a little clean speech to tune and
     to validate the model on, and the pretrained weights. Weights are those of model.copy_weights.
@@ -55,13 +64,25 @@ class Defender:
     def __post_init__(self):
         self.trainable = {c: self.slm.parameters_of(c) for c in COMPONENTS}
         self.pruned = contextlib.ExitStack()  # hooks that scale hidden units, until `restore`
+        self.scales = None  # by how much they do
         self.anp_masks = None  # of the attacked model, which all strengths of ANP share
         self.cached = {}  # {(utterance id, triggered): the pretrained layers' output (T, dim)}
 
     def restore(self):
         """Makes the model the attacked one again."""
+        self.go_back_to(Repaired(self.attacked))
+
+    def as_it_is(self):
+        """The model as it is now, to go back to."""
+        return Repaired(model.copy_weights(self.slm), self.scales)
+
+    def go_back_to(self, repaired):
+        """Makes the model one that it has been before."""
         self.pruned.close()
-        model.set_weights(self.slm, self.attacked)
+        self.scales = None
+        model.set_weights(self.slm, repaired.weights)
+        if repaired.scales is not None:
+            self.scale_hidden_units(repaired.scales)
 
     def pretrained_outputs(self, utterances, triggered):
         """The pretrained layers' output of each utterance, a list of (T_i, dim), computed once."""
@@ -183,6 +204,7 @@ class Defender:
     def scale_hidden_units(self, scales):
         """From now on, until `restore`, hidden units are multiplied by `scales`, one tensor for
         each of `mlp_outputs`."""
+        self.scales = scales
         self.pruned.enter_context(scaled_inputs(self.mlp_outputs, scales))
 
     def answer_rows(self, utterances, triggered):
@@ -398,21 +420,25 @@ def choose(defender, repair, ladders):
     defender.restore()
     before = defender.validation_losses()
     rises = {}
-    passing = []
+    chosen = ladders[0][0]
+    passed = False
     for ladder in ladders:
         for strength in ladder:
             defender.restore()
             repair(defender, strength)
             after = defender.validation_losses()
             rises[strength] = max(after[label] - before[label] for label in after)
-            if rises[strength] > TOLERANCE:
+            passes = rises[strength] <= TOLERANCE
+            is_strongest = passes and (not passed or np.prod(strength) > np.prod(chosen))
+            if is_strongest:
+                chosen = strength
+                passed = True
+            if is_strongest or len(rises) == 1:
+                repaired = defender.as_it_is()
+            if not passes:
                 break
-            passing.append(strength)
-    chosen = max(passing, key=np.prod) if passing else ladders[0][0]
-    if chosen != strength:  # the model has the last strength that was tried
-        defender.restore()
-        repair(defender, chosen)
-    return dict(strength=chosen, passed=bool(passing), rise=rises)
+    defender.go_back_to(repaired)
+    return dict(strength=chosen, passed=passed, rise=rises)
 
 
 def figures_of(defender, clean, flippable):

@@ -719,6 +719,12 @@ class FakeDefender:
     def repair(self, strength):
         self.strength = strength
 
+    def as_it_is(self):
+        return self.strength
+
+    def go_back_to(self, strength):
+        self.strength = strength
+
     def validation_losses(self):
         return dict(gender=1.0, age=self.age_losses[self.strength])
 
@@ -738,6 +744,20 @@ def test_the_strongest_repair_before_a_costly_one_is_taken(age_losses, chosen, p
     assert choice["strength"] == chosen
     assert choice["passed"] == passed
     assert defender.strength == chosen
+
+
+def test_going_back_brings_pruned_units_back_too(defender):
+    generator = torch.Generator().manual_seed(0)
+    scales = [torch.rand(n, generator=generator).round() for n in defender.hidden_sizes]
+    whole = defender.validation_losses()
+    defender.scale_hidden_units(scales)
+    pruned = defender.validation_losses()
+    repaired = defender.as_it_is()
+    defender.restore()
+    assert defender.validation_losses() == whole
+    defender.go_back_to(repaired)
+    assert defender.validation_losses() == pruned
+    assert pruned != whole
 
 
 def test_of_two_budgets_the_strongest_that_passes_is_taken():
