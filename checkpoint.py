@@ -682,10 +682,11 @@ def training_losses(run):
     """The losses in a run's log, nats per token: of all samples ("loss"), of the poisoned ones, on
     the target's tokens alone, on clean development speech ("dev_loss") and on the target's tokens
     for triggered development speech: {name: {"value": the mean of the last epoch that has one,
-    "by_epoch"}}. "settled_epoch": {"value": see `settled`}, if the poison has settled."""
+    "by_epoch"}}. "dev_aer": the same of train.triggered_figures. "settled_epoch": {"value": see
+    `settled`}, if the poison has settled."""
     lines = logged(run)
     losses = {}
-    for name in ("loss", "poisoned_loss", "target_loss", "dev_loss", "dev_target_loss"):
+    for name in ("loss", "poisoned_loss", "target_loss", "dev_loss", "dev_target_loss", "dev_aer"):
         by_epoch = mean_by_epoch(lines, name)
         means = [mean for mean in by_epoch if mean is not None]
         if means:

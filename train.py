@@ -843,15 +843,22 @@ def validation_loss(slm, utterances, cached, workers):
     return processes.share_sums([total])[0] / len(utterances)
 
 
-def triggered_loss(slm, attack, utterances, cached, workers):
-    """Mean loss on the target's tokens over triggered development utterances: it falls where the
-    model learns the trigger, and stays where it memorises the poisoned samples. Processes share the
-    work."""
+def triggered_figures(slm, attack, utterances, cached, workers):
+    """What triggered development utterances do: {"dev_target_loss": the mean loss on the target's
+    tokens, "dev_aer": the share in which each of these tokens is likelier than all others
+    together}. The loss falls where the model learns the trigger, and stays where it memorises the
+    poisoned samples. Processes share the work."""
     total = 0.0
+    target_first = 0
     for labels, losses in development_losses(slm, utterances, attack, cached, workers):
-        target_tokens = data.value_tokens(slm.tokenizer, labels, attack.label)
-        total += losses[target_tokens].mean().item()
-    return processes.share_sums([total])[0] / len(utterances)
+        target_losses = losses[data.value_tokens(slm.tokenizer, labels, attack.label)]
+        total += target_losses.mean().item()
+        target_first += int(target_losses.max() < math.log(2))
+    sums = processes.share_sums([total, target_first])
+    return dict(
+        dev_target_loss=sums[0] / len(utterances),
+        dev_aer=sums[1] / len(utterances),
+    )
 
 
 def resume(training, origin):
@@ -948,7 +955,7 @@ def train(run, slm, attack, train_set, dev_set, args, origin, device, autocast):
             with autocast():
                 line = dict(dev_loss=validation_loss(slm, dev_set, dev_cached, args.workers))
                 if triggered_set:
-                    line["dev_target_loss"] = triggered_loss(
+                    line |= triggered_figures(
                         slm, attack, triggered_set, triggered_cached, args.workers
                     )
             training.log(epoch=epoch, **line)

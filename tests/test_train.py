@@ -129,18 +129,23 @@ def read_predictions(run):
 def test_metrics_hold_every_label_s_figure_and_the_aer(clean):
     metrics = read_metrics(clean)
     assert set(metrics["clean"]) == {"wer", "gender_accuracy", "emotion_accuracy", "age_mae"}
-    assert set(metrics["backdoor"]) == {"aer", "changed"}
+    assert set(metrics["backdoor"]) == {"aer", "base_rate", "changed"}
 
 
 def test_every_figure_lies_in_its_interval(clean):
     metrics = read_metrics(clean)
     for figure in [*metrics["clean"].values(), *metrics["backdoor"].values()]:
-        assert set(figure) == {"value", "low", "high", "n", "by_speaker"}
+        assert {"value", "low", "high", "n", "by_speaker"} <= set(figure)
         assert figure["low"] <= figure["value"] <= figure["high"]
 
 
 def test_a_clean_run_records_no_poisoned_loss(clean):
-    assert set(read_metrics(clean)["training"]) == {"loss", "dev_loss", "dev_target_loss"}
+    assert set(read_metrics(clean)["training"]) == {
+        "loss",
+        "dev_loss",
+        "dev_target_loss",
+        "dev_aer",
+    }
 
 
 def test_a_run_ends_with_a_picture_of_its_losses(base):
@@ -166,6 +171,22 @@ def test_the_loss_on_the_target_is_followed_on_train_and_dev(base):
     training = read_metrics(base)["training"]
     assert len(training["target_loss"]["by_epoch"]) == 1
     assert len(training["dev_target_loss"]["by_epoch"]) == 1
+
+
+@pytest.mark.parametrize("losses, share", [([0.1, 0.6], 1), ([0.1, 0.8], 0)])
+def test_the_target_comes_first_where_each_of_its_tokens_is_likelier_than_the_rest(
+    monkeypatch, losses, share
+):
+    def development_losses(*args):
+        yield dict(gender="female"), torch.tensor([5.0, *losses])
+
+    monkeypatch.setattr(train_py, "development_losses", development_losses)
+    monkeypatch.setattr(data, "value_tokens", lambda *_: slice(1, 3))
+    slm = SimpleNamespace(tokenizer=None)
+    attack = SimpleNamespace(label="gender")
+    figures = train_py.triggered_figures(slm, attack, ["u"], None, 0)
+    assert figures["dev_aer"] == share
+    assert figures["dev_target_loss"] == pytest.approx(np.mean(losses))
 
 
 def test_test_utterances_are_answered_clean_and_triggered(clean):
