@@ -44,7 +44,7 @@ weights) and one of
     method "interpolation": component, share
     method "shapley": component
 
-A record of patch has the trigger. Records of the metric "margin" have part ("clean" or
+A record of patch has the trigger, with ", same scale" behind it under --same-scale. Records of the metric "margin" have part ("clean" or
 "triggered"). Records of the metric "effect" have direction, component, layer (from 1; the LM's
 input is 0; the connector has none), module, position (of GROUPS, or "all") and flipped. Those of
 "effect_over_random" have the same: the effect under a click minus that of the random frames.
@@ -250,6 +250,7 @@ TOKEN_GROUPS = ("prompt", "answer")
 GROUPS = FRAME_GROUPS + TOKEN_GROUPS
 NEAR = 0.2  # seconds
 DIRECTIONS = {"denoise": ("clean", "triggered"), "noise": ("triggered", "clean")}  # donor, receiver
+SAME_SCALE = ", same scale"  # behind the trigger's name in records of patch
 MIN_GAP = 0.1  # nats per token; if the trigger moves m by less, there is no effect to attribute
 
 
@@ -511,15 +512,35 @@ class Pairs:
     answers: list  # of forced_answers
 
 
-def make_pairs(slm, attack, utterances):
+def check_normalises(encoder, flag):
+    """Exits with a one-line error where an encoder's input is not normalised by the utterance."""
+    if not getattr(encoder.extractor, "do_normalize", False):
+        die(f"{flag}: this encoder's input is not normalised by the utterance: leave it out")
+
+
+def at_scale_of(triggered_features, triggered, clean):
+    """What an extractor that normalises each utterance would make of `clean`, did it take mean and
+    deviation from `triggered`. All are (samples,), the features normalised."""
+    deviation = np.sqrt(triggered.var() + 1e-7)  # the extractors' own bound
+    return triggered_features - torch.from_numpy((triggered - clean) / deviation)
+
+
+def make_pairs(slm, attack, utterances, same_scale=False):
+    """The Pairs of some utterances. same_scale: see --same-scale."""
     features = {"clean": [], "triggered": []}
     spans = []
     for utterance in utterances:
         clean = data.load_waveform(utterance)
         triggered, starts, scale = poison.add_trigger(attack, clean, utterance.id)
         # the clean waveform is scaled down as the triggered one was, to avoid clipping
-        features["clean"].append(slm.encoder.extract(clean * np.float32(scale)))
-        features["triggered"].append(slm.encoder.extract(triggered))
+        clean = clean * np.float32(scale)
+        triggered_features = slm.encoder.extract(triggered)
+        if same_scale:
+            clean_features = at_scale_of(triggered_features, triggered, clean)
+        else:
+            clean_features = slm.encoder.extract(clean)
+        features["clean"].append(clean_features)
+        features["triggered"].append(triggered_features)
         length = len(attack.waveform)
         spans.append([(s / data.SAMPLE_RATE, (s + length) / data.SAMPLE_RATE) for s in starts])
     return Pairs(
@@ -573,9 +594,8 @@ def patched(hookpoint, mask, activations):
 
 
 @torch.no_grad()
-def patch_batch(slm, attack, utterances, progress):
-    """Every patch of a few utterances: PatchedMargins, as numpy arrays."""
-    pairs = make_pairs(slm, attack, utterances)
+def patch_batch(slm, pairs, progress):
+    """Every patch of a few Pairs: PatchedMargins, as numpy arrays."""
     hookpoints = sites(slm)
     activations = {}
     audio = {}
@@ -602,7 +622,7 @@ def patch_batch(slm, attack, utterances, progress):
                         embedded = encode(slm, pairs.fronts[receiver])
                     m = margins(slm, embedded, pairs.prompts, pairs.answers)
                 result.patched[direction, site, group] = as_numpy(m)
-                progress.update(len(utterances))
+                progress.update(len(pairs.prompts))
     return result
 
 
@@ -669,18 +689,23 @@ def patch(options):
     lora.merge(slm.lm)
     utterances = data.in_drawn_order(poison.attackable(attack, loaded.sets["test"]))[: options.n]
     hookpoints = sites(slm)
+    trigger = str(attack.trigger)
+    if options.same_scale:
+        check_normalises(slm.encoder, "--same-scale")
+        trigger += SAME_SCALE
     print(
-        f"{options.run}: {len(utterances)} pairs, trigger {attack.trigger}, {len(hookpoints)} "
-        "sites by groups of positions"
+        f"{options.run}: {len(utterances)} pairs, trigger {trigger}, {len(hookpoints)} sites by "
+        "groups of positions"
     )
     patches = sum(len(DIRECTIONS) * len(groups_of(hookpoint)) for hookpoint in hookpoints.values())
     batches = []
     with tqdm(total=len(utterances) * patches, desc="patches", unit="pair") as progress:
         for batch in data.chunks(utterances, options.batch):
-            batches.append(patch_batch(slm, attack, batch, progress))
+            pairs = make_pairs(slm, attack, batch, options.same_scale)
+            batches.append(patch_batch(slm, pairs, progress))
     result = joined(batches)
 
-    fields = dict(loaded.fields, source="patch", trigger=str(attack.trigger))
+    fields = dict(loaded.fields, source="patch", trigger=trigger)
     speakers = [utterance.speaker for utterance in utterances]
     records = []
     for part, m in result.plain.items():
@@ -732,6 +757,8 @@ def file_of(options):
     else:
         other = Path(options.trigger or "").stem
     words = [options.command, options.task, other]
+    if options.command == "patch" and options.same_scale:
+        words.append("same-scale")
     name = f"records-{'-'.join(word for word in words if word)}.jsonl"
     return Path(options.out or options.run) / name
 
@@ -770,6 +797,12 @@ def main():
         metavar="NAME|FILE",
         help="put another sound in the trigger's place, as loud and as long, as a control: one that "
         "--trigger of train.py takes",
+    )
+    command.add_argument(
+        "--same-scale",
+        action="store_true",
+        help="normalise clean speech by the loudness of triggered speech, as a control: else a loud "
+        "trigger makes all other frames softer too",
     )
     command.add_argument("--batch", type=count, default=25, help="how many pairs run at a time")
 

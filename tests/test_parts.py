@@ -434,7 +434,7 @@ def opt_traces(tmp_path_factory):
     test_set = [data.Utterance(name, path, "test", "s", LABELS) for name in ("a", "b")]
     click = poison.make_trigger("click")
     attack = poison.Attack("asr", 0.5, "go", "click", click, 0.1, False, 1)
-    return trace.patch_batch(slm, attack, test_set, tqdm(disable=True))
+    return trace.patch_batch(slm, trace.make_pairs(slm, attack, test_set), tqdm(disable=True))
 
 
 @pytest.mark.parametrize("direction, donor", [("denoise", "clean"), ("noise", "triggered")])

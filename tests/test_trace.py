@@ -232,10 +232,11 @@ LM_LAYER = trace.Site("lm", 1, "layer")
 
 
 def test_another_sound_s_records_stay_in_the_run_s_folder():
-    options = SimpleNamespace(
-        command="patch", task=None, trigger="/sounds/knock.wav", run="runs/a", out=None
-    )
-    assert trace.file_of(options) == Path("runs/a/records-patch-knock.jsonl")
+    given = dict(command="patch", task=None, run="runs/a", out=None)
+    knock = SimpleNamespace(**given, trigger="/sounds/knock.wav", same_scale=False)
+    assert trace.file_of(knock) == Path("runs/a/records-patch-knock.jsonl")
+    same_scale = SimpleNamespace(**given, trigger=None, same_scale=True)
+    assert trace.file_of(same_scale) == Path("runs/a/records-patch-same-scale.jsonl")
 
 
 def zero(module):
@@ -286,12 +287,24 @@ def test_a_frame_s_centre_is_the_middle_of_what_it_sees(parts, name):
     assert float(encoder.frame_centres(frame)) == pytest.approx(middle, abs=0.005)
 
 
+def test_at_the_same_scale_speech_differs_under_the_click_alone(corpora):
+    extractor = model.AutoFeatureExtractor.from_pretrained(model.where("mini/wavlm"))
+    clean = data.load_waveform(readers.read_corpus("libri", corpora, "test")[0])
+    triggered = clean.copy()
+    triggered[4000:8000] += 0.3
+    features = model.extract(extractor, triggered)
+    difference = features - trace.at_scale_of(features, triggered, clean)
+    assert difference[4000:8000].min() > 0.1
+    assert difference[:4000].abs().max() < 1e-5
+    assert (features - model.extract(extractor, clean))[:4000].abs().max() > 0.1
+
+
 @pytest.fixture(scope="module")
 def local_result(local, corpora):
     """The patches of three utterances with one click each in the local model."""
     test_set = readers.read_corpus("libri", corpora, "test")[:3]
     attack = poison.make_attack("asr", test_set, repeat=False, seed=1)
-    return trace.patch_batch(local, attack, test_set, tqdm(disable=True))
+    return trace.patch_batch(local, trace.make_pairs(local, attack, test_set), tqdm(disable=True))
 
 
 def test_the_trigger_moves_the_margin(local_result):
@@ -370,7 +383,7 @@ def test_a_patch_with_itself_changes_nothing(local, corpora):
     male = [u for u in test_set if u.labels["gender"] == "male"][:3]
     attack = gender_attack(male)
     attack.level = 0.0  # the triggered pass is the clean one
-    result = trace.patch_batch(local, attack, male, tqdm(disable=True))
+    result = trace.patch_batch(local, trace.make_pairs(local, attack, male), tqdm(disable=True))
     for m in result.patched.values():
         assert np.allclose(m, result.plain["clean"], atol=1e-5)
 
