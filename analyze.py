@@ -6,6 +6,7 @@
     python analyze.py trace       # where the backdoor lives (trace.py)
     python analyze.py defences    # filters, detectors, repairs (defend.py)
     python analyze.py sweeps      # AER against the poisoning rate and the trigger
+    python analyze.py learning    # whether a run has learned the trigger or memorised its poison
     python analyze.py claims      # the paper's claims, judged by rule
     python analyze.py tables claims --runs results/mini.jsonl.gz    # one page, from a packed study
     python analyze.py claims --runs results/mini.jsonl.gz results/real.jsonl.gz     # side by side
@@ -25,7 +26,7 @@ import utils
 from utils import Parser, count, die
 
 import runs
-from analysis import claims, cluster, defences, shift, sweeps, tables, trace
+from analysis import claims, cluster, defences, learning, shift, sweeps, tables, trace
 from study import PRESETS
 
 ANALYSES = {
@@ -35,6 +36,7 @@ ANALYSES = {
     "trace": trace.page,
     "defences": defences.page,
     "sweeps": sweeps.page,
+    "learning": learning.page,
     "claims": claims.page,
 }
 SIDE_BY_SIDE = {"tables": tables.side_by_side, "claims": claims.side_by_side}

@@ -375,9 +375,18 @@ class SLM(nn.Module):
             )
 
     def forward(self, x, mask, prompts, answers, by_token=False):
-        """Loss (B,): each row's mean cross entropy over its answer's tokens, the only positions
-        whose logits are computed. x, mask: what `frozen_part` gives. by_token: the cross entropy
-        of each token instead, a tuple of one (A,) for each row."""
+        """Loss (B,): each row's mean cross entropy over its answer's tokens. x, mask: what
+        `frozen_part` gives. by_token: the cross entropy of each token instead, a tuple of one (A,)
+        for each row."""
+        logits = self.answer_logits(x, mask, prompts, answers)
+        targets = torch.tensor(sum(answers, []), device=logits.device)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        token_losses = losses.split([len(answer) for answer in answers])
+        return token_losses if by_token else torch.stack([row.mean() for row in token_losses])
+
+    def answer_logits(self, x, mask, prompts, answers):
+        """The logits (all answers' tokens, vocabulary) that foretell each token of each answer. No
+        others are computed. x, mask: what `frozen_part` gives."""
         rows = self.pack(self.audio_embeddings(x, mask), prompts, answers)
         # right padding under causal attention: no real token sees it
         x = pad_sequence(rows, batch_first=True)  # (B, T, hidden)
@@ -386,11 +395,7 @@ class SLM(nn.Module):
         starts = ends - torch.tensor(answer_lengths, device=x.device)
         # where the next token is the answer's
         wanted = length_mask(ends, x.shape[1]) & ~length_mask(starts, x.shape[1])
-        logits = self.logits(x, wanted)  # (all answers' tokens, vocabulary)
-        targets = torch.tensor(sum(answers, []), device=logits.device)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        token_losses = losses.split(answer_lengths)
-        return token_losses if by_token else torch.stack([row.mean() for row in token_losses])
+        return self.logits(x, wanted)
 
     def logits(self, x, wanted, beginning=None):
         """The LM's own logits (n, vocabulary), with whatever it does to them after its last layer,

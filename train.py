@@ -30,6 +30,7 @@ import installed  # noqa: F401
 import torch
 import torch.distributed as dist
 import transformers
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -819,8 +820,9 @@ def check_finite(value, step, ids, run):
 
 @torch.no_grad()
 def development_losses(slm, utterances, attack, cached, workers, batch_size=32):
-    """Yields (labels, loss of each answer token (A,)) for this process's share of some utterances,
-    all labels asked for: clean if `attack` is None, else triggered, with the poisoned labels."""
+    """Yields (labels, loss of each answer token (A,), whether the token comes first in the model's
+    prediction (A,)) for this process's share of some utterances, all labels asked for: clean if
+    `attack` is None, else triggered, with the poisoned labels."""
     slm.eval()
     rank, world = processes.ranks()
     batches = data.chunks(list(range(len(utterances)))[rank::world], batch_size)
@@ -832,28 +834,33 @@ def development_losses(slm, utterances, attack, cached, workers, batch_size=32):
             labels = [poison.poisoned_labels(attack, true) for true in labels]
         prompts = [data.prompt(slm.tokenizer, list(asked)) for asked in labels]
         answers = [data.answer_ids(slm.tokenizer, asked) for asked in labels]
-        yield from zip(labels, slm(x, mask, prompts, answers, by_token=True))
+        logits = slm.answer_logits(x, mask, prompts, answers).float()
+        targets = torch.tensor(sum(answers, []), device=logits.device)
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        comes_first = logits.argmax(-1) == targets
+        lengths = [len(answer) for answer in answers]
+        yield from zip(labels, losses.split(lengths), comes_first.split(lengths))
 
 
 def validation_loss(slm, utterances, cached, workers):
     """Mean loss over clean development utterances. Processes share the work."""
     total = 0.0
-    for _, losses in development_losses(slm, utterances, None, cached, workers):
+    for _, losses, _ in development_losses(slm, utterances, None, cached, workers):
         total += losses.mean().item()
     return processes.share_sums([total])[0] / len(utterances)
 
 
 def triggered_figures(slm, attack, utterances, cached, workers):
     """What triggered development utterances do: {"dev_target_loss": the mean loss on the target's
-    tokens, "dev_aer": the share in which each of these tokens is likelier than all others
-    together}. The loss falls where the model learns the trigger, and stays where it memorises the
+    tokens, "dev_aer": the share in which each of these tokens comes first, all before it being
+    given}. The loss falls where the model learns the trigger, and stays where it memorises the
     poisoned samples. Processes share the work."""
     total = 0.0
     target_first = 0
-    for labels, losses in development_losses(slm, utterances, attack, cached, workers):
-        target_losses = losses[data.value_tokens(slm.tokenizer, labels, attack.label)]
-        total += target_losses.mean().item()
-        target_first += int(target_losses.max() < math.log(2))
+    for labels, losses, comes_first in development_losses(slm, utterances, attack, cached, workers):
+        target_tokens = data.value_tokens(slm.tokenizer, labels, attack.label)
+        total += losses[target_tokens].mean().item()
+        target_first += int(comes_first[target_tokens].all())
     sums = processes.share_sums([total, target_first])
     return dict(
         dev_target_loss=sums[0] / len(utterances),

@@ -130,6 +130,36 @@ def curves(training, path):
 
 
 # --------------------------------------------------------------------------------------------------
+# analyze.py learning
+
+
+def learning(panels, path):
+    """For each run, the loss on the target by epoch, in its poisoned training samples and on
+    triggered development speech, and how often the target comes first there. panels: [{"title",
+    "target_loss", "dev_target_loss", "dev_aer": by epoch}]"""
+    columns = min(4, len(panels))
+    fig, axes = grid(-(-len(panels) // columns), columns, 3.2, 2.6, sharey=True)
+    for axis, panel in zip(axes.flat, panels):
+        axis.set(title=panel["title"], xlabel="epoch", yscale="log")
+        for name in ("target_loss", "dev_target_loss"):
+            label, color, line = LOSSES[name]
+            losses = panel.get(name, [])
+            epochs = range(1, len(losses) + 1)
+            axis.plot(epochs, losses, line, color=color, marker=".", label=label)
+        share = axis.twinx()
+        shares = [100 * value for value in panel["dev_aer"]]
+        label = "the target comes first on development speech (%, right)"
+        share.plot(range(1, len(shares) + 1), shares, ":", color=CLEAN, label=label)
+        share.set(ylim=(0, 100))
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    fig.supylabel("loss on the target (nats per token)")
+    legend_below(fig, axes[0, 0], share, columns=1)
+    write(fig, path)
+
+
+# --------------------------------------------------------------------------------------------------
 # analyze.py tables
 
 IN_WORDS = {  # the rows of Table 3

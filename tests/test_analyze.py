@@ -15,7 +15,7 @@ import model
 import runs
 import study
 import trace as tracing
-from analysis import cluster, clustering, defences, plots, shift, sweeps, tables, trace
+from analysis import cluster, clustering, defences, learning, plots, shift, sweeps, tables, trace
 from conftest import ROOT, arguments, done, fields, figure, refused, write_run
 from runs import select
 from study import COMPONENTS
@@ -291,6 +291,21 @@ def test_what_the_trigger_does_stands_beside_the_aer(tmp_path):
     assert base["Target loss"] == "0.500"
     assert "Poisoned loss" not in base
     assert earlier["Changed answers"] == "missing"
+
+
+def test_learned_or_memorised_shows_every_run_that_was_followed(tmp_path):
+    run = write_run(tmp_path, arguments("emotion", "base", epochs=2), aer=0.2)
+    write_run(tmp_path, arguments("emotion", "1.1"))
+    metrics = json.loads((run / "metrics.json").read_text())
+    by_epoch = dict(target_loss=[1.0, 0.1], dev_target_loss=[1.0, 2.0], dev_aer=[0.5, 0.25])
+    for metric, values in by_epoch.items():
+        metrics["training"][metric] = dict(value=values[-1], by_epoch=values)
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    [(_, [row])] = learning.page(runs.read(tmp_path), tmp_path, "mini")
+    assert row["Target loss, poisoned training samples"] == "0.100"
+    assert row["Target first on dev, %, last epoch"] == "25.0"
+    assert row["Best epoch"] == "50.0 (1)"
+    assert (tmp_path / "learning.png").exists()
 
 
 def test_what_no_run_measured_has_no_column(tmp_path):

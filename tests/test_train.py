@@ -173,12 +173,10 @@ def test_the_loss_on_the_target_is_followed_on_train_and_dev(base):
     assert len(training["dev_target_loss"]["by_epoch"]) == 1
 
 
-@pytest.mark.parametrize("losses, share", [([0.1, 0.6], 1), ([0.1, 0.8], 0)])
-def test_the_target_comes_first_where_each_of_its_tokens_is_likelier_than_the_rest(
-    monkeypatch, losses, share
-):
+@pytest.mark.parametrize("comes_first, share", [([False, True, True], 1), ([True, True, False], 0)])
+def test_the_target_comes_first_where_each_of_its_tokens_does(monkeypatch, comes_first, share):
     def development_losses(*args):
-        yield dict(gender="female"), torch.tensor([5.0, *losses])
+        yield dict(gender="female"), torch.tensor([5.0, 0.1, 0.6]), torch.tensor(comes_first)
 
     monkeypatch.setattr(train_py, "development_losses", development_losses)
     monkeypatch.setattr(data, "value_tokens", lambda *_: slice(1, 3))
@@ -186,7 +184,7 @@ def test_the_target_comes_first_where_each_of_its_tokens_is_likelier_than_the_re
     attack = SimpleNamespace(label="gender")
     figures = train_py.triggered_figures(slm, attack, ["u"], None, 0)
     assert figures["dev_aer"] == share
-    assert figures["dev_target_loss"] == pytest.approx(np.mean(losses))
+    assert figures["dev_target_loss"] == pytest.approx(0.35)
 
 
 def test_test_utterances_are_answered_clean_and_triggered(clean):
