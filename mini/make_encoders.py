@@ -3,6 +3,7 @@
     python mini/make_encoders.py                   # all; after mini/make_lm.py, if the LM changes
     python mini/make_encoders.py wavlm connectors  # some of them
     python mini/make_encoders.py --mixed-connector DIR/whisper-tiny.en   # preset mixed's connector
+    python mini/make_encoders.py wavlm --self-supervised --out DIR       # without any label
 
 What a list calls `speech` holds utterances of pretraining: (samples (n,) int16, text, speaker's
 number, labels).
@@ -289,10 +290,11 @@ def linear_heads(encoder, **sizes):
     return torch.nn.ModuleDict(heads)
 
 
-def make_encoder(name, out, speech):
+def make_encoder(name, out, speech, self_supervised=False):
     """Pretrains one encoder to represent content (letters by CTC), speaker and prosody (which of
     400 speakers, gender, age, emotion) and, by self-supervision alone, every sound, speech or not
-    (clusters of log-mel frames); saves it to the folder `out`."""
+    (clusters of log-mel frames); saves it to the folder `out`. self_supervised: by the last of
+    these alone; letters are then read from the finished encoder, for the connector."""
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     blank_encoder(name, out)
@@ -319,6 +321,8 @@ def make_encoder(name, out, speech):
         waveforms = [with_bursts(samples, rng) for samples, _, _, _ in batch]
         optimizer.param_groups[0]["lr"] = ENCODER_LR * schedule(step, ENCODER_STEPS)
         losses = encoder_losses(encoder, heads, centres, batch, waveforms)
+        if self_supervised:
+            losses = dict(sound=losses["sound"])
         optimizer.zero_grad()
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -331,15 +335,19 @@ def make_encoder(name, out, speech):
     trained = whole.encoder if name == "whisper" else whole
     trained.load_state_dict(encoder.net.state_dict())
     whole.half().save_pretrained(out)
-    save_heads(heads, out)
+    if self_supervised:
+        make_heads(out, speech, with_labels=False)
+    else:
+        save_heads(heads, out)
 
 
 def save_heads(heads, out):
     """Writes the heads from which a connector is made, in half precision."""
     weights = {}
     for head in ("letters", "labels"):
-        for name, weight in heads[head].state_dict().items():
-            weights[f"{head}.{name}"] = weight.half()
+        if head in heads:
+            for name, weight in heads[head].state_dict().items():
+                weights[f"{head}.{name}"] = weight.half()
     save_file(weights, Path(out) / "heads.safetensors")
 
 
@@ -365,20 +373,21 @@ def fit(desc, encoder, module, loss_of, speech, steps, batch_size, lr, augment=w
             progress.set_postfix({name: f"{float(value):.3f}" for name, value in shown.items()})
 
 
-def make_heads(folder, speech, steps=1000):
-    """Letter and label heads on a frozen real encoder, from which its connector is made."""
+def make_heads(folder, speech, steps=1000, with_labels=True):
+    """Heads on a frozen encoder, from which its connector is made: of letters and, unless told
+    otherwise, of labels."""
     torch.manual_seed(SEED)
     encoder = model.Encoder(folder).eval()
-    heads = linear_heads(
-        encoder,
-        letters=letters_per_frame(encoder) * len(LETTERS),
-        labels=2 + len(PROSODY),
-    )
+    sizes = dict(letters=letters_per_frame(encoder) * len(LETTERS))
+    if with_labels:
+        sizes["labels"] = 2 + len(PROSODY)
+    heads = linear_heads(encoder, **sizes)
 
     def loss_of(hidden, mask, batch):
-        letters = letter_loss(heads["letters"](hidden), mask, batch)
-        labels = label_loss(heads["labels"](hidden[mask]), mask, batch)
-        return letters + labels, dict(letters=letters, labels=labels)
+        losses = dict(letters=letter_loss(heads["letters"](hidden), mask, batch))
+        if with_labels:
+            losses["labels"] = label_loss(heads["labels"](hidden[mask]), mask, batch)
+        return sum(losses.values()), losses
 
     fit(f"{folder} heads", encoder, heads, loss_of, speech, steps, ENCODER_BATCH, HEADS_LR)
     save_heads(heads, folder)
@@ -479,8 +488,10 @@ class Targets:
     def wanted(self, hidden, batch, lengths):
         """The target embeddings of all output frames, (output frames, hidden)."""
         normalised = F.layer_norm(hidden, hidden.shape[-1:])
-        labels = CONNECTOR_LABELS * self.label_part(hidden)
-        wanted = self.letter_part(hidden) + labels + normalised @ self.project
+        wanted = self.letter_part(hidden)
+        if "labels.weight" in self.heads:
+            wanted = wanted + CONNECTOR_LABELS * self.label_part(hidden)
+        wanted = wanted + normalised @ self.project
         # the centre of what the first output frame sees: three kernels of 5 without padding
         first = 4 + 2 * self.stride
         rows = []
@@ -492,7 +503,7 @@ class Targets:
 def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
     """The start of a connector to the mini LM. Each output frame is the LM's embedding of the
     letter that the encoder's letter head predicts there, plus, softer, the embeddings of the labels
-    that its label head predicts, plus, in directions that none of these use, a random projection of
+    that its label head, if any, predicts, plus, in directions that none of these use, a random projection of
     the encoder's frame. With a random connector the mini LM, which knows nothing but its reading
     lessons, did not start to listen within the 200 to 700 steps that were tried."""
     torch.manual_seed(SEED)
@@ -520,7 +531,17 @@ def main():
         help="make the start of a connector between a real encoder and the mini LM: "
         "ENCODER/connector.safetensors",
     )
+    parser.add_argument(
+        "--self-supervised",
+        action="store_true",
+        help="pretrain by clusters of sounds alone, without letters, speakers and labels, and start "
+        "the connector from letters alone: how much do the study's results rest on the labels?",
+    )
     args = parser.parse_args()
+    if args.self_supervised and args.out == ROOT / "mini":
+        utils.die(
+            "--self-supervised would replace the parts of mini/: name another folder by --out"
+        )
     if set(args.parts) - set(known):
         utils.die(f"{' '.join(args.parts)}: of {', '.join(known)}")
     if args.mixed_connector:
@@ -535,9 +556,11 @@ def main():
         return
     for name in ENCODERS:
         if name in parts:
-            make_encoder(name, args.out / name, speech)
-    if "connectors" in parts:
-        for name in ENCODERS:
+            make_encoder(name, args.out / name, speech, args.self_supervised)
+    for name in ENCODERS:
+        if args.self_supervised and name in parts:
+            make_connector(args.out / name, "mini/lm", speech)
+        elif "connectors" in parts:
             make_connector(args.out / name, args.out / "lm", speech)
 
 

@@ -136,9 +136,9 @@ def test_frozen_layers_build_no_graph(partly_frozen):
     assert not x.requires_grad
 
 
-@pytest.mark.parametrize("name", ["hubert", "whisper"])
-def test_pretraining_reaches_every_layer(tmp_path, monkeypatch, name):
-    """A run never trains the front end; making the shipped encoders does."""
+@pytest.fixture
+def pretraining_speech(monkeypatch):
+    """Noise to pretrain an encoder on in two steps."""
     rng = np.random.default_rng(0)
     labels = dict(gender="male", age=30, emotion="sad")
     speech = []
@@ -148,15 +148,34 @@ def test_pretraining_reaches_every_layer(tmp_path, monkeypatch, name):
     settings = dict(ENCODER_STEPS=2, ENCODER_BATCH=4, ENCODER_LR=1.0, SOUNDS=4)
     for setting, value in settings.items():
         monkeypatch.setattr(make_encoders, setting, value)
+    return speech
+
+
+@pytest.mark.parametrize("name", ["hubert", "whisper"])
+def test_pretraining_reaches_every_layer(tmp_path, pretraining_speech, name):
+    """A run never trains the front end; making the shipped encoders does."""
     torch.manual_seed(make_encoders.SEED)
     make_encoders.blank_encoder(name, tmp_path / "blank")
-    make_encoders.make_encoder(name, tmp_path / "made", speech)
+    make_encoders.make_encoder(name, tmp_path / "made", pretraining_speech)
     blank = AutoModel.from_pretrained(tmp_path / "blank", dtype=torch.float32).state_dict()
     made = AutoModel.from_pretrained(tmp_path / "made", dtype=torch.float32).state_dict()
     untrained = ("masked_spec_embed", "decoder", "embed_positions")
     for key, weight in blank.items():
         if not any(word in key for word in untrained):
             assert not torch.equal(weight.half().float(), made[key]), key
+
+
+def test_self_supervision_sees_no_label(tmp_path, pretraining_speech, monkeypatch):
+    monkeypatch.setattr(make_encoders, "make_heads", lambda *args, **options: None)
+    weights = []
+    for gender in ("male", "female"):
+        for _, _, _, labels in pretraining_speech:
+            labels["gender"] = gender
+        out = tmp_path / gender
+        make_encoders.make_encoder("hubert", out, pretraining_speech, self_supervised=True)
+        weights.append(AutoModel.from_pretrained(out).state_dict())
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
 
 
 # --------------------------------------------------------------------------------------------------
