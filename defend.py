@@ -60,6 +60,18 @@ import runs
 from defences import detectors, filters, repairs, vet
 from study import CONTROLS, MINI_ROOT, TASKS, embeddings_name
 
+
+def announce(run, **lines):
+    """Prints what a command is about to do: the run, then labelled lines."""
+    print(run)
+    for label, text in lines.items():
+        utils.say(f"  {label:<12}{text}")
+
+
+def attack_in_words(attack):
+    return f"{attack.label} to {attack.target!r} by {attack.trigger}"
+
+
 # -------------------------------------------------------------------------------------------------
 # python defend.py filter
 
@@ -275,6 +287,38 @@ def detector_figures(scores, speakers):
         yield dict(metric="suspicion", sound=sound, scores=rounded)
 
 
+@dataclasses.dataclass
+class Detected:
+    """What a detector has made of the inputs so far. scores: {sound: suspicion (n,)}."""
+
+    scores: dict
+    passes: int = 0
+    seconds: float = 0.0
+
+
+def suspicions(listener, sounds):
+    """{detector's name: Detected}. sounds: {name: Sound}. A few inputs at a time go through all
+    detectors, so that each takes as long as the next and the bar's time left is true."""
+    detected = {}
+    for name in detectors.DETECTORS:
+        detected[name] = Detected({kind: [] for kind in sounds})
+    inputs = sum(len(sound.utterances) for sound in sounds.values())
+    with tqdm(total=inputs, desc="inputs", unit="input", smoothing=0) as progress:
+        for kind, sound in sounds.items():
+            for batch in data.chunks(range(len(sound.utterances)), detectors.BATCH):
+                waveforms = [sound.waveforms[i] for i in batch]
+                utterances = [sound.utterances[i] for i in batch]
+                for name, detector in detectors.DETECTORS.items():
+                    passes = listener.passes
+                    start = time.perf_counter()
+                    scores = detector(listener, waveforms, utterances)
+                    detected[name].scores[kind].extend(scores)
+                    detected[name].passes += listener.passes - passes
+                    detected[name].seconds += time.perf_counter() - start
+                progress.update(len(batch))
+    return detected
+
+
 def detect(options):
     """The records of every detector. Triggered test speech is compared with clean test speech,
     which includes the target's true class, and with other sounds in the trigger's place."""
@@ -289,9 +333,14 @@ def detect(options):
     for name in CONTROLS:
         sounds[name] = with_trigger(poison.with_sound(attack, name), flippable)
     sounds["triggered"] = with_trigger(attack, flippable)
-    print(
-        f"{options.run}: {n} triggered and as many clean test utterances, thresholds from "
-        f"{len(sounds['dev'].utterances)} clean dev ones"
+    announce(
+        options.run,
+        attack=attack_in_words(attack),
+        inputs=f"{len(flippable)} triggered test utterances",
+        compared=f"{len(sounds['clean'].utterances)} clean ones, and {' and '.join(CONTROLS)} "
+        "in the trigger's place",
+        thresholds=f"from {len(sounds['dev'].utterances)} clean dev utterances",
+        detectors=", ".join(detectors.DETECTORS),
     )
     speakers = {}
     for kind, sound in sounds.items():
@@ -299,18 +348,14 @@ def detect(options):
     overlays = dev_set[len(dev_set) // 2 :]
     listener = detectors.make_listener(loaded.slm, attack, test_set, overlays)
     records = []
-    for name, detector in tqdm(detectors.DETECTORS.items(), desc="detectors"):
+    inputs = sum(len(sound.utterances) for sound in sounds.values())
+    for name, of_detector in suspicions(listener, sounds).items():
         fields = dict(loaded.fields, source="detect", defence=name)
-        listener.passes = 0
-        start = time.perf_counter()
-        scores = {}
-        for kind, sound in sounds.items():
-            scores[kind] = detector(listener, sound.waveforms, sound.utterances)
-        seconds = time.perf_counter() - start
-        inputs = sum(len(sound.utterances) for sound in sounds.values())
-        records.append(dict(fields, metric="passes", value=listener.passes / inputs))
-        records.append(dict(fields, metric="milliseconds", value=1e3 * seconds / inputs))
-        records += [dict(fields, **figure) for figure in detector_figures(scores, speakers)]
+        milliseconds = 1e3 * of_detector.seconds / inputs
+        records.append(dict(fields, metric="passes", value=of_detector.passes / inputs))
+        records.append(dict(fields, metric="milliseconds", value=milliseconds))
+        for figure in detector_figures(of_detector.scores, speakers):
+            records.append(dict(fields, **figure))
     return records
 
 
@@ -342,11 +387,18 @@ def repair_model(options):
     clean = test_set[: options.n]
     flippable = poison.attackable(loaded.attack, test_set)[: options.n]
     defender = repairs.make_defender(loaded.slm, args, loaded.attack, loaded.sets["dev"])
-    print(
-        f"{options.run}: {len(defender.tuning)} clean utterances to tune on, "
-        f"{len(defender.validation)} to choose by; figures on {len(clean)} clean and "
-        f"{len(flippable)} triggered test utterances"
+    to_come = {}
+    for name, (_, ladders) in repairs.REPAIRS.items():
+        to_come[name] = repairs.most_steps(defender, ladders)
+    announce(
+        options.run,
+        attack=attack_in_words(loaded.attack),
+        tuning=f"{len(defender.tuning)} clean dev utterances",
+        choosing=f"by the loss on {len(defender.validation)} more",
+        figures=f"on {len(clean)} clean and {len(flippable)} triggered test utterances",
+        repairs=f"{len(repairs.REPAIRS)}, at most {sum(to_come.values())} training steps",
     )
+    defender.progress = tqdm(total=sum(to_come.values()), desc="none", unit="step", smoothing=0)
     fields = dict(loaded.fields, source="repair")
     records = []
     for figure in runs.of_figures(repairs.figures_of(defender, clean, flippable)):
@@ -354,7 +406,11 @@ def repair_model(options):
     if args.scenario == "clean":
         fields["defence"] = "none"
         records += relearning(defender, fields, loaded.sets["train"], flippable)
-    for name, (repair, ladders) in tqdm(repairs.REPAIRS.items(), desc="repairs"):
+    for name, (repair, ladders) in repairs.REPAIRS.items():
+        # at most so many: what the repairs before have not needed is left out
+        defender.progress.total = defender.progress.n + sum(to_come.values())
+        defender.progress.set_description(name)
+        del to_come[name]
         fields["defence"] = name
         chosen = repairs.choose(defender, repair, ladders)
         for strength, rise in chosen["rise"].items():
@@ -367,6 +423,7 @@ def repair_model(options):
         if args.scenario == "base" and figures["backdoor"]["aer"]["value"] < 0.5:
             records += relearning(defender, fields, loaded.sets["train"], flippable)
         defender.restore()
+    defender.progress.close()
     return records
 
 

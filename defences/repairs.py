@@ -15,12 +15,14 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from types import SimpleNamespace
 
 import utils
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import cache
 import data
@@ -33,6 +35,9 @@ TOLERANCE = 0.05  # nats per token of a label's own answer
 TUNING = 128  # clean utterances that a defender has to tune on
 VALIDATION = 64  # clean utterances that a defender has to choose with
 BATCH = 16
+EPOCHS = 5  # of fine-tuning, where a strength says nothing else
+RELEARNED_BY = (4, 16, 64)  # so many poisoned samples
+RELEARNING = 3  # epochs
 ANP_STEPS = 60  # the authors': 2,000
 
 
@@ -67,6 +72,7 @@ class Defender:
         self.scales = None  # by how much they do
         self.anp_masks = None  # of the attacked model, which all strengths of ANP share
         self.cached = {}  # {(utterance id, triggered): the pretrained layers' output (T, dim)}
+        self.progress = tqdm(disable=True)  # counts steps of training
 
     def restore(self):
         """Makes the model the attacked one again."""
@@ -135,7 +141,7 @@ class Defender:
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
-    def finetune(self, components=COMPONENTS, rate=1.0, epochs=5, penalty=0.0, poisoned=()):
+    def finetune(self, components=COMPONENTS, rate=1.0, epochs=EPOCHS, penalty=0.0, poisoned=()):
         """Trains components on the clean tuning speech.
 
         rate: the learning rate relative to training's. penalty: the share of gradient norm
@@ -161,6 +167,7 @@ class Defender:
                         self.regularise_gradient_norm(batch, parameters, norm, penalty)
                     optimizer.step()
                     optimizer.zero_grad()
+                    self.progress.update()
 
     def mixed_loss(self, items):
         """The mean loss of (utterance, triggered) items."""
@@ -211,7 +218,9 @@ class Defender:
         """The answers of the model as it is now, as rows for evaluate.scores."""
         items = [(u, triggered) for u in utterances]
         outputs = self.pretrained_outputs(utterances, triggered)
-        return evaluate.answer_rows(self.slm, self.attack, items, outputs, self.args.batch_seconds)
+        return evaluate.answer_rows(
+            self.slm, self.attack, items, outputs, self.args.batch_seconds, desc=None
+        )
 
 
 def make_defender(slm, args, attack, dev_set):
@@ -327,6 +336,7 @@ def neuron_masks(defender, steps=ANP_STEPS, largest=0.4, clean_share=0.2, rate=0
         optimizer.step()
         for mask in masks:
             mask.data.clamp_(0, 1)
+        defender.progress.update()
     return [mask.detach() for mask in masks]
 
 
@@ -441,6 +451,17 @@ def choose(defender, repair, ladders):
     return dict(strength=chosen, passed=passed, rise=rises)
 
 
+def most_steps(defender, ladders):
+    """How many steps of training a repair takes at most, to tell the time left: with all strengths,
+    the chosen one again, and relearning. Most repairs take fewer, as ladders end early."""
+    strengths = list(itertools.chain(*ladders))
+    epochs = [s[1] if isinstance(s, tuple) else EPOCHS for s in strengths]
+    steps = (sum(epochs) + max(epochs)) * math.ceil(len(defender.tuning) / BATCH)
+    for count in RELEARNED_BY:
+        steps += RELEARNING * math.ceil((len(defender.tuning) + count) / BATCH)
+    return steps
+
+
 def figures_of(defender, clean, flippable):
     """{"clean", "triggered", "backdoor": {metric: figure}} of the model as it is now. "triggered"
     scores answers to triggered audio against the truth."""
@@ -453,7 +474,7 @@ def figures_of(defender, clean, flippable):
     return figures
 
 
-def relearning(defender, train_set, flippable, counts=(4, 16, 64)):
+def relearning(defender, train_set, flippable, counts=RELEARNED_BY):
     """How many poisoned training samples, mixed into the clean speech, bring the AER to 50% within
     three epochs: {count: AER}, up to the first count that does. On a model that was never attacked,
     it is the control: what so few samples teach where there was no backdoor to bring back."""
@@ -462,7 +483,7 @@ def relearning(defender, train_set, flippable, counts=(4, 16, 64)):
     figures = {}
     for count in counts:
         model.set_weights(defender.slm, repaired)
-        defender.finetune(epochs=3, poisoned=poisoned[:count])
+        defender.finetune(epochs=RELEARNING, poisoned=poisoned[:count])
         rows = defender.answer_rows(flippable, True)
         figures[count] = evaluate.aer(defender.attack, rows)
         if figures[count]["value"] >= 0.5:
