@@ -223,13 +223,16 @@ class Defender:
         )
 
 
-def make_defender(slm, args, attack, dev_set):
-    """The defender of a run's model, who has some of its clean development speech."""
+def make_defender(slm, args, attack, dev_set, other_speech=()):
+    """The defender of a run's model, who has some of its clean development speech, or clean speech
+    of another corpus to tune on."""
     drawn = data.in_drawn_order(dev_set)
     n = min(TUNING, 2 * len(drawn) // 3)
+    tuning = data.in_drawn_order(other_speech)[:TUNING] or drawn[:n]
+    validation = drawn[n : n + VALIDATION]
     attacked = model.copy_weights(slm)
     pretrained = model.copy_weights(model.load_slm(args, args.device))
-    return Defender(slm, args, attack, drawn[:n], drawn[n : n + VALIDATION], attacked, pretrained)
+    return Defender(slm, args, attack, tuning, validation, attacked, pretrained)
 
 
 def position_in_epoch(epoch, item):
@@ -269,8 +272,11 @@ def scaled_inputs(layers, scales):
 
 def fine_tuning(components, defender, strength):
     """Trains some components on clean speech. The strength is a learning rate, relative to
-    training's, and how many times the clean speech is seen. The baseline of every repair, without a
-    publication of its own."""
+    training's, and how many times the clean speech is seen. The baseline of every repair and, for
+    a poisoned encoder before it is used, the defence of the paper's first version (arXiv
+    2510.01157), which tunes on clean data of the same corpus or of another and finds that the
+    latter forgets. Of that version we know the summary only; amount of speech, rates and how they
+    are chosen are this file's."""
     rate, epochs = strength
     defender.finetune(components, rate, epochs)
 
@@ -398,13 +404,15 @@ for epochs in (5, 20, 80):
     LADDERS[epochs] = [(rate, epochs) for rate in (0.3, 1.0, 3.0, 10.0)]
 SHARES = [(0.1, 0.3, 0.5, 0.7, 0.9)]
 
-REPAIRS = {}  # name: (function, ladders of strengths)
+# {name: (function, ladders of strengths)}
+FINE_TUNING = {}
 for size in range(1, len(COMPONENTS) + 1):
     for components in itertools.combinations(COMPONENTS, size):
         tune = functools.partial(fine_tuning, components)
-        REPAIRS[f"fine-tuning {'+'.join(components)}"] = (tune, [LADDERS[5]])
+        FINE_TUNING[f"fine-tuning {'+'.join(components)}"] = (tune, [LADDERS[5]])
 # the last of these trains everything
-REPAIRS["fine-tuning, 160 or 640 steps"] = (tune, [LADDERS[20], LADDERS[80]])
+FINE_TUNING["fine-tuning, 160 or 640 steps"] = (tune, [LADDERS[20], LADDERS[80]])
+REPAIRS = dict(FINE_TUNING)
 REPAIRS["fine-pruning"] = (fine_pruning, SHARES)
 REPAIRS[f"ANP, {ANP_STEPS} steps"] = (
     adversarial_neuron_pruning,
@@ -452,11 +460,12 @@ def choose(defender, repair, ladders):
 
 
 def most_steps(defender, ladders):
-    """How many steps of training a repair takes at most, to tell the time left: with all strengths,
-    the chosen one again, and relearning. Most repairs take fewer, as ladders end early."""
-    strengths = list(itertools.chain(*ladders))
-    epochs = [s[1] if isinstance(s, tuple) else EPOCHS for s in strengths]
-    steps = (sum(epochs) + max(epochs)) * math.ceil(len(defender.tuning) / BATCH)
+    """How many steps of training a repair takes at most, to tell the time left: with all strengths
+    and relearning. Most repairs take fewer, as ladders end early."""
+    epochs = 0
+    for strength in itertools.chain(*ladders):
+        epochs += strength[1] if isinstance(strength, tuple) else EPOCHS
+    steps = epochs * math.ceil(len(defender.tuning) / BATCH)
     for count in RELEARNED_BY:
         steps += RELEARNING * math.ceil((len(defender.tuning) + count) / BATCH)
     return steps

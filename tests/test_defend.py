@@ -734,7 +734,7 @@ class Steps:
 
 
 def test_repair_takes_no_more_steps_than_its_bar_has(defender, monkeypatch):
-    """Every strength, the chosen one again, and relearning that never gets there."""
+    """Every strength, and relearning that never gets there."""
     monkeypatch.setattr(repairs, "TOLERANCE", np.inf)
     monkeypatch.setattr(evaluate, "aer", lambda *_: dict(value=0.0))
     monkeypatch.setattr(defender, "answer_rows", lambda *_: [])
@@ -745,6 +745,23 @@ def test_repair_takes_no_more_steps_than_its_bar_has(defender, monkeypatch):
     repairs.relearning(defender, defender.tuning, [])
     assert len(chosen["rise"]) == 3
     assert 0 < defender.progress.n <= repairs.most_steps(defender, ladders)
+
+
+def test_other_speech_is_tuned_on_and_not_chosen_by(defender, monkeypatch):
+    """What a model forgets is seen on the corpus that it is for."""
+    monkeypatch.setattr(model, "load_slm", lambda *_: defender.slm)
+    other = [data.Utterance(f"o{i}", "o.wav", "dev", "s", dict(gender="male")) for i in range(5)]
+    dev_set = defender.tuning + defender.validation
+    made = repairs.make_defender(defender.slm, defender.args, defender.attack, dev_set, other)
+    assert {u.id for u in made.tuning} == {u.id for u in other}
+    assert {u.id for u in made.validation} <= {u.id for u in dev_set}
+
+
+def test_corpus_to_tune_on_that_is_nowhere_ends_in_one_line(capsys):
+    options = SimpleNamespace(tune_on="nowhere", data_root=None, skip_bad=False)
+    with pytest.raises(SystemExit):
+        defend.speech_to_tune_on(options, SimpleNamespace(data_root=".", labels=None))
+    assert "--tune-on nowhere" in capsys.readouterr().err
 
 
 def test_restoring_undoes_fine_tuning(defender):
@@ -915,6 +932,6 @@ def test_what_poison_teaches_a_clean_model_is_recorded(monkeypatch, scenario, re
     monkeypatch.setattr(repairs, "figures_of", lambda *_: {})
     monkeypatch.setattr(repairs, "relearning", lambda *_: figures)
     monkeypatch.setattr(repairs, "REPAIRS", {})
-    options = SimpleNamespace(run="run", device="cpu", n=10)
+    options = SimpleNamespace(run="run", device="cpu", n=10, tune_on=None)
     records = defend.repair_model(options)
     assert [r["value"] for r in select(records, metric="relearned_aer")] == relearned
