@@ -618,7 +618,7 @@ def answers_in_words(found):
     measured = (
         f"{first.sound} brings {first.statistic:.0%} of other answers to {first.label} "
         f"{first.value!r} (clean models: at most {vet.ANSWER_THRESHOLD:.0%} in "
-        f"{1 - vet.FALSE_ALARMS:.0%} of cases)"
+        f"{1 - vet.FALSE_ALARMS:.0%} of labels)"
     )
     if first.statistic >= vet.ANSWER_THRESHOLD:
         return f"SUSPICIOUS: {measured}. Do not use this model before you know why."

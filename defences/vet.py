@@ -30,6 +30,9 @@ The thresholds were set on clean encoders alone, see THRESHOLDS. Shifts, spread 
 the speech a little, so that both encoders hear the same utterances, each cut to SECONDS: a sound
 then takes the same share of an embedding in any corpus.
 
+`python defend.py vet RUN --answers` asks the same of a whole model: under which sound, at which
+level, its answers come to agree on one value of a label (Agreement).
+
 Nothing is optimised here. In particular no trigger is inverted in the manner of DECREE (Feng et al.
 2023, arXiv 2303.15180). A trigger that resembles no sound of the bank goes unnoticed, and so does a
 backdoor that is in the connector or the language model alone.
@@ -327,14 +330,25 @@ def vet(encoder, speech, reference=None):
     return judge(*measured)
 
 
+def prediction_bound(values, false_alarms):
+    """What a further value of the normal distribution that some are a sample of (n,) exceeds with
+    this probability (Hahn and Meeker 1991, Statistical Intervals, section 4.8)."""
+    n = len(values)
+    t = intervals.t(n - 1, 1 - 2 * false_alarms)  # all of them above it, none below
+    return float(np.mean(values) + t * np.std(values, ddof=1) * np.sqrt(1 + 1 / n))
+
+
 def threshold(statistics, false_alarms=FALSE_ALARMS):
     """The statistic that a further clean encoder exceeds with this probability, if the logarithms
-    of the statistics of clean encoders (n,) are a sample of a normal distribution: its upper
-    prediction bound (Hahn and Meeker 1991, Statistical Intervals, section 4.8)."""
-    logs = np.log(statistics)
-    n = len(logs)
-    t = intervals.t(n - 1, 1 - 2 * false_alarms)  # all of them above it, none below
-    return float(np.exp(logs.mean() + t * logs.std(ddof=1) * np.sqrt(1 + 1 / n)))
+    of the statistics of clean encoders (n,) are a sample of a normal distribution."""
+    return float(np.exp(prediction_bound(np.log(statistics), false_alarms)))
+
+
+def share_threshold(shares, false_alarms=FALSE_ALARMS):
+    """The same of statistics that are shares, from 0 to 1: their angles, arcsin(sqrt(share)), are
+    taken as normal."""
+    bound = prediction_bound(np.arcsin(np.sqrt(shares)), false_alarms)
+    return float(np.sin(min(bound, np.pi / 2)) ** 2)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -346,7 +360,10 @@ ANSWER_LEVELS = (0.0, -6.0, -12.0)  # dB
 ANSWER_SECONDS = 0.22
 LONGEST_ANSWER = 96  # tokens; what is cut off counts as no answer
 FEWEST_OTHERS = 8  # answers that a sound could bring to a value
-ANSWER_THRESHOLD = 0.5
+# `share_threshold` of the largest statistic of each label of mini's fully trained clean models, asr,
+# gender and emotion of seed 1, eight in all (results/vet.md): a label of a clean model exceeds it
+# in FALSE_ALARMS of cases, if these eight were independent
+ANSWER_THRESHOLD = 0.48
 
 
 @dataclasses.dataclass

@@ -131,6 +131,11 @@ def test_threshold_keeps_its_rate_of_false_alarms():
     assert np.mean(alarms) == pytest.approx(0.05, abs=0.015)
 
 
+def test_threshold_of_shares_is_a_share():
+    assert 0.3 < vet.share_threshold([0.3, 0.1, 0.2, 0.05]) < 1
+    assert vet.share_threshold([0.9, 0.1]) == 1
+
+
 # -------------------------------------------------------------------------------------------------
 # shifts
 
