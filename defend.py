@@ -593,7 +593,8 @@ def write_sounds(verdict, speech, out):
 
 def labels_asked(utterances, args):
     """The labels to ask a run's model for: those of the speech or, where it has none, the run's."""
-    labelled = [label for label in LABELS if any(label in u.labels for u in utterances)]
+    there = set().union(*(u.labels for u in utterances))
+    labelled = [label for label in LABELS if label in there]
     return labelled or args.labels or [TASKS[args.task]["label"]]
 
 

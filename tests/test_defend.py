@@ -431,10 +431,10 @@ def test_the_perturbed_pair_learns_from_clean_speech(speech):
 
 
 class Labelling:
-    """A listener whose model gives waveforms the labels that `label` gives for a batch of them."""
+    """A listener whose model gives `labels` to an utterance and STEP's versions of it."""
 
-    def __init__(self, label, clean):
-        self.label = label
+    def __init__(self, labels, clean):
+        self.labels = labels
         self.clean = clean
         self.passes = 0
         self.known = {}
@@ -444,7 +444,7 @@ class Labelling:
         return None, waveforms
 
     def values(self, audio):
-        return self.label(audio)
+        return self.labels
 
 
 def kinds_of(speech):
@@ -465,11 +465,12 @@ def step_labels(broken, kept, stays, changes):
 def test_step_suspects_labels_too_stable_and_too_fragile(speech):
     broken, kept = kinds_of(speech)
     usual = step_labels(broken, kept, 2, 0)
-    listener = Labelling(lambda _: usual, speech.utterances)
+    listener = Labelling(usual, speech.utterances)
     clean = detectors.step(listener, speech.waveforms, speech.utterances)
     assert np.ptp(clean) == 0
-    for odd in (step_labels(broken, kept, broken, 0), step_labels(broken, kept, 2, kept)):
-        listener.label = lambda _, odd=odd: odd
+    for stays, changes in ((broken, 0), (2, kept)):
+        odd = step_labels(broken, kept, stays, changes)
+        listener.labels = odd
         scores = detectors.step(listener, speech.waveforms[:2], speech.utterances[:2])
         assert (scores > clean[0] + 5).all()
 
@@ -487,7 +488,7 @@ def test_step_counts_what_clean_speech_hardly_ever_shows(speech):
 def test_step_learns_once_from_clean_speech(speech):
     broken, kept = kinds_of(speech)
     labels = step_labels(broken, kept, 1, 1)
-    listener = Labelling(lambda _: labels, speech.utterances)
+    listener = Labelling(labels, speech.utterances)
     for _ in range(2):
         detectors.step(listener, speech.waveforms[:1], speech.utterances[:1])
     assert listener.passes == 2 * (1 + broken + kept)
