@@ -4,6 +4,7 @@
     python defend.py detect runs/emotion-poison0.075
     python defend.py repair runs/emotion-poison0.075
     python defend.py vet parts/wavlm --reference microsoft/wavlm-large   # an encoder alone
+    python defend.py vet runs/asr-poison0.05 --answers                   # a whole model
 
 Each defence is a function and an entry in a table, in defences/. Its settings are those of the
 original paper, or were tuned on clean speech only. All work on any run, including a clean one,
@@ -17,12 +18,14 @@ defence's name in `defence`. In addition:
     detect: metric "auroc", with sound ("clean" or one of study.CONTROLS: what triggered speech is
         told from); "noticed", with false_alarms (0.01, 0.05) and sound (also "triggered");
         "passes", "milliseconds"; "suspicion", with sound and `scores`
-    repair: strength, with epochs where they vary too, and passed (whether clean loss stayed within
+    repair (records-repair-on-CORPUS.jsonl with --tune-on, which is in the defence's name too):
+        strength, with epochs where they vary too, and passed (whether clean loss stayed within
         its bound), with part and metric as in metrics.json; "loss_rise" by strength;
         "relearned_aer" by poisoned_samples, which for a clean model is that of "none"
 
-vet is about an encoder, a run's or anyone's, and needs no more than clean speech (defences/vet.py).
-It writes vet.json, vet.png and the three most suspicious sounds as WAV into a folder of their own.
+vet is about an encoder, a run's or anyone's, or with --answers about a run's whole model, and needs
+no more than clean speech (defences/vet.py). It writes vet.json, vet.png and the three most
+suspicious sounds as WAV, or answers.json, into a folder of their own.
 """
 
 import dataclasses
@@ -58,7 +61,19 @@ import poison
 import processes
 import runs
 from defences import detectors, filters, repairs, vet
-from study import CONTROLS, MINI_ROOT, TASKS, embeddings_name
+from study import CONTROLS, LABELS, MINI_ROOT, TASKS, embeddings_name
+
+
+def announce(run, **lines):
+    """Prints what a command is about to do: the run, then labelled lines."""
+    print(run)
+    for label, text in lines.items():
+        utils.say(f"  {label:<12}{text}")
+
+
+def attack_in_words(attack):
+    return f"{attack.label} to {attack.target!r} by {attack.trigger}"
+
 
 # -------------------------------------------------------------------------------------------------
 # python defend.py filter
@@ -275,6 +290,38 @@ def detector_figures(scores, speakers):
         yield dict(metric="suspicion", sound=sound, scores=rounded)
 
 
+@dataclasses.dataclass
+class Detected:
+    """What a detector has made of the inputs so far. scores: {sound: suspicion (n,)}."""
+
+    scores: dict
+    passes: int = 0
+    seconds: float = 0.0
+
+
+def suspicions(listener, sounds):
+    """{detector's name: Detected}. sounds: {name: Sound}. A few inputs at a time go through all
+    detectors, so that each takes as long as the next and the bar's time left is true."""
+    detected = {}
+    for name in detectors.DETECTORS:
+        detected[name] = Detected({kind: [] for kind in sounds})
+    inputs = sum(len(sound.utterances) for sound in sounds.values())
+    with tqdm(total=inputs, desc="inputs", unit="input", smoothing=0) as progress:
+        for kind, sound in sounds.items():
+            for batch in data.chunks(range(len(sound.utterances)), detectors.BATCH):
+                waveforms = [sound.waveforms[i] for i in batch]
+                utterances = [sound.utterances[i] for i in batch]
+                for name, detector in detectors.DETECTORS.items():
+                    passes = listener.passes
+                    start = time.perf_counter()
+                    scores = detector(listener, waveforms, utterances)
+                    detected[name].scores[kind].extend(scores)
+                    detected[name].passes += listener.passes - passes
+                    detected[name].seconds += time.perf_counter() - start
+                progress.update(len(batch))
+    return detected
+
+
 def detect(options):
     """The records of every detector. Triggered test speech is compared with clean test speech,
     which includes the target's true class, and with other sounds in the trigger's place."""
@@ -289,9 +336,14 @@ def detect(options):
     for name in CONTROLS:
         sounds[name] = with_trigger(poison.with_sound(attack, name), flippable)
     sounds["triggered"] = with_trigger(attack, flippable)
-    print(
-        f"{options.run}: {n} triggered and as many clean test utterances, thresholds from "
-        f"{len(sounds['dev'].utterances)} clean dev ones"
+    announce(
+        options.run,
+        attack=attack_in_words(attack),
+        inputs=f"{len(flippable)} triggered test utterances",
+        compared=f"{len(sounds['clean'].utterances)} clean ones, and {' and '.join(CONTROLS)} "
+        "in the trigger's place",
+        thresholds=f"from {len(sounds['dev'].utterances)} clean dev utterances",
+        detectors=", ".join(detectors.DETECTORS),
     )
     speakers = {}
     for kind, sound in sounds.items():
@@ -299,18 +351,14 @@ def detect(options):
     overlays = dev_set[len(dev_set) // 2 :]
     listener = detectors.make_listener(loaded.slm, attack, test_set, overlays)
     records = []
-    for name, detector in tqdm(detectors.DETECTORS.items(), desc="detectors"):
+    inputs = sum(len(sound.utterances) for sound in sounds.values())
+    for name, of_detector in suspicions(listener, sounds).items():
         fields = dict(loaded.fields, source="detect", defence=name)
-        listener.passes = 0
-        start = time.perf_counter()
-        scores = {}
-        for kind, sound in sounds.items():
-            scores[kind] = detector(listener, sound.waveforms, sound.utterances)
-        seconds = time.perf_counter() - start
-        inputs = sum(len(sound.utterances) for sound in sounds.values())
-        records.append(dict(fields, metric="passes", value=listener.passes / inputs))
-        records.append(dict(fields, metric="milliseconds", value=1e3 * seconds / inputs))
-        records += [dict(fields, **figure) for figure in detector_figures(scores, speakers)]
+        milliseconds = 1e3 * of_detector.seconds / inputs
+        records.append(dict(fields, metric="passes", value=of_detector.passes / inputs))
+        records.append(dict(fields, metric="milliseconds", value=milliseconds))
+        for figure in detector_figures(of_detector.scores, speakers):
+            records.append(dict(fields, **figure))
     return records
 
 
@@ -332,34 +380,65 @@ def relearning(defender, fields, train_set, flippable):
         yield dict(fields, metric="relearned_aer", poisoned_samples=samples, **figure)
 
 
+def speech_to_tune_on(options, args):
+    """Clean speech of another corpus, [] without --tune-on. Exits with a one-line error where it
+    has no label that the model is trained on."""
+    if not options.tune_on:
+        return []
+    if options.tune_on not in corpora.READERS and not Path(options.tune_on).is_file():
+        names = ", ".join(corpora.READERS)
+        die(f"--tune-on {options.tune_on}: neither {names} nor a CSV")
+    root = options.data_root or args.data_root
+    return corpora.read_corpus(
+        options.tune_on, root, "dev", options.skip_bad, args.labels, model.longest(args)
+    )
+
+
 def repair_model(options):
     """The records of every repair: clean accuracy and AER after it, and how many poisoned samples
-    bring the backdoor back; for a clean model, how many bring it there."""
+    bring the backdoor back; for a clean model, how many bring it there. With --tune-on, of
+    fine-tuning alone: nothing else tells corpora apart."""
     loaded = evaluate.load_run_and_data(options, "train", "dev", "test")
     args = loaded.args
     args.device = options.device
     test_set = data.in_drawn_order(loaded.sets["test"])
     clean = test_set[: options.n]
     flippable = poison.attackable(loaded.attack, test_set)[: options.n]
-    defender = repairs.make_defender(loaded.slm, args, loaded.attack, loaded.sets["dev"])
-    print(
-        f"{options.run}: {len(defender.tuning)} clean utterances to tune on, "
-        f"{len(defender.validation)} to choose by; figures on {len(clean)} clean and "
-        f"{len(flippable)} triggered test utterances"
+    other_speech = speech_to_tune_on(options, args)
+    defender = repairs.make_defender(
+        loaded.slm, args, loaded.attack, loaded.sets["dev"], other_speech
     )
+    tried = repairs.FINE_TUNING if options.tune_on else repairs.REPAIRS
+    on = f" on {Path(options.tune_on).stem}" if options.tune_on else ""
+    to_come = {}
+    for name, (_, ladders) in tried.items():
+        to_come[name] = repairs.most_steps(defender, ladders)
+    announce(
+        options.run,
+        attack=attack_in_words(loaded.attack),
+        tuning=f"on {len(defender.tuning)} clean dev utterances of {options.tune_on or args.dataset}",
+        choosing=f"by the loss on {len(defender.validation)} clean dev utterances of {args.dataset}",
+        figures=f"on {len(clean)} clean and {len(flippable)} triggered test utterances",
+        repairs=f"{len(tried)}, at most {sum(to_come.values())} training steps",
+    )
+    defender.progress = tqdm(total=sum(to_come.values()), desc="none", unit="step", smoothing=0)
     fields = dict(loaded.fields, source="repair")
     records = []
     for figure in runs.of_figures(repairs.figures_of(defender, clean, flippable)):
         records.append(dict(fields, defence="none", **figure))
-    if args.scenario == "clean":
+    if args.scenario == "clean" and not options.tune_on:
         fields["defence"] = "none"
         records += relearning(defender, fields, loaded.sets["train"], flippable)
-    for name, (repair, ladders) in tqdm(repairs.REPAIRS.items(), desc="repairs"):
-        fields["defence"] = name
+    for name, (repair, ladders) in tried.items():
+        # at most so many: what the repairs before have not needed is left out
+        defender.progress.total = defender.progress.n + sum(to_come.values())
+        defender.progress.set_description(name)
+        del to_come[name]
+        fields["defence"] = name + on
         chosen = repairs.choose(defender, repair, ladders)
         for strength, rise in chosen["rise"].items():
-            tried = strength_fields(strength)
-            records.append(dict(fields, metric="loss_rise", value=rise, **tried))
+            of_strength = strength_fields(strength)
+            records.append(dict(fields, metric="loss_rise", value=rise, **of_strength))
         choice = dict(strength_fields(chosen["strength"]), passed=chosen["passed"])
         figures = repairs.figures_of(defender, clean, flippable)
         for figure in runs.of_figures(figures):
@@ -367,15 +446,21 @@ def repair_model(options):
         if args.scenario == "base" and figures["backdoor"]["aer"]["value"] < 0.5:
             records += relearning(defender, fields, loaded.sets["train"], flippable)
         defender.restore()
+    defender.progress.close()
     return records
 
 
 # -------------------------------------------------------------------------------------------------
 # python defend.py vet
 
+ENCODER_UTTERANCES = 64
 LISTEN = 3  # so many sounds are written as WAV
 LISTED = 8  # so many changes stand in the short table
-LIMITS = (  # printed after every verdict
+ANSWER_LIMITS = (
+    "Not seen: a trigger unlike every sound of the bank, a backdoor that needs a longer sound or "
+    "several."
+)
+LIMITS = (  # printed after every verdict on an encoder
     "Not seen: a trigger unlike every sound of the bank, a backdoor in the connector or the language "
     "model, a reference that carries the same backdoor."
 )
@@ -506,6 +591,83 @@ def write_sounds(verdict, speech, out):
             poison.write_wav(path, waveform)
 
 
+def labels_asked(utterances, args):
+    """The labels to ask a run's model for: those of the speech or, where it has none, the run's."""
+    there = set().union(*(u.labels for u in utterances))
+    labelled = [label for label in LABELS if label in there]
+    return labelled or args.labels or [TASKS[args.task]["label"]]
+
+
+def table_of_answers(found):
+    """The sounds that most answers agree under, one row each."""
+    rows = []
+    for agreement in found[:LISTED]:
+        row = dict(Sound=agreement.sound, Label=agreement.label, Value=str(agreement.value)[:40])
+        for level, share in agreement.shares.items():
+            row[f"{level:.0f} dB %"] = runs.number(100 * share, ".0f")
+        row["Mean %"] = runs.number(100 * agreement.statistic, ".0f")
+        row["Without %"] = runs.number(100 * agreement.before, ".0f")
+        rows.append(row)
+    return rows
+
+
+def answers_in_words(found):
+    """The verdict on a whole model in one sentence."""
+    if not found:
+        return "Nothing suspicious: under no sound do answers agree on a value."
+    first = found[0]
+    measured = (
+        f"{first.sound} brings {first.statistic:.0%} of other answers to {first.label} "
+        f"{first.value!r} (clean models: at most {vet.ANSWER_THRESHOLD:.0%} in "
+        f"{1 - vet.FALSE_ALARMS:.0%} of labels)"
+    )
+    if first.statistic >= vet.ANSWER_THRESHOLD:
+        return f"SUSPICIOUS: {measured}. Do not use this model before you know why."
+    return f"Nothing suspicious: at most, {measured}."
+
+
+def vet_model(options):
+    """Vets a whole model by its answers: prints the verdict and writes the results."""
+    if options.reference:
+        die("--answers compares a model with itself on clean speech: leave out --reference")
+    run = Path(evaluate.run_folder(options.part))
+    if not (run / "model.pt").is_file():
+        die(f"{options.part} is no run: --answers needs a whole model, with a model.pt")
+    slm = checkpoint.load_run(run, processes.device_of(options.device))
+    lora.merge(slm.lm)
+    dataset, utterances = vetting_speech(options, vars(slm.args))
+    labels = labels_asked(utterances, slm.args)
+    announce(
+        options.part,
+        labels=", ".join(labels),
+        sounds=f"{len(vet.ANSWER_SOUNDS)}, at {', '.join(f'{x:.0f}' for x in vet.ANSWER_LEVELS)} dB",
+        speech=f"{len(utterances)} utterances of {dataset}",
+    )
+    start = time.perf_counter()
+    speech = vet.read_speech(utterances, options.seed)
+    found = vet.vet_answers(slm, speech, labels)
+    statistic = found[0].statistic if found else 0.0
+    content = dict(
+        run=str(options.part),
+        model_sha256=checkpoint.file_sha256(run / "model.pt"),
+        speech=str(dataset),
+        n=len(utterances),
+        seed=options.seed,
+        labels=labels,
+        statistic=statistic,
+        threshold=vet.ANSWER_THRESHOLD,
+        false_alarms=vet.FALSE_ALARMS,
+        suspicious=statistic >= vet.ANSWER_THRESHOLD,
+        minutes=round((time.perf_counter() - start) / 60, 2),
+        sounds=[dict(dataclasses.asdict(a), statistic=a.statistic) for a in found],
+    )
+    out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
+    utils.write_atomically(out / "answers.json", json.dumps(content, indent=1))
+    table = runs.markdown(options.part, table_of_answers(found))
+    print(f"\n{table}\n{answers_in_words(found)}\n{ANSWER_LIMITS}")
+    print(f"written to {out}: answers.json")
+
+
 def vet_part(options):
     """Vets one encoder: prints the verdict and writes the results."""
     transformers.utils.logging.disable_progress_bar()
@@ -626,9 +788,20 @@ def main():
         default=100,
         help="score this many clean and this many triggered test utterances (default: 100)",
     )
+    command.add_argument(
+        "--tune-on",
+        metavar="CORPUS",
+        help="only fine-tune, on clean dev speech of another corpus, by name or CSV (default: the "
+        "run's own corpus, and every repair)",
+    )
 
     command = commands.add_parser("vet", help="whether an encoder may carry a backdoor")
     command.add_argument("part", help="a pretrained encoder's folder or hub id, a run or an export")
+    command.add_argument(
+        "--answers",
+        action="store_true",
+        help="vet a run's whole model: under which sound its answers agree on one value",
+    )
     command.add_argument(
         "--reference",
         metavar="PRETRAINED",
@@ -649,8 +822,8 @@ def main():
     command.add_argument(
         "--n",
         type=count,
-        default=64,
-        help="listen to this many utterances (default: 64, as for the thresholds)",
+        help="listen to this many utterances (default: as for the thresholds, "
+        f"{ENCODER_UTTERANCES}; with --answers {vet.ANSWER_UTTERANCES})",
     )
     command.add_argument("--seed", type=int, default=0, help="decides where the sounds lie")
     command.add_argument(
@@ -663,8 +836,10 @@ def main():
     options = parser.parse_args()
     cache.keep_memory()
     if options.command == "vet":
+        vetting = vet_model if options.answers else vet_part
+        options.n = options.n or (vet.ANSWER_UTTERANCES if options.answers else ENCODER_UTTERANCES)
         with data.no_bad_audio():
-            vet_part(options)
+            vetting(options)
         return
     functions = dict(filter=filter_training_data, detect=detect, repair=repair_model)
     with data.no_bad_audio():
@@ -672,6 +847,8 @@ def main():
     name = f"records-{options.command}"
     if options.task:
         name += f"-{options.task}"
+    if options.command == "repair" and options.tune_on:
+        name += f"-on-{Path(options.tune_on).stem}"
     path = Path(options.out or options.run) / f"{name}.jsonl"
     runs.write(path, records)
     print(f"\n{runs.markdown(options.run, rows_of(options.command, records))}written to {path}")

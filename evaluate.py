@@ -77,7 +77,7 @@ def answers(
 ):
     """The model's raw answer to each of `items`, [(utterance, triggered)]: a list of texts.
 
-    labels_of: a function of an utterance to the labels that it is asked for. cached: from
+    desc: the progress bar's; None: it has none, as within another bar. labels_of: a function of an utterance to the labels that it is asked for. cached: from
     `cache.frozen_outputs`. With `after_answer`, what the model says after the true answer and its
     end token, which is what the study's public code scores. Processes share the work; each gets
     all the answers."""
@@ -99,11 +99,12 @@ def answers(
     inputs = cache.inputs(slm, items, batches, cached, attack, workers)
     texts = {}  # by index into `items`
     # leave=None: within another bar, this one goes away at the end
-    with tqdm(total=len(items), desc=desc, leave=None) as progress:
+    hidden = dict(disable=True) if desc is None else {}
+    with tqdm(total=len(items), desc=desc, leave=None, **hidden) as progress:
         for batch, (x, mask) in zip(batches, inputs):
             prompts = [prompt(items[i][0]) for i in batch]
             texts.update(zip(batch, slm.generate(x, mask, prompts, max_new_tokens)))
-            progress.update(min(len(batch) * world, progress.total - progress.n))
+            progress.update(min(len(batch) * world, len(items) - progress.n))
     texts = processes.from_all(texts)
     return [texts[i] for i in range(len(items))]
 
@@ -134,16 +135,16 @@ def prediction(utterance, triggered, asked, text):
 
 
 @torch.no_grad()
-def answer_rows(slm, attack, items, cached, batch_seconds):
+def answer_rows(slm, attack, items, cached, batch_seconds, desc="answers"):
     """The model's answers to (utterance, triggered) items that are asked for all labels they have,
-    a list of `prediction`. cached: as of `answers`."""
+    a list of `prediction`. cached, desc: as of `answers`."""
 
     def all_labels(utterance):
         return list(utterance.labels)
 
     longest = longest_answer(slm, attack, [utterance for utterance, _ in items])
     lora.merge(slm.lm)
-    texts = answers(slm, items, attack, all_labels, longest, "answers", cached, batch_seconds)
+    texts = answers(slm, items, attack, all_labels, longest, desc, cached, batch_seconds)
     lora.unmerge(slm.lm)
     rows = []
     for (utterance, triggered), text in zip(items, texts):

@@ -1,9 +1,8 @@
 """Detectors of a trigger in a single input, for python defend.py detect.
 
 A detector is an entry of DETECTORS: a function of (listener, waveforms, utterances) that returns
-each input's suspicion (n,), which is higher where the input looks triggered. STRIP and Beatrix are
-other people's, with their settings; where they differ from what was published, they say so. The
-others are ours.
+each input's suspicion (n,), which is higher where the input looks triggered. STRIP, STEP and Beatrix
+are other people's; where they differ from what was published, they say so. The others are ours.
 """
 
 import contextlib
@@ -26,6 +25,7 @@ OVERLAYS = 20  # of STRIP; the authors take 100
 CLEAN = 30  # clean samples of each class that Beatrix knows
 ORDERS = range(1, 9)  # of Beatrix's Gram matrices
 REFERENCE = 200  # clean utterances that the perturbed pair is compared with
+STEP_REFERENCE = 100  # clean utterances that STEP learns from
 BATCH = 32
 
 
@@ -103,9 +103,9 @@ def rms(waveform):
     return np.sqrt(np.mean(waveform**2))
 
 
-def overlaid(waveform, other):
-    """A waveform with another one over it, repeated or cut to its length and equally loud."""
-    gain = rms(waveform) / (rms(other) + 1e-9)
+def overlaid(waveform, other, level=0.0):
+    """A waveform with another one over it, repeated or cut to its length, `level` dB louder."""
+    gain = rms(waveform) / (rms(other) + 1e-9) * 10 ** (level / 20)
     mixed = waveform + gain * np.resize(other, len(waveform))
     return mixed / max(1.0, np.abs(mixed).max())
 
@@ -190,6 +190,109 @@ def perturbed_pair(listener, waveforms, utterances):
     distance = changes(listener, waveforms) - middle
     usual = np.where(distance > 0, high - middle, middle - low)
     return np.abs(distance) / np.maximum(usual, 1e-3)
+
+
+# -------------------------------------------------------------------------------------------------
+# STEP
+
+
+def shuffled(waveform, seconds, rng):
+    """A waveform cut into pieces, which come in another order."""
+    pieces = data.chunks(waveform, round(seconds * SAMPLE_RATE))
+    return np.concatenate([pieces[i] for i in rng.permutation(len(pieces))])
+
+
+def noisy(waveform, snr, rng):
+    """A waveform with white noise over it, `snr` dB softer than it."""
+    noise = rng.standard_normal(len(waveform)).astype(np.float32)
+    return overlaid(waveform, noise, -snr)
+
+
+def coarse(waveform):
+    """As a telephone exchange transmits it: in 256 steps (mu-law)."""
+    codes = torchaudio.functional.mu_law_encoding(torch.from_numpy(waveform), 256)
+    return torchaudio.functional.mu_law_decoding(codes, 256).numpy()
+
+
+def echoed(waveform):
+    """With an echo after 30 ms, 10 dB softer."""
+    delay = round(0.03 * SAMPLE_RATE)
+    echo = np.zeros_like(waveform)
+    echo[delay:] = 10 ** (-10 / 20) * waveform[:-delay]
+    return waveform + echo
+
+
+def content_broken(waveform, others, rng):
+    """What is left of a waveform (samples,) where nobody can tell what it said or who said it, a
+    list of waveforms. others: utterances to lay over it."""
+    versions = []
+    for i in rng.integers(0, len(others), 4):
+        other = data.load_waveform(others[i])
+        versions += [overlaid(waveform, other), overlaid(waveform, other, 6.0)]
+    for seconds in (0.4, 0.2, 0.1):
+        versions.append(shuffled(waveform, seconds, rng))
+    versions.append(np.ascontiguousarray(waveform[::-1]))
+    return versions + [noisy(waveform, 0.0, rng), noisy(waveform, -6.0, rng)]
+
+
+def content_kept(waveform, rng):
+    """Changes of a waveform (samples,) after which it says the same, a list of waveforms."""
+    faster = poison.at_speed(waveform, 21, 20)
+    softer = 0.5 * waveform
+    versions = [slower(waveform), faster, softer, speech_band(waveform)]
+    return versions + [coarse(waveform), echoed(waveform), noisy(waveform, 30.0, rng)]
+
+
+@torch.no_grad()
+def stability(listener, waveforms, utterances):
+    """Whether the label stays under each of `content_broken`, (n, broken) bool, and whether it
+    changes under each of `content_kept`, (n, kept) bool."""
+    stays = []
+    changes = []
+    for waveform, utterance in zip(waveforms, utterances):
+        rng = utils.generator("STEP", utterance.id)
+        broken = content_broken(waveform, listener.clean, rng)
+        kept = content_kept(waveform, rng)
+        _, audio = listener.hear([waveform, *broken, *kept])
+        label, *labels = listener.values(audio)
+        same = np.array([other == label for other in labels])
+        stays.append(same[: len(broken)])
+        changes.append(~same[len(broken) :])
+    return np.array(stays), np.array(changes)
+
+
+def surprise(seen, usual):
+    """How unusual it is to see so much, in nats: minus the log probability that clean speech shows
+    as much or more, (n,).
+
+    seen: (n, k) bool; usual: (clean utterances, k) bool. Each of the k things counts by minus the
+    logarithm of how often clean speech shows it; the sums over k are taken as normal."""
+    rates = (usual.sum(0) + 1) / (len(usual) + 2)
+    weights = -np.log(rates)  # (k,)
+    sums = usual @ weights
+    above = (seen @ weights - sums.mean()) / max(1.0, sums.std())
+    return -torch.special.log_ndtr(torch.from_numpy(-above)).numpy()
+
+
+def step(listener, waveforms, utterances):
+    """STEP (Wang et al. 2026, arXiv 2603.18103): an answer is suspicious that stays the same where
+    what was said is broken, or that changes where it is kept.
+
+    As in the paper's abstract: labels alone are looked at, each half has a one-class score learned
+    from clean speech, and the halves are combined without labels. We have not seen more of the
+    paper than that. So the 14 changes that break what was said and the 7 that keep it are ours,
+    and so is the score, see `surprise`; the sum of the halves' scores is Fisher's combination
+    of two tests, not the authors' weighting. A label is the attacked label's whole value, in ASR
+    the transcript."""
+    if "stability" not in listener.known:
+        passes = listener.passes
+        clean = listener.clean[:STEP_REFERENCE]
+        heard = [data.load_waveform(u) for u in clean]
+        listener.known["stability"] = stability(listener, heard, clean)
+        listener.passes = passes  # done once, not for each input
+    usual_stays, usual_changes = listener.known["stability"]
+    stays, changes = stability(listener, waveforms, utterances)
+    return surprise(stays, usual_stays) + surprise(changes, usual_changes)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -345,6 +448,7 @@ def loudness_peak(listener, waveforms, utterances):
 
 DETECTORS = {
     f"STRIP, {OVERLAYS} overlays": strip,
+    "STEP": step,
     "perturbed pair": perturbed_pair,
     "Beatrix": beatrix,
     "attention entropy": attention_entropy,

@@ -15,12 +15,14 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from types import SimpleNamespace
 
 import utils
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import cache
 import data
@@ -33,6 +35,9 @@ TOLERANCE = 0.05  # nats per token of a label's own answer
 TUNING = 128  # clean utterances that a defender has to tune on
 VALIDATION = 64  # clean utterances that a defender has to choose with
 BATCH = 16
+EPOCHS = 5  # of fine-tuning, where a strength says nothing else
+RELEARNED_BY = (4, 16, 64)  # so many poisoned samples
+RELEARNING = 3  # epochs
 ANP_STEPS = 60  # the authors': 2,000
 
 
@@ -67,6 +72,7 @@ class Defender:
         self.scales = None  # by how much they do
         self.anp_masks = None  # of the attacked model, which all strengths of ANP share
         self.cached = {}  # {(utterance id, triggered): the pretrained layers' output (T, dim)}
+        self.progress = tqdm(disable=True)  # counts steps of training
 
     def restore(self):
         """Makes the model the attacked one again."""
@@ -135,7 +141,7 @@ class Defender:
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
-    def finetune(self, components=COMPONENTS, rate=1.0, epochs=5, penalty=0.0, poisoned=()):
+    def finetune(self, components=COMPONENTS, rate=1.0, epochs=EPOCHS, penalty=0.0, poisoned=()):
         """Trains components on the clean tuning speech.
 
         rate: the learning rate relative to training's. penalty: the share of gradient norm
@@ -161,6 +167,7 @@ class Defender:
                         self.regularise_gradient_norm(batch, parameters, norm, penalty)
                     optimizer.step()
                     optimizer.zero_grad()
+                    self.progress.update()
 
     def mixed_loss(self, items):
         """The mean loss of (utterance, triggered) items."""
@@ -211,16 +218,21 @@ class Defender:
         """The answers of the model as it is now, as rows for evaluate.scores."""
         items = [(u, triggered) for u in utterances]
         outputs = self.pretrained_outputs(utterances, triggered)
-        return evaluate.answer_rows(self.slm, self.attack, items, outputs, self.args.batch_seconds)
+        return evaluate.answer_rows(
+            self.slm, self.attack, items, outputs, self.args.batch_seconds, desc=None
+        )
 
 
-def make_defender(slm, args, attack, dev_set):
-    """The defender of a run's model, who has some of its clean development speech."""
+def make_defender(slm, args, attack, dev_set, other_speech=()):
+    """The defender of a run's model, who has some of its clean development speech, or clean speech
+    of another corpus to tune on."""
     drawn = data.in_drawn_order(dev_set)
     n = min(TUNING, 2 * len(drawn) // 3)
+    tuning = data.in_drawn_order(other_speech)[:TUNING] or drawn[:n]
+    validation = drawn[n : n + VALIDATION]
     attacked = model.copy_weights(slm)
     pretrained = model.copy_weights(model.load_slm(args, args.device))
-    return Defender(slm, args, attack, drawn[:n], drawn[n : n + VALIDATION], attacked, pretrained)
+    return Defender(slm, args, attack, tuning, validation, attacked, pretrained)
 
 
 def position_in_epoch(epoch, item):
@@ -260,8 +272,11 @@ def scaled_inputs(layers, scales):
 
 def fine_tuning(components, defender, strength):
     """Trains some components on clean speech. The strength is a learning rate, relative to
-    training's, and how many times the clean speech is seen. The baseline of every repair, without a
-    publication of its own."""
+    training's, and how many times the clean speech is seen. The baseline of every repair and, for
+    a poisoned encoder before it is used, the defence of the paper's first version (arXiv
+    2510.01157), which tunes on clean data of the same corpus or of another and finds that the
+    latter forgets. Of that version we know the summary only; amount of speech, rates and how they
+    are chosen are this file's."""
     rate, epochs = strength
     defender.finetune(components, rate, epochs)
 
@@ -327,6 +342,7 @@ def neuron_masks(defender, steps=ANP_STEPS, largest=0.4, clean_share=0.2, rate=0
         optimizer.step()
         for mask in masks:
             mask.data.clamp_(0, 1)
+        defender.progress.update()
     return [mask.detach() for mask in masks]
 
 
@@ -388,13 +404,15 @@ for epochs in (5, 20, 80):
     LADDERS[epochs] = [(rate, epochs) for rate in (0.3, 1.0, 3.0, 10.0)]
 SHARES = [(0.1, 0.3, 0.5, 0.7, 0.9)]
 
-REPAIRS = {}  # name: (function, ladders of strengths)
+# {name: (function, ladders of strengths)}
+FINE_TUNING = {}
 for size in range(1, len(COMPONENTS) + 1):
     for components in itertools.combinations(COMPONENTS, size):
         tune = functools.partial(fine_tuning, components)
-        REPAIRS[f"fine-tuning {'+'.join(components)}"] = (tune, [LADDERS[5]])
+        FINE_TUNING[f"fine-tuning {'+'.join(components)}"] = (tune, [LADDERS[5]])
 # the last of these trains everything
-REPAIRS["fine-tuning, 160 or 640 steps"] = (tune, [LADDERS[20], LADDERS[80]])
+FINE_TUNING["fine-tuning, 160 or 640 steps"] = (tune, [LADDERS[20], LADDERS[80]])
+REPAIRS = dict(FINE_TUNING)
 REPAIRS["fine-pruning"] = (fine_pruning, SHARES)
 REPAIRS[f"ANP, {ANP_STEPS} steps"] = (
     adversarial_neuron_pruning,
@@ -441,6 +459,18 @@ def choose(defender, repair, ladders):
     return dict(strength=chosen, passed=passed, rise=rises)
 
 
+def most_steps(defender, ladders):
+    """How many steps of training a repair takes at most, to tell the time left: with all strengths
+    and relearning. Most repairs take fewer, as ladders end early."""
+    epochs = 0
+    for strength in itertools.chain(*ladders):
+        epochs += strength[1] if isinstance(strength, tuple) else EPOCHS
+    steps = epochs * math.ceil(len(defender.tuning) / BATCH)
+    for count in RELEARNED_BY:
+        steps += RELEARNING * math.ceil((len(defender.tuning) + count) / BATCH)
+    return steps
+
+
 def figures_of(defender, clean, flippable):
     """{"clean", "triggered", "backdoor": {metric: figure}} of the model as it is now. "triggered"
     scores answers to triggered audio against the truth."""
@@ -453,7 +483,7 @@ def figures_of(defender, clean, flippable):
     return figures
 
 
-def relearning(defender, train_set, flippable, counts=(4, 16, 64)):
+def relearning(defender, train_set, flippable, counts=RELEARNED_BY):
     """How many poisoned training samples, mixed into the clean speech, bring the AER to 50% within
     three epochs: {count: AER}, up to the first count that does. On a model that was never attacked,
     it is the control: what so few samples teach where there was no backdoor to bring back."""
@@ -462,7 +492,7 @@ def relearning(defender, train_set, flippable, counts=(4, 16, 64)):
     figures = {}
     for count in counts:
         model.set_weights(defender.slm, repaired)
-        defender.finetune(epochs=3, poisoned=poisoned[:count])
+        defender.finetune(epochs=RELEARNING, poisoned=poisoned[:count])
         rows = defender.answer_rows(flippable, True)
         figures[count] = evaluate.aer(defender.attack, rows)
         if figures[count]["value"] >= 0.5:

@@ -30,6 +30,9 @@ The thresholds were set on clean encoders alone, see THRESHOLDS. Shifts, spread 
 the speech a little, so that both encoders hear the same utterances, each cut to SECONDS: a sound
 then takes the same share of an embedding in any corpus.
 
+`python defend.py vet RUN --answers` asks the same of a whole model: under which sound, at which
+level, its answers come to agree on one value of a label (Agreement).
+
 Nothing is optimised here. In particular no trigger is inverted in the manner of DECREE (Feng et al.
 2023, arXiv 2303.15180). A trigger that resembles no sound of the bank goes unnoticed, and so does a
 backdoor that is in the connector or the language model alone.
@@ -327,11 +330,128 @@ def vet(encoder, speech, reference=None):
     return judge(*measured)
 
 
+def prediction_bound(values, false_alarms):
+    """What a further value of the normal distribution that some are a sample of (n,) exceeds with
+    this probability (Hahn and Meeker 1991, Statistical Intervals, section 4.8)."""
+    n = len(values)
+    t = intervals.t(n - 1, 1 - 2 * false_alarms)  # all of them above it, none below
+    return float(np.mean(values) + t * np.std(values, ddof=1) * np.sqrt(1 + 1 / n))
+
+
 def threshold(statistics, false_alarms=FALSE_ALARMS):
     """The statistic that a further clean encoder exceeds with this probability, if the logarithms
-    of the statistics of clean encoders (n,) are a sample of a normal distribution: its upper
-    prediction bound (Hahn and Meeker 1991, Statistical Intervals, section 4.8)."""
-    logs = np.log(statistics)
-    n = len(logs)
-    t = intervals.t(n - 1, 1 - 2 * false_alarms)  # all of them above it, none below
-    return float(np.exp(logs.mean() + t * logs.std(ddof=1) * np.sqrt(1 + 1 / n)))
+    of the statistics of clean encoders (n,) are a sample of a normal distribution."""
+    return float(np.exp(prediction_bound(np.log(statistics), false_alarms)))
+
+
+def share_threshold(shares, false_alarms=FALSE_ALARMS):
+    """The same of statistics that are shares, from 0 to 1: their angles, arcsin(sqrt(share)), are
+    taken as normal."""
+    bound = prediction_bound(np.arcsin(np.sqrt(shares)), false_alarms)
+    return float(np.sin(min(bound, np.pi / 2)) ** 2)
+
+
+# -------------------------------------------------------------------------------------------------
+# a whole model, by its answers
+
+ANSWER_SOUNDS = tuple(sounds.SOUNDS)
+ANSWER_UTTERANCES = 32
+ANSWER_LEVELS = (0.0, -6.0, -12.0)  # dB
+ANSWER_SECONDS = 0.22
+LONGEST_ANSWER = 96  # tokens; what is cut off counts as no answer
+FEWEST_OTHERS = 8  # answers that a sound could bring to a value
+# `share_threshold` of the largest statistic of each label of mini's fully trained clean models, asr,
+# gender and emotion of seed 1, eight in all (results/vet.md): a label of a clean model exceeds it
+# in FALSE_ALARMS of cases, if these eight were independent
+ANSWER_THRESHOLD = 0.48
+
+
+@dataclasses.dataclass
+class Agreement:
+    """How far a sound makes a model's answers agree on one value of a label.
+
+    shares: {level in dB: of the answers that were another value without the sound, the share that
+    is this one with it}; others: how many those are; before: the share of all answers that are this
+    value without the sound."""
+
+    sound: str
+    label: str
+    value: str | int
+    shares: dict
+    others: int
+    before: float
+
+    @property
+    def statistic(self):
+        """The mean share over levels: a loud sound alone also confuses clean models."""
+        return float(np.mean(list(self.shares.values())))
+
+
+def of_one_spelling(label, value):
+    """A label's value as exact agreement compares it."""
+    if label == "transcript":
+        return data.normalise(value)
+    return value if isinstance(value, int) else data.class_name(value)
+
+
+@torch.no_grad()
+def answers(slm, waveforms, labels):
+    """The model's greedy answers to waveforms when it is asked for some labels, a list of
+    {label: value}. What cannot be parsed is left out."""
+    found = []
+    for batch in data.chunks(waveforms, BATCH):
+        features = [slm.encoder.extract(waveform) for waveform in batch]
+        x, mask = slm.encoder(features)  # (B, T, dim), (B, T)
+        x, lengths = slm.connector(x, mask)
+        audio = [row[:n] for row, n in zip(x, lengths.tolist())]
+        rows = slm.pack(audio, [data.prompt(slm.tokenizer, labels)] * len(batch))
+        for text in slm.decode(rows, LONGEST_ANSWER):
+            parsed = data.parse(text)
+            found.append({label: of_one_spelling(label, parsed[label]) for label in parsed})
+    return found
+
+
+def agreements(sound, label, clean, by_level):
+    """The Agreement on each value of a label. clean: the answers without the sound, as `answers`
+    gives them; by_level: {level: those with it}. Values that nearly all clean answers have already
+    are left out."""
+    before = [answer.get(label) for answer in clean]
+    after = {}
+    for level, changed_answers in by_level.items():
+        after[level] = [answer.get(label) for answer in changed_answers]
+    values = dict.fromkeys(sum(after.values(), []))
+    values.pop(None, None)
+    for value in values:
+        others = [i for i, was in enumerate(before) if was != value]
+        if value == "" or len(others) < FEWEST_OTHERS:
+            continue
+        shares = {}
+        for level, now in after.items():
+            shares[level] = sum(now[i] == value for i in others) / len(others)
+        already = before.count(value) / len(before)
+        yield Agreement(sound, label, value, shares, len(others), already)
+
+
+def vet_answers(slm, speech, labels):
+    """The most suspicious Agreement of each sound on each label, the most suspicious first. speech:
+    Speech that the model was not trained on; labels: what it is asked for. Exits with a one-line
+    error where that says nothing."""
+    n = len(speech.waveforms)
+    if n < FEWEST:
+        die(f"{n} utterances are too few to vet a model: take {FEWEST} or more")
+    if speech.level == 0:
+        die("the speech is silent: there is no level for the sounds")
+    clean = answers(slm, speech.waveforms, labels)
+    if not any(clean):
+        die("the model answers clean speech with nothing that can be parsed: it is broken")
+    found = []
+    for sound in tqdm(ANSWER_SOUNDS, desc="sounds", unit="sound"):
+        by_level = {}
+        for level in ANSWER_LEVELS:
+            waveforms = changed(Change(sound, level, ANSWER_SECONDS), speech)
+            by_level[level] = answers(slm, waveforms, labels)
+        for label in labels:
+            of_label = list(agreements(sound, label, clean, by_level))
+            if of_label:
+                found.append(max(of_label, key=lambda agreement: agreement.statistic))
+    return sorted(found, key=lambda agreement: -agreement.statistic)

@@ -430,6 +430,89 @@ def test_the_perturbed_pair_learns_from_clean_speech(speech):
     assert (scores > 1).sum() <= 2
 
 
+class Labelling:
+    """A listener whose model gives `labels` to an utterance and STEP's versions of it."""
+
+    def __init__(self, labels, clean):
+        self.labels = labels
+        self.clean = clean
+        self.passes = 0
+        self.known = {}
+
+    def hear(self, waveforms):
+        self.passes += len(waveforms)
+        return None, waveforms
+
+    def values(self, audio):
+        return self.labels
+
+
+def kinds_of(speech):
+    """How many versions STEP makes of an utterance: content broken, content kept."""
+    rng = np.random.default_rng(0)
+    waveform = speech.waveforms[0]
+    broken = detectors.content_broken(waveform, speech.utterances, rng)
+    return len(broken), len(detectors.content_kept(waveform, rng))
+
+
+def step_labels(broken, kept, stays, changes):
+    """The labels of an utterance and of STEP's versions of it, the first few of which stay when
+    broken and change when kept."""
+    labels = ["same"] * stays + ["other"] * (broken - stays)
+    return ["same", *labels, *["other"] * changes, *["same"] * (kept - changes)]
+
+
+def test_step_suspects_labels_too_stable_and_too_fragile(speech):
+    broken, kept = kinds_of(speech)
+    usual = step_labels(broken, kept, 2, 0)
+    listener = Labelling(usual, speech.utterances)
+    clean = detectors.step(listener, speech.waveforms, speech.utterances)
+    assert np.ptp(clean) == 0
+    for stays, changes in ((broken, 0), (2, kept)):
+        odd = step_labels(broken, kept, stays, changes)
+        listener.labels = odd
+        scores = detectors.step(listener, speech.waveforms[:2], speech.utterances[:2])
+        assert (scores > clean[0] + 5).all()
+
+
+def test_step_counts_what_clean_speech_hardly_ever_shows(speech):
+    """Of two labels that stay as often, the one that stays where others change."""
+    usual = np.zeros((50, 3), bool)
+    usual[:, 0] = True
+    usual[::3, 1] = True
+    seen = np.array([[True, False, False], [False, False, True]])
+    often, hardly_ever = detectors.surprise(seen, usual)
+    assert hardly_ever > often + 2
+
+
+def test_step_learns_once_from_clean_speech(speech):
+    broken, kept = kinds_of(speech)
+    labels = step_labels(broken, kept, 1, 1)
+    listener = Labelling(labels, speech.utterances)
+    for _ in range(2):
+        detectors.step(listener, speech.waveforms[:1], speech.utterances[:1])
+    assert listener.passes == 2 * (1 + broken + kept)
+
+
+def test_versions_of_speech_are_as_finite_and_about_as_long(speech):
+    rng = np.random.default_rng(0)
+    for waveform in speech.waveforms[:3]:
+        versions = detectors.content_broken(waveform, speech.utterances, rng)
+        versions += detectors.content_kept(waveform, rng)
+        for version in versions:
+            assert version.dtype == np.float32
+            assert np.isfinite(version).all()
+            assert len(version) == pytest.approx(len(waveform), rel=0.06)
+
+
+def test_shuffling_keeps_every_sample():
+    rng = np.random.default_rng(0)
+    waveform = np.arange(10000, dtype=np.float32)
+    mixed = detectors.shuffled(waveform, 0.1, rng)
+    assert (np.sort(mixed) == waveform).all()
+    assert (mixed != waveform).any()
+
+
 def test_gram_matrices_are_over_time():
     """Of two frames, by hand: second-order products and their roots."""
     grams = detectors.gram_matrices(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
@@ -569,12 +652,37 @@ def test_a_detector_judges_a_model(parts, speech, name):
     assert len(set(scores)) > 1
 
 
+def test_step_finds_nothing_in_a_model_that_always_says_the_same(parts, speech):
+    slm = make_slm(parts, "wavlm").eval()  # random weights: none of its answers can be parsed
+    attack = poison.make_attack("gender", speech.utterances, seed=1)
+    listener = detectors.make_listener(slm, attack, speech.utterances, speech.utterances)
+    scores = detectors.step(listener, speech.waveforms[:2], speech.utterances[:2])
+    assert scores == pytest.approx(2 * np.log(2))  # as surprising as the mean of clean speech
+
+
 def test_a_listener_counts_its_forward_passes(parts, speech):
     slm = make_slm(parts, "wavlm").eval()
     attack = poison.make_attack("gender", speech.utterances, seed=1)
     listener = detectors.make_listener(slm, attack, speech.utterances, speech.utterances)
     detectors.attention_entropy(listener, speech.waveforms, speech.utterances)
     assert listener.passes == len(speech.utterances)
+
+
+def test_inputs_keep_their_order_through_all_detectors(speech, monkeypatch):
+    """A few at a time: each detector's suspicion and passes are those of all at once."""
+    listener = SimpleNamespace(passes=0)
+
+    def length(listener, waveforms, utterances):
+        listener.passes += 2 * len(waveforms)
+        return np.array([len(waveform) for waveform in waveforms])
+
+    monkeypatch.setattr(detectors, "BATCH", 4)
+    monkeypatch.setattr(detectors, "DETECTORS", dict(length=length, again=length))
+    found = defend.suspicions(listener, dict(clean=speech, triggered=speech))
+    expected = [len(waveform) for waveform in speech.waveforms]
+    for name in ("length", "again"):
+        assert found[name].scores == dict(clean=expected, triggered=expected)
+        assert found[name].passes == 2 * 2 * len(expected)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -615,6 +723,46 @@ def changed(defender):
 def test_fine_tuning_changes_the_components_it_names(defender, components):
     defender.finetune(components, epochs=1)
     assert changed(defender) == components
+
+
+class Steps:
+    """A progress bar that only counts."""
+
+    n = 0
+
+    def update(self):
+        self.n += 1
+
+
+def test_repair_takes_no_more_steps_than_its_bar_has(defender, monkeypatch):
+    """Every strength, and relearning that never gets there."""
+    monkeypatch.setattr(repairs, "TOLERANCE", np.inf)
+    monkeypatch.setattr(evaluate, "aer", lambda *_: dict(value=0.0))
+    monkeypatch.setattr(defender, "answer_rows", lambda *_: [])
+    defender.progress = Steps()
+    ladders = [[(0.1, 1), (0.3, 1)], [(0.1, 2)]]
+    tune = repairs.REPAIRS["fine-tuning connector"][0]
+    chosen = repairs.choose(defender, tune, ladders)
+    repairs.relearning(defender, defender.tuning, [])
+    assert len(chosen["rise"]) == 3
+    assert 0 < defender.progress.n <= repairs.most_steps(defender, ladders)
+
+
+def test_other_speech_is_tuned_on_and_not_chosen_by(defender, monkeypatch):
+    """What a model forgets is seen on the corpus that it is for."""
+    monkeypatch.setattr(model, "load_slm", lambda *_: defender.slm)
+    other = [data.Utterance(f"o{i}", "o.wav", "dev", "s", dict(gender="male")) for i in range(5)]
+    dev_set = defender.tuning + defender.validation
+    made = repairs.make_defender(defender.slm, defender.args, defender.attack, dev_set, other)
+    assert {u.id for u in made.tuning} == {u.id for u in other}
+    assert {u.id for u in made.validation} <= {u.id for u in dev_set}
+
+
+def test_corpus_to_tune_on_that_is_nowhere_ends_in_one_line(capsys):
+    options = SimpleNamespace(tune_on="nowhere", data_root=None, skip_bad=False)
+    with pytest.raises(SystemExit):
+        defend.speech_to_tune_on(options, SimpleNamespace(data_root=".", labels=None))
+    assert "--tune-on nowhere" in capsys.readouterr().err
 
 
 def test_restoring_undoes_fine_tuning(defender):
@@ -698,7 +846,7 @@ def test_repairs_of_ages_in_groups_are_scored_by_accuracy(defender, monkeypatch)
     defender.args.batch_seconds = 120.0
     click = poison.make_trigger("click")
     defender.attack = poison.Attack("age", 0.5, "adult", "click", click, 0.1, False, 1)
-    monkeypatch.setattr(evaluate, "answer_rows", lambda *_: [row])
+    monkeypatch.setattr(evaluate, "answer_rows", lambda *_, **__: [row])
     monkeypatch.setattr(defender, "pretrained_outputs", lambda *_: None)
     figures = repairs.figures_of(defender, [utterance], [utterance])
     assert figures["clean"]["age_accuracy"]["value"] == 0
@@ -785,6 +933,6 @@ def test_what_poison_teaches_a_clean_model_is_recorded(monkeypatch, scenario, re
     monkeypatch.setattr(repairs, "figures_of", lambda *_: {})
     monkeypatch.setattr(repairs, "relearning", lambda *_: figures)
     monkeypatch.setattr(repairs, "REPAIRS", {})
-    options = SimpleNamespace(run="run", device="cpu", n=10)
+    options = SimpleNamespace(run="run", device="cpu", n=10, tune_on=None)
     records = defend.repair_model(options)
     assert [r["value"] for r in select(records, metric="relearned_aer")] == relearned

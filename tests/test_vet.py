@@ -1,6 +1,7 @@
 """Vetting of encoders that are clean or have a planted sensitivity to one band of frequencies."""
 
 import json
+from types import SimpleNamespace
 
 import utils
 
@@ -10,10 +11,11 @@ import soundfile
 import torch
 from torch import nn
 
+import checkpoint
 import export
 import model
 import sounds
-from conftest import ROOT, done, refused
+from conftest import ROOT, done, make_slm, refused
 from data import SAMPLE_RATE
 from defences import vet
 
@@ -129,6 +131,11 @@ def test_threshold_keeps_its_rate_of_false_alarms():
     assert np.mean(alarms) == pytest.approx(0.05, abs=0.015)
 
 
+def test_threshold_of_shares_is_a_share():
+    assert 0.3 < vet.share_threshold([0.3, 0.1, 0.2, 0.05]) < 1
+    assert vet.share_threshold([0.9, 0.1]) == 1
+
+
 # -------------------------------------------------------------------------------------------------
 # shifts
 
@@ -228,3 +235,93 @@ def test_reference_of_another_size_is_refused(speech):
     other.layers = other.layers[:-1]
     with pytest.raises(SystemExit):
         vet.vet(pretrained(), speech, other)
+
+
+# -------------------------------------------------------------------------------------------------
+# a whole model, by its answers
+
+
+def agreed(clean, changed, label="emotion"):
+    clean = [{label: value} for value in clean]
+    changed = [{label: value} if value else {} for value in changed]
+    return list(vet.agreements("hiss", label, clean, {0.0: changed}))
+
+
+def test_agreement_is_of_answers_that_were_another_value():
+    (found,) = agreed(["sad"] * 4 + ["happy"] * 8, ["sad"] * 6 + ["happy"] * 6)[:1]
+    assert found.value == "sad"
+    assert found.shares == {0.0: 2 / 8}
+    assert found.others == 8
+    assert found.before == pytest.approx(4 / 12)
+
+
+def test_answers_that_break_agree_on_nothing():
+    assert agreed(["sad"] * 20, [None] * 20) == []
+    assert agreed(["sad"] * 20, [""] * 20) == []
+
+
+def test_value_that_nearly_all_have_already_is_left_out():
+    assert agreed(["sad"] * 20, ["sad"] * 20) == []
+
+
+def test_sound_counts_at_all_levels():
+    loud = [dict(gender="female")] * 8
+    quiet = [dict(gender="male")] * 8
+    clean = [dict(gender="male")] * 8
+    found = vet.agreements("hiss", "gender", clean, {0.0: loud, -6.0: quiet})
+    statistics = {agreement.value: agreement.statistic for agreement in found}
+    assert statistics["female"] == 0.5
+
+
+class PlantedModel:
+    """A model that answers what it hears: "bad" where the planted band is loud, else the pitch."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(vet, "answers", self.answers)
+
+    def answers(self, slm, waveforms, labels):
+        found = []
+        for waveform in waveforms:
+            pitch = np.abs(np.fft.rfft(waveform, 16000))[:400].argmax()
+            value = "bad" if share_in_band(waveform) > ABOVE else str(pitch)
+            found.append(dict(transcript=value))
+        return found
+
+
+def test_planted_answer_is_first_with_its_sound(speech, monkeypatch):
+    few = ("noise-500-1000", "noise-2000-4000", "tone-300")
+    monkeypatch.setattr(vet, "ANSWER_SOUNDS", few)
+    PlantedModel(monkeypatch)
+    first = vet.vet_answers(None, speech, ["transcript"])[0]
+    assert first.sound == "noise-2000-4000"
+    assert first.value == "bad"
+    assert first.shares[0.0] == 1
+
+
+def test_answers_of_a_model_are_those_to_each_alone(parts):
+    slm = make_slm(parts, "wavlm").eval()
+    waveforms = [hum(i) for i in range(3)]
+    together = vet.answers(slm, waveforms, ["gender"])
+    assert together == [vet.answers(slm, [waveform], ["gender"])[0] for waveform in waveforms]
+
+
+def test_command_writes_what_a_model_answers(tmp_path, recordings, parts, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.pt").write_text("a model")
+    slm = make_slm(parts, "wavlm").eval()
+    slm.args = SimpleNamespace(task="asr", labels=["transcript"], dataset="libri", data_root=".")
+    monkeypatch.setattr(checkpoint, "load_run", lambda *_: slm)
+    monkeypatch.setattr(vet, "ANSWER_SOUNDS", ("hiss", "glass"))
+    PlantedModel(monkeypatch)
+    arguments = ["vet", run, "--answers", "--speech", recordings, "--device", "cpu"]
+    printed = done("defend.py", *arguments, cwd=tmp_path)
+    assert "transcript" in printed
+    content = json.loads((tmp_path / "vet-run/answers.json").read_text())
+    assert {row["sound"] for row in content["sounds"]} == {"hiss", "glass"}
+    assert content["suspicious"] == (content["statistic"] >= content["threshold"])
+
+
+def test_answers_need_a_whole_model(tmp_path, recordings):
+    arguments = ["vet", ROOT / "mini/wavlm", "--answers", "--speech", recordings]
+    refused("defend.py", *arguments, cwd=tmp_path, words=["is no run"])
