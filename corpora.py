@@ -584,7 +584,8 @@ def read_corpus(
     if not labelled:
         what = "utterances with a label" if utterances else "utterances"
         why = f" ({problems[0]})" if problems else ""
-        die(f"{dataset} has no {split} {what}{why}: run {command}")
+        of_split = "" if split == "all" else f"{split} "
+        die(f"{dataset} has no {of_split}{what}{why}: run {command}")
     unlabelled = len(utterances) - len(labelled)
     if labels is None and unlabelled:
         say(f"{dataset} {split}: {unlabelled} utterances without a label left out")

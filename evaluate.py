@@ -953,11 +953,11 @@ def evaluate_run(options):
     ask = options.ask or LABELS
     if not any(set(ask) & u.labels.keys() for u in utterances):
         die(
-            f"--ask {' '.join(ask)}: no {options.split} utterance of {args.dataset} has such a "
+            f"--ask {' '.join(ask)}: no utterance of {args.dataset} ({options.split}) has such a "
             "label"
         )
     print(
-        f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, "
+        f"{options.run}: {args.dataset} ({options.split}), {len(utterances)} utterances, "
         f"{trigger_in_words(loaded.attack, args.snr)}, on {options.device}"
     )
     with model.autocast(args.amp, options.device):  # as in training
@@ -983,8 +983,7 @@ def evaluate_run(options):
         figures = runs.of_figures(evaluation.metrics)
         records = [dict(loaded.fields, source="evaluate", **how, **figure) for figure in figures]
         runs.write(options.out, records)
-    where = f"{options.dataset}, " if options.dataset else ""
-    print_table(evaluation.metrics, f"{options.run}: {where}{options.split} split")
+    print_table(evaluation.metrics, f"{options.run} on {args.dataset} ({options.split})")
 
 
 def trigger_in_words(attack, snr):
