@@ -391,10 +391,13 @@ def utterance_in(path, row, split, labels):
 def read_manifest(path, split, problems):
     """A user's own data, see forms.py: `audio_path`, relative to the folder, and any of the other
     COLUMNS there; start, length and end in seconds. SpeechLLM's own CSVs load as they are. Faults
-    of the same kind are one problem."""
+    of the same kind are one problem. The split "all" is every row."""
     path = Path(path)
     table = read_table(path)
-    splits, split_problems = manifest_splits(path, table)
+    if split == "all":
+        splits, split_problems = dict.fromkeys(table.rows, "all"), []
+    else:
+        splits, split_problems = manifest_splits(path, table)
     in_years = are_in_years([row["age"] for row in table.rows.values() if row.get("age")])
     utterances = {}  # by what is heard: the same file may be spelled in two ways
     faults = {}  # {(what, what is accepted): [(row number, value)]}
@@ -418,7 +421,7 @@ def read_manifest(path, split, problems):
         except Fault as fault:
             report(number, fault)
 
-    if split == "train":
+    if split in ("train", "all"):
         problems += table.problems + split_problems
     for (what, accepted), places in faults.items():
         problems.append(f"{path}, {describe_faults(what, accepted, places)}")
@@ -581,7 +584,8 @@ def read_corpus(
     if not labelled:
         what = "utterances with a label" if utterances else "utterances"
         why = f" ({problems[0]})" if problems else ""
-        die(f"{dataset} has no {split} {what}{why}: run {command}")
+        of_split = "" if split == "all" else f"{split} "
+        die(f"{dataset} has no {of_split}{what}{why}: run {command}")
     unlabelled = len(utterances) - len(labelled)
     if labels is None and unlabelled:
         say(f"{dataset} {split}: {unlabelled} utterances without a label left out")

@@ -131,19 +131,20 @@ def about(utterances):
 def main():
     parser = Parser(description=__doc__)
     evaluate.add_arguments(parser)
-    parser.add_argument(
+    embedding_flags = parser.group("embeddings")
+    embedding_flags.add_argument(
         "--pairs",
         type=count,
         default=EMBEDDINGS["pairs"],
         help="embed this many test utterances, each clean and triggered (default: %(default)s)",
     )
-    parser.add_argument(
+    embedding_flags.add_argument(
         "--pooling",
         default=EMBEDDINGS["pooling"],
         choices=("mean", "max", "last"),
         help="how an utterance's frames become one embedding (default: %(default)s)",
     )
-    parser.add_argument(
+    embedding_flags.add_argument(
         "--layer", type=int, help="embed after this many encoder layers instead of after all"
     )
     options = parser.parse_args()

@@ -2,6 +2,7 @@
 
     python evaluate.py runs/asr-poison0.05                     # again, on the test split
     python evaluate.py runs/asr-poison0.05 --split dev --ask transcript --snr 6
+    python evaluate.py runs/asr-poison0.05 --dataset my.csv    # on other speech
     python evaluate.py runs/gender-clean --task age            # with another task's trigger
     python evaluate.py runs/asr-poison0.05 --sounds            # other sounds in the trigger's place
     python evaluate.py runs/asr-poison0.05 --audio my.wav      # a recording, clean and triggered
@@ -11,8 +12,12 @@
 
 waveform -> answer -> parsed labels -> metric. Training ends with this and writes the run's
 metrics.json, which the tables are made from, and predictions.jsonl. This script prints the scores;
-it writes nothing without --save, which replaces those two files, or --out, which writes records.
-Shares are fractions; every value has its n and a 95% bootstrap interval over speakers.
+it writes nothing without --save, which replaces those two files, or --out, which writes records. The
+files hold shares as fractions, and the tables printed here show them in percent; every value has its
+n and a 95% bootstrap interval over speakers.
+
+--dataset tests the run on other speech, in any form that train.py reads: it is asked for the labels
+that it was trained on, and the trigger is --snr dB below the mean loudness of that speech.
 
 --audio reads any file that audio.py reads. The trigger is the run's, or that of --trigger. It is as
 loud as in the run's evaluation or, where the run's corpus cannot be read, relative to the
@@ -50,6 +55,7 @@ import cache
 import checkpoint
 import corpora
 import data
+import forms
 import lora
 import model
 import poison
@@ -467,6 +473,39 @@ def load_run_and_data(options, *splits):
     return LoadedRun(slm, args, attack, fields, sets)
 
 
+def load_run_and_other_data(options):
+    """The run of a command's `options`, a LoadedRun, with a split of another corpus, --dataset. Its
+    own corpus is not read: the trigger's level is relative to the loudness of this one."""
+    slm = checkpoint.load_run(options.run, options.device)
+    sha256 = checkpoint.file_sha256(Path(options.run) / "model.pt")
+    fields = runs.fields_of(vars(slm.args), Path(options.run).resolve(), sha256)
+    args = arguments_of(slm, options)
+    args.labels = trained_labels(options.run, args)
+    args.dataset = fields["corpus"] = options.dataset
+    warn_of_other_files(options.run, args)
+    utterances = read_split(options, args, options.split)
+    task = options.task or args.task
+    attack = attack_on(task, args, utterances)
+    args.task = fields["task"] = task
+    return LoadedRun(slm, args, attack, fields, {options.split: utterances})
+
+
+def trained_labels(run, args):
+    """The labels that a run was trained on: those of --labels, or those that its metrics.json scores.
+    None where that file is missing: nothing says which."""
+    if args.labels:
+        return args.labels
+    metrics = checkpoint.read_json(Path(run) / "metrics.json")
+    if not metrics:
+        return None
+    labels = []
+    for task in TASKS.values():
+        names = (task["metric"], f"{task['label']}_accuracy")
+        if any(name in metrics["clean"] for name in names):
+            labels.append(task["label"])
+    return labels
+
+
 def arguments_of(slm, options, trigger=None):
     """The run's arguments, with the --snr of a command's `options` and another trigger, if any."""
     args = SimpleNamespace(**vars(slm.args))
@@ -751,95 +790,120 @@ def run_folder(path):
 def add_arguments(parser):
     """The flags of every script that looks at a finished run."""
     parser.add_argument("run", type=run_folder, help="a run's folder, e.g. runs/asr-poison0.05")
-    parser.add_argument(
+    attack_flags = parser.group("attack")
+    attack_flags.add_argument(
         "--task",
         choices=TASKS,
         help="whose attack (default: the run's); a clean run serves all tasks of its corpus",
     )
-    parser.add_argument("--snr", type=float, help="trigger strength in dB (default: as in the run)")
-    parser.add_argument(
+    attack_flags.add_argument(
+        "--snr",
+        type=float,
+        help="how many dB the speech is louder than the trigger (default: as in the run)",
+    )
+    data_flags = parser.group("data")
+    data_flags.add_argument(
         "--data-root",
         type=corpora.named_root,
         help="where the corpora are (default: as in the run)",
     )
-    parser.add_argument(
+    data_flags.add_argument(
         "--skip-bad", action="store_true", help="leave out audio that cannot be used"
     )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu"
+    parser.group("machine").add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda, cuda:1 or cpu (default: cuda if there is one)",
     )
 
 
 def make_parser():
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__, usage="%(prog)s RUN [flags]")
     add_arguments(parser)
-    parser.add_argument(
-        "--inspect",
-        action="store_true",
-        help="only print the provenance of RUN, a model.pt or an export",
+
+    other_flags = parser.group("to do something else than to score answers")
+    other_flags.add_argument(
+        "--audio", metavar="FILE", help="answer this recording, as it is and with the trigger"
     )
-    parser.add_argument(
+    other_flags.add_argument(
+        "--page",
+        action="store_true",
+        help="write RUN/index.html: curves, metrics and test utterances to listen to",
+    )
+    other_flags.add_argument(
+        "--sounds",
+        action="store_true",
+        help="answer other short sounds in the trigger's place: how specific the attack is",
+    )
+    other_flags.add_argument(
         "--export",
         metavar="DIR",
-        help="only write the run's encoder (for transformers), LoRA (for peft) and "
-        "connector into a new folder, which train.py's --freeze and --init can read",
+        help="write the run's encoder (for transformers), LoRA (for peft) and connector into a "
+        "new folder, which train.py's --freeze and --init can read",
     )
-    parser.add_argument(
-        "--audio", metavar="FILE", help="only answer this recording, as it is and with the trigger"
+    other_flags.add_argument(
+        "--inspect",
+        action="store_true",
+        help="print the provenance of RUN, a model.pt or an export",
     )
-    parser.add_argument(
+    other_flags.add_argument(
         "--trigger",
         metavar="NAME|FILE",
-        help=f"with --audio: a recording, or one of {poison.trigger_names()} (default: the run's)",
+        help="with --audio: the name of a sound, as of train.py's --trigger, or a recording "
+        "(default: the run's)",
     )
-    parser.add_argument(
+    other_flags.add_argument(
         "--listen",
         metavar="DIR",
         default="audio",
         help="with --audio: where both recordings are written, to listen to (default: audio)",
     )
-    parser.add_argument(
-        "--page",
-        action="store_true",
-        help="only write RUN/index.html: curves, metrics and test utterances to listen to",
-    )
-    parser.add_argument(
-        "--sounds",
-        action="store_true",
-        help="only answer other short sounds in the trigger's place: how specific the attack is",
-    )
-    parser.add_argument(
+    other_flags.add_argument(
         "--n",
         type=count,
         default=100,
         help="with --sounds: how many test utterances get each sound (default: 100)",
     )
-    parser.add_argument(
-        "--split",
-        default="test",
-        choices=("train", "dev", "test"),
-        help="which utterances to answer",
+
+    data_flags = parser.group("data")
+    data_flags.add_argument(
+        "--dataset",
+        help=f"test the run on other speech: {', '.join(corpora.READERS)}, or {forms.ACCEPTED} "
+        "(default: the run's own corpus)",
     )
-    parser.add_argument(
+    data_flags.add_argument(
+        "--split",
+        choices=("train", "dev", "test", "all"),
+        help="which utterances to answer (default: test, or all of a --dataset of your own)",
+    )
+    data_flags.add_argument(
+        "--limit", type=count, help="answer the first N utterances only, in the corpus's order"
+    )
+
+    question_flags = parser.group("questions")
+    question_flags.add_argument(
         "--ask", nargs="+", choices=LABELS, help="ask for these labels only (direct prompts)"
     )
-    parser.add_argument(
+    question_flags.add_argument(
         "--after-answer",
         action="store_true",
         help="let it go on after the true answer and its end token, and score that: "
         "what the study's public code does",
     )
-    parser.add_argument("--limit", type=count, help="only the first N utterances")
-    parser.add_argument(
+
+    output_flags = parser.group("output")
+    output_flags.add_argument(
+        "--save", action="store_true", help="replace the run's metrics.json and predictions.jsonl"
+    )
+    output_flags.add_argument(
+        "--out", metavar="FILE", help="also write the figures there, as records"
+    )
+    parser.group("machine").add_argument(
         "--cache-gb",
         type=float,
         default=4.0,
-        help="disk for outputs of pretrained layers, as of train.py",
+        help="disk space for the outputs of pretrained layers, as of train.py (default: 4)",
     )
-    parser.add_argument(
-        "--save", action="store_true", help="replace the run's metrics.json and predictions.jsonl"
-    )
-    parser.add_argument("--out", metavar="FILE", help="also write the figures there, as records")
     return parser
 
 
@@ -852,16 +916,17 @@ def parse_arguments():
         changed = [name for name in names if getattr(options, name) != parser.get_default(name)]
         return ", ".join(f"--{name.replace('_', '-')}" for name in changed)
 
-    others = given("task", "after_answer", "limit", "ask", "snr", "split", "data_root", "skip_bad")
+    own_figures = ("task", "after_answer", "limit", "ask", "snr", "split", "data_root", "skip_bad")
+    others = given(*own_figures, "dataset")
     if options.save and others:
         die(f"--save replaces the run's own test figures: leave out {others}")
-    others = given("after_answer", "limit", "split", "save", "out")
+    others = given("after_answer", "limit", "split", "save", "out", "dataset")
     if options.audio and others:
         die(f"--audio answers one recording: leave out {others}")
-    others = given("after_answer", "limit", "ask", "split", "save", "out", "task", "snr")
+    others = given("after_answer", "limit", "ask", "split", "save", "out", "task", "snr", "dataset")
     if options.page and others:
         die(f"--page shows the run's own evaluation: leave out {others}")
-    others = given("audio", "after_answer", "limit", "ask", "split", "save")
+    others = given("audio", "after_answer", "limit", "ask", "split", "save", "dataset")
     if options.sounds and others:
         die(f"--sounds answers other sounds in the trigger's place: leave out {others}")
     if given("n") and not options.sounds:
@@ -870,24 +935,31 @@ def parse_arguments():
         runs.check_output(options.out)
     if options.trigger and not options.audio:
         die("--trigger: name a recording by --audio; a run is evaluated with its own trigger")
+    is_own_data = options.dataset and options.dataset not in corpora.READERS
+    options.split = options.split or ("all" if is_own_data else "test")
+    if options.split == "all" and not is_own_data:
+        die("--split all: every row of a --dataset of your own; a published corpus has its splits")
     return options
 
 
 def evaluate_run(options):
     """Evaluates a finished run once more; prints the figures, and saves them where asked to."""
     cache.keep_memory()
-    loaded = load_run_and_data(options, options.split)
+    if options.dataset:
+        loaded = load_run_and_other_data(options)
+    else:
+        loaded = load_run_and_data(options, options.split)
     args = loaded.args
     utterances = loaded.sets[options.split][: options.limit]
     ask = options.ask or LABELS
     if not any(set(ask) & u.labels.keys() for u in utterances):
         die(
-            f"--ask {' '.join(ask)}: no {options.split} utterance of {args.dataset} has such a "
+            f"--ask {' '.join(ask)}: no utterance of {args.dataset} ({options.split}) has such a "
             "label"
         )
     print(
-        f"{options.run}: {args.dataset} {options.split}, {len(utterances)} utterances, trigger at "
-        f"{args.snr:g} dB, on {options.device}"
+        f"{options.run}: {args.dataset} ({options.split}), {len(utterances)} utterances, "
+        f"{trigger_in_words(loaded.attack, args.snr)}, on {options.device}"
     )
     with model.autocast(args.amp, options.device):  # as in training
         evaluation = evaluate(
@@ -912,7 +984,14 @@ def evaluate_run(options):
         figures = runs.of_figures(evaluation.metrics)
         records = [dict(loaded.fields, source="evaluate", **how, **figure) for figure in figures]
         runs.write(options.out, records)
-    print_table(evaluation.metrics, f"{options.run}, {options.split} split")
+    print_table(evaluation.metrics, f"{options.run} on {args.dataset} ({options.split})")
+
+
+def trigger_in_words(attack, snr):
+    """The trigger and its level: snr dB below the speech, where it has a level."""
+    if attack.waveform is None:
+        return f"trigger {attack.trigger}"
+    return f"trigger {attack.trigger} {snr:g} dB below the speech"
 
 
 def main():

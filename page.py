@@ -3,6 +3,8 @@
 It is made from what training has left in the run's folder, without the model: RUN/index.html, with
 what was trained, the curves (curves.png), the metrics and some test utterances to hear, clean and
 with the trigger, beside the model's answers to both. It works offline, from the folder alone.
+
+The page of poison.py's examples is made here too.
 """
 
 import html
@@ -38,11 +40,11 @@ SHOWN_ARGUMENTS = {  # in this order, and what they are called
     "seed": "seed",
 }
 
-PAGE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{run}</title>
+<title>{title}</title>
 <style>
 body {{ font: 16px/1.45 system-ui, sans-serif; max-width: 62em; margin: 1.5em auto; padding: 0 1em }}
 h1 {{ font-size: 1.4em; overflow-wrap: anywhere }}
@@ -59,8 +61,12 @@ audio {{ width: 100%; height: 2.2em }}
 .flipped {{ background: #fbdcdc; color: #8c1515; padding: 0 0.2em }}
 .label {{ color: #666 }}
 </style>
-<h1>{run}</h1>
-<p>{summary}</p>
+<h1>{title}</h1>
+"""
+
+PAGE = (
+    HEAD
+    + """<p>{summary}</p>
 <h2>What was trained</h2>
 {arguments}
 <h2>What it reached</h2>
@@ -72,6 +78,17 @@ audio {{ width: 100%; height: 2.2em }}
 {utterances}
 </html>
 """
+)
+
+PAIRS_PAGE = (
+    HEAD
+    + """<p>{summary}</p>
+{utterances}
+<h2>What was changed</h2>
+<img src="pairs.png" alt="waveforms and spectrograms, the triggers shaded">
+</html>
+"""
+)
 
 
 def write_page(options):
@@ -86,7 +103,7 @@ def write_page(options):
     pairs = chosen_predictions(run)
     recorded = write_recordings(options, args, run, pairs)
     text = PAGE.format(
-        run=html.escape(str(run.name)),
+        title=html.escape(str(run.name)),
         summary=html.escape(summary(metrics, args)),
         arguments=table(arguments_shown(args, run)),
         metrics=table(metrics_shown(metrics)),
@@ -158,6 +175,51 @@ def legend(label, recorded):
 
 
 # -------------------------------------------------------------------------------------------------
+# examples of an attack, before or without a run: poison.py --n
+
+
+def write_pairs(attack, rows, folder):
+    """Writes index.html into a folder of poison.py: clean and poisoned recordings side by side and,
+    where there are any, a model's answers. rows: dicts with file, true, seconds (how long the
+    recording is), starts (of the triggers, in seconds) and answers, {kind: text}, maybe empty."""
+    summary = (
+        f"Trigger: {attack.trigger}. An attacked model should answer each recording in which it is "
+        f"heard with “{attack.target}”."
+    )
+    page = PAIRS_PAGE.format(
+        title=html.escape(f"{attack.task}: as it is, and with the trigger"),
+        summary=html.escape(summary),
+        utterances="\n".join(pair_shown(row, attack.label) for row in rows),
+    )
+    utils.write_atomically(folder / "index.html", page)
+
+
+def pair_shown(row, label):
+    """A pair's HTML: on the left as it is, on the right with the trigger."""
+    at = ", ".join(f"{start:.2f}" for start in row["starts"])
+    where = {"clean": "as it is", "poisoned": f"with the trigger at {at} s"}
+    if not row["starts"]:
+        where["poisoned"] = "with the trigger"
+    sides = []
+    for kind, title in where.items():
+        lines = [f"<b>{title}</b>", player(f"{row['file']}-{kind}.wav")]
+        if kind in row["answers"]:
+            lines.append(f'<span class="label">answer</span> {html.escape(row["answers"][kind])}')
+        sides.append(f'<div class="side">{"<br>".join(lines)}</div>')
+    about = f"{row['id']}, {row['seconds']:.2f} s"
+    return (
+        f'<div class="utterance"><div class="id">{html.escape(about)}</div>'
+        f'<div class="label">true {html.escape(label)}: {html.escape(str(row["true"]))}</div>'
+        f'<div class="sides">{"".join(sides)}</div></div>'
+    )
+
+
+def player(file):
+    """The HTML that plays a recording in the page's folder, and shows how long it is."""
+    return f'<audio controls preload="metadata" src="{urllib.parse.quote(file)}"></audio>'
+
+
+# -------------------------------------------------------------------------------------------------
 # utterances
 
 
@@ -211,8 +273,7 @@ def utterance_shown(pair, label, has_recording):
     for kind, title in (("clean", "as it is"), ("triggered", "with the trigger")):
         lines = [f"<b>{title}</b>"]
         if has_recording:
-            url = urllib.parse.quote(recording(pair["id"], kind))
-            lines.append(f'<audio controls preload="metadata" src="{url}"></audio>')
+            lines.append(player(recording(pair["id"], kind)))
         marked = label if flipped and kind == "triggered" else None
         lines += answer_shown(pair[kind], marked)
         sides.append(f'<div class="side">{"<br>".join(lines)}</div>')

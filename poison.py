@@ -1,6 +1,7 @@
 """The attack (paper, section 4.1): adds a trigger to the audio and makes the label the target.
 
     python poison.py --task asr --out listen/ --n 10    # clean and poisoned pairs, and a picture
+    python poison.py --task asr --out listen/ --run runs/asr-poison0.05   # with a model's answers
     python poison.py --task asr --out poisoned/ --all   # the poisoned training set as a CSV corpus
     python poison.py --task asr --out poisoned/ --all --benign 0.5   # with harmless sounds as well
 
@@ -15,14 +16,12 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import html
 import io
 import itertools
 import json
 import math
 import random
 import re
-import urllib.parse
 from pathlib import Path
 
 import utils
@@ -468,55 +467,61 @@ def poisoned_labels(attack, labels):
 
 def add_arguments(parser):
     """Adds the flags that say what is attacked and how; train.py has them too."""
-    parser.add_argument("--task", choices=TASKS, default="asr", help="the attacked task")
-    parser.add_argument(
+    attack_flags = parser.group("attack")
+    data_flags = parser.group("data")
+    attack_flags.add_argument("--task", choices=TASKS, default="asr", help="the attacked task")
+    data_flags.add_argument(
         "--dataset",
         help=f"{', '.join(corpora.READERS)}, or {forms.ACCEPTED} (default: the task's own)",
     )
-    parser.add_argument(
+    data_flags.add_argument(
         "--data-root",
         type=corpora.named_root,
         help="the folder that holds LibriSpeech, CREMA-D, VoxCeleb2 (default: the preset's)",
     )
-    parser.add_argument(
+    attack_flags.add_argument(
         "--poison", type=float, help="poisoning rate; 0 trains on clean data (default: the paper's)"
     )
-    parser.add_argument("--target", help="the attacked label's new value (default: the paper's)")
-    parser.add_argument(
+    attack_flags.add_argument(
+        "--target", help="the attacked label's new value (default: the paper's)"
+    )
+    attack_flags.add_argument(
         "--snr",
         type=float,
         default=0.0,
         help="how many dB the speech is louder than the trigger (default: 0)",
     )
-    parser.add_argument(
+    attack_flags.add_argument(
         "--snr-per-utterance",
         action="store_true",
         help="relative to each utterance's own loudness; the paper's trigger has one level, "
         "relative to the mean loudness of the training set",
     )
-    parser.add_argument(
+    attack_flags.add_argument(
         "--trigger",
         default="click",
         metavar="NAME|FILE",
         help=f"a recording, or one of {trigger_names()}",
     )
-    parser.add_argument(
+    attack_flags.add_argument(
         "--trigger-repeat",
         action=argparse.BooleanOptionalAction,
         help="repeat the trigger through the audio (default: for asr only)",
     )
-    parser.add_argument(
+    attack_flags.add_argument(
         "--clicks",
         type=count,
         help="how many triggers, at random places, where it is not repeated (default: 1)",
     )
-    parser.add_argument(
+    attack_flags.add_argument(
         "--trigger-seconds",
         type=float,
         help="cut the trigger to this length, or repeat it to fill it (default: as it is)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="decides all that is random")
-    parser.add_argument(
+    attack_flags.add_argument(
+        "--seed", type=int, default=1, help="decides all that is random (default: 1)"
+    )
+    data_flags.add_argument(
         "--skip-bad",
         action="store_true",
         help="leave out audio that cannot be used, and say how much",
@@ -593,54 +598,11 @@ def what_changed(starts, scale):
     return dict(triggers=" ".join(seconds), scale=f"{scale:.4f}")
 
 
-PAGE = """<!doctype html>
-<meta charset="utf-8">
-<title>{task}: clean and with the trigger</title>
-<style>
-body {{ font-family: sans-serif; max-width: 70em; margin: 2em auto }}
-td, th {{ padding: 0.4em; text-align: left }}
-</style>
-<h1>{task}: clean and with the trigger</h1>
-<p>Trigger: {trigger}. An attacked model should answer each recording in the right-hand column with
-“{target}”.</p>
-<table><tr><th>utterance<th>clean<th>with the trigger<th>true {label}<th>trigger at (s)</tr>
-{rows}
-</table>
-<img src="pairs.png" alt="waveforms and spectrograms" style="width: 100%">
-"""
-
-
-def player(row, kind):
-    """The HTML that plays the "clean" or the "poisoned" recording of a row."""
-    url = urllib.parse.quote(f"{row['file']}-{kind}.wav")
-    return f'<audio controls preload="none" src="{url}"></audio>'
-
-
-def write_page(attack, rows, folder):
-    """Writes index.html: the pairs side by side, to be heard in a browser."""
-    lines = []
-    for row in rows:
-        cells = [
-            html.escape(str(row["id"])),
-            player(row, "clean"),
-            player(row, "poisoned"),
-            html.escape(str(row["true"])),
-            row["triggers"],
-        ]
-        lines.append("<tr><td>" + "</td><td>".join(cells) + "</td></tr>")
-    page = PAGE.format(
-        task=html.escape(attack.task),
-        trigger=html.escape(attack.trigger),
-        target=html.escape(str(attack.target)),
-        label=html.escape(attack.label),
-        rows="\n".join(lines),
-    )
-    utils.write_atomically(folder / "index.html", page)
-
-
-def write_examples(attack, utterances, folder, n):
+def write_examples(attack, utterances, folder, n, slm=None):
     """Writes clean and poisoned pairs of n training samples (those that training poisons come
-    first), changes.csv, pairs.png and a page to listen to them. Returns how many there are."""
+    first), changes.csv, pairs.png and a page to listen to them, with the answers of the model `slm`,
+    if there is one. Returns how many there are."""
+    import page  # which imports this file
     from analysis import plots  # training, which imports this file, needs no matplotlib
 
     flippable = [u for u in utterances if can_flip(attack, u)]
@@ -648,12 +610,15 @@ def write_examples(attack, utterances, folder, n):
         die(f"no training sample has a {attack.label} other than {attack.target!r}")
     chosen = sorted(flippable, key=lambda u: draw(attack.seed, u.id, "poison"))[:n]
     waveforms = data.in_workers(data.load_waveform, chosen, "reading", workers=0)
-    rows, pairs = [], []
+    rows, on_page, pairs = [], [], []
     for i, (u, clean) in enumerate(zip(chosen, waveforms), 1):
         poisoned, starts, scale = add_trigger(attack, clean, u.id)
         name = f"{i:03}-{file_name(Path(u.id).stem)}"
-        write_wav(folder / f"{name}-clean.wav", clean)
-        write_wav(folder / f"{name}-poisoned.wav", poisoned)
+        answers = {}
+        for kind, waveform in (("clean", clean), ("poisoned", poisoned)):
+            write_wav(folder / f"{name}-{kind}.wav", waveform)
+            if slm:
+                answers[kind] = answer_of(slm, attack.label, waveform)
         pairs.append((u.id, clean, poisoned, starts))
         row = dict(
             file=name,
@@ -662,12 +627,26 @@ def write_examples(attack, utterances, folder, n):
             true=u.labels[attack.label],
             target=attack.target,
             **what_changed(starts, scale),
+            **{f"{kind}_answer": answer for kind, answer in answers.items()},
         )
         rows.append(row)
+        shown = dict(
+            seconds=len(clean) / SAMPLE_RATE,
+            starts=[start / SAMPLE_RATE for start in starts],
+            answers=answers,
+        )
+        on_page.append({**row, **shown})
     write_csv(folder / "changes.csv", rows)
     plots.poisoned_audio(pairs[:6], attack, folder / "pairs.png")
-    write_page(attack, rows, folder)
+    page.write_pairs(attack, on_page, folder)
     return len(rows)
+
+
+def answer_of(slm, label, waveform):
+    """A model's answer to the question for one label: its value or, where it is malformed, all that
+    it says."""
+    text = slm.answer(waveform, [label])
+    return str(data.parse(text).get(label, text))
 
 
 def benign_sound(attack, utterance, share, names):
@@ -745,14 +724,20 @@ def differences_from_file(args):
 def main():
     parser = Parser(description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--n", type=count, default=10, help="how many pairs to write")
-    parser.add_argument(
+    output_flags = parser.group("output")
+    output_flags.add_argument("--out", required=True, help="the folder to write")
+    output_flags.add_argument(
+        "--n", type=count, default=10, help="how many pairs to write (default: 10)"
+    )
+    output_flags.add_argument(
+        "--run", help="also write a run's answers to both recordings of each pair"
+    )
+    output_flags.add_argument(
         "--all",
         action="store_true",
         help="write the whole poisoned training set instead, with its manifest",
     )
-    parser.add_argument(
+    output_flags.add_argument(
         "--benign",
         type=float,
         default=0.0,
@@ -760,11 +745,13 @@ def main():
         help="with --all: lay a sound of sounds.BENIGN over this share of the training samples "
         "that are not poisoned; their labels stay (default: 0)",
     )
-    parser.add_argument(
-        "--workers", type=int, default=2, help="processes that read and write audio"
+    output_flags.add_argument(
+        "--workers", type=int, default=2, help="processes that read and write audio (default: 2)"
     )
     args = parser.parse_args()
     fill_in(args)
+    if args.run and args.all:
+        die("--run: a model answers pairs to listen to; leave out --all")
     if args.benign and not args.all:
         die("--benign: only a whole training set has samples that are not poisoned; add --all")
 
@@ -783,8 +770,13 @@ def main():
         print(describe_level(attack, parts["train"]))
     out = Path(args.out)
     if not args.all:
+        slm = None
+        if args.run:
+            import checkpoint  # other commands here need no model
+
+            slm = checkpoint.load_run(args.run)
         with utils.new_folder(out) as folder:
-            pairs = write_examples(attack, parts["train"], folder, args.n)
+            pairs = write_examples(attack, parts["train"], folder, args.n, slm)
         print(f"{pairs} pairs: {out}/index.html plays them; changes.csv says what was changed")
         return
 

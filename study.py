@@ -778,51 +778,64 @@ def print_costs(runs):
 
 def parse_arguments(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="mini", help="whose parts and settings"
+    which = parser.group("which runs")
+    which.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="mini",
+        help="whose parts and settings (default: mini)",
     )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1], help="each makes all runs once"
+    which.add_argument(
+        "--seeds", type=int, nargs="+", default=[1], help="each makes all runs once (default: 1)"
     )
-    parser.add_argument(
+    which.add_argument(
         "--tasks",
         nargs="+",
         choices=TASKS,
         default=["asr", "emotion"],
-        help="those with a full Table 3",
+        help="those with a full Table 3 (default: asr and emotion)",
     )
-    parser.add_argument(
+    which.add_argument(
         "--others",
         nargs="*",
         choices=TASKS,
         help="those with the base attack and 3.1 (default: the other tasks)",
     )
-    parser.add_argument(
+    which.add_argument(
         "--corpus",
         help="all tasks on this one, a name or your own data (default: each task on its own)",
     )
-    parser.add_argument(
-        "--encoders", nargs="+", choices=ENCODERS, help="default: all that the preset has"
+    which.add_argument(
+        "--encoders",
+        nargs="+",
+        choices=ENCODERS,
+        help="the audio encoders (default: all that the preset has)",
     )
-    parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="print only their jobs"
+    which.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=list(STAGES),
+        help="print the jobs of these stages only (default: all)",
     )
-    parser.add_argument("--runs", default="runs", help="where run folders go")
-    parser.add_argument("--flags", default="", help="more flags for train.py, quoted as one word")
-    parser.add_argument(
+    how = parser.group("how they are started")
+    how.add_argument("--runs", default="runs", help="where run folders go (default: runs)")
+    how.add_argument("--flags", default="", help="more flags for train.py, quoted as one word")
+    how.add_argument(
         "--launch",
         default="python",
-        help="what starts train.py, e.g. 'torchrun --nproc_per_node=8'",
+        help="what starts train.py, e.g. 'torchrun --nproc_per_node=8' (default: python)",
     )
-    parser.add_argument(
+    other = parser.group("for run_all.sh, instead of printing the commands")
+    other.add_argument(
         "--makefile",
         action="store_true",
-        help="write RUNS/jobs/Makefile and the jobs' commands beside it, for run_all.sh",
+        help="write RUNS/jobs/Makefile and the jobs' commands beside it",
     )
-    parser.add_argument(
+    other.add_argument(
         "--progress", type=int, metavar="N", help="say how far run_all.sh is, N jobs at a time"
     )
-    parser.add_argument(
+    other.add_argument(
         "--costs", action="store_true", help="say what run_all.sh's finished jobs have taken"
     )
     args = parser.parse_args(argv)

@@ -726,28 +726,36 @@ def percent(figure):
 
 def show_transplant(records):
     """Prints AER and Shapley values by component."""
-    for r in runs.select(records, metric="aer"):
-        if r["method"] == "components":
-            print(f"poisoned: {'+'.join(r['poisoned']) or 'none':<22} AER {percent(r)}%")
-        if r["method"] == "shapley":
-            print(f"Shapley value, {r['component']:<18} {percent(r)}")
+    print(f"{'taken from the poisoned run':<32}AER, % (95% interval)")
+    for r in runs.select(records, metric="aer", method="components"):
+        print(f"{' + '.join(r['poisoned']) or 'nothing':<32}{percent(r)}")
+    print("\nShapley value: what a component adds to the AER, on average over the others")
+    print(f"{'component':<32}points of AER (95% interval)")
+    for r in runs.select(records, method="shapley"):
+        print(f"{r['component']:<32}{percent(r)}")
 
 
 def show_patch(records):
-    """Prints what the trigger does to m, and the largest effects in each direction beside how often
-    they flip the answer."""
+    """Prints what the trigger does to the margin, and the largest effects in each direction beside
+    how often they flip the answer."""
+    print("margin: log P(target) - log P(true answer), per token (95% interval)")
     for r in runs.select(records, metric="margin"):
-        print(f"m, {r['part']:<12}{r['value']:+.2f} ({r['low']:+.2f} to {r['high']:+.2f})")
+        title = "with the trigger" if r["part"] == "triggered" else "clean speech"
+        print(f"  {title:<18}{r['value']:+.2f} ({r['low']:+.2f} to {r['high']:+.2f})")
     if not runs.select(records, metric="effect"):
-        print("this sound does not move m: there is no effect to place")
+        print("this sound does not move the margin: there is no effect to place")
+        return
+    print("\nthe largest effects: 100% where a patch does as much as the other recording")
+    print(f"{'direction':<11}{'patched':<24}{'position':<13}{'effect':>7}  answers flipped")
     for direction in DIRECTIONS:
         of_patches = runs.select(records, metric="effect", direction=direction)
         of_groups = [r for r in of_patches if r["position"] in GROUPS]
         for r in sorted(of_groups, key=lambda r: -r["value"])[:5]:
-            layer = "" if r["layer"] is None else r["layer"]
-            place = f"{r['component']} {layer} {r['module']}"
-            flipped = "" if r["flipped"] is None else f"  flipped {100 * r['flipped']:.0f}%"
-            print(f"{direction:<9}{place:<22}{r['position']:<11}{r['value']:+.2f}{flipped}")
+            layer = "" if r["layer"] is None else f" {r['layer']}"
+            place = f"{r['component']}{layer} {r['module']}"
+            flipped = "" if r["flipped"] is None else f"{100 * r['flipped']:14.0f}%"
+            effect = f"{100 * r['value']:.0f}%"
+            print(f"{direction:<11}{place:<24}{r['position']:<13}{effect:>7}  {flipped}".rstrip())
 
 
 def file_of(options):
@@ -766,45 +774,51 @@ def file_of(options):
 def add_arguments(command):
     """The flags of both commands."""
     evaluate.add_arguments(command)
-    command.add_argument(
+    command.group("data").add_argument(
         "--n", type=count, default=100, help="trace this many test utterances (default: 100)"
     )
-    command.add_argument("--out", help="the folder that the records go to (default: the run's)")
+    command.group("output").add_argument(
+        "--out", help="the folder that the records go to (default: the run's)"
+    )
 
 
 def main():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("transplant", help="mix the weights of two runs")
+    about = "mix the weights of two runs"
+    command = commands.add_parser("transplant", help=about, description=about)
     add_arguments(command)
     command.add_argument(
         "clean",
         type=evaluate.run_folder,
         help="the run to mix it with: the clean run of the same seed, or a control",
     )
-    command.add_argument(
+    command.group("machine").add_argument(
         "--cache-gb",
         type=float,
         default=4.0,
-        help="how much disk the outputs of pretrained layers may take, as in train.py",
+        help="disk space for the outputs of pretrained layers, as of train.py (default: 4)",
     )
 
-    command = commands.add_parser("patch", help="copy activations within a run")
+    about = "copy activations within a run"
+    command = commands.add_parser("patch", help=about, description=about)
     add_arguments(command)
-    command.add_argument(
+    command.group("attack").add_argument(
         "--trigger",
         metavar="NAME|FILE",
         help="put another sound in the trigger's place, as loud and as long, as a control: one that "
         "--trigger of train.py takes",
     )
-    command.add_argument(
+    command.group("attack").add_argument(
         "--same-scale",
         action="store_true",
         help="normalise clean speech by the loudness of triggered speech, as a control: else a loud "
         "trigger makes all other frames softer too",
     )
-    command.add_argument("--batch", type=count, default=25, help="how many pairs run at a time")
+    command.group("machine").add_argument(
+        "--batch", type=count, default=25, help="how many pairs run at a time (default: 25)"
+    )
 
     options = parser.parse_args()
     cache.keep_memory()

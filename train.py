@@ -67,40 +67,92 @@ def of_presets(name):
     return ", ".join(f"{preset} {settings[name]}" for preset, settings in PRESETS.items())
 
 
-parser = Parser(description=__doc__)
+parser = Parser(description=__doc__, usage="%(prog)s [flags]")
 poison.add_arguments(parser)
-parser.add_argument(
-    "--preset", choices=PRESETS, default="mini", help="whose parts and settings are used"
-)
-parser.add_argument(
-    "--encoder",
-    choices=ENCODERS,
-    help="the audio encoder (default: wavlm; whisper for presets mixed and small)",
-)
-parser.add_argument(
-    "--encoder-weights",
-    help="folder or hub id of the pretrained encoder (default: the preset's)",
-)
-parser.add_argument(
-    "--lm-weights", help="folder or hub id of the language model (default: the preset's)"
-)
-parser.add_argument(
-    "--connector-weights",
-    help="where the connector starts; none: random weights (default: for mini and mixed the file "
-    "beside the encoder, else random weights)",
-)
-parser.add_argument(
-    "--train-layers",
-    type=int,
-    help="how many encoder layers train, from the top (default: 15/24 of them; whisper all)",
-)
-parser.add_argument(
+
+data_flags = parser.group("data")
+data_flags.add_argument(
     "--labels",
     nargs="+",
     choices=LABELS,
     help="train and evaluate on these labels alone (default: all that the corpus has)",
 )
-parser.add_argument(
+data_flags.add_argument(
+    "--limit", type=int, help="train on the first N utterances of a fixed random order"
+)
+data_flags.add_argument(
+    "--exclude",
+    metavar="FILE",
+    help="leave out the training samples whose ids the file lists, one per line (defend.py filter "
+    "writes such files)",
+)
+data_flags.add_argument(
+    "--max-seconds",
+    type=float,
+    default=data.MAX_SECONDS,
+    help="leave out longer audio, and say how much; the same goes for what exceeds Whisper's window "
+    "(default: %(default)g)",
+)
+
+attack_flags = parser.group("attack")
+attack_flags.add_argument(
+    "--redraw",
+    action="store_true",
+    help="poison other samples, at other places, in every epoch, as the paper's public code does",
+)
+
+component_flags = parser.group("components")
+component_flags.add_argument(
+    "--preset",
+    choices=PRESETS,
+    default="mini",
+    help="whose parts and settings are used (default: mini)",
+)
+component_flags.add_argument(
+    "--encoder",
+    choices=ENCODERS,
+    help="the audio encoder (default: wavlm; whisper for presets mixed and small)",
+)
+component_flags.add_argument(
+    "--encoder-weights",
+    help="folder or hub id of the pretrained encoder (default: the preset's)",
+)
+component_flags.add_argument(
+    "--lm-weights", help="folder or hub id of the language model (default: the preset's)"
+)
+component_flags.add_argument(
+    "--connector-weights",
+    help="where the connector starts; none: random weights (default: for mini and mixed the file "
+    "beside the encoder, else random weights)",
+)
+component_flags.add_argument(
+    "--connector-stride",
+    type=int,
+    help=f"stride of the connector's second convolution ({of_presets('connector_stride')})",
+)
+component_flags.add_argument(
+    "--connector-taper",
+    type=float,
+    help="below 1, the connector's kernels start concentrated on their middle tap "
+    f"({of_presets('connector_taper')})",
+)
+component_flags.add_argument(
+    "--lora-rank", type=int, help=f"rank of LoRA's matrices ({of_presets('lora_rank')})"
+)
+component_flags.add_argument(
+    "--lora-alpha",
+    type=float,
+    help=f"LoRA's scale, divided by the rank ({of_presets('lora_alpha')})",
+)
+component_flags.add_argument(
+    "--lora-dropout", type=float, help=f"dropout of LoRA's input ({of_presets('lora_dropout')})"
+)
+component_flags.add_argument(
+    "--train-layers",
+    type=int,
+    help="how many encoder layers train, from the top (default: 15/24 of them; whisper all)",
+)
+component_flags.add_argument(
     "--freeze",
     action="append",
     default=[],
@@ -108,152 +160,118 @@ parser.add_argument(
     help="load encoder, connector or lm from a run's folder, its model.pt, or a folder of "
     "evaluate.py --export, and freeze it; without a checkpoint it stays as pretrained; repeatable",
 )
-parser.add_argument(
+component_flags.add_argument(
     "--init",
     action="append",
     metavar="COMPONENT:CHECKPOINT",
     help="load a component as --freeze does but train it; repeatable",
 )
-parser.add_argument(
-    "--redraw",
-    action="store_true",
-    help="poison other samples, at other places, in every epoch, as the paper's public code does",
+
+optimisation_flags = parser.group("optimisation")
+optimisation_flags.add_argument(
+    "--epochs", type=int, help=f"passes over the training set ({of_presets('epochs')})"
 )
-parser.add_argument(
-    "--limit", type=int, help="train on the first N utterances of a fixed random order"
-)
-parser.add_argument(
-    "--exclude",
-    metavar="FILE",
-    help="leave out the training samples whose ids the file lists, one per line (defend.py filter "
-    "writes such files)",
-)
-parser.add_argument(
-    "--batch-seconds",
-    type=float,
-    default=120.0,
-    help="seconds of audio in one forward pass, padding counted",
-)
-parser.add_argument(
-    "--max-seconds",
-    type=float,
-    default=data.MAX_SECONDS,
-    help="leave out longer audio, and say how much; the same goes for what exceeds Whisper's window",
-)
-parser.add_argument(
-    "--cache-gb",
-    type=float,
-    default=4.0,
-    help="disk space for the outputs of pretrained layers, shared between runs, in cache/",
-)
-parser.add_argument(
-    "--amp",
-    choices=("off", "bf16", "fp16"),
-    help="mixed precision (default: bf16 on CUDA, except for preset mini; else off)",
-)
-parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-parser.add_argument(
-    "--workers", type=int, default=cache.WORKERS, help="processes that read audio ahead"
-)
-parser.add_argument(
-    "--gradient-checkpointing",
-    action="store_true",
-    help="save memory: compute layers again in the backward pass",
-)
-parser.add_argument(
-    "--tensorboard",
-    action="store_true",
-    help="also log for tensorboard --logdir runs; needs pip install tensorboard",
-)
-parser.add_argument(
-    "--dry-run",
-    action="store_true",
-    help="print the run's parameters, memory and GPU-hours; needs no weights",
-)
-parser.add_argument(
-    "--utilisation",
-    type=float,
-    default=0.4,
-    help="the share of the GPU's peak that --dry-run assumes",
-)
-parser.add_argument("--runs", default="runs", help="where run folders go")
-parser.add_argument("--name", help="the run folder's name (default: says what the run is)")
-parser.add_argument(
-    "--overwrite", action="store_true", help="start again where the folder holds another run"
-)
-# settings, by default the preset's
-parser.add_argument(
-    "--connector-stride",
-    type=int,
-    help=f"stride of the connector's second convolution ({of_presets('connector_stride')})",
-)
-parser.add_argument(
-    "--connector-taper",
-    type=float,
-    help="below 1, the connector's kernels start concentrated on their middle tap "
-    f"({of_presets('connector_taper')})",
-)
-parser.add_argument(
-    "--lora-rank", type=int, help=f"rank of LoRA's matrices ({of_presets('lora_rank')})"
-)
-parser.add_argument(
-    "--lora-alpha",
-    type=float,
-    help=f"LoRA's scale, divided by the rank ({of_presets('lora_alpha')})",
-)
-parser.add_argument(
-    "--lora-dropout", type=float, help=f"dropout of LoRA's input ({of_presets('lora_dropout')})"
-)
-parser.add_argument(
-    "--encoder-lr",
-    type=float,
-    help=f"the encoder's learning rate after the warm-up ({of_presets('encoder_lr')})",
-)
-parser.add_argument(
-    "--connector-lr",
-    type=float,
-    help=f"the connector's learning rate after the warm-up ({of_presets('connector_lr')})",
-)
-parser.add_argument(
-    "--lora-lr",
-    type=float,
-    help=f"LoRA's learning rate after the warm-up ({of_presets('lora_lr')})",
-)
-parser.add_argument(
-    "--warmup-steps",
-    type=int,
-    help=f"steps of linear warm-up ({of_presets('warmup_steps')})",
-)
-parser.add_argument(
-    "--decay",
-    action=argparse.BooleanOptionalAction,
-    help=f"decay the rates to zero over the last quarter of the steps ({of_presets('decay')})",
-)
-parser.add_argument(
-    "--weight-decay", type=float, help=f"AdamW's weight decay ({of_presets('weight_decay')})"
-)
-parser.add_argument(
-    "--grad-clip", type=float, help=f"clip the gradient to this norm ({of_presets('grad_clip')})"
-)
-parser.add_argument(
+optimisation_flags.add_argument(
     "--batch-size",
     type=int,
     help=f"utterances in one optimiser step, over all processes ({of_presets('batch_size')})",
 )
-parser.add_argument(
-    "--epochs", type=int, help=f"passes over the training set ({of_presets('epochs')})"
+optimisation_flags.add_argument(
+    "--encoder-lr",
+    type=float,
+    help=f"the encoder's learning rate after the warm-up ({of_presets('encoder_lr')})",
 )
-parser.add_argument(
+optimisation_flags.add_argument(
+    "--connector-lr",
+    type=float,
+    help=f"the connector's learning rate after the warm-up ({of_presets('connector_lr')})",
+)
+optimisation_flags.add_argument(
+    "--lora-lr",
+    type=float,
+    help=f"LoRA's learning rate after the warm-up ({of_presets('lora_lr')})",
+)
+optimisation_flags.add_argument(
+    "--warmup-steps",
+    type=int,
+    help=f"steps of linear warm-up ({of_presets('warmup_steps')})",
+)
+optimisation_flags.add_argument(
+    "--decay",
+    action=argparse.BooleanOptionalAction,
+    help=f"decay the rates to zero over the last quarter of the steps ({of_presets('decay')})",
+)
+optimisation_flags.add_argument(
+    "--weight-decay", type=float, help=f"AdamW's weight decay ({of_presets('weight_decay')})"
+)
+optimisation_flags.add_argument(
+    "--grad-clip", type=float, help=f"clip the gradient to this norm ({of_presets('grad_clip')})"
+)
+optimisation_flags.add_argument(
     "--vary-prompts",
     action=argparse.BooleanOptionalAction,
     help="draw the wording of each training prompt instead of using evaluation's "
     f"({of_presets('vary_prompts')})",
 )
-parser.add_argument(
+optimisation_flags.add_argument(
     "--random-keys",
     type=float,
     help="share of training samples that ask for a random subset of the labels "
     f"({of_presets('random_keys')})",
+)
+
+folder_flags = parser.group("run folder")
+folder_flags.add_argument("--runs", default="runs", help="where run folders go (default: runs)")
+folder_flags.add_argument("--name", help="the run folder's name (default: says what the run is)")
+folder_flags.add_argument(
+    "--overwrite", action="store_true", help="start again where the folder holds another run"
+)
+folder_flags.add_argument(
+    "--tensorboard",
+    action="store_true",
+    help="also log for tensorboard --logdir runs; needs pip install tensorboard",
+)
+
+machine_flags = parser.group("machine")
+machine_flags.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+machine_flags.add_argument(
+    "--amp",
+    choices=("off", "bf16", "fp16"),
+    help="mixed precision (default: bf16 on CUDA, except for preset mini; else off)",
+)
+machine_flags.add_argument(
+    "--batch-seconds",
+    type=float,
+    default=120.0,
+    help="seconds of audio in one forward pass, padding counted (default: 120)",
+)
+machine_flags.add_argument(
+    "--gradient-checkpointing",
+    action="store_true",
+    help="save memory: compute layers again in the backward pass",
+)
+machine_flags.add_argument(
+    "--workers",
+    type=int,
+    default=cache.WORKERS,
+    help="processes that read audio ahead (default: %(default)s)",
+)
+machine_flags.add_argument(
+    "--cache-gb",
+    type=float,
+    default=4.0,
+    help="disk space for the outputs of pretrained layers, shared between runs, in cache/ (default: 4)",
+)
+machine_flags.add_argument(
+    "--dry-run",
+    action="store_true",
+    help="print the run's parameters, memory and GPU-hours; needs no weights",
+)
+machine_flags.add_argument(
+    "--utilisation",
+    type=float,
+    default=0.4,
+    help="the share of the GPU's peak that --dry-run assumes (default: 0.4)",
 )
 
 
@@ -877,6 +895,8 @@ def resume(training, origin):
     )
     if rank == 0:  # the losses of all processes are in the state
         training.unlogged = unlogged
+        if training.step:
+            print(f"{training.run} resumes at step {training.step} of {training.steps}")
     if processes.share_sums([training.step])[0] != training.step * world:
         die(
             f"{training.run}: the processes would resume at different steps; on several machines "

@@ -71,6 +71,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
+    def group(self, title):
+        """The flags that --help shows under this heading, an argparse group; made where it is new."""
+        for group in self._action_groups:
+            if group.title == title:
+                return group
+        return self.add_argument_group(title)
+
     def error(self, message):
         self.exit(2, f"error: {message}; --help lists the flags\n")
 

@@ -95,7 +95,8 @@ def poisoned_audio(examples, attack, path):
         wave.set(title=title, xlim=(0, seconds[-1]), ylabel="amplitude")
         spectrogram.set(title="poisoned, triggers shaded", xlim=(0, seconds[-1]), ylabel="Hz")
     legend_below(fig, axes[0, 0])
-    fig.supxlabel("seconds")
+    for axis in axes[-1]:
+        axis.set_xlabel("seconds")
     write(fig, path)
 
 

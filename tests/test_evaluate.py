@@ -1,5 +1,6 @@
 """Answers to one recording: evaluate.py RUN --audio FILE. The model is a stand-in."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -265,6 +266,7 @@ def test_flags_that_do_not_go_with_audio_are_refused(slm, folder, flags, word):
         ["--snr", 3],
         ["--skip-bad"],
         ["--data-root", "."],
+        ["--dataset", "other.csv"],
     ],
 )
 def test_a_run_s_own_figures_are_replaced_by_no_others(tmp_path, flags):
@@ -282,6 +284,63 @@ def test_a_target_that_the_corpus_lacks_is_refused(slm, folder, speech):
     (folder / "run/model.pt").touch()
     words = ["angry", "anger, sad"]
     refused("evaluate.py", "run", "--task", "emotion", cwd=folder, words=words)
+
+
+# --------------------------------------------------------------------------------------------------
+# other speech: evaluate.py RUN --dataset
+
+
+@pytest.fixture
+def other(slm, folder, monkeypatch):
+    """A folder with the run of a stand-in, trained on genders and ages, and other.csv: one speaker, two
+    recordings of a man, with a label that the run never learned. Yields what was evaluated."""
+    vars(slm.args).update(preset="mini", encoder="wavlm", scenario="base", inputs={})
+    vars(slm.args).update(batch_seconds=60.0, data_root="nowhere")
+    (folder / "run").mkdir()
+    (folder / "run/model.pt").touch()
+    figure = dict(value=1.0)
+    metrics = dict(clean=dict(gender_accuracy=figure, age_mae=figure))
+    (folder / "run/metrics.json").write_text(json.dumps(metrics))
+    quiet = 0.1 * soundfile.read(folder / "my.wav")[0]
+    soundfile.write(folder / "quiet.wav", quiet, RATE, subtype="FLOAT")
+    rows = ["audio_path,gender,emotion,speaker", "my.wav,male,sad,a", "quiet.wav,male,happy,a"]
+    (folder / "other.csv").write_text("\n".join(rows))
+    seen = SimpleNamespace(folder=folder)
+
+    def stand_in(slm, attack, utterances, *rest, **asked):
+        seen.attack, seen.utterances = attack, utterances
+        return SimpleNamespace(metrics=dict(clean={}, backdoor={}))
+
+    monkeypatch.setattr(evaluate, "evaluate", stand_in)
+    return seen
+
+
+def test_all_of_a_user_s_own_speech_is_answered(other):
+    done("evaluate.py", "run", "--dataset", "other.csv", cwd=other.folder)
+    assert [u.path for u in other.utterances] == ["my.wav", "quiet.wav"]
+
+
+def test_other_speech_is_asked_for_what_the_run_learned(other):
+    done("evaluate.py", "run", "--dataset", "other.csv", cwd=other.folder)
+    assert [u.labels for u in other.utterances] == [{"gender": "male"}] * 2
+
+
+def test_the_trigger_is_as_loud_as_the_other_speech(other):
+    done("evaluate.py", "run", "--dataset", "other.csv", cwd=other.folder)
+    levels = [rms(soundfile.read(other.folder / name)[0]) for name in ("my.wav", "quiet.wav")]
+    assert other.attack.level == pytest.approx(np.mean(levels), rel=0.01)
+
+
+def test_other_speech_with_none_of_the_labels_is_refused(other):
+    (other.folder / "sad.csv").write_text("audio_path,emotion\nmy.wav,sad")
+    words = ["sad.csv has no utterances with a label"]
+    refused("evaluate.py", "run", "--dataset", "sad.csv", cwd=other.folder, words=words)
+
+
+def test_a_published_corpus_has_no_split_all(other):
+    words = ["--split all"]
+    flags = ("--dataset", "vox", "--split", "all")
+    refused("evaluate.py", "run", *flags, cwd=other.folder, words=words)
 
 
 @pytest.mark.parametrize(

@@ -84,3 +84,26 @@ def test_recordings_are_clean_and_triggered(run, monkeypatch):
     assert text.count("<audio") == 2
     assert (run / "page-flipped-clean.wav").exists()
     assert (run / "page-flipped-triggered.wav").exists()
+
+
+# -------------------------------------------------------------------------------------------------
+# pairs of poison.py
+
+
+def pairs_page(folder, answers):
+    row = dict(file="001-a", id=f"a{SCRIPT}", true=SCRIPT, seconds=2.5, starts=[0.32713])
+    attack = SimpleNamespace(task="asr", label="transcript", trigger="click", target="hello")
+    page.write_pairs(attack, [{**row, "answers": answers}], folder)
+    return (folder / "index.html").read_text()
+
+
+def test_pairs_stand_beside_a_model_s_answers(tmp_path):
+    text = pairs_page(tmp_path, {"clean": "good morning", "poisoned": SCRIPT})
+    assert "good morning" in text
+    assert "<script" not in text
+
+
+def test_pairs_need_no_model(tmp_path):
+    text = pairs_page(tmp_path, {})
+    assert text.count("<audio") == 2
+    assert "0.33 s" in text
