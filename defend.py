@@ -598,10 +598,10 @@ def labels_asked(utterances, args):
     return labelled or args.labels or [TASKS[args.task]["label"]]
 
 
-def table_of_answers(found):
+def table_of_answers(agreements):
     """The sounds that most answers agree under, one row each."""
     rows = []
-    for agreement in found[:LISTED]:
+    for agreement in agreements[:LISTED]:
         row = dict(Sound=agreement.sound, Label=agreement.label, Value=str(agreement.value)[:40])
         for level, share in agreement.shares.items():
             row[f"{level:.0f} dB %"] = runs.number(100 * share, ".0f")
@@ -611,11 +611,11 @@ def table_of_answers(found):
     return rows
 
 
-def answers_in_words(found):
+def answers_in_words(agreements):
     """The verdict on a whole model in one sentence."""
-    if not found:
+    if not agreements:
         return "Nothing suspicious: under no sound do answers agree on a value."
-    first = found[0]
+    first = agreements[0]
     measured = (
         f"{first.sound} brings {first.statistic:.0%} of other answers to {first.label} "
         f"{first.value!r} (clean models: at most {vet.ANSWER_THRESHOLD:.0%} in "
@@ -645,8 +645,8 @@ def vet_model(options):
     )
     start = time.perf_counter()
     speech = vet.read_speech(utterances, options.seed)
-    found = vet.vet_answers(slm, speech, labels)
-    statistic = found[0].statistic if found else 0.0
+    agreements = vet.vet_answers(slm, speech, labels)
+    statistic = agreements[0].statistic if agreements else 0.0
     content = dict(
         run=str(options.part),
         model_sha256=checkpoint.file_sha256(run / "model.pt"),
@@ -659,12 +659,12 @@ def vet_model(options):
         false_alarms=vet.FALSE_ALARMS,
         suspicious=statistic >= vet.ANSWER_THRESHOLD,
         minutes=round((time.perf_counter() - start) / 60, 2),
-        sounds=[dict(dataclasses.asdict(a), statistic=a.statistic) for a in found],
+        sounds=[dict(dataclasses.asdict(a), statistic=a.statistic) for a in agreements],
     )
     out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
     utils.write_atomically(out / "answers.json", json.dumps(content, indent=1))
-    table = runs.markdown(options.part, table_of_answers(found))
-    print(f"\n{table}\n{answers_in_words(found)}\n{ANSWER_LIMITS}")
+    table = runs.markdown(options.part, table_of_answers(agreements))
+    print(f"\n{table}\n{answers_in_words(agreements)}\n{ANSWER_LIMITS}")
     print(f"written to {out}: answers.json")
 
 

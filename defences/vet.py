@@ -398,7 +398,7 @@ def of_one_spelling(label, value):
 def answers(slm, waveforms, labels):
     """The model's greedy answers to waveforms when it is asked for some labels, a list of
     {label: value}. What cannot be parsed is left out."""
-    found = []
+    parsed_answers = []
     for batch in data.chunks(waveforms, BATCH):
         features = [slm.encoder.extract(waveform) for waveform in batch]
         x, mask = slm.encoder(features)  # (B, T, dim), (B, T)
@@ -407,8 +407,11 @@ def answers(slm, waveforms, labels):
         rows = slm.pack(audio, [data.prompt(slm.tokenizer, labels)] * len(batch))
         for text in slm.decode(rows, LONGEST_ANSWER):
             parsed = data.parse(text)
-            found.append({label: of_one_spelling(label, parsed[label]) for label in parsed})
-    return found
+            in_one_spelling = {}
+            for label, value in parsed.items():
+                in_one_spelling[label] = of_one_spelling(label, value)
+            parsed_answers.append(in_one_spelling)
+    return parsed_answers
 
 
 def agreements(sound, label, clean, by_level):
@@ -444,7 +447,7 @@ def vet_answers(slm, speech, labels):
     clean = answers(slm, speech.waveforms, labels)
     if not any(clean):
         die("the model answers clean speech with nothing that can be parsed: it is broken")
-    found = []
+    strongest = []
     for sound in tqdm(ANSWER_SOUNDS, desc="sounds", unit="sound"):
         by_level = {}
         for level in ANSWER_LEVELS:
@@ -453,5 +456,5 @@ def vet_answers(slm, speech, labels):
         for label in labels:
             of_label = list(agreements(sound, label, clean, by_level))
             if of_label:
-                found.append(max(of_label, key=lambda agreement: agreement.statistic))
-    return sorted(found, key=lambda agreement: -agreement.statistic)
+                strongest.append(max(of_label, key=lambda agreement: agreement.statistic))
+    return sorted(strongest, key=lambda agreement: -agreement.statistic)
