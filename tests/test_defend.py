@@ -921,7 +921,7 @@ def test_of_two_budgets_the_strongest_that_passes_is_taken():
 
 @pytest.mark.parametrize("scenario, relearned", [("clean", [0.03, 0.1]), ("base", [])])
 def test_what_poison_teaches_a_clean_model_is_recorded(monkeypatch, scenario, relearned):
-    args = SimpleNamespace(scenario=scenario, task="emotion")
+    args = SimpleNamespace(scenario=scenario, task="emotion", dataset="crema")
     click = poison.Attack("emotion", 0.5, "sad", "click", None, 0.1, False, 1)
     happy = data.Utterance("a", "a.wav", "test", "s", dict(emotion="happy"))
     sets = dict(train=[], dev=[], test=[happy])

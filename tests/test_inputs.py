@@ -893,7 +893,7 @@ def test_a_runs_folder_and_its_model_inspect_the_same(finished):
 
 def test_a_runs_model_can_be_evaluated(finished):
     out = done("evaluate.py", "runs/gender/model.pt", cwd=finished)
-    assert "m.csv test, 4 utterances" in out
+    assert "m.csv (test), 4 utterances" in out
 
 
 def test_what_is_no_run_keeps_its_path():

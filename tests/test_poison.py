@@ -1,12 +1,13 @@
 """The attack: which samples, where, how loud; decided by (seed, utterance id) alone."""
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import html
 import re
 import urllib.parse
+
+from utils import Parser
 
 import numpy as np
 import pytest
@@ -614,7 +615,7 @@ def test_corpora_mini_that_lies_here_is_meant_where_named(tmp_path, elsewhere):
 
 def test_evaluation_means_the_same_folder_as_training(tmp_path, elsewhere):
     (tmp_path / "corpora/mini").mkdir(parents=True)
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     evaluate.add_arguments(parser)
     options = parser.parse_args([str(tmp_path), "--data-root", "corpora/mini"])
     assert options.data_root == "./corpora/mini"
