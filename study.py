@@ -492,7 +492,7 @@ STAGES = {
 }
 # what a job takes on one core, in minutes, until one of its kind has run here
 MINUTES = {"train": 10, "embed": 1, "transplant": 10, "patch": 8, "filter": 20, "detect": 10}
-MINUTES |= {"repair": 12, "evaluate": 1, "sounds": 3}
+MINUTES |= {"repair": 12, "evaluate": 1, "sounds": 1}
 
 
 @dataclass
