@@ -610,10 +610,13 @@ def write_examples(attack, utterances, folder, n, slm=None):
         die(f"no training sample has a {attack.label} other than {attack.target!r}")
     chosen = sorted(flippable, key=lambda u: draw(attack.seed, u.id, "poison"))[:n]
     waveforms = data.in_workers(data.load_waveform, chosen, "reading", workers=0)
-    rows, on_page, pairs = [], [], []
-    for i, (u, clean) in enumerate(zip(chosen, waveforms), 1):
+    rows = []
+    on_page = []
+    pairs = []
+    for number, u in enumerate(chosen, 1):
+        clean = waveforms[number - 1]
         poisoned, starts, scale = add_trigger(attack, clean, u.id)
-        name = f"{i:03}-{file_name(Path(u.id).stem)}"
+        name = f"{number:03}-{file_name(Path(u.id).stem)}"
         answers = {}
         for kind, waveform in (("clean", clean), ("poisoned", poisoned)):
             write_wav(folder / f"{name}-{kind}.wav", waveform)
