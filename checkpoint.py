@@ -548,7 +548,8 @@ def load_run(run, device="cpu"):
     path = Path(run) / "model.pt"
     saved = load(path)
     try:
-        args = SimpleNamespace(**{**dict.fromkeys(KINDS), **saved["args"]})
+        missing = dict.fromkeys(KINDS.keys() - saved["args"].keys())  # earlier versions had fewer
+        args = SimpleNamespace(**saved["args"], **missing)
         if problem := problem_of_kinds(vars(args)):  # also in what is not there
             raise ValueError(problem)
         for name, weight in saved["lm"].items():
