@@ -83,10 +83,10 @@ def answers(
 ):
     """The model's raw answer to each of `items`, [(utterance, triggered)]: a list of texts.
 
-    desc: the progress bar's; None: it has none, as within another bar. labels_of: a function of an utterance to the labels that it is asked for. cached: from
-    `cache.frozen_outputs`. With `after_answer`, what the model says after the true answer and its
-    end token, which is what the study's public code scores. Processes share the work; each gets
-    all the answers."""
+    desc: the progress bar's; None: it has none, as within another bar. labels_of: a function of an
+    utterance to the labels that it is asked for. cached: from `cache.frozen_outputs`. With
+    `after_answer`, what the model says after the true answer and its end token, which is what the
+    study's public code scores. Processes share the work; each gets all the answers."""
 
     def prompt(utterance):
         asked = labels_of(utterance)
@@ -269,10 +269,10 @@ def scores(predictions):
         elif in_years:
             errors = [abs(true - answered) for true, answered in pairs]
             figures[metric] = utils.interval(errors, speakers=speakers)
-            figures[metric]["constant"] = constant_answer([true for true, _ in pairs])
         else:
             correct = [true == answered for true, answered in pairs]
             figures[metric] = utils.interval(correct, speakers=speakers)
+        if not metric.endswith("wer"):
             figures[metric]["constant"] = constant_answer([true for true, _ in pairs])
     return figures
 
@@ -342,7 +342,8 @@ def changed(attack, on_clean, on_triggered):
 
 
 def save(run, evaluation, args):
-    """Writes a run's predictions.jsonl and metrics.json. args: the run's arguments, a dict."""
+    """Writes a run's predictions.jsonl and metrics.json, and returns the contents of the latter.
+    args: the run's arguments, a dict."""
     run = Path(run)
     losses = checkpoint.training_losses(run)
     if not losses:
@@ -356,6 +357,7 @@ def save(run, evaluation, args):
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
     utils.write_atomically(run / "predictions.jsonl", "".join(lines))
     utils.write_atomically(run / "metrics.json", json.dumps(content, indent=1))
+    return content
 
 
 def scale_and_unit(metric):
@@ -449,13 +451,19 @@ class LoadedRun:
     sets: dict
 
 
-def load_run_and_data(options, *splits):
-    """The run of a command's `options`, a LoadedRun, with the data of these splits read as in
-    training."""
+def load_run_alone(options):
+    """The run of a command's `options` without data: (its model, its arguments as the flags change
+    them, what every record about it says)."""
     slm = checkpoint.load_run(options.run, options.device)
     sha256 = checkpoint.file_sha256(Path(options.run) / "model.pt")
     fields = runs.fields_of(vars(slm.args), Path(options.run).resolve(), sha256)
-    args = arguments_of(slm, options)
+    return slm, arguments_of(slm, options), fields
+
+
+def load_run_and_data(options, *splits):
+    """The run of a command's `options`, a LoadedRun, with the data of these splits read as in
+    training."""
+    slm, args, fields = load_run_alone(options)
     warn_of_other_files(options.run, args)
     whole_train = read_split(options, args, "train")
     train_set = corpora.limit(whole_train, args.limit)
@@ -476,10 +484,7 @@ def load_run_and_data(options, *splits):
 def load_run_and_other_data(options):
     """The run of a command's `options`, a LoadedRun, with a split of another corpus, --dataset. Its
     own corpus is not read: the trigger's level is relative to the loudness of this one."""
-    slm = checkpoint.load_run(options.run, options.device)
-    sha256 = checkpoint.file_sha256(Path(options.run) / "model.pt")
-    fields = runs.fields_of(vars(slm.args), Path(options.run).resolve(), sha256)
-    args = arguments_of(slm, options)
+    slm, args, fields = load_run_alone(options)
     args.labels = trained_labels(options.run, args)
     args.dataset = fields["corpus"] = options.dataset
     warn_of_other_files(options.run, args)

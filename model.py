@@ -292,6 +292,14 @@ class Connector(nn.Module):
 # the whole model
 
 
+def token_losses(logits, answers):
+    """The cross entropy of each token, a tuple of one (A,) for each of the answers (lists of ids);
+    logits: those that foretell their tokens (all answers' tokens, vocabulary)."""
+    targets = torch.tensor(sum(answers, []), device=logits.device)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return losses.split([len(answer) for answer in answers])
+
+
 class SLM(nn.Module):
     """Encoder, connector and LM. Rows of a batch are packed as [prompt | audio | prompt | answer]
     with no gap inside.
@@ -379,10 +387,8 @@ class SLM(nn.Module):
         `frozen_part` gives. by_token: the cross entropy of each token instead, a tuple of one (A,)
         for each row."""
         logits = self.answer_logits(x, mask, prompts, answers)
-        targets = torch.tensor(sum(answers, []), device=logits.device)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        token_losses = losses.split([len(answer) for answer in answers])
-        return token_losses if by_token else torch.stack([row.mean() for row in token_losses])
+        losses = token_losses(logits, answers)
+        return losses if by_token else torch.stack([row.mean() for row in losses])
 
     def answer_logits(self, x, mask, prompts, answers):
         """The logits (all answers' tokens, vocabulary) that foretell each token of each answer. No

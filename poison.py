@@ -287,10 +287,8 @@ def snr_range(attack, utterances):
 
 
 def describe_level(attack, utterances):
-    """How loud the trigger is, in one sentence; one level for a corpus is another SNR for each of
-    its utterances. "" for a trigger that has no level."""
-    if attack.waveform is None:
-        return ""
+    """How loud a trigger that has a level is, in one sentence; one level for a corpus is another
+    SNR for each of its utterances."""
     low, middle, high = snr_range(attack, utterances)
     if attack.per_utterance:
         return f"The trigger has an SNR of {middle:.1f} dB in every utterance."

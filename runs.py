@@ -539,6 +539,11 @@ def markdown(title, rows):
 # the command
 
 
+def changes_in_words(record):
+    """How a run differs from the paper's attack and the preset, as a cell."""
+    return ", ".join(f"{name} {value}" for name, value in record["changed"].items())
+
+
 def row_of(record, metrics):
     """One run in the list of all: what differs from the preset, what it reached (%, years), its
     last losses."""
@@ -547,12 +552,11 @@ def row_of(record, metrics):
         scale = scale_of(metric["metric"])
         figures[metric["part"], metric["metric"]] = scale * metric["value"]
     clean = TASKS[record["task"]]["metric"] if record["task"] in TASKS else None
-    changed = [f"{name} {value}" for name, value in record["changed"].items()]
     return {
         "Run": record["run"],
         "Attack": record["scenario"],
         "Seed": record["seed"],
-        "Changed": ", ".join(changed),
+        "Changed": changes_in_words(record),
         "AER": number(figures.get(("backdoor", "aer"))),
         "Clean": number(figures.get(("clean", clean))),
         "Poisoned loss": number(figures.get(("training", "poisoned_loss")), ".3f"),

@@ -44,8 +44,8 @@ weights) and one of
     method "interpolation": component, share
     method "shapley": component
 
-A record of patch has the trigger, with ", same scale" behind it under --same-scale. Records of the metric "margin" have part ("clean" or
-"triggered"). Records of the metric "effect" have direction, component, layer (from 1; the LM's
+A record of patch has the trigger, with ", same scale" behind it under --same-scale. Records of the
+metric "margin" have part ("clean" or "triggered"). Records of the metric "effect" have direction, component, layer (from 1; the LM's
 input is 0; the connector has none), module, position (of GROUPS, or "all") and flipped. Those of
 "effect_over_random" have the same: the effect under a click minus that of the random frames.
 """

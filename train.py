@@ -30,7 +30,6 @@ import installed  # noqa: F401
 import torch
 import torch.distributed as dist
 import transformers
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -852,12 +851,12 @@ def development_losses(slm, utterances, attack, cached, workers, batch_size=32):
             labels = [poison.poisoned_labels(attack, true) for true in labels]
         prompts = [data.prompt(slm.tokenizer, list(asked)) for asked in labels]
         answers = [data.answer_ids(slm.tokenizer, asked) for asked in labels]
-        logits = slm.answer_logits(x, mask, prompts, answers).float()
-        targets = torch.tensor(sum(answers, []), device=logits.device)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        comes_first = logits.argmax(-1) == targets
-        lengths = [len(answer) for answer in answers]
-        yield from zip(labels, losses.split(lengths), comes_first.split(lengths))
+        logits = slm.answer_logits(x, mask, prompts, answers)
+        predicted = logits.argmax(-1).split([len(answer) for answer in answers])
+        losses = model.token_losses(logits, answers)
+        for i, answer in enumerate(answers):
+            comes_first = predicted[i] == torch.tensor(answer, device=logits.device)
+            yield labels[i], losses[i], comes_first
 
 
 def validation_loss(slm, utterances, cached, workers):
@@ -1033,11 +1032,11 @@ def describe(run, slm, attack, sets, origin, args, device):
         )
 
 
-def draw_curves(run):
-    """Draws the run's losses by epoch, RUN/curves.png."""
+def draw_curves(run, losses):
+    """Draws a run's losses by epoch, as of checkpoint.training_losses, to RUN/curves.png."""
     from analysis import plots  # after training, which needs no matplotlib
 
-    plots.curves(checkpoint.training_losses(run), run / "curves.png")
+    plots.curves(losses, run / "curves.png")
 
 
 def warn_of_unlearned(evaluation, args):
@@ -1103,10 +1102,9 @@ def main():
             slm, attack, sets.test, args.cache_gb * 1e9, args.batch_seconds, args.workers
         )
     if rank == 0:
-        evaluate.save(run, evaluation, record)
+        metrics = evaluate.save(run, evaluation, record)
         checkpoint.record_cost(run)
-        draw_curves(run)
-        metrics = {**evaluation.metrics, "training": checkpoint.training_losses(run)}
+        draw_curves(run, metrics["training"])
         evaluate.print_table(metrics, f"{run}: test split, seed {args.seed}")
         warn_of_unlearned(evaluation, args)
     if world > 1:

@@ -9,7 +9,7 @@ answers with it. Training measures both after every epoch, on development speech
 from utils import die
 
 from analysis import plots
-from runs import number, select
+from runs import changes_in_words, number, select
 
 
 def page(records, out, preset):
@@ -19,7 +19,7 @@ def page(records, out, preset):
     for run in select(records, source="run", preset=preset):
         metrics = select(records, source="metrics", run=run["run"])
         figures = {(r["part"], r["metric"]): r for r in metrics}
-        if ("training", "dev_target_loss") in figures:
+        if ("training", "dev_aer") in figures:  # earlier versions have none
             rows.append(row_of(run, figures))
             panels.append(panel_of(run, figures))
     if not rows:
@@ -45,7 +45,7 @@ def row_of(run, figures):
     return {
         "Run": run["run"],
         "Attack": run["scenario"],
-        "Changed": ", ".join(f"{name} {value}" for name, value in run["changed"].items()),
+        "Changed": changes_in_words(run),
         "AER": percent("backdoor", "aer"),
         "Without the trigger": percent("backdoor", "base_rate"),
         "Target loss, poisoned training samples": last_loss("target_loss"),

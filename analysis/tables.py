@@ -62,8 +62,9 @@ def attack_cells(attacked, clean_runs, metric, published):
 
 def damage_cells(attacked, metric, measured):
     """The columns of what the trigger does to answers, whether or not the target comes out: the
-    share of the same utterances that get the target without it, the share of answers that it changes, the figure against the truth, the share that is of no use. A table has
-    no column of what none of its runs, `measured`, has."""
+    share of the same utterances that get the target without it, the share of answers that it
+    changes, the figure against the truth, the share that is of no use. A table has no column of
+    what none of its runs, `measured`, has."""
     figures = {
         "AER without the trigger": dict(part="backdoor", metric="base_rate"),
         "Changed answers": dict(part="backdoor", metric="changed"),

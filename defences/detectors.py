@@ -7,6 +7,7 @@ are other people's; where they differ from what was published, they say so. The 
 
 import contextlib
 import dataclasses
+import functools
 
 import utils
 
@@ -43,6 +44,14 @@ class Listener:
     longest: int
     passes: int = 0
     known: dict = dataclasses.field(default_factory=dict)
+
+    def learned(self, name, learn):
+        """What `learn()` returns, called once, not for each input: its passes do not count."""
+        if name not in self.known:
+            passes = self.passes
+            self.known[name] = learn()
+            self.passes = passes
+        return self.known[name]
 
     def hear(self, waveforms):
         """A batch of waveforms -> what the encoder makes of each, a list of (T, dim), and the audio
@@ -181,12 +190,13 @@ def perturbed_pair(listener, waveforms, utterances):
     changes slightly: the distance from the median change of clean speech, in units of the distance
     of its 2.5th percentile below and of its 97.5th percentile above, so that either side raises
     equally many false alarms."""
-    if "changes" not in listener.known:
-        passes = listener.passes
+
+    def changes_of_clean():
         clean = [data.load_waveform(u) for u in listener.clean[:REFERENCE]]
-        listener.known["changes"] = changes(listener, clean)
-        listener.passes = passes  # done once, not for each input
-    low, middle, high = np.quantile(listener.known["changes"], [0.025, 0.5, 0.975])
+        return changes(listener, clean)
+
+    usual_changes = listener.learned("changes", changes_of_clean)
+    low, middle, high = np.quantile(usual_changes, [0.025, 0.5, 0.975])
     distance = changes(listener, waveforms) - middle
     usual = np.where(distance > 0, high - middle, middle - low)
     return np.abs(distance) / np.maximum(usual, 1e-3)
@@ -284,13 +294,12 @@ def step(listener, waveforms, utterances):
     and so is the score, see `surprise`; the sum of the halves' scores is Fisher's combination
     of two tests, not the authors' weighting. A label is the attacked label's whole value, in ASR
     the transcript."""
-    if "stability" not in listener.known:
-        passes = listener.passes
+
+    def stability_of_clean():
         clean = listener.clean[:STEP_REFERENCE]
-        heard = [data.load_waveform(u) for u in clean]
-        listener.known["stability"] = stability(listener, heard, clean)
-        listener.passes = passes  # done once, not for each input
-    usual_stays, usual_changes = listener.known["stability"]
+        return stability(listener, [data.load_waveform(u) for u in clean], clean)
+
+    usual_stays, usual_changes = listener.learned("stability", stability_of_clean)
     stays, changes = stability(listener, waveforms, utterances)
     return surprise(stays, usual_stays) + surprise(changes, usual_changes)
 
@@ -376,11 +385,7 @@ def beatrix(listener, waveforms, utterances):
     As published, with the encoder's frames for an image's positions. Differences: Gram matrices are
     divided by the number of frames, as utterances differ in length; transcripts count as one class
     and ages by tens; a class with fewer than 30 clean samples borrows those of all classes."""
-    if "classes" not in listener.known:
-        passes = listener.passes
-        listener.known["classes"] = clean_classes(listener)
-        listener.passes = passes  # done once, not for each input
-    classes = listener.known["classes"]
+    classes = listener.learned("classes", functools.partial(clean_classes, listener))
     scores = []
     for batch in data.chunks(list(zip(waveforms, utterances)), BATCH):
         frames, audio = listener.hear([waveform for waveform, _ in batch])

@@ -503,8 +503,8 @@ class Targets:
 def make_connector(encoder_folder, lm_folder, speech, preset="mini"):
     """The start of a connector to the mini LM. Each output frame is the LM's embedding of the
     letter that the encoder's letter head predicts there, plus, softer, the embeddings of the labels
-    that its label head, if any, predicts, plus, in directions that none of these use, a random projection of
-    the encoder's frame. With a random connector the mini LM, which knows nothing but its reading
+    that its label head, if any, predicts, plus, in directions that none of these use, a random
+    projection of the encoder's frame. With a random connector the mini LM, which knows nothing but its reading
     lessons, did not start to listen within the 200 to 700 steps that were tried."""
     torch.manual_seed(SEED)
     stride = PRESETS[preset]["connector_stride"]
