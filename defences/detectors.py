@@ -45,14 +45,6 @@ class Listener:
     passes: int = 0
     known: dict = dataclasses.field(default_factory=dict)
 
-    def learned(self, name, learn):
-        """What `learn()` returns, called once, not for each input: its passes do not count."""
-        if name not in self.known:
-            passes = self.passes
-            self.known[name] = learn()
-            self.passes = passes
-        return self.known[name]
-
     def hear(self, waveforms):
         """A batch of waveforms -> what the encoder makes of each, a list of (T, dim), and the audio
         in the LM's space, a list of (T', hidden)."""
@@ -98,6 +90,15 @@ class Listener:
         logits = self.slm.logits(x, wanted)  # (all values' tokens, vocabulary)
         log_probabilities = logits.double().log_softmax(-1)
         return values, log_probabilities.split([stop - start for start, stop, _ in spans])
+
+
+def learned(listener, name, learn):
+    """What `learn()` returns, called once, not for each input: its passes do not count."""
+    if name not in listener.known:
+        passes = listener.passes
+        listener.known[name] = learn()
+        listener.passes = passes
+    return listener.known[name]
 
 
 def make_listener(slm, attack, utterances, clean):
@@ -195,7 +196,7 @@ def perturbed_pair(listener, waveforms, utterances):
         clean = [data.load_waveform(u) for u in listener.clean[:REFERENCE]]
         return changes(listener, clean)
 
-    usual_changes = listener.learned("changes", changes_of_clean)
+    usual_changes = learned(listener, "changes", changes_of_clean)
     low, middle, high = np.quantile(usual_changes, [0.025, 0.5, 0.975])
     distance = changes(listener, waveforms) - middle
     usual = np.where(distance > 0, high - middle, middle - low)
@@ -299,7 +300,7 @@ def step(listener, waveforms, utterances):
         clean = listener.clean[:STEP_REFERENCE]
         return stability(listener, [data.load_waveform(u) for u in clean], clean)
 
-    usual_stays, usual_changes = listener.learned("stability", stability_of_clean)
+    usual_stays, usual_changes = learned(listener, "stability", stability_of_clean)
     stays, changes = stability(listener, waveforms, utterances)
     return surprise(stays, usual_stays) + surprise(changes, usual_changes)
 
@@ -385,7 +386,7 @@ def beatrix(listener, waveforms, utterances):
     As published, with the encoder's frames for an image's positions. Differences: Gram matrices are
     divided by the number of frames, as utterances differ in length; transcripts count as one class
     and ages by tens; a class with fewer than 30 clean samples borrows those of all classes."""
-    classes = listener.learned("classes", functools.partial(clean_classes, listener))
+    classes = learned(listener, "classes", functools.partial(clean_classes, listener))
     scores = []
     for batch in data.chunks(list(zip(waveforms, utterances)), BATCH):
         frames, audio = listener.hear([waveform for waveform, _ in batch])
