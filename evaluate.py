@@ -475,7 +475,10 @@ def load_run_and_data(options, *splits):
     args.task = fields["task"] = task
     sets = {}
     for split in splits:
-        sets[split] = train_set if split == "train" else read_split(options, args, split)
+        if split == "train":
+            sets[split] = train_set
+        else:
+            sets[split] = corpora.limit(read_split(options, args, split), args.limit)
     if options.task:  # the run's own target was checked in training
         poison.check_target(task, TASKS[task]["target"], sum(sets.values(), whole_train))
     return LoadedRun(slm, args, attack, fields, sets)
@@ -882,7 +885,7 @@ def make_parser():
         help="which utterances to answer (default: test, or all of a --dataset of your own)",
     )
     data_flags.add_argument(
-        "--limit", type=count, help="answer the first N utterances only, in the corpus's order"
+        "--limit", type=count, help="answer the first N utterances of a fixed random order"
     )
 
     question_flags = parser.group("questions")
@@ -955,7 +958,7 @@ def evaluate_run(options):
     else:
         loaded = load_run_and_data(options, options.split)
     args = loaded.args
-    utterances = loaded.sets[options.split][: options.limit]
+    utterances = corpora.limit(loaded.sets[options.split], options.limit)
     ask = options.ask or LABELS
     if not any(set(ask) & u.labels.keys() for u in utterances):
         die(

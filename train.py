@@ -77,7 +77,10 @@ data_flags.add_argument(
     help="train and evaluate on these labels alone (default: all that the corpus has)",
 )
 data_flags.add_argument(
-    "--limit", type=int, help="train on the first N utterances of a fixed random order"
+    "--limit",
+    type=int,
+    metavar="N",
+    help="use the first N utterances of each split, in a fixed random order, for a quick trial",
 )
 data_flags.add_argument(
     "--exclude",
@@ -496,9 +499,10 @@ def read_data(args):
         )
     for problem in corpora.shared_speakers(sets) + corpora.shared_audio(sets):
         utils.say(f"warning: {problem}")
-    whole_train = corpora.limit(sets["train"], args.limit)
+    limited = {split: corpora.limit(listed, args.limit) for split, listed in sets.items()}
+    whole_train = limited["train"]
     label = TASKS[args.task]["label"]
-    for split, utterances in (("training", whole_train), ("test", sets["test"])):
+    for split, utterances in (("training", whole_train), ("test", limited["test"])):
         if not any(label in u.labels for u in utterances):
             only = f" with --labels {' '.join(args.labels)}" if args.labels else ""
             die(f"--task {args.task}: no {split} utterance of {args.dataset} has a {label}{only}")
@@ -509,7 +513,7 @@ def read_data(args):
             f"{len(train_set)} training utterances are less than one batch of {args.batch_size} "
             "(--batch-size)"
         )
-    return Sets(whole_train, train_set, sets["dev"], sets["test"])
+    return Sets(whole_train, train_set, limited["dev"], limited["test"])
 
 
 def count_poisoned(attack, train_set, args):

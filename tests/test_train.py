@@ -300,6 +300,19 @@ def test_a_finished_run_is_read_with_its_training_data(train, corpora):
     assert loaded.attack.level == poison.make_attack("gender", train_set, 0.3, seed=1).level
 
 
+def test_limit_cuts_every_split(train):
+    """A quick trial is quick at its end too: it answers no more test utterances than it was given."""
+    run = train("quick", *BASE, "--limit", 6, "--batch-size", 2)
+    options = SimpleNamespace(
+        run=run, device="cpu", snr=None, data_root=None, skip_bad=False, task=None
+    )
+    loaded = evaluate.load_run_and_data(options, "train", "dev", "test")
+    sizes = {split: len(utterances) for split, utterances in loaded.sets.items()}
+    assert sizes == dict(train=6, dev=6, test=6)
+    answered = (run / "predictions.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["id"] for line in answered}) == 6
+
+
 def test_a_clean_run_is_embedded_with_the_task_s_own_attack(train, runs):
     """One clean run serves gender and age: its embeddings for age are of speakers of every sex but
     of no one aged 25."""
