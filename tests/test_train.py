@@ -763,7 +763,8 @@ def test_stopped_and_started_again_it_learns_the_same(command, runs, clean, monk
     status, out, _ = script(*command, *flags, cwd=runs)
     assert status == 130
     assert f"stopped at step {at}" in out
-    done(*command, *flags, cwd=runs)
+    resumed = done(*command, *flags, cwd=runs)
+    assert f"resumes at step {at}" in resumed
     again = runs / f"stop{at}"
     assert read_log(again) == read_log(clean)
     for name in ("clean", "triggered", "backdoor", "training"):
