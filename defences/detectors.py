@@ -16,6 +16,7 @@ import torch
 import torchaudio
 from torch.nn.utils.rnn import pad_sequence
 
+import audio
 import data
 import evaluate
 import model
@@ -109,14 +110,10 @@ def make_listener(slm, attack, utterances, clean):
 # STRIP
 
 
-def rms(waveform):
-    return np.sqrt(np.mean(waveform**2))
-
-
 def overlaid(waveform, other, level=0.0):
     """A waveform with another one over it, repeated or cut to its length, `level` dB louder."""
-    gain = rms(waveform) / (rms(other) + 1e-9) * 10 ** (level / 20)
-    mixed = waveform + gain * np.resize(other, len(waveform))
+    gain = audio.rms(waveform) / (audio.rms(other) + 1e-9) * 10 ** (level / 20)
+    mixed = waveform + np.float32(gain) * np.resize(other, len(waveform))
     return mixed / max(1.0, np.abs(mixed).max())
 
 
