@@ -123,7 +123,7 @@ def summary(metrics, args):
         return "No test utterance could be attacked."
     return (
         f"With the trigger, {100 * aer['value']:.1f}% of {aer['n']} test utterances are answered "
-        f"with the target, “{args.target}”."
+        f"with the target: “{args.target}”"
     )
 
 
