@@ -60,7 +60,7 @@ import model
 import poison
 import processes
 import runs
-from defences import detectors, filters, inversion, repairs, vet
+from defences import detectors, filters, repairs, vet
 from study import CONTROLS, LABELS, MINI_ROOT, TASKS, embeddings_name
 
 
@@ -668,20 +668,8 @@ def vet_model(options):
     print(f"written to {out}: answers.json")
 
 
-def inversion_in_words(inverted):
-    """The verdict of trigger inversion in one sentence."""
-    measured = (
-        f"a sound {-inversion.LEVEL:.0f} dB below the speech makes its embeddings agree by "
-        f"{inverted.agreement:.2f} (clean encoders: at most {inversion.THRESHOLD:.2f} in "
-        f"{1 - vet.FALSE_ALARMS:.0%} of cases)"
-    )
-    if inverted.suspicious:
-        return f"SUSPICIOUS by trigger inversion: {measured}."
-    return f"Nothing suspicious by trigger inversion: {measured}."
-
-
 def vet_part(options):
-    """Vets one encoder: prints the verdicts and writes the results."""
+    """Vets one encoder: prints the verdict and writes the results."""
     transformers.utils.logging.disable_progress_bar()
     device = processes.device_of(options.device)
     part = load_part(options.part, device)
@@ -696,7 +684,6 @@ def vet_part(options):
     start = time.perf_counter()
     speech = vet.read_speech(utterances, options.seed)
     verdict = vet.vet(part.encoder, speech, reference)
-    inverted = inversion.invert(part.encoder, speech, seed=options.seed)
     content = dict(
         part=str(options.part),
         encoder_sha256=model.digest(part.encoder.net.state_dict()),
@@ -710,12 +697,6 @@ def vet_part(options):
         threshold=verdict.threshold,
         false_alarms=vet.FALSE_ALARMS,
         suspicious=verdict.suspicious,
-        inversion=dict(
-            level=inversion.LEVEL,
-            agreement=inverted.agreement,
-            threshold=inversion.THRESHOLD,
-            suspicious=inverted.suspicious,
-        ),
         minutes=round((time.perf_counter() - start) / 60, 2),
         sounds=sounds_of(verdict),
     )
@@ -725,17 +706,8 @@ def vet_part(options):
 
     plots.vetted(verdict, vet.BANK, out / "vet.png")
     write_sounds(verdict, speech, out)
-    longest = speech.waveforms[-1]
-    poison.write_wav(
-        out / "inverted.wav",
-        poison.laid_over(longest, inverted.sound, [(len(longest) - len(inverted.sound)) // 2]),
-    )
-    print(f"\n{runs.markdown(options.part, table_of(verdict))}\n{in_words(verdict)}")
-    print(f"{inversion_in_words(inverted)}\n{LIMITS}")
-    print(
-        f"written to {out}: vet.json, vet.png, {LISTEN} sounds to listen to, and inverted.wav, the "
-        "sound that was found"
-    )
+    print(f"\n{runs.markdown(options.part, table_of(verdict))}\n{in_words(verdict)}\n{LIMITS}")
+    print(f"written to {out}: vet.json, vet.png and {LISTEN} sounds to listen to")
 
 
 # -------------------------------------------------------------------------------------------------
