@@ -33,9 +33,10 @@ then takes the same share of an embedding in any corpus.
 `python defend.py vet RUN --answers` asks the same of a whole model: under which sound, at which
 level, its answers come to agree on one value of a label (Agreement).
 
-Nothing is optimised here. In particular no trigger is inverted in the manner of DECREE (Feng et al.
-2023, arXiv 2303.15180). A trigger that resembles no sound of the bank goes unnoticed, and so does a
-backdoor that is in the connector or the language model alone.
+Nothing is optimised here. A trigger inverted in the manner of DECREE (Feng et al. 2023, arXiv
+2303.15180) told attacked encoders from clean ones less well (results/vet.md). A trigger that
+resembles no sound of the bank goes unnoticed, and so does a backdoor that is in the connector or the
+language model alone.
 """
 
 import dataclasses
