@@ -738,6 +738,9 @@ SHOWN = dict(  # the columns of the short table at the end, and the fields of th
 )
 
 
+FORMATS = dict(auroc=".2f", removed_samples=".0f", passes=".0f")  # of the others: ".1f"
+
+
 def rows_of(command, records):
     """The short table at the end, one row for each defence."""
     rows = []
@@ -746,7 +749,7 @@ def rows_of(command, records):
         for column, wanted in SHOWN[command].items():
             for record in runs.select(records, defence=name, **wanted):
                 value = record["value"] * runs.scale_of(record["metric"])
-                row[column] = runs.number(value, ".2f" if record["metric"] == "auroc" else ".1f")
+                row[column] = runs.number(value, FORMATS.get(record["metric"], ".1f"))
         if name:
             rows.append(row)
     return rows

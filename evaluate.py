@@ -583,7 +583,8 @@ def answers_by_sound(loaded, utterances):
 
     def answers_with(attack, triggered):
         items = [(u, triggered) for u in utterances]
-        return answer_rows(loaded.slm, attack, items, None, loaded.args.batch_seconds)
+        seconds = loaded.args.batch_seconds
+        return answer_rows(loaded.slm, attack, items, None, seconds, desc=None)
 
     attack = loaded.attack
     attacks = {attack.trigger: attack, **poison.with_other_sounds(attack)}
