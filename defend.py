@@ -626,6 +626,20 @@ def answers_in_words(agreements):
     return f"Nothing suspicious: at most, {measured}."
 
 
+def verdict_written(options, dataset, utterances, statistic, threshold, start):
+    """What vet.json and answers.json both say. start: when vetting began, of time.perf_counter."""
+    return dict(
+        speech=str(dataset),
+        n=len(utterances),
+        seed=options.seed,
+        statistic=statistic,
+        threshold=threshold,
+        false_alarms=vet.FALSE_ALARMS,
+        suspicious=statistic >= threshold,
+        minutes=round((time.perf_counter() - start) / 60, 2),
+    )
+
+
 def vet_model(options):
     """Vets a whole model by its answers: prints the verdict and writes the results."""
     if options.reference:
@@ -650,15 +664,8 @@ def vet_model(options):
     content = dict(
         run=str(options.part),
         model_sha256=checkpoint.file_sha256(run / "model.pt"),
-        speech=str(dataset),
-        n=len(utterances),
-        seed=options.seed,
         labels=labels,
-        statistic=statistic,
-        threshold=vet.ANSWER_THRESHOLD,
-        false_alarms=vet.FALSE_ALARMS,
-        suspicious=statistic >= vet.ANSWER_THRESHOLD,
-        minutes=round((time.perf_counter() - start) / 60, 2),
+        **verdict_written(options, dataset, utterances, statistic, vet.ANSWER_THRESHOLD, start),
         sounds=[dict(dataclasses.asdict(a), statistic=a.statistic) for a in agreements],
     )
     out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
@@ -689,15 +696,10 @@ def vet_part(options):
         encoder_sha256=model.digest(part.encoder.net.state_dict()),
         reference=path,
         reference_sha256=reference and model.digest(reference.net.state_dict()),
-        speech=str(dataset),
-        n=len(utterances),
-        seed=options.seed,
         kind=verdict.kind,
-        statistic=verdict.statistic,
-        threshold=verdict.threshold,
-        false_alarms=vet.FALSE_ALARMS,
-        suspicious=verdict.suspicious,
-        minutes=round((time.perf_counter() - start) / 60, 2),
+        **verdict_written(
+            options, dataset, utterances, verdict.statistic, verdict.threshold, start
+        ),
         sounds=sounds_of(verdict),
     )
     out = Path(options.out or part.out)
