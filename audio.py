@@ -14,7 +14,6 @@ import utils
 
 import numpy as np
 import soundfile
-from scipy.signal import resample_poly
 
 SAMPLE_RATE = 16000  # Hz, that of everything after reading
 # seconds that may be missing at the end: MP3 pads, and lists of segments round
@@ -181,6 +180,8 @@ def cancel_out(channels, waveform):
 def resample(waveform, rate):
     """(samples,) at `rate` Hz -> (samples,) float32 at 16 kHz. A polyphase filter takes little
     memory even where the two rates share no factor."""
+    from scipy.signal import resample_poly  # takes longer to import than most commands to answer
+
     common = math.gcd(rate, SAMPLE_RATE)
     return resample_poly(waveform, SAMPLE_RATE // common, rate // common).astype(np.float32)
 

@@ -483,7 +483,7 @@ def load_encoder(path, device):
             encoder = model.Encoder(path)
     except Exception as error:  # a folder of another kind raises errors of many kinds
         die(
-            f"{path} is no encoder, nor a run or an export that holds one: {utils.first_line(error)}"
+            f"{path} is not an encoder, a run or an export that holds one: {utils.first_line(error)}"
         )
     return encoder.eval().to(device)
 

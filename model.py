@@ -848,7 +848,7 @@ def load_checkpoint(path, mmap=False):
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
     except FileNotFoundError:
-        die(f"{path}: no such checkpoint")
+        die(f"{path}: no such checkpoint; train that run first, or name another")
     except Exception:  # unpickling a file that is no checkpoint raises errors of many kinds
         die(
             f"{path} is no checkpoint of this program (only tensors and plain values are ever "

@@ -267,7 +267,8 @@ machine_flags.add_argument(
 machine_flags.add_argument(
     "--dry-run",
     action="store_true",
-    help="print the run's parameters, memory and GPU-hours; needs no weights",
+    help="print the run's parameters, memory and GPU-hours; needs the parts' configurations, "
+    "from a folder or the model hub, but no weights",
 )
 machine_flags.add_argument(
     "--utilisation",
