@@ -491,8 +491,8 @@ STAGES = {
     "sweeps": "AER against rate, loudness, length, number and kind of clicks",
 }
 # what a job takes on one core, in minutes, until one of its kind has run here
-MINUTES = {"train": 10, "embed": 1, "transplant": 10, "patch": 8, "filter": 20, "detect": 10}
-MINUTES |= {"repair": 12, "evaluate": 1, "sounds": 1}
+MINUTES = {"train": 10, "embed": 1, "transplant": 3, "patch": 10, "filter": 20, "detect": 10}
+MINUTES |= {"repair": 26, "evaluate": 1, "sounds": 1}
 
 
 @dataclass
