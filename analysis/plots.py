@@ -82,7 +82,7 @@ def heatmap(axis, values, largest):
 def poisoned_audio(examples, attack, path):
     """Waveform and spectrogram of clean and poisoned audio, triggers shaded. examples: [(utterance
     id, clean waveform, poisoned waveform, triggers' first samples)]"""
-    fig, axes = grid(len(examples), 2, 6, 2.2)
+    fig, axes = grid(len(examples), 2, 3.8, 2.2)
     rate = data.SAMPLE_RATE
     for (wave, spectrogram), (title, clean, poisoned, starts) in zip(axes, examples):
         seconds = np.arange(max(len(clean), len(poisoned))) / rate
