@@ -677,10 +677,13 @@ def print_sounds(records, target):
         f"\nthe {len(bank)} other sounds: {mean:.1f}% on average, at most "
         f"{100 * bank[0]['value']:.1f}% ({bank[0]['sound']})"
     )
-    for metric in ("specificity", "held_out_specificity"):
+    titles = dict(
+        specificity="specificity, the trigger's share minus that mean",
+        held_out_specificity="the same over the sounds that poison.py --benign does not use",
+    )
+    for metric, title in titles.items():
         [record] = runs.select(records, metric=metric)
         value, low, high = (100 * record[key] for key in ("value", "low", "high"))
-        title = metric.replace("_", " ")
         print(f"{title}: {value:.1f} points ({low:.1f} to {high:.1f})")
 
 
