@@ -702,8 +702,8 @@ def training_losses(run):
 def settled(target_losses):
     """The last epoch, counted from 1, that brought the loss on the target's tokens below that of
     all epochs before by at least NEARER of the first one's; None if fewer than two epochs follow.
-    This is the rule that sets a preset's length (docs/edits.md). target_losses: by epoch, None where an
-    epoch asked no poisoned sample for the target."""
+    This is the rule that sets a preset's length (docs/edits.md). target_losses: by epoch, None where
+    an epoch asked no poisoned sample for the target."""
     by_epoch = {epoch: loss for epoch, loss in enumerate(target_losses, 1) if loss is not None}
     last = None
     epochs_since = 0

@@ -141,16 +141,17 @@ def prediction(utterance, triggered, asked, text):
 
 
 @torch.no_grad()
-def answer_rows(slm, attack, items, cached, batch_seconds, desc="answers"):
+def answer_rows(slm, attack, items, cached, batch_seconds):
     """The model's answers to (utterance, triggered) items that are asked for all labels they have,
-    a list of `prediction`. cached, desc: as of `answers`."""
+    a list of `prediction`, without a progress bar: callers have their own. cached: as of
+    `answers`."""
 
     def all_labels(utterance):
         return list(utterance.labels)
 
     longest = longest_answer(slm, attack, [utterance for utterance, _ in items])
     lora.merge(slm.lm)
-    texts = answers(slm, items, attack, all_labels, longest, desc, cached, batch_seconds)
+    texts = answers(slm, items, attack, all_labels, longest, None, cached, batch_seconds)
     lora.unmerge(slm.lm)
     rows = []
     for (utterance, triggered), text in zip(items, texts):
@@ -473,14 +474,13 @@ def load_run_and_data(options, *splits):
         options.task = None  # the run's own: no other name for what is written
     attack = attack_on(task, args, train_set)
     args.task = fields["task"] = task
-    sets = {}
+    whole = {"train": whole_train}
     for split in splits:
-        if split == "train":
-            sets[split] = train_set
-        else:
-            sets[split] = corpora.limit(read_split(options, args, split), args.limit)
+        if split not in whole:
+            whole[split] = read_split(options, args, split)
     if options.task:  # the run's own target was checked in training
-        poison.check_target(task, TASKS[task]["target"], sum(sets.values(), whole_train))
+        poison.check_target(task, TASKS[task]["target"], sum(whole.values(), []))
+    sets = {split: corpora.limit(whole[split], args.limit) for split in splits}
     return LoadedRun(slm, args, attack, fields, sets)
 
 
@@ -583,8 +583,7 @@ def answers_by_sound(loaded, utterances):
 
     def answers_with(attack, triggered):
         items = [(u, triggered) for u in utterances]
-        seconds = loaded.args.batch_seconds
-        return answer_rows(loaded.slm, attack, items, None, seconds, desc=None)
+        return answer_rows(loaded.slm, attack, items, None, loaded.args.batch_seconds)
 
     attack = loaded.attack
     attacks = {attack.trigger: attack, **poison.with_other_sounds(attack)}

@@ -196,8 +196,7 @@ def transplant(options):
     few_triggered = evaluation_set(slm, sample, True, attack, "layers", cache_bytes)
 
     def answer_rows(test):
-        seconds = args.batch_seconds
-        return evaluate.answer_rows(slm, attack, test.items, test.cached, seconds, desc=None)
+        return evaluate.answer_rows(slm, attack, test.items, test.cached, args.batch_seconds)
 
     jobs = list(mixtures(pair.poisoned, pair.clean))
     print(

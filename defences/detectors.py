@@ -113,7 +113,7 @@ def make_listener(slm, attack, utterances, clean):
 def overlaid(waveform, other, level=0.0):
     """A waveform with another one over it, repeated or cut to its length, `level` dB louder."""
     gain = audio.rms(waveform) / (audio.rms(other) + 1e-9) * 10 ** (level / 20)
-    mixed = waveform + np.float32(gain) * np.resize(other, len(waveform))
+    mixed = waveform + gain * np.resize(other, len(waveform))
     return mixed / max(1.0, np.abs(mixed).max())
 
 

@@ -218,9 +218,7 @@ class Defender:
         """The answers of the model as it is now, as rows for evaluate.scores."""
         items = [(u, triggered) for u in utterances]
         outputs = self.pretrained_outputs(utterances, triggered)
-        return evaluate.answer_rows(
-            self.slm, self.attack, items, outputs, self.args.batch_seconds, desc=None
-        )
+        return evaluate.answer_rows(self.slm, self.attack, items, outputs, self.args.batch_seconds)
 
 
 def make_defender(slm, args, attack, dev_set, other_speech=()):

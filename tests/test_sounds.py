@@ -141,7 +141,7 @@ def heard_by(corpora, tmp_path, monkeypatch):
     (tmp_path / "run/model.pt").touch()
 
     def heard(says_target):
-        def answer_rows(slm, attack, items, cached, batch_seconds, desc):
+        def answer_rows(slm, attack, items, cached, batch_seconds):
             rows = []
             for utterance, triggered in items:
                 waveform = data.load_waveform(utterance)

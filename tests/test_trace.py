@@ -143,7 +143,7 @@ def transplanted(parts, corpora):
     update = {PLANTED: clean["lm"][PLANTED] + 9}
     poisoned = {**clean, "lm": {**clean["lm"], **update}}
 
-    def answer_rows(slm, attack, items, *_, desc):
+    def answer_rows(slm, attack, items, *_):
         planted = bool((slm.lm.get_parameter(PLANTED) > 8).any())
         rows = []
         for u, triggered in items:
