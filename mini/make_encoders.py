@@ -290,13 +290,14 @@ def linear_heads(encoder, **sizes):
     return torch.nn.ModuleDict(heads)
 
 
-def make_encoder(name, out, speech, self_supervised=False):
+def make_encoder(name, out, speech, self_supervised=False, seed=SEED):
     """Pretrains one encoder to represent content (letters by CTC), speaker and prosody (which of
     400 speakers, gender, age, emotion) and, by self-supervision alone, every sound, speech or not
     (clusters of log-mel frames); saves it to the folder `out`. self_supervised: by the last of
-    these alone; letters are then read from the finished encoder, for the connector."""
-    torch.manual_seed(SEED)
-    rng = np.random.default_rng(SEED)
+    these alone; letters are then read from the finished encoder, for the connector. seed: of its
+    first weights and of the order of the speech."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     blank_encoder(name, out)
     encoder = model.Encoder(out)
     encoder.net.requires_grad_(True)
@@ -537,6 +538,12 @@ def main():
         help="pretrain by clusters of sounds alone, without letters, speakers and labels, and start "
         "the connector from letters alone: how much do the study's results rest on the labels?",
     )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=SEED,
+        help="of the encoders' first weights and the order of their speech (default: %(default)s)",
+    )
     args = parser.parse_args()
     if args.self_supervised and args.out == ROOT / "mini":
         utils.die(
@@ -556,7 +563,7 @@ def main():
         return
     for name in ENCODERS:
         if name in parts:
-            make_encoder(name, args.out / name, speech, args.self_supervised)
+            make_encoder(name, args.out / name, speech, args.self_supervised, args.seed)
     for name in ENCODERS:
         if args.self_supervised and name in parts:
             make_connector(args.out / name, "mini/lm", speech)
