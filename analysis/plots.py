@@ -534,6 +534,8 @@ def roc(curves, path):
             label = f"{name} ({curve['auroc']:.2f})"
             axis.step(curve["false_alarms"], curve["noticed"], line, where="post", label=label)
         axis.set_xscale("symlog", linthresh=0.01)
+        axis.xaxis.set_major_formatter(ticker.PercentFormatter(1))
+        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1))
         axis.set(xlim=(0, 1), ylim=(0, 1.02), title=task, xlabel="false alarms on clean speech")
         axis.grid(alpha=0.3)
         axis.legend(
@@ -562,8 +564,12 @@ def repairs(repaired, path):
                 style = dict(marker="o", ms=8)
             else:
                 style = dict(marker="X", ms=8)
-            axis.plot(clean["value"], 100 * aer["value"], color=color, ls="", label=name, **style)
-        axis.set(title=task, ylim=(-5, 105), xlabel=f"clean {runs.title_of(clean['metric'])}")
+            scale = runs.scale_of(clean["metric"])
+            x = scale * clean["value"]
+            axis.plot(x, 100 * aer["value"], color=color, ls="", label=name, **style)
+        unit = " (%)" if scale == 100 else ""
+        xlabel = f"clean {runs.title_of(clean['metric'])}{unit}"
+        axis.set(title=task, ylim=(-5, 105), xlabel=xlabel)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("AER (%)")
     legend_below(fig, *axes[0])
@@ -605,6 +611,8 @@ def sweep_panel(axis, name, points, clean_label):
     axis.set(title=CHANGED.get(name, name), ylim=(-3, 103))
     if name == "poison":
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(ticker.PercentFormatter(1))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     elif not are_numbers or all(type(value) is int for value in values):
         axis.set_xticks(list(x), [str(value) for value in values])
     axis.grid(alpha=0.3)
