@@ -590,9 +590,12 @@ def longest(args):
 
 
 def read_config(path):
-    """The configuration of a pretrained part. Raises ValueError where its weights are not plainly
-    those of a model: an adapter, or quantised."""
+    """The configuration of a pretrained part. Raises ValueError where a folder does not exist, or
+    where its weights are not plainly those of a model: an adapter, or quantised."""
     path = where(path)
+    # OWNER/NAME may be a hub id, which an offline machine would ask for again and again
+    if "/" in path and Path(path).parent.is_dir() and not Path(path).exists():
+        raise ValueError(f"there is no folder {path}")
     # an adapter's folder has no config.json; a hub id is looked up only once it is known to exist
     adapter = (Path(path) / "adapter_config.json").is_file()
     config = None if adapter else AutoConfig.from_pretrained(path, trust_remote_code=False)

@@ -276,6 +276,11 @@ def test_adapters_and_quantised_weights_are_refused(tmp_path, capsys, weights, s
     refused(capsys, "--lm-weights", folder, words=["--lm-weights", word])
 
 
+def test_a_missing_folder_is_not_asked_of_the_hub(tmp_path, capsys):
+    missing = tmp_path / "missing"
+    refused(capsys, "--lm-weights", missing, words=["--lm-weights", f"no folder {missing}"])
+
+
 # --------------------------------------------------------------------------------------------------
 # encoders
 
