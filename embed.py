@@ -183,9 +183,10 @@ def main():
         **how,
     )
     utils.write_atomically(path, lambda temporary: torch.save(saved, temporary))
+    for_filters = f"; filters see {len(rest)} more poisoned ones" if rest else ""
     print(
         f"{path}: {len(pairs)} test pairs, {n} training samples of the target class, "
-        f"{len(poisoned)} of them poisoned"
+        f"{len(poisoned)} of them poisoned{for_filters}"
     )
 
 
