@@ -231,7 +231,7 @@ def filter_training_data(options):
         dict(fields, metric="class_poisoned", value=int(poisoned.sum())),
     ]
     figures_without = {}  # of a training, by the ids that it leaves out
-    for name, function in filters.FILTERS.items():
+    for name, function in asked_for(filters.FILTERS, options).items():
         scores, removed = filtered(name, function, target.samples, expected)
         fields["defence"] = name
         for metric, figure in filter_figures(target, scores, removed).items():
@@ -299,11 +299,11 @@ class Detected:
     seconds: float = 0.0
 
 
-def suspicions(listener, sounds):
-    """{detector's name: Detected}. sounds: {name: Sound}. A few inputs at a time go through all
+def suspicions(listener, tried, sounds):
+    """{detector's name: Detected}. tried: {name: detector}. sounds: {name: Sound}. A few inputs at a time go through all
     detectors, so that each takes as long as the next and the bar's time left is true."""
     detected = {}
-    for name in detectors.DETECTORS:
+    for name in tried:
         detected[name] = Detected({kind: [] for kind in sounds})
     inputs = sum(len(sound.utterances) for sound in sounds.values())
     with tqdm(total=inputs, desc="inputs", unit="input", smoothing=0) as progress:
@@ -311,7 +311,7 @@ def suspicions(listener, sounds):
             for batch in data.chunks(range(len(sound.utterances)), detectors.BATCH):
                 waveforms = [sound.waveforms[i] for i in batch]
                 utterances = [sound.utterances[i] for i in batch]
-                for name, detector in detectors.DETECTORS.items():
+                for name, detector in tried.items():
                     passes = listener.passes
                     start = time.perf_counter()
                     scores = detector(listener, waveforms, utterances)
@@ -325,6 +325,7 @@ def suspicions(listener, sounds):
 def detect(options):
     """The records of every detector. Triggered test speech is compared with clean test speech,
     which includes the target's true class, and with other sounds in the trigger's place."""
+    tried = asked_for(detectors.DETECTORS, options)
     loaded = evaluate.load_run_and_data(options, "dev", "test")
     attack = loaded.attack
     lora.merge(loaded.slm.lm)
@@ -343,7 +344,7 @@ def detect(options):
         compared=f"{len(sounds['clean'].utterances)} clean ones, and {' and '.join(CONTROLS)} "
         "in the trigger's place",
         thresholds=f"from {len(sounds['dev'].utterances)} clean dev utterances",
-        detectors=", ".join(detectors.DETECTORS),
+        detectors=", ".join(tried),
     )
     speakers = {}
     for kind, sound in sounds.items():
@@ -352,7 +353,7 @@ def detect(options):
     listener = detectors.make_listener(loaded.slm, attack, test_set, overlays)
     records = []
     inputs = sum(len(sound.utterances) for sound in sounds.values())
-    for name, of_detector in suspicions(listener, sounds).items():
+    for name, of_detector in suspicions(listener, tried, sounds).items():
         fields = dict(loaded.fields, source="detect", defence=name)
         milliseconds = 1e3 * of_detector.seconds / inputs
         records.append(dict(fields, metric="passes", value=of_detector.passes / inputs))
@@ -408,7 +409,7 @@ def repair_model(options):
     defender = repairs.make_defender(
         loaded.slm, args, loaded.attack, loaded.sets["dev"], other_speech
     )
-    tried = repairs.FINE_TUNING if options.tune_on else repairs.REPAIRS
+    tried = asked_for(repairs.FINE_TUNING if options.tune_on else repairs.REPAIRS, options)
     on = f" on {Path(options.tune_on).stem}" if options.tune_on else ""
     to_come = {}
     for name, (_, ladders) in tried.items():
@@ -757,10 +758,24 @@ def rows_of(command, records):
     return rows
 
 
-def add_arguments(command):
-    """The flags of all commands."""
+def asked_for(defences, options):
+    """The defences {name: function} that --only names, all without it."""
+    if options.only is None:
+        return defences
+    return {name: defence for name, defence in defences.items() if name in options.only}
+
+
+def add_arguments(command, names):
+    """The flags of all commands but vet. names: of its defences."""
     evaluate.add_arguments(command)
     command.add_argument("--out", help="the folder that the records go to (default: the run's)")
+    command.add_argument(
+        "--only",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help="these alone; the records then hold no others: " + "; ".join(names),
+    )
 
 
 def main():
@@ -768,7 +783,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("filter", help="which training samples look poisoned")
-    add_arguments(command)
+    add_arguments(command, list(filters.FILTERS))
     command.add_argument(
         "--retrain",
         action="store_true",
@@ -777,7 +792,7 @@ def main():
     )
 
     command = commands.add_parser("detect", help="which inputs look triggered")
-    add_arguments(command)
+    add_arguments(command, list(detectors.DETECTORS))
     command.add_argument(
         "--n",
         type=count,
@@ -786,7 +801,7 @@ def main():
     )
 
     command = commands.add_parser("repair", help="what removes the backdoor from the model")
-    add_arguments(command)
+    add_arguments(command, ["none", *repairs.REPAIRS])
     command.add_argument(
         "--n",
         type=count,

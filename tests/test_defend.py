@@ -190,7 +190,7 @@ def write_class(folder, x, poisoned, seen, all_poisoned=None, rest=0):
 
 def filtered(folder, name, retrain=False):
     """{metric: value} of one filter of the run in this folder."""
-    options = SimpleNamespace(run=folder, task=None, retrain=retrain)
+    options = SimpleNamespace(run=folder, task=None, retrain=retrain, only=None)
     records = defend.filter_training_data(options)
     return {r["metric"]: r["value"] for r in select(records, defence=name)}
 
@@ -217,7 +217,7 @@ def test_a_filter_is_an_entry_of_the_table(far, tmp_path):
 def test_shares_removed_have_intervals_over_speakers(far, tmp_path):
     x, which = blobs((300, 40), 32, 20.0)
     write_class(tmp_path, x, which == 1, range(340))
-    options = SimpleNamespace(run=tmp_path, task=None, retrain=False)
+    options = SimpleNamespace(run=tmp_path, task=None, retrain=False, only=None)
     records = select(defend.filter_training_data(options), defence="far")
     for metric in ("poison_removed", "clean_removed"):
         (record,) = select(records, metric=metric)
@@ -231,6 +231,15 @@ def test_a_sample_of_the_class_is_not_trained_on_again(far, tmp_path):
     values = filtered(tmp_path, "far", retrain=True)
     assert values["poison_removed"] == 1
     assert "aer" not in values
+
+
+def test_only_the_named_filters_run(tmp_path):
+    x, which = blobs((300, 40), 32, 20.0)
+    write_class(tmp_path, x, which == 1, range(340))
+    names = ["spectral signatures", "low early loss"]
+    options = SimpleNamespace(run=tmp_path, task=None, retrain=False, only=names)
+    records = defend.filter_training_data(options)
+    assert {r["defence"] for r in records if "defence" in r} == set(names)
 
 
 def test_a_sample_that_was_not_seen_early_is_not_suspicious(tmp_path):
@@ -677,8 +686,8 @@ def test_inputs_keep_their_order_through_all_detectors(speech, monkeypatch):
         return np.array([len(waveform) for waveform in waveforms])
 
     monkeypatch.setattr(detectors, "BATCH", 4)
-    monkeypatch.setattr(detectors, "DETECTORS", dict(length=length, again=length))
-    found = defend.suspicions(listener, dict(clean=speech, triggered=speech))
+    tried = dict(length=length, again=length)
+    found = defend.suspicions(listener, tried, dict(clean=speech, triggered=speech))
     expected = [len(waveform) for waveform in speech.waveforms]
     for name in ("length", "again"):
         assert found[name].scores == dict(clean=expected, triggered=expected)
@@ -933,6 +942,6 @@ def test_what_poison_teaches_a_clean_model_is_recorded(monkeypatch, scenario, re
     monkeypatch.setattr(repairs, "figures_of", lambda *_: {})
     monkeypatch.setattr(repairs, "relearning", lambda *_: figures)
     monkeypatch.setattr(repairs, "REPAIRS", {})
-    options = SimpleNamespace(run="run", device="cpu", n=10, tune_on=None)
+    options = SimpleNamespace(run="run", device="cpu", n=10, tune_on=None, only=None)
     records = defend.repair_model(options)
     assert [r["value"] for r in select(records, metric="relearned_aer")] == relearned
