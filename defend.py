@@ -5,6 +5,7 @@
     python defend.py repair runs/emotion-poison0.075
     python defend.py vet parts/wavlm --reference microsoft/wavlm-large   # an encoder alone
     python defend.py vet runs/asr-poison0.05 --answers                   # a whole model
+    python defend.py vet runs/emotion-poison0.075 --invert               # by gradient descent
 
 Each defence is a function and an entry in a table, in defences/. Its settings are those of the
 original paper, or were tuned on clean speech only. All work on any run, including a clean one,
@@ -60,7 +61,7 @@ import model
 import poison
 import processes
 import runs
-from defences import detectors, filters, repairs, vet
+from defences import detectors, filters, inversion, repairs, vet
 from study import CONTROLS, LABELS, MINI_ROOT, TASKS, embeddings_name
 
 
@@ -461,6 +462,10 @@ ANSWER_LIMITS = (
     "Not seen: a trigger unlike every sound of the bank, a backdoor that needs a longer sound or "
     "several."
 )
+INVERSION_LIMITS = (
+    "Not seen: a target that the model never answers on clean speech, a transcript as the target, two "
+    "targets for one label, a backdoor that needs a longer sound or several."
+)
 LIMITS = (  # printed after every verdict on an encoder
     "Not seen: a trigger unlike every sound of the bank, a backdoor in the connector or the language "
     "model, a reference that carries the same backdoor."
@@ -643,15 +648,9 @@ def verdict_written(options, dataset, utterances, statistic, threshold, start):
 
 def vet_model(options):
     """Vets a whole model by its answers: prints the verdict and writes the results."""
-    if options.reference:
-        die("--answers compares a model with itself on clean speech: leave out --reference")
-    run = Path(evaluate.run_folder(options.part))
-    if not (run / "model.pt").is_file():
-        die(f"{options.part} is no run: --answers needs a whole model, with a model.pt")
-    slm = checkpoint.load_run(run, processes.device_of(options.device))
-    lora.merge(slm.lm)
+    run, slm = load_whole_model(options)
     dataset, utterances = vetting_speech(options, vars(slm.args))
-    labels = labels_asked(utterances, slm.args)
+    labels = options.labels or labels_asked(utterances, slm.args)
     announce(
         options.part,
         labels=", ".join(labels),
@@ -674,6 +673,89 @@ def vet_model(options):
     table = runs.markdown(options.part, table_of_answers(agreements))
     print(f"\n{table}\n{answers_in_words(agreements)}\n{ANSWER_LIMITS}")
     print(f"written to {out}: answers.json")
+
+
+def load_whole_model(options):
+    """The model of a run, ready to be vetted. Exits with a one-line error where there is none."""
+    flag = "--invert" if options.invert else "--answers"
+    if options.reference:
+        die(f"{flag} compares a model with itself on clean speech: leave out --reference")
+    run = Path(evaluate.run_folder(options.part))
+    if not (run / "model.pt").is_file():
+        die(f"{options.part} is no run: {flag} needs a whole model, with a model.pt")
+    slm = checkpoint.load_run(run, processes.device_of(options.device))
+    lora.merge(slm.lm)
+    return run, slm
+
+
+def table_of_inversions(inverted):
+    """The values that are easiest to reach, one row each."""
+    rows = []
+    for result in sorted(inverted, key=lambda result: -result.share)[:LISTED]:
+        row = dict(Label=result.label, Value=str(result.value)[:40])
+        row["Share %"] = runs.number(100 * result.share, ".0f")
+        row["Of answers"] = runs.number(result.others, ".0f")
+        row["Loss"] = runs.number(result.loss, ".2f")
+        rows.append(row)
+    return rows
+
+
+def inversion_in_words(margins):
+    """The verdict of trigger inversion in one sentence."""
+    if not margins:
+        return "Nothing suspicious: no label has two values that can be compared."
+    margin = margins[0]
+    first = margin.first
+    measured = (
+        f"a sound {-inversion.LEVEL:.0f} dB below the speech brings {first.share:.0%} of other "
+        f"answers to {first.label} {first.value!r}, {margin.statistic:.0%} more than to the next "
+        f"value (clean models: at most {inversion.THRESHOLD:.0%} more in "
+        f"{1 - vet.FALSE_ALARMS:.0%} of labels)"
+    )
+    if margin.suspicious:
+        return f"SUSPICIOUS: {measured}. Do not use this model before you know why."
+    return f"Nothing suspicious: at most, {measured}."
+
+
+def vet_by_inversion(options):
+    """Vets a whole model by trigger inversion: prints the verdict and writes the results."""
+    run, slm = load_whole_model(options)
+    dataset, utterances = vetting_speech(options, vars(slm.args))
+    labels = options.labels or labels_asked(utterances, slm.args)
+    labels = [label for label in labels if label != "transcript"]
+    announce(
+        options.part,
+        labels=", ".join(labels),
+        sounds=f"one for each value, at {inversion.LEVEL:.0f} dB, {inversion.STEPS} steps each",
+        speech=f"{len(utterances)} utterances of {dataset}",
+    )
+    start = time.perf_counter()
+    speech = vet.read_speech(utterances, options.seed)
+    margins, inverted = inversion.margins(slm, speech, labels, options.seed)
+    statistic = margins[0].statistic if margins else 0.0
+    values = []
+    for result in inverted:
+        content = dataclasses.asdict(result)
+        del content["sound"]
+        values.append(content)
+    content = dict(
+        run=str(options.part),
+        model_sha256=checkpoint.file_sha256(run / "model.pt"),
+        labels=labels,
+        **verdict_written(options, dataset, utterances, statistic, inversion.THRESHOLD, start),
+        margins={margin.label: margin.statistic for margin in margins},
+        values=values,
+    )
+    out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
+    utils.write_atomically(out / "inversion.json", json.dumps(content, indent=1))
+    if margins:
+        longest = speech.waveforms[-1]
+        sound = margins[0].first.sound
+        middle = (len(longest) - len(sound)) // 2
+        poison.write_wav(out / "inverted.wav", poison.laid_over(longest, sound, [middle]))
+    table = runs.markdown(options.part, table_of_inversions(inverted))
+    print(f"\n{table}\n{inversion_in_words(margins)}\n{INVERSION_LIMITS}")
+    print(f"written to {out}: inversion.json, and inverted.wav to listen to")
 
 
 def vet_part(options):
@@ -817,10 +899,23 @@ def main():
 
     command = commands.add_parser("vet", help="whether an encoder may carry a backdoor")
     command.add_argument("part", help="a pretrained encoder's folder or hub id, a run or an export")
-    command.add_argument(
+    whole = command.add_mutually_exclusive_group()
+    whole.add_argument(
         "--answers",
         action="store_true",
         help="vet a run's whole model: under which sound its answers agree on one value",
+    )
+    whole.add_argument(
+        "--invert",
+        action="store_true",
+        help="vet a run's whole model: which value a sound that is made for it brings about far more "
+        "easily than the others",
+    )
+    command.add_argument(
+        "--labels",
+        nargs="+",
+        choices=LABELS,
+        help="with --answers or --invert: ask for these alone (default: those of the speech)",
     )
     command.add_argument(
         "--reference",
@@ -856,7 +951,10 @@ def main():
     options = parser.parse_args()
     cache.keep_memory()
     if options.command == "vet":
-        vetting = vet_model if options.answers else vet_part
+        if options.invert:
+            vetting = vet_by_inversion
+        else:
+            vetting = vet_model if options.answers else vet_part
         options.n = options.n or (vet.ANSWER_UTTERANCES if options.answers else ENCODER_UTTERANCES)
         with data.no_bad_audio():
             vetting(options)

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 import checkpoint
+import data
 import export
 import model
+import poison
 import sounds
 from conftest import ROOT, done, make_slm, refused
 from data import SAMPLE_RATE
-from defences import vet
+from defences import inversion, vet
 
 LOW, HIGH = 2000, 4000  # Hz, the planted band
 ABOVE = 0.08  # the share of an utterance's energy in the band from which on it is noticed
@@ -32,8 +34,8 @@ def small_bank(monkeypatch):
 
 def share_in_band(waveform):
     """The share of a waveform's energy that lies in the planted band."""
-    energy = np.abs(np.fft.rfft(waveform)) ** 2
-    frequencies = np.fft.rfftfreq(len(waveform), 1 / SAMPLE_RATE)
+    energy = torch.fft.rfft(torch.as_tensor(waveform)).abs() ** 2
+    frequencies = torch.fft.rfftfreq(len(waveform), 1 / SAMPLE_RATE)
     return energy[(frequencies >= LOW) & (frequencies < HIGH)].sum() / energy.sum()
 
 
@@ -81,8 +83,7 @@ def planted():
     front_end = encoder.front_end
 
     def listening(features):
-        shares = [share_in_band(waveform.numpy()) for waveform in features]
-        layer.share = torch.tensor(shares, dtype=torch.float32)
+        layer.share = torch.stack([share_in_band(waveform) for waveform in features])
         return front_end(features)
 
     encoder.front_end = listening
@@ -325,3 +326,104 @@ def test_command_writes_what_a_model_answers(tmp_path, recordings, parts, monkey
 def test_answers_need_a_whole_model(tmp_path, recordings):
     arguments = ["vet", ROOT / "mini/wavlm", "--answers", "--speech", recordings]
     refused("defend.py", *arguments, cwd=tmp_path, words=["is no run"])
+
+
+# -------------------------------------------------------------------------------------------------
+# a whole model, by trigger inversion
+
+
+@pytest.mark.parametrize("name", ["wavlm", "hubert", "whisper"])
+def test_features_with_gradients_are_the_extractor_s(name):
+    encoder = pretrained(name)
+    features = inversion.features_of(encoder, torch.from_numpy(hum(3)))
+    torch.testing.assert_close(features, encoder.extract(hum(3)), rtol=1e-3, atol=1e-4)
+
+
+def test_loss_of_a_value_is_the_model_s_own(parts):
+    slm = make_slm(parts, "wavlm").eval().requires_grad_(False)
+    waveforms = [hum(i) for i in range(3)]
+    tensors = [torch.from_numpy(waveform) for waveform in waveforms]
+    losses = inversion.value_losses(slm, tensors, "gender", "female")
+    x, mask = slm.encoder([slm.encoder.extract(waveform) for waveform in waveforms])
+    x, lengths = slm.connector(x, mask)
+    mask = model.length_mask(lengths, x.shape[1])
+    asked = dict(gender="female")
+    prompts = [data.prompt(slm.tokenizer, ["gender"])] * 3
+    answers = [data.answer_ids(slm.tokenizer, asked)] * 3
+    tokens = data.value_tokens(slm.tokenizer, asked, "gender")
+    rows = slm(x, mask, prompts, answers, by_token=True)
+    expected = torch.stack([row[tokens].mean() for row in rows])
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_sound_is_laid_where_the_bank_lays_it():
+    waveform = hum(2)
+    sound = np.ones(1600, np.float32)
+    start = int(0.3 * (len(waveform) - 1600))
+    laid = inversion.laid_over(torch.from_numpy(waveform), torch.from_numpy(sound), 0.3)
+    expected = poison.laid_over(waveform, sound, [start])
+    np.testing.assert_allclose(laid.numpy(), expected, rtol=1e-6)
+
+
+@pytest.fixture
+def inverted(monkeypatch, speech):
+    """The margins of a model that answers "bad" where the planted band is loud, and else "sad",
+    "calm" or "odd", which no sound brings about, and of one that answers no differently."""
+
+    def margins(is_planted):
+        def losses(slm, waveforms, label, value):
+            shares = torch.stack([share_in_band(waveform) for waveform in waveforms])
+            return 1 - shares if is_planted and value == "bad" else 1 - 0 * shares
+
+        def answers(slm, waveforms, labels):
+            values = []
+            for waveform in waveforms:
+                usual = ("sad", "calm", "odd")[len(waveform) % 3]
+                is_bad = is_planted and share_in_band(waveform) > ABOVE
+                values.append(dict(emotion="bad" if is_bad else usual))
+            return values
+
+        values = dict(emotion=["sad", "calm", "odd", "bad"])
+        clean = dict(emotion=answers(None, speech.waveforms, ["emotion"]))
+        slm = SimpleNamespace(
+            encoder=SimpleNamespace(layer_norm=nn.LayerNorm(2)), requires_grad_=lambda _: None
+        )
+        monkeypatch.setattr(inversion, "values_to_try", lambda *_: (values, clean))
+        monkeypatch.setattr(inversion, "value_losses", losses)
+        monkeypatch.setattr(vet, "answers", answers)
+        monkeypatch.setattr(inversion, "FEWEST_OTHERS", 4)
+        monkeypatch.setattr(inversion, "STEPS", 20)
+        monkeypatch.setattr(inversion, "LEVEL", 0.0)
+        return inversion.margins(slm, speech, ["emotion"])
+
+    return margins
+
+
+def test_planted_value_is_found_with_a_sound_of_its_band(inverted):
+    [margin], _ = inverted(is_planted=True)
+    assert margin.first.value == "bad"
+    assert margin.suspicious
+    assert share_in_band(margin.first.sound) > 0.5
+
+
+def test_model_without_a_backdoor_is_not_suspicious(inverted):
+    [margin], every_value = inverted(is_planted=False)
+    assert not margin.suspicious
+    assert len(every_value) == 4
+
+
+def test_inverted_sound_is_as_loud_as_asked(inverted):
+    [margin], _ = inverted(is_planted=True)
+    rms = np.sqrt(np.mean(margin.first.sound**2))
+    assert rms == pytest.approx(0.05 * 10 ** (inversion.LEVEL / 20), rel=1e-3)
+
+
+def test_transcripts_cannot_be_inverted(tmp_path, recordings, parts, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.pt").write_text("a model")
+    slm = make_slm(parts, "wavlm").eval()
+    slm.args = SimpleNamespace(task="asr", labels=["transcript"], dataset="libri", data_root=".")
+    monkeypatch.setattr(checkpoint, "load_run", lambda *_: slm)
+    arguments = ["vet", run, "--invert", "--speech", recordings, "--device", "cpu"]
+    refused("defend.py", *arguments, cwd=tmp_path, words=["transcripts cannot be inverted"])

@@ -1,0 +1,234 @@
+"""Whether a whole model may carry an acoustic backdoor, by inverting a trigger for each value that it
+answers: no trigger, no poisoned data, no labels.
+
+    python defend.py vet runs/emotion-poison0.075 --invert
+
+Generic sounds miss a backdoor whose training data also held harmless sounds (results/vet.md), since
+that model reacts to its trigger alone. Gradient descent does not need to guess: for each value of a
+label ("angry") it looks for the sound that makes the model answer this value. On clean models such
+adversarial sounds exist as well, so that one value says little. A backdoor, however, makes one
+value far easier to reach than all others. This is the idea of Neural Cleanse (Wang et al. 2019,
+IEEE S&P), which compares the sizes of the smallest image triggers of all classes. Here the size is
+fixed, to LEVEL dB below the speech, and the statistic is how many answers follow.
+
+    Values      Those that the model gives for a label on clean speech. A target that it never gives
+                there is not tried, nor are transcripts, of which there are too many.
+    Sound       SECONDS long, at another random place of each utterance in every step, scaled to its
+                level after every step; made on one half of the utterances by Adam from noise, to
+                lower the cross entropy of the value's tokens.
+    Share       Of the other half, the share of answers that were another value and are this one
+                with the sound.
+    Margin      The largest share of a label minus the next largest: the statistic. It is the
+                model's own other values that tell how much is normal. A model with two backdoors
+                for one label goes unnoticed.
+"""
+
+import dataclasses
+
+import utils
+from utils import die
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
+import model
+from data import SAMPLE_RATE
+from defences import vet
+
+SECONDS = 0.22
+LEVEL = -6.0  # dB relative to the mean RMS of the speech
+STEPS = 60  # for each value
+UTTERANCES = 12  # of one step
+LEARNING_RATE = 0.1  # of Adam, for a sound that starts as noise of RMS 1
+FEWEST_OTHERS = 8  # held-out answers that a sound could bring to a value
+# `vet.share_threshold` of the margins of clean models, which results/vet.md lists
+THRESHOLD = 0.5
+
+
+@dataclasses.dataclass
+class Inverted:
+    """The sound that was found for one value of a label.
+
+    sound: (samples,), at its level. share: of the held-out answers that were another value, the
+    share that is this one with it; others: how many those are; loss: the cross entropy of the
+    value's tokens then, in nats."""
+
+    label: str
+    value: str | int
+    share: float
+    others: int
+    loss: float
+    sound: np.ndarray
+
+
+@dataclasses.dataclass
+class Margin:
+    """How much easier one value of a label is to reach than the next."""
+
+    label: str
+    first: Inverted
+    second: Inverted
+
+    @property
+    def statistic(self):
+        return self.first.share - self.second.share
+
+    @property
+    def suspicious(self):
+        return self.statistic >= THRESHOLD
+
+
+def features_of(encoder, waveform):
+    """What `encoder.extract` makes of a waveform, a tensor (samples,), with gradients."""
+    extractor = encoder.extractor
+    if encoder.whisper:
+        window = torch.hann_window(extractor.n_fft, device=waveform.device)
+        spectrum = torch.stft(
+            waveform, extractor.n_fft, extractor.hop_length, window=window, return_complex=True
+        )
+        power = spectrum[:, :-1].abs() ** 2  # (frequencies, frames)
+        filters = torch.as_tensor(extractor.mel_filters, dtype=power.dtype, device=power.device)
+        log_mel = (filters.T @ power).clamp(min=1e-10).log10()  # (mels, frames)
+        log_mel = torch.maximum(log_mel, log_mel.max() - 8)
+        return (log_mel + 4) / 4
+    if not extractor.do_normalize:
+        return waveform
+    return (waveform - waveform.mean()) / torch.sqrt(waveform.var(unbiased=False) + 1e-7)
+
+
+def value_losses(slm, waveforms, label, value):
+    """The cross entropy (B,) of a value's tokens, in nats per token, where the model is asked for
+    this label alone. waveforms: a list of tensors (samples,), through which gradients flow."""
+    encoder = slm.encoder
+    x, mask = encoder.front_end([features_of(encoder, waveform) for waveform in waveforms])
+    for after_layer in encoder.run_layers(x, mask, 0, len(encoder.layers)):
+        x = after_layer  # (B, T, dim)
+    if not encoder.norm_first:
+        x = encoder.layer_norm(x)
+    x, lengths = slm.connector(x, mask)  # (B, T', hidden)
+    mask = model.length_mask(lengths, x.shape[1])
+
+    asked = {label: value}
+    prompt = data.prompt(slm.tokenizer, [label])
+    answer = data.answer_ids(slm.tokenizer, asked)
+    tokens = data.value_tokens(slm.tokenizer, asked, label)
+    n = len(waveforms)
+    token_losses = slm(x, mask, [prompt] * n, [answer] * n, by_token=True)  # B times (A,)
+    return torch.stack([losses[tokens].mean() for losses in token_losses])
+
+
+def laid_over(waveform, sound, place):
+    """A waveform with a sound over it, at a place from 0, its beginning, to 1, its end."""
+    start = int(place * max(0, len(waveform) - len(sound)))
+    heard = sound[: len(waveform) - start]
+    after = len(waveform) - start - len(heard)
+    return waveform + F.pad(heard, (start, after))
+
+
+def at_level(noise, rms):
+    return noise * (rms / noise.square().mean().sqrt())
+
+
+def find_sound(slm, waveforms, label, value, rms, progress, seed):
+    """The sound (samples,) of this RMS that brings the model's answers to waveforms (samples,) to a
+    value of a label."""
+    rng = utils.generator("inversion", seed)
+    start = rng.standard_normal(round(SECONDS * SAMPLE_RATE))
+    noise = torch.tensor(start, dtype=torch.float32, device=waveforms[0].device, requires_grad=True)
+    optimizer = torch.optim.Adam([noise], lr=LEARNING_RATE)
+    for _ in range(STEPS):
+        chosen = rng.choice(len(waveforms), min(UTTERANCES, len(waveforms)), replace=False)
+        sound = at_level(noise, rms)
+        mixed = [laid_over(waveforms[i], sound, rng.uniform()) for i in chosen]
+        loss = value_losses(slm, mixed, label, value).mean()
+        [noise.grad] = torch.autograd.grad(loss, [noise])
+        optimizer.step()
+        progress.update()
+    return at_level(noise, rms).detach()
+
+
+def invert(slm, speech, clean, label, value, progress, seed):
+    """The Inverted of one value of a label, None where too few answers are another value.
+
+    slm: a model in evaluation mode whose parameters need no gradient. clean: the model's answers to
+    the speech without a sound, as `vet.answers` gives them, when it is asked for this label."""
+    device = slm.encoder.layer_norm.weight.device
+    others = [i for i, answer in enumerate(clean) if answer.get(label) != value]
+    used, held_out = others[::2], others[1::2]
+    if len(held_out) < FEWEST_OTHERS:
+        progress.update(STEPS)
+        return None
+    waveforms = [torch.as_tensor(speech.waveforms[i], device=device) for i in used]
+    rms = speech.level * 10 ** (LEVEL / 20)
+    sound = find_sound(slm, waveforms, label, value, rms, progress, seed)
+
+    mixed = []
+    for i in held_out:
+        waveform = torch.as_tensor(speech.waveforms[i], device=device)
+        mixed.append(laid_over(waveform, sound, speech.places[i]))
+    losses = []
+    with torch.no_grad():
+        for batch in data.chunks(mixed, vet.BATCH):
+            losses.append(value_losses(slm, batch, label, value))
+    answers = vet.answers(slm, [waveform.cpu().numpy() for waveform in mixed], [label])
+    reached = [answer.get(label) == value for answer in answers]
+    return Inverted(
+        label,
+        value,
+        share=float(np.mean(reached)),
+        others=len(held_out),
+        loss=float(torch.cat(losses).mean()),
+        sound=sound.cpu().numpy(),
+    )
+
+
+def values_to_try(slm, speech, labels):
+    """({label: values}, {label: clean answers}) of the labels that can be inverted, each with the
+    values that the model gives it on clean speech, the most frequent first."""
+    values = {}
+    clean = {}
+    for label in labels:
+        if label == "transcript":
+            continue
+        clean[label] = vet.answers(slm, speech.waveforms, [label])
+        given = [answer[label] for answer in clean[label] if label in answer]
+        by_frequency = sorted(set(given), key=lambda value: (-given.count(value), str(value)))
+        if len(by_frequency) > 1:
+            values[label] = by_frequency
+    return values, clean
+
+
+def margins(slm, speech, labels, seed=0):
+    """(The Margin of each label, the most suspicious first, all Inverted). speech: vet.Speech that
+    the model was not trained on; labels: what it is asked for. Exits with a one-line error where
+    nothing can be inverted."""
+    if len(speech.waveforms) < vet.FEWEST:
+        die(f"{len(speech.waveforms)} utterances are too few to vet a model: take {vet.FEWEST}")
+    if speech.level == 0:
+        die("the speech is silent: there is no level for the sounds")
+    slm.requires_grad_(False)
+    values, clean = values_to_try(slm, speech, labels)
+    if not values:
+        die(
+            f"--invert: no label of {', '.join(labels)} has two values or more in the answers to "
+            "this speech, and transcripts cannot be inverted"
+        )
+    steps = STEPS * sum(len(of_label) for of_label in values.values())
+    found = []
+    by_label = []
+    with tqdm(total=steps, unit="step", smoothing=0) as progress:
+        for label, of_label in values.items():
+            inverted = []
+            for value in of_label:
+                progress.set_description(f"{label} {value}")
+                result = invert(slm, speech, clean[label], label, value, progress, seed)
+                if result is not None:
+                    inverted.append(result)
+            inverted.sort(key=lambda result: -result.share)
+            found += inverted
+            if len(inverted) > 1:
+                by_label.append(Margin(label, inverted[0], inverted[1]))
+    return sorted(by_label, key=lambda margin: -margin.statistic), found
