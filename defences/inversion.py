@@ -217,7 +217,7 @@ def margins(slm, speech, labels, seed=0):
             "this speech, and transcripts cannot be inverted"
         )
     steps = STEPS * sum(len(of_label) for of_label in values.values())
-    found = []
+    every_value = []
     by_label = []
     with tqdm(total=steps, unit="step", smoothing=0) as progress:
         for label, of_label in values.items():
@@ -228,7 +228,7 @@ def margins(slm, speech, labels, seed=0):
                 if result is not None:
                     inverted.append(result)
             inverted.sort(key=lambda result: -result.share)
-            found += inverted
+            every_value += inverted
             if len(inverted) > 1:
                 by_label.append(Margin(label, inverted[0], inverted[1]))
-    return sorted(by_label, key=lambda margin: -margin.statistic), found
+    return sorted(by_label, key=lambda margin: -margin.statistic), every_value
