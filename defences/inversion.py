@@ -1,5 +1,5 @@
-"""Whether a whole model may carry an acoustic backdoor, by inverting a trigger for each value that it
-answers: no trigger, no poisoned data, no labels.
+"""Whether a whole model may carry an acoustic backdoor, by inverting a trigger for each value that
+it answers: no trigger, no poisoned data, no labels.
 
     python defend.py vet runs/emotion-poison0.075 --invert
 

@@ -1,5 +1,5 @@
-"""Whether an encoder may carry an acoustic backdoor, for someone who has nothing but the encoder: no
-trigger, no poisoned data, no labels.
+"""Whether an encoder may carry an acoustic backdoor, for someone who has nothing but the encoder:
+no trigger, no poisoned data, no labels.
 
     python defend.py vet parts/asr --reference microsoft/wavlm-large
 
@@ -34,9 +34,9 @@ then takes the same share of an embedding in any corpus.
 level, its answers come to agree on one value of a label (Agreement).
 
 Nothing is optimised here. A trigger inverted in the manner of DECREE (Feng et al. 2023, arXiv
-2303.15180) told attacked encoders from clean ones less well (results/vet.md). A trigger that
-resembles no sound of the bank goes unnoticed, and so does a backdoor that is in the connector or the
-language model alone.
+2303.15180) told attacked encoders from clean ones less well (results/vet.md); of a whole model it
+tells more, and that is inversion.py. A trigger that resembles no sound of the bank goes unnoticed,
+and so does a backdoor that is in the connector or the language model alone.
 """
 
 import dataclasses
