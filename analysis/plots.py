@@ -144,6 +144,7 @@ def learning(panels, path):
     fig, axes = grid(-(-len(panels) // columns), columns, 3.2, 2.6, sharey=True)
     for axis, panel in zip(axes.flat, panels):
         axis.set(title=panel["title"], xlabel="epoch", yscale="log")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.yaxis.set_major_formatter("{x:g}")
         for name in ("target_loss", "dev_target_loss"):
             label, color, line = LOSSES[name]
