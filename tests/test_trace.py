@@ -474,7 +474,9 @@ def test_where_all_have_the_target_nothing_can_be_triggered(
     monkeypatch.setattr(evaluate, "load_run_and_data", lambda *_: loaded)
     pair = trace.Pair(loaded, {}, {}, dict(scenario="clean", seed=1))
     monkeypatch.setattr(trace, "load_pair", lambda _: pair)
-    options = SimpleNamespace(run="a", clean="b", trigger=None, n=4, cache_gb=0, device="cpu")
+    options = SimpleNamespace(
+        run="a", clean="b", trigger=None, only=None, n=4, cache_gb=0, device="cpu"
+    )
     with pytest.raises(SystemExit):
         command(options)
     assert "nothing to trigger" in capsys.readouterr().err
