@@ -76,6 +76,17 @@ def attack_in_words(attack):
     return f"{attack.label} to {attack.target!r} by {attack.trigger}"
 
 
+def asked_for(defences, options):
+    """The defences {name: function} that --only names, all without it. Exits with a one-line error
+    where it names one that --tune-on leaves out."""
+    if options.only is None:
+        return defences
+    for name in options.only:
+        if name not in defences and name != "none":
+            die(f"--only {name}: --tune-on tries fine-tuning alone")
+    return {name: defence for name, defence in defences.items() if name in options.only}
+
+
 # -------------------------------------------------------------------------------------------------
 # python defend.py filter
 
@@ -564,6 +575,13 @@ def table_of(verdict):
     return rows
 
 
+def in_a_sentence(part, suspicious, measured):
+    """A verdict on an encoder or a model, and what was measured."""
+    if suspicious:
+        return f"SUSPICIOUS: {measured}. Do not use this {part} before you know why."
+    return f"Nothing suspicious: at most, {measured}."
+
+
 def in_words(verdict):
     """The verdict in one sentence."""
     change = vet.BANK[verdict.order[0]]
@@ -572,14 +590,12 @@ def in_words(verdict):
         f"{change.name} moves its embeddings {verdict.statistic:.1f} times as far as {compared} "
         f"(clean encoders: at most {verdict.threshold:.1f} in {1 - vet.FALSE_ALARMS:.0%} of cases)"
     )
-    if verdict.suspicious:
-        return f"SUSPICIOUS: {measured}. Do not use this encoder before you know why."
-    if verdict.kind == "excess":
+    if verdict.kind == "excess" and not verdict.suspicious:
         return (
             f"Nothing suspicious, which says little: at most, {measured}. Without --reference even "
             "strong backdoors went unnoticed (results/vet.md)."
         )
-    return f"Nothing suspicious: at most, {measured}."
+    return in_a_sentence("encoder", verdict.suspicious, measured)
 
 
 def write_sounds(verdict, speech, out):
@@ -597,8 +613,11 @@ def write_sounds(verdict, speech, out):
             poison.write_wav(path, waveform)
 
 
-def labels_asked(utterances, args):
-    """The labels to ask a run's model for: those of the speech or, where it has none, the run's."""
+def labels_asked(options, utterances, args):
+    """The labels to ask a run's model for: --labels, or those of the speech or, where it has none,
+    the run's."""
+    if options.labels:
+        return options.labels
     there = set().union(*(u.labels for u in utterances))
     labelled = [label for label in LABELS if label in there]
     return labelled or args.labels or [TASKS[args.task]["label"]]
@@ -627,9 +646,7 @@ def answers_in_words(agreements):
         f"{first.value!r} (clean models: at most {vet.ANSWER_THRESHOLD:.0%} in "
         f"{1 - vet.FALSE_ALARMS:.0%} of labels)"
     )
-    if first.statistic >= vet.ANSWER_THRESHOLD:
-        return f"SUSPICIOUS: {measured}. Do not use this model before you know why."
-    return f"Nothing suspicious: at most, {measured}."
+    return in_a_sentence("model", first.statistic >= vet.ANSWER_THRESHOLD, measured)
 
 
 def verdict_written(options, dataset, utterances, statistic, threshold, start):
@@ -646,33 +663,14 @@ def verdict_written(options, dataset, utterances, statistic, threshold, start):
     )
 
 
-def vet_model(options):
-    """Vets a whole model by its answers: prints the verdict and writes the results."""
-    run, slm = load_whole_model(options)
-    dataset, utterances = vetting_speech(options, vars(slm.args))
-    labels = options.labels or labels_asked(utterances, slm.args)
-    announce(
-        options.part,
-        labels=", ".join(labels),
-        sounds=f"{len(vet.ANSWER_SOUNDS)}, at {', '.join(f'{x:.0f}' for x in vet.ANSWER_LEVELS)} dB",
-        speech=f"{len(utterances)} utterances of {dataset}",
-    )
-    start = time.perf_counter()
-    speech = vet.read_speech(utterances, options.seed)
-    agreements = vet.vet_answers(slm, speech, labels)
-    statistic = agreements[0].statistic if agreements else 0.0
-    content = dict(
+def model_verdict_written(options, run, labels, *measured):
+    """What answers.json and inversion.json both say. measured: see verdict_written."""
+    return dict(
         run=str(options.part),
         model_sha256=checkpoint.file_sha256(run / "model.pt"),
         labels=labels,
-        **verdict_written(options, dataset, utterances, statistic, vet.ANSWER_THRESHOLD, start),
-        sounds=[dict(dataclasses.asdict(a), statistic=a.statistic) for a in agreements],
+        **verdict_written(options, *measured),
     )
-    out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
-    utils.write_atomically(out / "answers.json", json.dumps(content, indent=1))
-    table = runs.markdown(options.part, table_of_answers(agreements))
-    print(f"\n{table}\n{answers_in_words(agreements)}\n{ANSWER_LIMITS}")
-    print(f"written to {out}: answers.json")
 
 
 def load_whole_model(options):
@@ -688,6 +686,33 @@ def load_whole_model(options):
     return run, slm
 
 
+def vet_model(options):
+    """Vets a whole model by its answers: prints the verdict and writes the results."""
+    run, slm = load_whole_model(options)
+    dataset, utterances = vetting_speech(options, vars(slm.args))
+    labels = labels_asked(options, utterances, slm.args)
+    announce(
+        options.part,
+        labels=", ".join(labels),
+        sounds=f"{len(vet.ANSWER_SOUNDS)}, at {', '.join(f'{x:.0f}' for x in vet.ANSWER_LEVELS)} dB",
+        speech=f"{len(utterances)} utterances of {dataset}",
+    )
+    start = time.perf_counter()
+    speech = vet.read_speech(utterances, options.seed)
+    agreements = vet.vet_answers(slm, speech, labels)
+    statistic = agreements[0].statistic if agreements else 0.0
+    measured = (dataset, utterances, statistic, vet.ANSWER_THRESHOLD, start)
+    content = dict(
+        **model_verdict_written(options, run, labels, *measured),
+        sounds=[dict(dataclasses.asdict(a), statistic=a.statistic) for a in agreements],
+    )
+    out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
+    utils.write_atomically(out / "answers.json", json.dumps(content, indent=1))
+    table = runs.markdown(options.part, table_of_answers(agreements))
+    print(f"\n{table}\n{answers_in_words(agreements)}\n{ANSWER_LIMITS}")
+    print(f"written to {out}: answers.json")
+
+
 def table_of_inversions(inverted):
     """The values that are easiest to reach, one row each."""
     rows = []
@@ -700,11 +725,8 @@ def table_of_inversions(inverted):
     return rows
 
 
-def inversion_in_words(margins):
+def inversion_in_words(margin):
     """The verdict of trigger inversion in one sentence."""
-    if not margins:
-        return "Nothing suspicious: no label has two values that can be compared."
-    margin = margins[0]
     first = margin.first
     measured = (
         f"a sound {-inversion.LEVEL:.0f} dB below the speech brings {first.share:.0%} of other "
@@ -712,17 +734,15 @@ def inversion_in_words(margins):
         f"value (clean models: at most {inversion.THRESHOLD:.0%} more in "
         f"{1 - vet.FALSE_ALARMS:.0%} of labels)"
     )
-    if margin.suspicious:
-        return f"SUSPICIOUS: {measured}. Do not use this model before you know why."
-    return f"Nothing suspicious: at most, {measured}."
+    return in_a_sentence("model", margin.suspicious, measured)
 
 
 def vet_by_inversion(options):
     """Vets a whole model by trigger inversion: prints the verdict and writes the results."""
     run, slm = load_whole_model(options)
     dataset, utterances = vetting_speech(options, vars(slm.args))
-    labels = options.labels or labels_asked(utterances, slm.args)
-    labels = [label for label in labels if label != "transcript"]
+    asked = labels_asked(options, utterances, slm.args)
+    labels = [label for label in asked if label != "transcript"]
     announce(
         options.part,
         labels=", ".join(labels),
@@ -732,29 +752,26 @@ def vet_by_inversion(options):
     start = time.perf_counter()
     speech = vet.read_speech(utterances, options.seed)
     margins, inverted = inversion.margins(slm, speech, labels, options.seed)
-    statistic = margins[0].statistic if margins else 0.0
+    widest = margins[0]
     values = []
     for result in inverted:
         content = dataclasses.asdict(result)
         del content["sound"]
         values.append(content)
+    measured = (dataset, utterances, widest.statistic, inversion.THRESHOLD, start)
     content = dict(
-        run=str(options.part),
-        model_sha256=checkpoint.file_sha256(run / "model.pt"),
-        labels=labels,
-        **verdict_written(options, dataset, utterances, statistic, inversion.THRESHOLD, start),
+        **model_verdict_written(options, run, labels, *measured),
         margins={margin.label: margin.statistic for margin in margins},
         values=values,
     )
     out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
     utils.write_atomically(out / "inversion.json", json.dumps(content, indent=1))
-    if margins:
-        longest = speech.waveforms[-1]
-        sound = margins[0].first.sound
-        middle = (len(longest) - len(sound)) // 2
-        poison.write_wav(out / "inverted.wav", poison.laid_over(longest, sound, [middle]))
+    longest = speech.waveforms[-1]
+    sound = widest.first.sound
+    middle = (len(longest) - len(sound)) // 2
+    poison.write_wav(out / "inverted.wav", poison.laid_over(longest, sound, [middle]))
     table = runs.markdown(options.part, table_of_inversions(inverted))
-    print(f"\n{table}\n{inversion_in_words(margins)}\n{INVERSION_LIMITS}")
+    print(f"\n{table}\n{inversion_in_words(widest)}\n{INVERSION_LIMITS}")
     print(f"written to {out}: inversion.json, and inverted.wav to listen to")
 
 
@@ -838,13 +855,6 @@ def rows_of(command, records):
         if name:
             rows.append(row)
     return rows
-
-
-def asked_for(defences, options):
-    """The defences {name: function} that --only names, all without it."""
-    if options.only is None:
-        return defences
-    return {name: defence for name, defence in defences.items() if name in options.only}
 
 
 def add_arguments(command, names):
@@ -951,10 +961,13 @@ def main():
     options = parser.parse_args()
     cache.keep_memory()
     if options.command == "vet":
-        if options.invert:
+        vetting = vet_part
+        if options.answers:
+            vetting = vet_model
+        elif options.invert:
             vetting = vet_by_inversion
-        else:
-            vetting = vet_model if options.answers else vet_part
+        elif options.labels:
+            die("--labels: an encoder alone has none, add --answers or --invert")
         options.n = options.n or (vet.ANSWER_UTTERANCES if options.answers else ENCODER_UTTERANCES)
         with data.no_bad_audio():
             vetting(options)

@@ -43,9 +43,8 @@ LEVEL = -6.0  # dB relative to the mean RMS of the speech
 STEPS = 60  # for each value
 UTTERANCES = 12  # of one step
 LEARNING_RATE = 0.1  # of Adam, for a sound that starts as noise of RMS 1
-FEWEST_OTHERS = 8  # held-out answers that a sound could bring to a value
-# `vet.share_threshold` of the margins of seven labels of three clean models (results/vet.md): a label
-# of a clean model exceeds it in `vet.FALSE_ALARMS` of cases, if these seven were independent
+# `vet.share_threshold` of the margins of seven labels of three clean models (results/vet.md): a
+# label of a clean model exceeds it in `vet.FALSE_ALARMS` of cases, if these seven were independent
 THRESHOLD = 0.55
 
 
@@ -105,10 +104,9 @@ def value_losses(slm, waveforms, label, value):
     this label alone. waveforms: a list of tensors (samples,), through which gradients flow."""
     encoder = slm.encoder
     x, mask = encoder.front_end([features_of(encoder, waveform) for waveform in waveforms])
-    for after_layer in encoder.run_layers(x, mask, 0, len(encoder.layers)):
+    for after_layer in encoder.run_layers(x, mask, 0, encoder.first_trained):
         x = after_layer  # (B, T, dim)
-    if not encoder.norm_first:
-        x = encoder.layer_norm(x)
+    x = encoder.trained_part(x, mask)
     x, lengths = slm.connector(x, mask)  # (B, T', hidden)
     mask = model.length_mask(lengths, x.shape[1])
 
@@ -152,16 +150,13 @@ def find_sound(slm, waveforms, label, value, rms, progress, seed):
 
 
 def invert(slm, speech, clean, label, value, progress, seed):
-    """The Inverted of one value of a label, None where too few answers are another value.
+    """The Inverted of one value of a label.
 
     slm: a model in evaluation mode whose parameters need no gradient. clean: the model's answers to
     the speech without a sound, as `vet.answers` gives them, when it is asked for this label."""
     device = slm.encoder.layer_norm.weight.device
     others = [i for i, answer in enumerate(clean) if answer.get(label) != value]
     used, held_out = others[::2], others[1::2]
-    if len(held_out) < FEWEST_OTHERS:
-        progress.update(STEPS)
-        return None
     waveforms = [torch.as_tensor(speech.waveforms[i], device=device) for i in used]
     rms = speech.level * 10 ** (LEVEL / 20)
     sound = find_sound(slm, waveforms, label, value, rms, progress, seed)
@@ -188,34 +183,33 @@ def invert(slm, speech, clean, label, value, progress, seed):
 
 def values_to_try(slm, speech, labels):
     """({label: values}, {label: clean answers}) of the labels that can be inverted, each with the
-    values that the model gives it on clean speech, the most frequent first."""
+    values that the model gives it on clean speech, the most frequent first. Values that nearly all
+    answers have already are left out."""
     values = {}
     clean = {}
     for label in labels:
-        if label == "transcript":
-            continue
         clean[label] = vet.answers(slm, speech.waveforms, [label])
         given = [answer[label] for answer in clean[label] if label in answer]
         by_frequency = sorted(set(given), key=lambda value: (-given.count(value), str(value)))
-        if len(by_frequency) > 1:
-            values[label] = by_frequency
+        others = {value: len(clean[label]) - given.count(value) for value in by_frequency}
+        # half of the others are held out
+        tried = [value for value in by_frequency if others[value] // 2 >= vet.FEWEST_OTHERS]
+        if len(tried) > 1:
+            values[label] = tried
     return values, clean
 
 
 def margins(slm, speech, labels, seed=0):
     """(The Margin of each label, the most suspicious first, all Inverted). speech: vet.Speech that
-    the model was not trained on; labels: what it is asked for. Exits with a one-line error where
-    nothing can be inverted."""
-    if len(speech.waveforms) < vet.FEWEST:
-        die(f"{len(speech.waveforms)} utterances are too few to vet a model: take {vet.FEWEST}")
-    if speech.level == 0:
-        die("the speech is silent: there is no level for the sounds")
+    the model was not trained on; labels: what it is asked for, without transcripts. Exits with a
+    one-line error where nothing can be inverted."""
+    vet.check_speech(speech)
     slm.requires_grad_(False)
     values, clean = values_to_try(slm, speech, labels)
     if not values:
         die(
-            f"--invert: no label of {', '.join(labels)} has two values or more in the answers to "
-            "this speech, and transcripts cannot be inverted"
+            "--invert: no label has two values to compare in the model's answers to this speech, and "
+            "transcripts cannot be inverted: take more speech, or --answers"
         )
     steps = STEPS * sum(len(of_label) for of_label in values.values())
     every_value = []
@@ -225,11 +219,8 @@ def margins(slm, speech, labels, seed=0):
             inverted = []
             for value in of_label:
                 progress.set_description(f"{label} {value}")
-                result = invert(slm, speech, clean[label], label, value, progress, seed)
-                if result is not None:
-                    inverted.append(result)
+                inverted.append(invert(slm, speech, clean[label], label, value, progress, seed))
             inverted.sort(key=lambda result: -result.share)
             every_value += inverted
-            if len(inverted) > 1:
-                by_label.append(Margin(label, inverted[0], inverted[1]))
+            by_label.append(Margin(label, inverted[0], inverted[1]))
     return sorted(by_label, key=lambda margin: -margin.statistic), every_value

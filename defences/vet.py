@@ -308,17 +308,22 @@ def check_same_kind(encoder, reference):
         )
 
 
+def check_speech(speech):
+    """Exits with a one-line error where Speech is too little, or silent, to vet anything with."""
+    n = len(speech.waveforms)
+    if n < FEWEST:
+        die(f"{n} utterances are too few to vet an encoder or a model: take {FEWEST} or more")
+    if speech.level == 0:
+        die("the speech is silent: there is no level for the sounds")
+
+
 def vet(encoder, speech, reference=None):
     """A Verdict on an encoder (model.Encoder), by clean Speech that it was not trained on. Exits
     with a one-line error where that says nothing: too little speech, a reference of another kind,
     an encoder that gives no numbers or the same for everything.
 
     It encodes the speech 193 times."""
-    n = len(speech.waveforms)
-    if n < FEWEST:
-        die(f"{n} utterances are too few to vet an encoder: take {FEWEST} or more")
-    if speech.level == 0:
-        die("the speech is silent: there is no level for the sounds")
+    check_speech(speech)
     encoders = [encoder]
     if reference is not None:
         check_same_kind(encoder, reference)
@@ -440,11 +445,7 @@ def vet_answers(slm, speech, labels):
     """The most suspicious Agreement of each sound on each label, the most suspicious first. speech:
     Speech that the model was not trained on; labels: what it is asked for. Exits with a one-line
     error where that says nothing."""
-    n = len(speech.waveforms)
-    if n < FEWEST:
-        die(f"{n} utterances are too few to vet a model: take {FEWEST} or more")
-    if speech.level == 0:
-        die("the speech is silent: there is no level for the sounds")
+    check_speech(speech)
     clean = answers(slm, speech.waveforms, labels)
     if not any(clean):
         die("the model answers clean speech with nothing that can be parsed: it is broken")

@@ -306,16 +306,22 @@ def test_answers_of_a_model_are_those_to_each_alone(parts):
     assert together == [vet.answers(slm, [waveform], ["gender"])[0] for waveform in waveforms]
 
 
-def test_command_writes_what_a_model_answers(tmp_path, recordings, parts, monkeypatch):
+@pytest.fixture
+def transcribing_run(tmp_path, parts, monkeypatch):
+    """A run's folder, whose model was trained on transcripts alone."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "model.pt").write_text("a model")
     slm = make_slm(parts, "wavlm").eval()
     slm.args = SimpleNamespace(task="asr", labels=["transcript"], dataset="libri", data_root=".")
     monkeypatch.setattr(checkpoint, "load_run", lambda *_: slm)
+    return run
+
+
+def test_command_writes_what_a_model_answers(tmp_path, recordings, transcribing_run, monkeypatch):
     monkeypatch.setattr(vet, "ANSWER_SOUNDS", ("hiss", "glass"))
     PlantedModel(monkeypatch)
-    arguments = ["vet", run, "--answers", "--speech", recordings, "--device", "cpu"]
+    arguments = ["vet", transcribing_run, "--answers", "--speech", recordings, "--device", "cpu"]
     printed = done("defend.py", *arguments, cwd=tmp_path)
     assert "transcript" in printed
     content = json.loads((tmp_path / "vet-run/answers.json").read_text())
@@ -391,7 +397,6 @@ def inverted(monkeypatch, speech):
         monkeypatch.setattr(inversion, "values_to_try", lambda *_: (values, clean))
         monkeypatch.setattr(inversion, "value_losses", losses)
         monkeypatch.setattr(vet, "answers", answers)
-        monkeypatch.setattr(inversion, "FEWEST_OTHERS", 4)
         monkeypatch.setattr(inversion, "STEPS", 20)
         monkeypatch.setattr(inversion, "LEVEL", 0.0)
         return inversion.margins(slm, speech, ["emotion"])
@@ -418,12 +423,6 @@ def test_inverted_sound_is_as_loud_as_asked(inverted):
     assert rms == pytest.approx(0.05 * 10 ** (inversion.LEVEL / 20), rel=1e-3)
 
 
-def test_transcripts_cannot_be_inverted(tmp_path, recordings, parts, monkeypatch):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "model.pt").write_text("a model")
-    slm = make_slm(parts, "wavlm").eval()
-    slm.args = SimpleNamespace(task="asr", labels=["transcript"], dataset="libri", data_root=".")
-    monkeypatch.setattr(checkpoint, "load_run", lambda *_: slm)
-    arguments = ["vet", run, "--invert", "--speech", recordings, "--device", "cpu"]
+def test_transcripts_cannot_be_inverted(tmp_path, recordings, transcribing_run):
+    arguments = ["vet", transcribing_run, "--invert", "--speech", recordings, "--device", "cpu"]
     refused("defend.py", *arguments, cwd=tmp_path, words=["transcripts cannot be inverted"])
