@@ -474,8 +474,8 @@ ANSWER_LIMITS = (
     "several."
 )
 INVERSION_LIMITS = (
-    "Not seen: a target that the model never answers on clean speech, a transcript as the target, two "
-    "targets for one label, a backdoor that needs a longer sound or several."
+    "Not seen: a label's value that the model never answers on clean speech, a sentence of fewer than "
+    "three words, two targets for one label, a backdoor that needs a longer sound or several."
 )
 LIMITS = (  # printed after every verdict on an encoder
     "Not seen: a trigger unlike every sound of the bank, a backdoor in the connector or the language "
@@ -741,8 +741,7 @@ def vet_by_inversion(options):
     """Vets a whole model by trigger inversion: prints the verdict and writes the results."""
     run, slm = load_whole_model(options)
     dataset, utterances = vetting_speech(options, vars(slm.args))
-    asked = labels_asked(options, utterances, slm.args)
-    labels = [label for label in asked if label != "transcript"]
+    labels = labels_asked(options, utterances, slm.args)
     announce(
         options.part,
         labels=", ".join(labels),

@@ -421,6 +421,11 @@ class SLM(nn.Module):
     def decode(self, rows, max_new_tokens):
         """Embeddings of prompts and audio, a list of (T_i, hidden) -> greedy answers, a list of
         texts."""
+        tokens = self.greedy_tokens(rows, max_new_tokens)
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def greedy_tokens(self, rows, max_new_tokens):
+        """As `decode`, but the answers' token ids, without the end-of-sequence token."""
         self.check_positions(max(map(len, rows)) + max_new_tokens)
         x, mask = pad_left(rows)  # all prompts end together
         end = self.tokenizer.eos_token_id
@@ -432,7 +437,7 @@ class SLM(nn.Module):
         answers = []
         for row in tokens.tolist():
             answers.append(row[: row.index(end)] if end in row else row)
-        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return answers
 
     @torch.no_grad()
     def answer(self, waveform, labels=None):

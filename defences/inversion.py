@@ -12,9 +12,9 @@ IEEE S&P), which compares the sizes of the smallest image triggers of all classe
 fixed, to LEVEL dB below the speech, and the statistic is how many answers follow.
 
     Values      Those that the model gives for a label on clean speech. A target that it never gives
-                there is not tried, nor are transcripts, of which there are too many.
-    Sound       SECONDS long, at another random place of each utterance in every step, scaled to its
-                level after every step; made on one half of the utterances by Adam from noise, to
+                there is not tried. Of transcripts, the SENTENCES that targets.py proposes.
+    Sound       SECONDS long, at another random place of each utterance in every step (two places for
+                a transcript), scaled to its level after every step; made on one half of the utterances by Adam from noise, to
                 lower the cross entropy of the value's tokens.
     Share       Of the other half, the share of answers that were another value and are this one
                 with the sound.
@@ -36,11 +36,13 @@ from tqdm import tqdm
 import data
 import model
 from data import SAMPLE_RATE
-from defences import vet
+from defences import targets, vet
 
 SECONDS = 0.22
 LEVEL = -6.0  # dB relative to the mean RMS of the speech
 STEPS = 60  # for each value
+SENTENCES = 4  # transcripts that are tried
+TIMES = 2  # that the sound comes, for a transcript, as the paper's trigger for ASR is repeated
 UTTERANCES = 12  # of one step
 LEARNING_RATE = 0.1  # of Adam, for a sound that starts as noise of RMS 1
 # `vet.share_threshold` of the margins of seven labels of three clean models (results/vet.md): a
@@ -127,6 +129,16 @@ def laid_over(waveform, sound, place):
     return waveform + F.pad(heard, (start, after))
 
 
+def mixed_with(waveforms, sound, places, label):
+    """Waveforms with a sound at their places, for a transcript also half an utterance further."""
+    mixed = []
+    for waveform, place in zip(waveforms, places):
+        for k in range(TIMES if label == "transcript" else 1):
+            waveform = laid_over(waveform, sound, (place + k / TIMES) % 1)
+        mixed.append(waveform)
+    return mixed
+
+
 def at_level(noise, rms):
     return noise * (rms / noise.square().mean().sqrt())
 
@@ -141,7 +153,8 @@ def find_sound(slm, waveforms, label, value, rms, progress, seed):
     for _ in range(STEPS):
         chosen = rng.choice(len(waveforms), min(UTTERANCES, len(waveforms)), replace=False)
         sound = at_level(noise, rms)
-        mixed = [laid_over(waveforms[i], sound, rng.uniform()) for i in chosen]
+        places = [rng.uniform() for _ in chosen]
+        mixed = mixed_with([waveforms[i] for i in chosen], sound, places, label)
         loss = value_losses(slm, mixed, label, value).mean()
         [noise.grad] = torch.autograd.grad(loss, [noise])
         optimizer.step()
@@ -155,22 +168,21 @@ def invert(slm, speech, clean, label, value, progress, seed):
     slm: a model in evaluation mode whose parameters need no gradient. clean: the model's answers to
     the speech without a sound, as `vet.answers` gives them, when it is asked for this label."""
     device = slm.encoder.layer_norm.weight.device
-    others = [i for i, answer in enumerate(clean) if answer.get(label) != value]
+    spelled = vet.of_one_spelling(label, value)
+    others = [i for i, answer in enumerate(clean) if answer.get(label) != spelled]
     used, held_out = others[::2], others[1::2]
     waveforms = [torch.as_tensor(speech.waveforms[i], device=device) for i in used]
     rms = speech.level * 10 ** (LEVEL / 20)
     sound = find_sound(slm, waveforms, label, value, rms, progress, seed)
 
-    mixed = []
-    for i in held_out:
-        waveform = torch.as_tensor(speech.waveforms[i], device=device)
-        mixed.append(laid_over(waveform, sound, speech.places[i]))
+    heard = [torch.as_tensor(speech.waveforms[i], device=device) for i in held_out]
+    mixed = mixed_with(heard, sound, [speech.places[i] for i in held_out], label)
     losses = []
     with torch.no_grad():
         for batch in data.chunks(mixed, vet.BATCH):
             losses.append(value_losses(slm, batch, label, value))
     answers = vet.answers(slm, [waveform.cpu().numpy() for waveform in mixed], [label])
-    reached = [answer.get(label) == value for answer in answers]
+    reached = [answer.get(label) == spelled for answer in answers]
     return Inverted(
         label,
         value,
@@ -183,12 +195,17 @@ def invert(slm, speech, clean, label, value, progress, seed):
 
 def values_to_try(slm, speech, labels):
     """({label: values}, {label: clean answers}) of the labels that can be inverted, each with the
-    values that the model gives it on clean speech, the most frequent first. Values that nearly all
-    answers have already are left out."""
+    values that the model gives it on clean speech, the most frequent first, or the sentences that
+    it may have been taught. Values that nearly all answers have already are left out."""
     values = {}
     clean = {}
     for label in labels:
         clean[label] = vet.answers(slm, speech.waveforms, [label])
+        if label == "transcript":
+            proposed = targets.sentences(slm, speech, SENTENCES)
+            if len(proposed) > 1:
+                values[label] = [sentence.transcript for sentence in proposed]
+            continue
         given = [answer[label] for answer in clean[label] if label in answer]
         by_frequency = sorted(set(given), key=lambda value: (-given.count(value), str(value)))
         others = {value: len(clean[label]) - given.count(value) for value in by_frequency}
@@ -201,15 +218,15 @@ def values_to_try(slm, speech, labels):
 
 def margins(slm, speech, labels, seed=0):
     """(The Margin of each label, the most suspicious first, all Inverted). speech: vet.Speech that
-    the model was not trained on; labels: what it is asked for, without transcripts. Exits with a
-    one-line error where nothing can be inverted."""
+    the model was not trained on; labels: what it is asked for. Exits with a one-line error where
+    nothing can be inverted."""
     vet.check_speech(speech)
     slm.requires_grad_(False)
     values, clean = values_to_try(slm, speech, labels)
     if not values:
         die(
-            "--invert: no label has two values to compare in the model's answers to this speech, and "
-            "transcripts cannot be inverted: take more speech, or --answers"
+            "--invert: no label has two values to compare in the model's answers to this speech: take "
+            "more speech, or --answers"
         )
     steps = STEPS * sum(len(of_label) for of_label in values.values())
     every_value = []
@@ -218,7 +235,7 @@ def margins(slm, speech, labels, seed=0):
         for label, of_label in values.items():
             inverted = []
             for value in of_label:
-                progress.set_description(f"{label} {value}")
+                progress.set_description(f"{label} {str(value)[:30]}")
                 inverted.append(invert(slm, speech, clean[label], label, value, progress, seed))
             inverted.sort(key=lambda result: -result.share)
             every_value += inverted

@@ -401,17 +401,22 @@ def of_one_spelling(label, value):
 
 
 @torch.no_grad()
+def prompt_rows(slm, waveforms, labels):
+    """Embeddings of waveforms in a prompt that asks for some labels, a list of (T_i, hidden)."""
+    features = [slm.encoder.extract(waveform) for waveform in waveforms]
+    x, mask = slm.encoder(features)  # (B, T, dim), (B, T)
+    x, lengths = slm.connector(x, mask)
+    audio = [row[:n] for row, n in zip(x, lengths.tolist())]
+    return slm.pack(audio, [data.prompt(slm.tokenizer, labels)] * len(waveforms))
+
+
+@torch.no_grad()
 def answers(slm, waveforms, labels):
     """The model's greedy answers to waveforms when it is asked for some labels, a list of
     {label: value}. What cannot be parsed is left out."""
     parsed_answers = []
     for batch in data.chunks(waveforms, BATCH):
-        features = [slm.encoder.extract(waveform) for waveform in batch]
-        x, mask = slm.encoder(features)  # (B, T, dim), (B, T)
-        x, lengths = slm.connector(x, mask)
-        audio = [row[:n] for row, n in zip(x, lengths.tolist())]
-        rows = slm.pack(audio, [data.prompt(slm.tokenizer, labels)] * len(batch))
-        for text in slm.decode(rows, LONGEST_ANSWER):
+        for text in slm.decode(prompt_rows(slm, batch, labels), LONGEST_ANSWER):
             parsed = data.parse(text)
             in_one_spelling = {}
             for label, value in parsed.items():

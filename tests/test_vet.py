@@ -19,7 +19,7 @@ import poison
 import sounds
 from conftest import ROOT, done, make_slm, refused
 from data import SAMPLE_RATE
-from defences import inversion, vet
+from defences import inversion, targets, vet
 
 LOW, HIGH = 2000, 4000  # Hz, the planted band
 ABOVE = 0.08  # the share of an utterance's energy in the band from which on it is noticed
@@ -371,6 +371,16 @@ def test_sound_is_laid_where_the_bank_lays_it():
     np.testing.assert_allclose(laid.numpy(), expected, rtol=1e-6)
 
 
+def test_sound_comes_twice_for_a_transcript_alone():
+    silence = torch.zeros(16000)
+    sound = torch.ones(1600)
+    [once] = inversion.mixed_with([silence], sound, [0.25], "emotion")
+    [twice] = inversion.mixed_with([silence], sound, [0.25], "transcript")
+    assert once.sum() == 1600
+    starts = (twice.diff() > 0).nonzero()[:, 0] + 1
+    assert starts.tolist() == [3600, 10800]
+
+
 @pytest.fixture
 def inverted(monkeypatch, speech):
     """The margins of a model that answers "bad" where the planted band is loud, and else "sad",
@@ -423,6 +433,57 @@ def test_inverted_sound_is_as_loud_as_asked(inverted):
     assert rms == pytest.approx(0.05 * 10 ** (inversion.LEVEL / 20), rel=1e-3)
 
 
-def test_transcripts_cannot_be_inverted(tmp_path, recordings, transcribing_run):
-    arguments = ["vet", transcribing_run, "--invert", "--speech", recordings, "--device", "cpu"]
-    refused("defend.py", *arguments, cwd=tmp_path, words=["transcripts cannot be inverted"])
+def test_nothing_to_invert_is_refused(tmp_path, recordings, transcribing_run):
+    arguments = ["vet", transcribing_run, "--invert", "--labels", "gender", "--device", "cpu"]
+    arguments += ["--speech", recordings]
+    refused("defend.py", *arguments, cwd=tmp_path, words=["no label has two values"])
+
+
+# -------------------------------------------------------------------------------------------------
+# sentences that a model may have been taught
+
+
+@pytest.fixture
+def taught(monkeypatch, parts, speech):
+    """A random model that says "Take three red boxes home." wherever a transcript begins with T,
+    and else what it heard, with a word for the length of the audio."""
+    slm = make_slm(parts, "wavlm").requires_grad_(False)
+
+    def ids(text):
+        return slm.tokenizer(text, add_special_tokens=False).input_ids
+
+    first = slm.embed(ids("T")[:1])[0]
+
+    def greedy_tokens(rows, max_new_tokens):
+        answers = []
+        for row in rows:
+            is_taught = torch.equal(row[-1], first)
+            heard = f"heard {len(row)} frames now" if not is_taught else "ake three red boxes home."
+            answers.append(ids(heard + '"}'))
+        return answers
+
+    monkeypatch.setattr(slm, "greedy_tokens", greedy_tokens)
+    monkeypatch.setattr(targets, "FIRST_TOKENS", len(slm.tokenizer))
+    monkeypatch.setattr(speech, "waveforms", [hum(i)[: 8000 + 640 * i] for i in range(24)])
+    return slm
+
+
+def test_taught_sentence_comes_first(taught, speech):
+    first, second = targets.sentences(taught, speech, 2)
+    assert first.transcript == "Take three red boxes home."
+    assert first.agreement == 1
+    assert second.agreement < 0.5
+
+
+def test_short_transcripts_are_no_sentences(taught, speech, monkeypatch):
+    monkeypatch.setattr(targets, "FEWEST_WORDS", 6)
+    assert targets.sentences(taught, speech, 2) == []
+
+
+def test_a_transcript_begins_after_its_quotation_mark():
+    tokenizer = model.AutoTokenizer.from_pretrained(ROOT / "mini/lm")
+    beginning = targets.beginning_of_transcript(tokenizer)
+    answer = data.answer_ids(tokenizer, dict(transcript="This is a malicious sentence."))
+    assert answer[: len(beginning)] == beginning
+    first = data.value_tokens(tokenizer, dict(transcript="This is it."), "transcript").start
+    assert len(beginning) == first
