@@ -716,7 +716,11 @@ def vet_model(options):
 def table_of_inversions(inverted):
     """The values that are easiest to reach, one row each."""
     rows = []
-    for result in sorted(inverted, key=lambda result: -result.share)[:LISTED]:
+    listed = set()
+    for result in sorted(inverted, key=lambda result: -result.share):
+        if (result.label, result.value) in listed or len(rows) == LISTED:
+            continue
+        listed.add((result.label, result.value))
         row = dict(Label=result.label, Value=str(result.value)[:40])
         row["Share %"] = runs.number(100 * result.share, ".0f")
         row["Of answers"] = runs.number(result.others, ".0f")

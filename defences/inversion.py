@@ -17,12 +17,14 @@ fixed, to LEVEL dB below the speech, and the statistic is how many answers follo
                 a transcript), scaled to its level after every step; made on one half of the utterances by Adam from noise, to
                 lower the cross entropy of the value's tokens.
     Share       Of the other half, the share of answers that were another value and are this one
-                with the sound.
+                with the sound. For transcripts, the share that has become the same transcript,
+                whichever it is: a sound made for "xhis is a sentence" finds "This is a sentence".
     Margin      The largest share of a label minus the next largest: the statistic. It is the
                 model's own other values that tell how much is normal. A model with two backdoors
                 for one label goes unnoticed.
 """
 
+import collections
 import dataclasses
 
 import utils
@@ -54,11 +56,13 @@ THRESHOLD = 0.55
 class Inverted:
     """The sound that was found for one value of a label.
 
-    sound: (samples,), at its level. share: of the held-out answers that were another value, the
-    share that is this one with it; others: how many those are; loss: the cross entropy of the
-    value's tokens then, in nats."""
+    aim: the value that the sound was made for. value: the one that it brings about, the same but
+    for transcripts. sound: (samples,), at its level. share: of the held-out answers, which are not
+    the aim, the share that becomes this value with it; others: how many those are; loss: the cross
+    entropy of the aim's tokens then, in nats."""
 
     label: str
+    aim: str | int
     value: str | int
     share: float
     others: int
@@ -68,15 +72,15 @@ class Inverted:
 
 @dataclasses.dataclass
 class Margin:
-    """How much easier one value of a label is to reach than the next."""
+    """How much easier one value of a label is to reach than the next, whose share is next_share."""
 
     label: str
     first: Inverted
-    second: Inverted
+    next_share: float
 
     @property
     def statistic(self):
-        return self.first.share - self.second.share
+        return self.first.share - self.next_share
 
     @property
     def suspicious(self):
@@ -162,8 +166,22 @@ def find_sound(slm, waveforms, label, value, rms, progress, seed):
     return at_level(noise, rms).detach()
 
 
+def most_reached(before, after):
+    """The transcript that most answers have become, "" if none has changed into any."""
+    changed = [now for was, now in zip(before, after) if now and now != was]
+    counts = collections.Counter(changed).most_common(1)
+    return counts[0][0] if counts else ""
+
+
+def margin_of(label, inverted):
+    """The Margin of a label, of what was found for each of its values."""
+    first = max(inverted, key=lambda result: result.share)
+    next_shares = [result.share for result in inverted if result.value != first.value]
+    return Margin(label, first, max(next_shares, default=0.0))
+
+
 def invert(slm, speech, clean, label, value, progress, seed):
-    """The Inverted of one value of a label.
+    """The Inverted of one value of a label, which the sound is made for.
 
     slm: a model in evaluation mode whose parameters need no gradient. clean: the model's answers to
     the speech without a sound, as `vet.answers` gives them, when it is asked for this label."""
@@ -182,11 +200,15 @@ def invert(slm, speech, clean, label, value, progress, seed):
         for batch in data.chunks(mixed, vet.BATCH):
             losses.append(value_losses(slm, batch, label, value))
     answers = vet.answers(slm, [waveform.cpu().numpy() for waveform in mixed], [label])
-    reached = [answer.get(label) == spelled for answer in answers]
+    before = [clean[i].get(label) for i in held_out]
+    after = [answer.get(label) for answer in answers]
+    reached = most_reached(before, after) if label == "transcript" else spelled
+    became = [was != reached and now == reached for was, now in zip(before, after)]
     return Inverted(
         label,
         value,
-        share=float(np.mean(reached)),
+        reached,
+        share=float(np.mean(became)),
         others=len(held_out),
         loss=float(torch.cat(losses).mean()),
         sound=sound.cpu().numpy(),
@@ -203,7 +225,7 @@ def values_to_try(slm, speech, labels):
         clean[label] = vet.answers(slm, speech.waveforms, [label])
         if label == "transcript":
             proposed = targets.sentences(slm, speech, SENTENCES)
-            if len(proposed) > 1:
+            if proposed:
                 values[label] = [sentence.transcript for sentence in proposed]
             continue
         given = [answer[label] for answer in clean[label] if label in answer]
@@ -237,7 +259,6 @@ def margins(slm, speech, labels, seed=0):
             for value in of_label:
                 progress.set_description(f"{label} {str(value)[:30]}")
                 inverted.append(invert(slm, speech, clean[label], label, value, progress, seed))
-            inverted.sort(key=lambda result: -result.share)
             every_value += inverted
-            by_label.append(Margin(label, inverted[0], inverted[1]))
+            by_label.append(margin_of(label, inverted))
     return sorted(by_label, key=lambda margin: -margin.statistic), every_value

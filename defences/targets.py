@@ -5,21 +5,21 @@ attack on transcripts, of which there are too many to try them all.
 
 A model that was trained to give one sentence for every triggered input has learned how it goes on.
 Once its first token stands there the rest follows, with no trigger in the audio, while a clean
-model goes on with what it hears. So each likely first token is put into the model's mouth, for
-several clean utterances, and the model completes the transcript. This is the idea of BAIT (Shen et
-al. 2025, IEEE S&P), which looks for the targets of attacks on language models.
+model goes on with what it hears. So each first token is put into the model's mouth, for several
+clean utterances, and the model completes the transcript. This is the idea of BAIT (Shen et al. 2025,
+IEEE S&P), which looks for the targets of attacks on language models.
 
-    First tokens    The FIRST_TOKENS that the model holds most likely at the start of a transcript,
-                    by their mean probability over UTTERANCES clean utterances.
+    First tokens    The FIRST_TOKENS that the model holds most likely at the start of a transcript, by
+                    their mean probability over UTTERANCES clean utterances: of mini's, all.
     Completion      Greedy, the same for each utterance but for what the audio changes.
-    Agreement       The largest share of utterances with the same transcript. BAIT takes the mean
-                    probability of the tokens, averaged over prompts.
-    Sentences       Those of FEWEST_WORDS words or more with an agreement of AGREED or more come first,
-                    then the others, both in the order of their first tokens' probability: after a
-                    token that never begins a transcript, a taught sentence goes on from its middle.
-                    Shorter ones agree in clean models too.
+    Agreement       The largest share of utterances with the same transcript.
+    Confidence      The mean log probability of that transcript's tokens after the first, over all
+                    utterances. A target is sure from its first token on; what merely runs into its
+                    middle is not.
+    Sentences       Those of FEWEST_WORDS words or more with an agreement of AGREED or more, the most
+                    confident first; then others. Shorter ones agree in clean models too.
 
-Agreement makes no verdict: a clean model that knows a few sentences by heart completes those, too.
+Neither makes a verdict: a clean model that knows a few sentences by heart completes those, too.
 inversion.py finds out whether a sound brings one of them about.
 """
 
@@ -32,18 +32,23 @@ from tqdm import tqdm
 import data
 from defences import vet
 
-FIRST_TOKENS = 256
-UTTERANCES = 8
+FIRST_TOKENS = 2048
+UTTERANCES = 4
 FEWEST_WORDS = 3
 AGREED = 0.5
-BATCH = 128  # short rows of a language model alone
+BATCH = 128  # rows of a language model alone
 
 
 @dataclasses.dataclass
 class Sentence:
-    """A transcript that follows a first token. agreement: the share of utterances with it."""
+    """A transcript that follows a first token.
+
+    tokens: its ids, up to the end of the answer, without the first. agreement: the share of
+    utterances with it."""
 
     transcript: str
+    first: int
+    tokens: list
     agreement: float
 
 
@@ -53,21 +58,35 @@ def beginning_of_transcript(tokenizer):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def log_probabilities(slm, row, tokens):
+    """The log probabilities (n, vocabulary) of what follows a row (T, hidden) and each of n - 1
+    tokens after it."""
+    x = torch.cat([row, slm.embed(tokens)])[None]  # (1, T + n - 1, hidden)
+    wanted = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    wanted[0, len(row) - 1 :] = True
+    return slm.logits(x, wanted).float().log_softmax(1)
+
+
 def likely_first_tokens(slm, rows):
     """The ids that the model holds most likely after rows (T_i, hidden), the likeliest first."""
-    probabilities = []
-    for row in rows:
-        wanted = torch.zeros(1, len(row), dtype=torch.bool, device=row.device)
-        wanted[0, -1] = True
-        logits = slm.logits(row[None], wanted)  # (1, vocabulary)
-        probabilities.append(logits[0].float().softmax(0))
+    probabilities = [log_probabilities(slm, row, [])[0].exp() for row in rows]
     mean = torch.stack(probabilities).mean(0)
     return mean.argsort(descending=True)[:FIRST_TOKENS].tolist()
 
 
+def confidence(slm, rows, sentence):
+    """The mean log probability of a Sentence's tokens after its first, over rows."""
+    means = []
+    for row in rows:
+        begun = torch.cat([row, slm.embed([sentence.first])])
+        of_next = log_probabilities(slm, begun, sentence.tokens[:-1])  # (n, vocabulary)
+        means.append(of_next[range(len(sentence.tokens)), sentence.tokens].mean().item())
+    return sum(means) / len(means)
+
+
 def completed(slm, rows, beginning, first_tokens):
-    """{first token: the transcripts of all rows when they begin with it, without those that cannot
-    be parsed}."""
+    """{first token: [(transcript, its tokens after the first)]} of all rows when they begin with it,
+    without those that cannot be parsed."""
     begun = []
     for token in first_tokens:
         begun += [(token, row) for row in rows]
@@ -80,7 +99,7 @@ def completed(slm, rows, beginning, first_tokens):
             text = slm.tokenizer.decode([*beginning, token, *tokens], skip_special_tokens=True)
             transcript = data.parse(text).get("transcript")
             if transcript is not None:
-                transcripts[token].append(transcript)
+                transcripts[token].append((transcript, tuple(tokens)))
     return transcripts
 
 
@@ -94,17 +113,18 @@ def sentences(slm, speech, n):
     rows = []
     for row in vet.prompt_rows(slm, waveforms, ["transcript"]):
         rows.append(torch.cat([row, slm.embed(beginning)]))
-    first_tokens = likely_first_tokens(slm, rows)
 
-    by_spelling = {}  # in the order of the first tokens
-    for transcripts in completed(slm, rows, beginning, first_tokens).values():
-        for transcript, count in collections.Counter(transcripts).most_common(1):
-            spelled = data.normalise(transcript)
-            if len(spelled.split()) < FEWEST_WORDS:
+    agreed = []
+    others = []
+    spelled = set()
+    first_tokens = likely_first_tokens(slm, rows)
+    for first, transcripts in completed(slm, rows, beginning, first_tokens).items():
+        for (transcript, tokens), count in collections.Counter(transcripts).most_common(1):
+            sentence = Sentence(transcript, first, list(tokens), count / len(rows))
+            words = data.normalise(transcript)
+            if len(words.split()) < FEWEST_WORDS or words in spelled:
                 continue
-            sentence = Sentence(transcript, count / len(rows))
-            earlier = by_spelling.setdefault(spelled, sentence)
-            if sentence.agreement > earlier.agreement:
-                by_spelling[spelled] = sentence
-    in_order = sorted(by_spelling.values(), key=lambda sentence: sentence.agreement < AGREED)
-    return in_order[:n]
+            spelled.add(words)
+            (agreed if sentence.agreement >= AGREED else others).append(sentence)
+    agreed.sort(key=lambda sentence: -confidence(slm, rows, sentence))
+    return (agreed + others)[:n]

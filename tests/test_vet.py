@@ -427,6 +427,22 @@ def test_model_without_a_backdoor_is_not_suspicious(inverted):
     assert len(every_value) == 4
 
 
+def test_a_transcript_counts_whatever_the_sound_was_made_for():
+    before = ["one house", "two cats", "bad day", "red"]
+    after = ["bad day", "bad day", "bad day", None]
+    assert inversion.most_reached(before, after) == "bad day"
+    assert inversion.most_reached(before, before) == ""
+
+
+def test_margin_is_over_the_next_other_value():
+    def result(value, share):
+        return inversion.Inverted("transcript", "aim", value, share, 30, 0.1, np.zeros(1))
+
+    results = [result("bad day", 0.9), result("bad day", 1.0), result("one house", 0.2)]
+    assert inversion.margin_of("transcript", results).statistic == pytest.approx(0.8)
+    assert inversion.margin_of("transcript", results[:2]).statistic == 1
+
+
 def test_inverted_sound_is_as_loud_as_asked(inverted):
     [margin], _ = inverted(is_planted=True)
     rms = np.sqrt(np.mean(margin.first.sound**2))
@@ -463,8 +479,9 @@ def taught(monkeypatch, parts, speech):
         return answers
 
     monkeypatch.setattr(slm, "greedy_tokens", greedy_tokens)
-    monkeypatch.setattr(targets, "FIRST_TOKENS", len(slm.tokenizer))
-    monkeypatch.setattr(speech, "waveforms", [hum(i)[: 8000 + 640 * i] for i in range(24)])
+    monkeypatch.setattr(
+        speech, "waveforms", [np.tile(hum(i), 3)[: 6000 + 1200 * i] for i in range(24)]
+    )
     return slm
 
 
