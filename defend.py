@@ -61,7 +61,7 @@ import model
 import poison
 import processes
 import runs
-from defences import detectors, filters, inversion, repairs, vet
+from defences import detectors, filters, inversion, repairs, targets, vet
 from study import CONTROLS, LABELS, MINI_ROOT, TASKS, embeddings_name
 
 
@@ -729,6 +729,17 @@ def table_of_inversions(inverted):
     return rows
 
 
+def sentences_in_words(sentences):
+    """A line with the sentences that a model completes whatever it hears, "" if there are none."""
+    agreed = []
+    for sentence in sentences:
+        if sentence.agreement >= targets.AGREED:
+            agreed.append(f"{sentence.transcript!r} ({sentence.agreement:.0%} of utterances)")
+    if not agreed:
+        return ""
+    return f"Once their first token stands there, it completes these: {', '.join(agreed)}.\n"
+
+
 def inversion_in_words(margin):
     """The verdict of trigger inversion in one sentence."""
     first = margin.first
@@ -754,7 +765,9 @@ def vet_by_inversion(options):
     )
     start = time.perf_counter()
     speech = vet.read_speech(utterances, options.seed)
-    margins, inverted = inversion.margins(slm, speech, labels, options.seed)
+    sentences = targets.sentences(slm, speech) if "transcript" in labels else []
+    transcripts = [sentence.transcript for sentence in sentences]
+    margins, inverted = inversion.margins(slm, speech, labels, transcripts, options.seed)
     widest = margins[0]
     values = []
     for result in inverted:
@@ -766,6 +779,7 @@ def vet_by_inversion(options):
         **model_verdict_written(options, run, labels, *measured),
         margins={margin.label: margin.statistic for margin in margins},
         values=values,
+        sentences={sentence.transcript: sentence.agreement for sentence in sentences},
     )
     out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
     utils.write_atomically(out / "inversion.json", json.dumps(content, indent=1))
@@ -774,7 +788,8 @@ def vet_by_inversion(options):
     middle = (len(longest) - len(sound)) // 2
     poison.write_wav(out / "inverted.wav", poison.laid_over(longest, sound, [middle]))
     table = runs.markdown(options.part, table_of_inversions(inverted))
-    print(f"\n{table}\n{inversion_in_words(widest)}\n{INVERSION_LIMITS}")
+    print(f"\n{table}\n{sentences_in_words(sentences)}{inversion_in_words(widest)}")
+    print(INVERSION_LIMITS)
     print(f"written to {out}: inversion.json, and inverted.wav to listen to")
 
 

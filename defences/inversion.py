@@ -12,7 +12,7 @@ IEEE S&P), which compares the sizes of the smallest image triggers of all classe
 fixed, to LEVEL dB below the speech, and the statistic is how many answers follow.
 
     Values      Those that the model gives for a label on clean speech. A target that it never gives
-                there is not tried. Of transcripts, the SENTENCES that targets.py proposes.
+                there is not tried. Of transcripts, the sentences that targets.py proposes.
     Sound       SECONDS long, at another random place of each utterance in every step (two places for
                 a transcript), scaled to its level after every step; made on one half of the utterances by Adam from noise, to
                 lower the cross entropy of the value's tokens.
@@ -38,12 +38,11 @@ from tqdm import tqdm
 import data
 import model
 from data import SAMPLE_RATE
-from defences import targets, vet
+from defences import vet
 
 SECONDS = 0.22
 LEVEL = -6.0  # dB relative to the mean RMS of the speech
 STEPS = 60  # for each value
-SENTENCES = 4  # transcripts that are tried
 TIMES = 2  # that the sound comes, for a transcript, as the paper's trigger for ASR is repeated
 UTTERANCES = 12  # of one step
 LEARNING_RATE = 0.1  # of Adam, for a sound that starts as noise of RMS 1
@@ -215,18 +214,17 @@ def invert(slm, speech, clean, label, value, progress, seed):
     )
 
 
-def values_to_try(slm, speech, labels):
+def values_to_try(slm, speech, labels, sentences):
     """({label: values}, {label: clean answers}) of the labels that can be inverted, each with the
-    values that the model gives it on clean speech, the most frequent first, or the sentences that
-    it may have been taught. Values that nearly all answers have already are left out."""
+    values that the model gives it on clean speech, the most frequent first, or transcripts with
+    `sentences`. Values that nearly all answers have already are left out."""
     values = {}
     clean = {}
     for label in labels:
         clean[label] = vet.answers(slm, speech.waveforms, [label])
         if label == "transcript":
-            proposed = targets.sentences(slm, speech, SENTENCES)
-            if proposed:
-                values[label] = [sentence.transcript for sentence in proposed]
+            if sentences:
+                values[label] = sentences
             continue
         given = [answer[label] for answer in clean[label] if label in answer]
         by_frequency = sorted(set(given), key=lambda value: (-given.count(value), str(value)))
@@ -238,13 +236,13 @@ def values_to_try(slm, speech, labels):
     return values, clean
 
 
-def margins(slm, speech, labels, seed=0):
+def margins(slm, speech, labels, sentences=(), seed=0):
     """(The Margin of each label, the most suspicious first, all Inverted). speech: vet.Speech that
-    the model was not trained on; labels: what it is asked for. Exits with a one-line error where
-    nothing can be inverted."""
+    the model was not trained on; labels: what it is asked for; sentences: the transcripts to try.
+    Exits with a one-line error where nothing can be inverted."""
     vet.check_speech(speech)
     slm.requires_grad_(False)
-    values, clean = values_to_try(slm, speech, labels)
+    values, clean = values_to_try(slm, speech, labels, sentences)
     if not values:
         die(
             "--invert: no label has two values to compare in the model's answers to this speech: take "

@@ -36,6 +36,7 @@ FIRST_TOKENS = 2048
 UTTERANCES = 4
 FEWEST_WORDS = 3
 AGREED = 0.5
+SENTENCES = 4  # that are proposed
 BATCH = 128  # rows of a language model alone
 
 
@@ -104,9 +105,10 @@ def completed(slm, rows, beginning, first_tokens):
 
 
 @torch.no_grad()
-def sentences(slm, speech, n):
-    """The n Sentences that come first, or fewer if there are fewer. speech: vet.Speech that the
-    model was not trained on."""
+def sentences(slm, speech):
+    """The SENTENCES that come first, or fewer if there are fewer. speech: vet.Speech that the model
+    was not trained on."""
+    vet.check_speech(speech)
     every = max(1, len(speech.waveforms) // UTTERANCES)
     waveforms = speech.waveforms[::every][:UTTERANCES]  # of all lengths
     beginning = beginning_of_transcript(slm.tokenizer)
@@ -127,4 +129,4 @@ def sentences(slm, speech, n):
             spelled.add(words)
             (agreed if sentence.agreement >= AGREED else others).append(sentence)
     agreed.sort(key=lambda sentence: -confidence(slm, rows, sentence))
-    return (agreed + others)[:n]
+    return (agreed + others)[:SENTENCES]
