@@ -783,10 +783,10 @@ def vet_by_inversion(options):
     )
     out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
     utils.write_atomically(out / "inversion.json", json.dumps(content, indent=1))
-    longest = speech.waveforms[-1]
-    sound = widest.first.sound
-    middle = (len(longest) - len(sound)) // 2
-    poison.write_wav(out / "inverted.wav", poison.laid_over(longest, sound, [middle]))
+    longest = torch.from_numpy(speech.waveforms[-1])
+    sound = torch.from_numpy(widest.first.sound)
+    [heard] = inversion.mixed_with([longest], sound, [0.25], widest.first.label)
+    poison.write_wav(out / "inverted.wav", heard.numpy())
     table = runs.markdown(options.part, table_of_inversions(inverted))
     print(f"\n{table}\n{sentences_in_words(sentences)}{inversion_in_words(widest)}")
     print(INVERSION_LIMITS)

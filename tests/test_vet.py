@@ -455,6 +455,18 @@ def test_nothing_to_invert_is_refused(tmp_path, recordings, transcribing_run):
     refused("defend.py", *arguments, cwd=tmp_path, words=["no label has two values"])
 
 
+def test_command_writes_what_it_inverted(tmp_path, recordings, transcribing_run, monkeypatch):
+    monkeypatch.setattr(inversion, "STEPS", 1)
+    monkeypatch.setattr(targets, "FIRST_TOKENS", 64)
+    arguments = ["vet", transcribing_run, "--invert", "--speech", recordings, "--device", "cpu"]
+    done("defend.py", *arguments, cwd=tmp_path)
+    content = json.loads((tmp_path / "vet-run/inversion.json").read_text())
+    aims = {value["aim"] for value in content["values"]}
+    assert aims == set(content["sentences"])
+    heard, _ = soundfile.read(tmp_path / "vet-run/inverted.wav")
+    assert np.abs(heard).max() > 0
+
+
 # -------------------------------------------------------------------------------------------------
 # sentences that a model may have been taught
 
