@@ -24,9 +24,10 @@ defence's name in `defence`. In addition:
         its bound), with part and metric as in metrics.json; "loss_rise" by strength;
         "relearned_aer" by poisoned_samples, which for a clean model is that of "none"
 
-vet is about an encoder, a run's or anyone's, or with --answers about a run's whole model, and needs
-no more than clean speech (defences/vet.py). It writes vet.json, vet.png and the three most
-suspicious sounds as WAV, or answers.json, into a folder of their own.
+vet is about an encoder, a run's or anyone's, or with --answers or --invert about a run's whole
+model, and needs no more than clean speech (defences/vet.py). It writes vet.json, vet.png and the
+three most suspicious sounds as WAV, or answers.json, or inversion.json and inverted.wav, into a
+folder of their own.
 """
 
 import dataclasses
@@ -474,8 +475,9 @@ ANSWER_LIMITS = (
     "several."
 )
 INVERSION_LIMITS = (
-    "Not seen: a label's value that the model never answers on clean speech, a sentence of fewer than "
-    "three words, two targets for one label, a backdoor that needs a longer sound or several."
+    "Not seen: a pure tone as the trigger, a label's value that the model never answers on clean "
+    "speech, a sentence of fewer than three words, two targets for one label, a backdoor that needs a "
+    "longer sound or more of them."
 )
 LIMITS = (  # printed after every verdict on an encoder
     "Not seen: a trigger unlike every sound of the bank, a backdoor in the connector or the language "
@@ -613,14 +615,15 @@ def write_sounds(verdict, speech, out):
             poison.write_wav(path, waveform)
 
 
-def labels_asked(options, utterances, args):
-    """The labels to ask a run's model for: --labels, or those of the speech or, where it has none,
-    the run's."""
+def labels_asked(options, utterances, run, args):
+    """The labels to ask a run's model for: --labels, or those of the speech that the run was
+    trained on or, where it has none, the run's."""
     if options.labels:
         return options.labels
+    trained = evaluate.trained_labels(run, args)
     there = set().union(*(u.labels for u in utterances))
-    labelled = [label for label in LABELS if label in there]
-    return labelled or args.labels or [TASKS[args.task]["label"]]
+    labelled = [label for label in LABELS if label in there and label in (trained or LABELS)]
+    return labelled or trained or [TASKS[args.task]["label"]]
 
 
 def table_of_answers(agreements):
@@ -650,7 +653,7 @@ def answers_in_words(agreements):
 
 
 def verdict_written(options, dataset, utterances, statistic, threshold, start):
-    """What vet.json and answers.json both say. start: when vetting began, of time.perf_counter."""
+    """What vet.json, answers.json and inversion.json all say. start: when vetting began, of time.perf_counter."""
     return dict(
         speech=str(dataset),
         n=len(utterances),
@@ -690,7 +693,7 @@ def vet_model(options):
     """Vets a whole model by its answers: prints the verdict and writes the results."""
     run, slm = load_whole_model(options)
     dataset, utterances = vetting_speech(options, vars(slm.args))
-    labels = labels_asked(options, utterances, slm.args)
+    labels = labels_asked(options, utterances, run, slm.args)
     announce(
         options.part,
         labels=", ".join(labels),
@@ -742,21 +745,33 @@ def sentences_in_words(sentences):
 
 def inversion_in_words(margin):
     """The verdict of trigger inversion in one sentence."""
-    first = margin.first
+    easiest = margin.easiest
+    if easiest.share == 0:
+        return "Nothing suspicious: no sound changes its answers in the way that it was made for."
     measured = (
-        f"a sound {-inversion.LEVEL:.0f} dB below the speech brings {first.share:.0%} of other "
-        f"answers to {first.label} {first.value!r}, {margin.statistic:.0%} more than to the next "
-        f"value (clean models: at most {inversion.THRESHOLD:.0%} more in "
+        f"a sound {-inversion.LEVEL:.0f} dB below the speech brings {easiest.share:.0%} of other "
+        f"answers to {easiest.label} {easiest.value!r}, {margin.statistic:.0%} more than to the "
+        f"next value (clean models: at most {inversion.THRESHOLD:.0%} more in "
         f"{1 - vet.FALSE_ALARMS:.0%} of labels)"
     )
     return in_a_sentence("model", margin.suspicious, measured)
+
+
+def not_tried_in_words(labels, margins):
+    """A line with the labels that were not inverted, "" if all were."""
+    tried = {margin.label for margin in margins}
+    left_out = [label for label in labels if label not in tried]
+    if not left_out:
+        return ""
+    names = ", ".join(left_out)
+    return f"Not tried: {names}, where the answers to this speech leave too little to compare.\n"
 
 
 def vet_by_inversion(options):
     """Vets a whole model by trigger inversion: prints the verdict and writes the results."""
     run, slm = load_whole_model(options)
     dataset, utterances = vetting_speech(options, vars(slm.args))
-    labels = labels_asked(options, utterances, slm.args)
+    labels = labels_asked(options, utterances, run, slm.args)
     announce(
         options.part,
         labels=", ".join(labels),
@@ -784,12 +799,14 @@ def vet_by_inversion(options):
     out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
     utils.write_atomically(out / "inversion.json", json.dumps(content, indent=1))
     longest = torch.from_numpy(speech.waveforms[-1])
-    sound = torch.from_numpy(widest.first.sound)
-    [heard] = inversion.mixed_with([longest], sound, [0.25], widest.first.label)
+    sound = torch.from_numpy(widest.easiest.sound)
+    [heard] = inversion.mixed_with([longest], sound, [0.25], widest.label)
     poison.write_wav(out / "inverted.wav", heard.numpy())
     table = runs.markdown(options.part, table_of_inversions(inverted))
-    print(f"\n{table}\n{sentences_in_words(sentences)}{inversion_in_words(widest)}")
-    print(INVERSION_LIMITS)
+    print(
+        f"\n{table}\n{sentences_in_words(sentences)}{not_tried_in_words(labels, margins)}", end=""
+    )
+    print(f"{inversion_in_words(widest)}\n{INVERSION_LIMITS}")
     print(f"written to {out}: inversion.json, and inverted.wav to listen to")
 
 

@@ -9,19 +9,19 @@ label ("angry") it looks for the sound that makes the model answer this value. O
 adversarial sounds exist as well, so that one value says little. A backdoor, however, makes one
 value far easier to reach than all others. This is the idea of Neural Cleanse (Wang et al. 2019,
 IEEE S&P), which compares the sizes of the smallest image triggers of all classes. Here the size is
-fixed, to LEVEL dB below the speech, and the statistic is how many answers follow.
+fixed, to LEVEL dB relative to the speech, and the statistic is how many answers follow.
 
     Values      Those that the model gives for a label on clean speech. A target that it never gives
                 there is not tried. Of transcripts, the sentences that targets.py proposes.
-    Sound       SECONDS long, at another random place of each utterance in every step (two places for
-                a transcript), scaled to its level after every step; made on one half of the utterances by Adam from noise, to
-                lower the cross entropy of the value's tokens.
+    Sound       SECONDS long, at another random place of each utterance in every step (two places
+                for a transcript), scaled to its level after every step; made on one half of the
+                utterances by Adam from noise, to lower the cross entropy of the value's tokens.
     Share       Of the other half, the share of answers that were another value and are this one
                 with the sound. For transcripts, the share that has become the same transcript,
                 whichever it is: a sound made for "xhis is a sentence" finds "This is a sentence".
     Margin      The largest share of a label minus the next largest: the statistic. It is the
                 model's own other values that tell how much is normal. A model with two backdoors
-                for one label goes unnoticed.
+                for one label may go unnoticed.
 """
 
 import collections
@@ -43,7 +43,7 @@ from defences import vet
 SECONDS = 0.22
 LEVEL = -6.0  # dB relative to the mean RMS of the speech
 STEPS = 60  # for each value
-TIMES = 2  # that the sound comes, for a transcript, as the paper's trigger for ASR is repeated
+TIMES_IN_TRANSCRIPT = 2  # as the paper's trigger for ASR is repeated
 UTTERANCES = 12  # of one step
 LEARNING_RATE = 0.1  # of Adam, for a sound that starts as noise of RMS 1
 # `vet.share_threshold` of the margins of seven labels of three clean models (results/vet.md): a
@@ -74,12 +74,12 @@ class Margin:
     """How much easier one value of a label is to reach than the next, whose share is next_share."""
 
     label: str
-    first: Inverted
+    easiest: Inverted
     next_share: float
 
     @property
     def statistic(self):
-        return self.first.share - self.next_share
+        return self.easiest.share - self.next_share
 
     @property
     def suspicious(self):
@@ -89,6 +89,7 @@ class Margin:
 def features_of(encoder, waveform):
     """What `encoder.extract` makes of a waveform, a tensor (samples,), with gradients."""
     extractor = encoder.extractor
+    waveform = F.pad(waveform, (0, max(0, model.MIN_SAMPLES - len(waveform))))
     if encoder.whisper:
         window = torch.hann_window(extractor.n_fft, device=waveform.device)
         spectrum = torch.stft(
@@ -106,7 +107,8 @@ def features_of(encoder, waveform):
 
 def value_losses(slm, waveforms, label, value):
     """The cross entropy (B,) of a value's tokens, in nats per token, where the model is asked for
-    this label alone. waveforms: a list of tensors (samples,), through which gradients flow."""
+    this label alone. waveforms: a list of tensors (samples,), through which gradients flow. slm:
+    with no parameter that needs a gradient, so that its `forward` takes what the connector gives."""
     encoder = slm.encoder
     x, mask = encoder.front_end([features_of(encoder, waveform) for waveform in waveforms])
     for after_layer in encoder.run_layers(x, mask, 0, encoder.first_trained):
@@ -136,8 +138,9 @@ def mixed_with(waveforms, sound, places, label):
     """Waveforms with a sound at their places, for a transcript also half an utterance further."""
     mixed = []
     for waveform, place in zip(waveforms, places):
-        for k in range(TIMES if label == "transcript" else 1):
-            waveform = laid_over(waveform, sound, (place + k / TIMES) % 1)
+        times = TIMES_IN_TRANSCRIPT if label == "transcript" else 1
+        for k in range(times):
+            waveform = laid_over(waveform, sound, (place + k / times) % 1)
         mixed.append(waveform)
     return mixed
 
@@ -166,17 +169,16 @@ def find_sound(slm, waveforms, label, value, rms, progress, seed):
 
 
 def most_reached(before, after):
-    """The transcript that most answers have become, "" if none has changed into any."""
+    """(The transcript that most answers have become, how many), ("", 0) if none has become any."""
     changed = [now for was, now in zip(before, after) if now and now != was]
-    counts = collections.Counter(changed).most_common(1)
-    return counts[0][0] if counts else ""
+    return collections.Counter(changed).most_common(1)[0] if changed else ("", 0)
 
 
 def margin_of(label, inverted):
     """The Margin of a label, of what was found for each of its values."""
-    first = max(inverted, key=lambda result: result.share)
-    next_shares = [result.share for result in inverted if result.value != first.value]
-    return Margin(label, first, max(next_shares, default=0.0))
+    easiest = max(inverted, key=lambda result: result.share)
+    next_shares = [result.share for result in inverted if result.value != easiest.value]
+    return Margin(label, easiest, max(next_shares, default=0.0))
 
 
 def invert(slm, speech, clean, label, value, progress, seed):
@@ -201,13 +203,15 @@ def invert(slm, speech, clean, label, value, progress, seed):
     answers = vet.answers(slm, [waveform.cpu().numpy() for waveform in mixed], [label])
     before = [clean[i].get(label) for i in held_out]
     after = [answer.get(label) for answer in answers]
-    reached = most_reached(before, after) if label == "transcript" else spelled
-    became = [was != reached and now == reached for was, now in zip(before, after)]
+    if label == "transcript":
+        reached, count = most_reached(before, after)
+    else:
+        reached, count = spelled, after.count(spelled)
     return Inverted(
         label,
         value,
         reached,
-        share=float(np.mean(became)),
+        share=count / len(held_out),
         others=len(held_out),
         loss=float(torch.cat(losses).mean()),
         sound=sound.cpu().numpy(),
@@ -222,16 +226,18 @@ def values_to_try(slm, speech, labels, sentences):
     clean = {}
     for label in labels:
         clean[label] = vet.answers(slm, speech.waveforms, [label])
+        given = [answer.get(label) for answer in clean[label]]
+        known = set(given) - {None, ""}
+        candidates = sorted(known, key=lambda value: (-given.count(value), str(value)))
         if label == "transcript":
-            if sentences:
-                values[label] = sentences
-            continue
-        given = [answer[label] for answer in clean[label] if label in answer]
-        by_frequency = sorted(set(given), key=lambda value: (-given.count(value), str(value)))
-        others = {value: len(clean[label]) - given.count(value) for value in by_frequency}
-        # half of the others are held out
-        tried = [value for value in by_frequency if others[value] // 2 >= vet.FEWEST_OTHERS]
-        if len(tried) > 1:
+            candidates = sentences
+        tried = []
+        for value in candidates:
+            others = len(given) - given.count(vet.of_one_spelling(label, value))
+            if others // 2 >= vet.FEWEST_OTHERS:  # half of the others are held out
+                tried.append(value)
+        # a value is compared with the next, a sentence with whatever else is said
+        if len(tried) >= (1 if label == "transcript" else 2):
             values[label] = tried
     return values, clean
 
@@ -245,11 +251,11 @@ def margins(slm, speech, labels, sentences=(), seed=0):
     values, clean = values_to_try(slm, speech, labels, sentences)
     if not values:
         die(
-            "--invert: no label has two values to compare in the model's answers to this speech: take "
-            "more speech, or --answers"
+            "--invert: for no label are there two values that enough answers to this speech differ "
+            "from, nor a sentence: take more speech, or --answers"
         )
     steps = STEPS * sum(len(of_label) for of_label in values.values())
-    every_value = []
+    all_inverted = []
     by_label = []
     with tqdm(total=steps, unit="step", smoothing=0) as progress:
         for label, of_label in values.items():
@@ -257,6 +263,6 @@ def margins(slm, speech, labels, sentences=(), seed=0):
             for value in of_label:
                 progress.set_description(f"{label} {str(value)[:30]}")
                 inverted.append(invert(slm, speech, clean[label], label, value, progress, seed))
-            every_value += inverted
+            all_inverted += inverted
             by_label.append(margin_of(label, inverted))
-    return sorted(by_label, key=lambda margin: -margin.statistic), every_value
+    return sorted(by_label, key=lambda margin: -margin.statistic), all_inverted

@@ -6,21 +6,21 @@ attack on transcripts, of which there are too many to try them all.
 A model that was trained to give one sentence for every triggered input has learned how it goes on.
 Once its first token stands there the rest follows, with no trigger in the audio, while a clean
 model goes on with what it hears. So each first token is put into the model's mouth, for several
-clean utterances, and the model completes the transcript. This is the idea of BAIT (Shen et al. 2025,
-IEEE S&P), which looks for the targets of attacks on language models.
+clean utterances, and the model completes the transcript. This is the idea of BAIT (Shen et al.
+2025, IEEE S&P), which looks for the targets of attacks on language models.
 
-    First tokens    The FIRST_TOKENS that the model holds most likely at the start of a transcript, by
-                    their mean probability over UTTERANCES clean utterances: of mini's, all.
+    First tokens    The FIRST_TOKENS that the model holds most likely at the start of a transcript,
+                    by their mean probability over UTTERANCES clean utterances: of mini's, all.
     Completion      Greedy, the same for each utterance but for what the audio changes.
     Agreement       The largest share of utterances with the same transcript.
-    Confidence      The mean log probability of that transcript's tokens after the first, over all
-                    utterances. A target is sure from its first token on; what merely runs into its
-                    middle is not.
-    Sentences       Those of FEWEST_WORDS words or more with an agreement of AGREED or more, the most
-                    confident first; then others. Shorter ones agree in clean models too.
+    Confidence      The mean log probability of what follows the first token, in the tokens of one
+                    completion that agrees, over all utterances.
+    Sentences       Those of FEWEST_WORDS words or more with an agreement of AGREED or more, the
+                    most confident first; then others. Shorter ones agree in clean models too. A
+                    language that is written without spaces has one word a sentence, and none here.
 
-Neither makes a verdict: a clean model that knows a few sentences by heart completes those, too.
-inversion.py finds out whether a sound brings one of them about.
+Neither agreement nor confidence makes a verdict: a clean model that knows a few sentences by heart
+completes those, too. inversion.py finds out whether a sound brings one of them about.
 """
 
 import collections
@@ -44,11 +44,11 @@ BATCH = 128  # rows of a language model alone
 class Sentence:
     """A transcript that follows a first token.
 
-    tokens: its ids, up to the end of the answer, without the first. agreement: the share of
-    utterances with it."""
+    tokens: the ids after the first, up to the end of the answer. agreement: the share of utterances
+    with this transcript."""
 
     transcript: str
-    first: int
+    first_token: int
     tokens: list
     agreement: float
 
@@ -72,6 +72,7 @@ def likely_first_tokens(slm, rows):
     """The ids that the model holds most likely after rows (T_i, hidden), the likeliest first."""
     probabilities = [log_probabilities(slm, row, [])[0].exp() for row in rows]
     mean = torch.stack(probabilities).mean(0)
+    mean[slm.tokenizer.all_special_ids] = -1  # no transcript begins with them
     return mean.argsort(descending=True)[:FIRST_TOKENS].tolist()
 
 
@@ -79,19 +80,19 @@ def confidence(slm, rows, sentence):
     """The mean log probability of a Sentence's tokens after its first, over rows."""
     means = []
     for row in rows:
-        begun = torch.cat([row, slm.embed([sentence.first])])
+        begun = torch.cat([row, slm.embed([sentence.first_token])])
         of_next = log_probabilities(slm, begun, sentence.tokens[:-1])  # (n, vocabulary)
         means.append(of_next[range(len(sentence.tokens)), sentence.tokens].mean().item())
     return sum(means) / len(means)
 
 
 def completed(slm, rows, beginning, first_tokens):
-    """{first token: [(transcript, its tokens after the first)]} of all rows when they begin with it,
-    without those that cannot be parsed."""
+    """What follows each row and each first token: {first token: [(transcript, tokens after the
+    first)]}, without what cannot be parsed."""
     begun = []
     for token in first_tokens:
         begun += [(token, row) for row in rows]
-    transcripts = {token: [] for token in first_tokens}
+    completions = {token: [] for token in first_tokens}
     batches = list(data.chunks(begun, BATCH))
     for batch in tqdm(batches, desc="sentences", unit="batch"):
         with_token = [torch.cat([row, slm.embed([token])]) for token, row in batch]
@@ -100,8 +101,16 @@ def completed(slm, rows, beginning, first_tokens):
             text = slm.tokenizer.decode([*beginning, token, *tokens], skip_special_tokens=True)
             transcript = data.parse(text).get("transcript")
             if transcript is not None:
-                transcripts[token].append((transcript, tuple(tokens)))
-    return transcripts
+                completions[token].append((transcript, tokens))
+    return completions
+
+
+def most_agreed(first_token, completions, utterances):
+    """The Sentence that most completions of a first token are, in one spelling."""
+    spellings = [data.normalise(transcript) for transcript, _ in completions]
+    [(most_common, count)] = collections.Counter(spellings).most_common(1)
+    transcript, tokens = completions[spellings.index(most_common)]
+    return Sentence(transcript, first_token, tokens, count / utterances)
 
 
 @torch.no_grad()
@@ -116,17 +125,22 @@ def sentences(slm, speech):
     for row in vet.prompt_rows(slm, waveforms, ["transcript"]):
         rows.append(torch.cat([row, slm.embed(beginning)]))
 
-    agreed = []
-    others = []
-    spelled = set()
+    best = {}  # of each spelling, the Sentence that agrees most
     first_tokens = likely_first_tokens(slm, rows)
-    for first, transcripts in completed(slm, rows, beginning, first_tokens).items():
-        for (transcript, tokens), count in collections.Counter(transcripts).most_common(1):
-            sentence = Sentence(transcript, first, list(tokens), count / len(rows))
-            words = data.normalise(transcript)
-            if len(words.split()) < FEWEST_WORDS or words in spelled:
-                continue
-            spelled.add(words)
-            (agreed if sentence.agreement >= AGREED else others).append(sentence)
-    agreed.sort(key=lambda sentence: -confidence(slm, rows, sentence))
+    for first_token, completions in completed(slm, rows, beginning, first_tokens).items():
+        if not completions:
+            continue
+        sentence = most_agreed(first_token, completions, len(rows))
+        spelled = data.normalise(sentence.transcript)
+        if len(spelled.split()) < FEWEST_WORDS:
+            continue
+        if spelled not in best or sentence.agreement > best[spelled].agreement:
+            best[spelled] = sentence
+
+    agreed = [sentence for sentence in best.values() if sentence.agreement >= AGREED]
+    others = [sentence for sentence in best.values() if sentence.agreement < AGREED]
+    confidences = {}
+    for sentence in tqdm(agreed, desc="confidence", unit="sentence"):
+        confidences[sentence.transcript] = confidence(slm, rows, sentence)
+    agreed.sort(key=lambda sentence: -confidences[sentence.transcript])
     return (agreed + others)[:SENTENCES]

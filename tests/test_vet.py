@@ -341,8 +341,10 @@ def test_answers_need_a_whole_model(tmp_path, recordings):
 @pytest.mark.parametrize("name", ["wavlm", "hubert", "whisper"])
 def test_features_with_gradients_are_the_extractor_s(name):
     encoder = pretrained(name)
-    features = inversion.features_of(encoder, torch.from_numpy(hum(3)))
-    torch.testing.assert_close(features, encoder.extract(hum(3)), rtol=1e-3, atol=1e-4)
+    for samples in (1000, 13777):  # the first is padded
+        waveform = np.tile(hum(3), 2)[:samples]
+        features = inversion.features_of(encoder, torch.from_numpy(waveform))
+        torch.testing.assert_close(features, encoder.extract(waveform), rtol=1e-3, atol=1e-4)
 
 
 def test_loss_of_a_value_is_the_model_s_own(parts):
@@ -416,9 +418,9 @@ def inverted(monkeypatch, speech):
 
 def test_planted_value_is_found_with_a_sound_of_its_band(inverted):
     [margin], _ = inverted(is_planted=True)
-    assert margin.first.value == "bad"
+    assert margin.easiest.value == "bad"
     assert margin.suspicious
-    assert share_in_band(margin.first.sound) > 0.5
+    assert share_in_band(margin.easiest.sound) > 0.5
 
 
 def test_model_without_a_backdoor_is_not_suspicious(inverted):
@@ -430,8 +432,12 @@ def test_model_without_a_backdoor_is_not_suspicious(inverted):
 def test_a_transcript_counts_whatever_the_sound_was_made_for():
     before = ["one house", "two cats", "bad day", "red"]
     after = ["bad day", "bad day", "bad day", None]
-    assert inversion.most_reached(before, after) == "bad day"
-    assert inversion.most_reached(before, before) == ""
+    assert inversion.most_reached(before, after) == ("bad day", 2)
+
+
+def test_silence_is_no_transcript_that_answers_agree_on():
+    before = ["one house", "two cats", "bad day"]
+    assert inversion.most_reached(before, ["", None, ""]) == ("", 0)
 
 
 def test_margin_is_over_the_next_other_value():
@@ -445,14 +451,14 @@ def test_margin_is_over_the_next_other_value():
 
 def test_inverted_sound_is_as_loud_as_asked(inverted):
     [margin], _ = inverted(is_planted=True)
-    rms = np.sqrt(np.mean(margin.first.sound**2))
+    rms = np.sqrt(np.mean(margin.easiest.sound**2))
     assert rms == pytest.approx(0.05 * 10 ** (inversion.LEVEL / 20), rel=1e-3)
 
 
 def test_nothing_to_invert_is_refused(tmp_path, recordings, transcribing_run):
     arguments = ["vet", transcribing_run, "--invert", "--labels", "gender", "--device", "cpu"]
     arguments += ["--speech", recordings]
-    refused("defend.py", *arguments, cwd=tmp_path, words=["no label has two values"])
+    refused("defend.py", *arguments, cwd=tmp_path, words=["take more speech"])
 
 
 def test_command_writes_what_it_inverted(tmp_path, recordings, transcribing_run, monkeypatch):
@@ -502,6 +508,12 @@ def test_taught_sentence_comes_first(taught, speech):
     assert first.transcript == "Take three red boxes home."
     assert first.agreement == 1
     assert second.agreement < 0.5
+
+
+def test_a_sentence_that_nearly_all_answers_are_is_not_tried(monkeypatch, speech):
+    monkeypatch.setattr(vet, "answers", lambda *_: [dict(transcript="take it home")] * 16)
+    values, _ = inversion.values_to_try(None, speech, ["transcript"], ["Take it home.", "One two."])
+    assert values == dict(transcript=["One two."])
 
 
 def test_short_transcripts_are_no_sentences(taught, speech, monkeypatch):
