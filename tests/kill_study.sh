@@ -37,7 +37,7 @@ for seconds in $KILL_AFTER; do
     wait $! 2> /dev/null || true
 done
 (study killed)
-diff -r -I '^| \(Command\|Records\|Runs by commit\) |' "$OUT/whole/results" "$OUT/killed/results"
+diff -r -I '^| \(Command\|Commit\|Records\|Runs by commit\) |' "$OUT/whole/results" "$OUT/killed/results"
 diff <(weights whole) <(weights killed)
 echo "the same tables, pictures and weights"
 rm -r "$OUT"
