@@ -653,7 +653,8 @@ def answers_in_words(agreements):
 
 
 def verdict_written(options, dataset, utterances, statistic, threshold, start):
-    """What vet.json, answers.json and inversion.json all say. start: when vetting began, of time.perf_counter."""
+    """What vet.json, answers.json and inversion.json all say. start: when vetting began, of
+    time.perf_counter."""
     return dict(
         speech=str(dataset),
         n=len(utterances),
@@ -718,12 +719,11 @@ def vet_model(options):
 
 def table_of_inversions(inverted):
     """The values that are easiest to reach, one row each."""
-    rows = []
-    listed = set()
+    by_value = {}
     for result in sorted(inverted, key=lambda result: -result.share):
-        if (result.label, result.value) in listed or len(rows) == LISTED:
-            continue
-        listed.add((result.label, result.value))
+        by_value.setdefault((result.label, result.value), result)
+    rows = []
+    for result in list(by_value.values())[:LISTED]:
         row = dict(Label=result.label, Value=str(result.value)[:40])
         row["Share %"] = runs.number(100 * result.share, ".0f")
         row["Of answers"] = runs.number(result.others, ".0f")
@@ -803,10 +803,8 @@ def vet_by_inversion(options):
     [heard] = inversion.mixed_with([longest], sound, [0.25], widest.label)
     poison.write_wav(out / "inverted.wav", heard.numpy())
     table = runs.markdown(options.part, table_of_inversions(inverted))
-    print(
-        f"\n{table}\n{sentences_in_words(sentences)}{not_tried_in_words(labels, margins)}", end=""
-    )
-    print(f"{inversion_in_words(widest)}\n{INVERSION_LIMITS}")
+    notes = sentences_in_words(sentences) + not_tried_in_words(labels, margins)
+    print(f"\n{table}\n{notes}{inversion_in_words(widest)}\n{INVERSION_LIMITS}")
     print(f"written to {out}: inversion.json, and inverted.wav to listen to")
 
 

@@ -136,9 +136,9 @@ def laid_over(waveform, sound, place):
 
 def mixed_with(waveforms, sound, places, label):
     """Waveforms with a sound at their places, for a transcript also half an utterance further."""
+    times = TIMES_IN_TRANSCRIPT if label == "transcript" else 1
     mixed = []
     for waveform, place in zip(waveforms, places):
-        times = TIMES_IN_TRANSCRIPT if label == "transcript" else 1
         for k in range(times):
             waveform = laid_over(waveform, sound, (place + k / times) % 1)
         mixed.append(waveform)
@@ -227,17 +227,19 @@ def values_to_try(slm, speech, labels, sentences):
     for label in labels:
         clean[label] = vet.answers(slm, speech.waveforms, [label])
         given = [answer.get(label) for answer in clean[label]]
-        known = set(given) - {None, ""}
-        candidates = sorted(known, key=lambda value: (-given.count(value), str(value)))
         if label == "transcript":
             candidates = sentences
+            fewest = 1  # it is compared with whatever else is said
+        else:
+            known = set(given) - {None, ""}
+            candidates = sorted(known, key=lambda value: (-given.count(value), str(value)))
+            fewest = 2
         tried = []
         for value in candidates:
             others = len(given) - given.count(vet.of_one_spelling(label, value))
             if others // 2 >= vet.FEWEST_OTHERS:  # half of the others are held out
                 tried.append(value)
-        # a value is compared with the next, a sentence with whatever else is said
-        if len(tried) >= (1 if label == "transcript" else 2):
+        if len(tried) >= fewest:
             values[label] = tried
     return values, clean
 
