@@ -97,8 +97,26 @@ def faster(waveform, sample_rate, rng):
 
 
 def higher(waveform, sample_rate, rng):
-    """The whole waveform three semitones higher, as fast as before."""
-    return torchaudio.functional.pitch_shift(torch.from_numpy(waveform), sample_rate, 3).numpy()
+    """The whole waveform three semitones higher, as fast as before, (samples,) -> (samples,): a
+    phase vocoder makes it slower, and playing it faster makes it higher. 44 / 37 is three semitones
+    within a thousandth of one. `torchaudio.functional.pitch_shift` takes the fraction that is
+    nearest in Hz instead, and its resampling then takes 15 s for a recording of two."""
+    faster_by, slower_by = 44, 37
+    window = torch.hann_window(512)
+    hop = 128
+    spectrum = torch.stft(
+        torch.from_numpy(waveform),
+        512,
+        hop,
+        window=window,
+        pad_mode="constant",
+        return_complex=True,
+    )  # (frequencies, frames)
+    phase_advance = torch.linspace(0, np.pi * hop, len(spectrum))[:, None]
+    slow = torchaudio.functional.phase_vocoder(spectrum, slower_by / faster_by, phase_advance)
+    samples = -(-len(waveform) * faster_by // slower_by)
+    slow = torch.istft(slow, 512, hop, window=window, length=samples).numpy()
+    return at_speed(slow, faster_by, slower_by)[: len(waveform)]
 
 
 def quieter(waveform, sample_rate, rng):
