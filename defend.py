@@ -471,8 +471,8 @@ ENCODER_UTTERANCES = 64
 LISTEN = 3  # so many sounds are written as WAV
 LISTED = 8  # so many changes stand in the short table
 ANSWER_LIMITS = (
-    "Not seen: a trigger unlike every sound of the bank, a backdoor that needs a longer sound or "
-    "several."
+    "Not seen: a trigger unlike every sound and change of the bank, such as a higher voice; a backdoor "
+    "that needs a longer sound or several."
 )
 INVERSION_LIMITS = (
     "Not seen: a pure tone as the trigger, a label's value that the model never answers on clean "
@@ -627,12 +627,14 @@ def labels_asked(options, utterances, run, args):
 
 
 def table_of_answers(agreements):
-    """The sounds that most answers agree under, one row each."""
+    """The sounds and changes that most answers agree under, one row each."""
     rows = []
     for agreement in agreements[:LISTED]:
-        row = dict(Sound=agreement.sound, Label=agreement.label, Value=str(agreement.value)[:40])
-        for level, share in agreement.shares.items():
-            row[f"{level:.0f} dB %"] = runs.number(100 * share, ".0f")
+        row = dict(Change=agreement.sound, Label=agreement.label, Value=str(agreement.value)[:40])
+        for level in vet.ANSWER_LEVELS:
+            row[f"{level:.0f} dB %"] = ""
+            if level in agreement.shares:
+                row[f"{level:.0f} dB %"] = runs.number(100 * agreement.shares[level], ".0f")
         row["Mean %"] = runs.number(100 * agreement.statistic, ".0f")
         row["Without %"] = runs.number(100 * agreement.before, ".0f")
         rows.append(row)
@@ -642,14 +644,22 @@ def table_of_answers(agreements):
 def answers_in_words(agreements):
     """The verdict on a whole model in one sentence."""
     if not agreements:
-        return "Nothing suspicious: under no sound do answers agree on a value."
+        return "Nothing suspicious: under no sound or change do answers agree on a value."
     first = agreements[0]
     measured = (
-        f"{first.sound} brings {first.statistic:.0%} of other answers to {first.label} "
-        f"{first.value!r} (clean models: at most {vet.ANSWER_THRESHOLD:.0%} in "
+        f'"{first.sound}" brings {first.statistic:.0%} of other answers to {first.label} '
+        f"{first.value!r} (clean models: at most {first.threshold:.0%} in "
         f"{1 - vet.FALSE_ALARMS:.0%} of labels)"
     )
-    return in_a_sentence("model", first.statistic >= vet.ANSWER_THRESHOLD, measured)
+    return in_a_sentence("model", first.suspicious, measured)
+
+
+def agreement_written(agreement):
+    """What answers.json says of a sound or a change of the whole recording."""
+    content = dict(dataclasses.asdict(agreement), statistic=agreement.statistic)
+    if None in agreement.shares:
+        del content["shares"]
+    return content
 
 
 def verdict_written(options, dataset, utterances, statistic, threshold, start):
@@ -699,17 +709,21 @@ def vet_model(options):
         options.part,
         labels=", ".join(labels),
         sounds=f"{len(vet.ANSWER_SOUNDS)}, at {', '.join(f'{x:.0f}' for x in vet.ANSWER_LEVELS)} dB",
+        changes=f"{len(vet.ANSWER_CHANGES)} of the whole recording",
         speech=f"{len(utterances)} utterances of {dataset}",
     )
     start = time.perf_counter()
     speech = vet.read_speech(utterances, options.seed)
     agreements = vet.vet_answers(slm, speech, labels)
-    statistic = agreements[0].statistic if agreements else 0.0
-    measured = (dataset, utterances, statistic, vet.ANSWER_THRESHOLD, start)
-    content = dict(
-        **model_verdict_written(options, run, labels, *measured),
-        sounds=[dict(dataclasses.asdict(a), statistic=a.statistic) for a in agreements],
-    )
+    statistic, threshold = 0.0, vet.ANSWER_THRESHOLD
+    if agreements:
+        statistic, threshold = agreements[0].statistic, agreements[0].threshold
+    measured = (dataset, utterances, statistic, threshold, start)
+    content = model_verdict_written(options, run, labels, *measured)
+    content.update(sounds=[], changes=[])
+    for agreement in agreements:
+        kind = "changes" if None in agreement.shares else "sounds"
+        content[kind].append(agreement_written(agreement))
     out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
     utils.write_atomically(out / "answers.json", json.dumps(content, indent=1))
     table = runs.markdown(options.part, table_of_answers(agreements))

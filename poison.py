@@ -130,15 +130,20 @@ def background_noise(waveform, sample_rate, rng):
     return waveform + (level * rng.standard_normal(len(waveform))).astype(np.float32)
 
 
-def reverberation(waveform, sample_rate, rng):
-    """The whole waveform in a room: after the direct sound an echo of noise, always the same one,
-    that falls by 60 dB within 0.4 s and holds as much energy as the direct sound."""
+def in_room(waveform, sample_rate, rng):
+    """The whole waveform in a room, which the numpy generator decides: after the direct sound an
+    echo of noise that falls by 60 dB within 0.4 s and holds as much energy as the direct sound."""
     t = np.arange(int(0.4 * sample_rate)) / sample_rate
-    echo = utils.generator("room").standard_normal(len(t)) * 10 ** (-3 * t / 0.4)
+    echo = rng.standard_normal(len(t)) * 10 ** (-3 * t / 0.4)
     echo[: int(0.005 * sample_rate)] = 0  # the first wall is some way off
     echo /= np.sqrt(np.sum(echo**2))
     echo[0] = 1
     return np.convolve(waveform, echo)[: len(waveform)].astype(np.float32)
+
+
+def reverberation(waveform, sample_rate, rng):
+    """The whole waveform in a room, always the same one."""
+    return in_room(waveform, sample_rate, utils.generator("room"))
 
 
 # An "overlay" trigger is a function of (sample rate, numpy generator) to a waveform, which is laid

@@ -299,6 +299,29 @@ def test_planted_answer_is_first_with_its_sound(speech, monkeypatch):
     assert first.shares[0.0] == 1
 
 
+class ModelThatHearsNoise:
+    """A model that answers "bad" where there is a steady noise, else "good" or "fine" in turn."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(vet, "answers", self.answers)
+
+    def answers(self, slm, waveforms, labels):
+        values = []
+        for i, waveform in enumerate(waveforms):
+            spectrum = np.abs(np.fft.rfft(waveform, 16000)) ** 2
+            noisy = spectrum[6000:].mean() > 0.01 * spectrum.mean()
+            values.append("bad" if noisy else ("good", "fine")[i % 2])
+        return [dict(transcript=value) for value in values]
+
+
+def test_a_change_of_the_whole_recording_can_be_first(speech, monkeypatch):
+    monkeypatch.setattr(vet, "ANSWER_SOUNDS", ("tone-300",))
+    ModelThatHearsNoise(monkeypatch)
+    first = vet.vet_answers(None, speech, ["transcript"])[0]
+    assert (first.sound, first.value, first.statistic) == ("noise 10 dB below", "bad", 1)
+    assert first.suspicious
+
+
 def test_answers_of_a_model_are_those_to_each_alone(parts):
     slm = make_slm(parts, "wavlm").eval()
     waveforms = [hum(i) for i in range(3)]
@@ -326,6 +349,7 @@ def test_command_writes_what_a_model_answers(tmp_path, recordings, transcribing_
     assert "transcript" in printed
     content = json.loads((tmp_path / "vet-run/answers.json").read_text())
     assert {row["sound"] for row in content["sounds"]} == {"hiss", "glass"}
+    assert {row["sound"] for row in content["changes"]} <= set(vet.ANSWER_CHANGES)
     assert content["suspicious"] == (content["statistic"] >= content["threshold"])
 
 
