@@ -31,7 +31,8 @@ the speech a little, so that both encoders hear the same utterances, each cut to
 then takes the same share of an embedding in any corpus.
 
 `python defend.py vet RUN --answers` asks the same of a whole model: under which sound, at which
-level, its answers come to agree on one value of a label (Agreement).
+level, and under which of a few changes of the whole recording (ANSWER_CHANGES: stop bands, another
+speed, a room, background noise) its answers come to agree on one value of a label (Agreement).
 
 Nothing is optimised here. A trigger inverted in the manner of DECREE (Feng et al. 2023, arXiv
 2303.15180) told attacked encoders from clean ones less well (results/vet.md); of a whole model it
