@@ -475,9 +475,9 @@ ANSWER_LIMITS = (
     "that needs a longer sound or several."
 )
 INVERSION_LIMITS = (
-    "Not seen: a pure tone as the trigger, a label's value that the model never answers on clean "
-    "speech, a sentence of fewer than three words, two targets for one label, a backdoor that needs a "
-    "longer sound or more of them."
+    "Not seen: a pure tone or a filter as the trigger, a label's value that the model never answers "
+    "on clean speech, a sentence of fewer than three words, two targets for one label, a backdoor "
+    "that needs a longer sound or more of them."
 )
 LIMITS = (  # printed after every verdict on an encoder
     "Not seen: a trigger unlike every sound of the bank, a backdoor in the connector or the language "
