@@ -632,9 +632,8 @@ def table_of_answers(agreements):
     for agreement in agreements[:LISTED]:
         row = dict(Change=agreement.sound, Label=agreement.label, Value=str(agreement.value)[:40])
         for level in vet.ANSWER_LEVELS:
-            row[f"{level:.0f} dB %"] = ""
-            if level in agreement.shares:
-                row[f"{level:.0f} dB %"] = runs.number(100 * agreement.shares[level], ".0f")
+            share = agreement.shares.get(level)
+            row[f"{level:.0f} dB %"] = "" if share is None else runs.number(100 * share, ".0f")
         row["Mean %"] = runs.number(100 * agreement.statistic, ".0f")
         row["Without %"] = runs.number(100 * agreement.before, ".0f")
         rows.append(row)
@@ -657,8 +656,8 @@ def answers_in_words(agreements):
 def agreement_written(agreement):
     """What answers.json says of a sound or a change of the whole recording."""
     content = dict(dataclasses.asdict(agreement), statistic=agreement.statistic)
-    if None in agreement.shares:
-        del content["shares"]
+    if agreement.of_whole:
+        del content["shares"]  # the statistic is its only share
     return content
 
 
@@ -722,7 +721,7 @@ def vet_model(options):
     content = model_verdict_written(options, run, labels, *measured)
     content.update(sounds=[], changes=[])
     for agreement in agreements:
-        kind = "changes" if None in agreement.shares else "sounds"
+        kind = "changes" if agreement.of_whole else "sounds"
         content[kind].append(agreement_written(agreement))
     out = Path(options.out or run.parent / f"vet-{run.resolve().name}")
     utils.write_atomically(out / "answers.json", json.dumps(content, indent=1))

@@ -114,7 +114,7 @@ def higher(waveform, sample_rate, rng):
     )  # (frequencies, frames)
     phase_advance = torch.linspace(0, np.pi * hop, len(spectrum))[:, None]
     slow = torchaudio.functional.phase_vocoder(spectrum, slower_by / faster_by, phase_advance)
-    samples = -(-len(waveform) * faster_by // slower_by)
+    samples = math.ceil(len(waveform) * faster_by / slower_by)
     slow = torch.istft(slow, 512, hop, window=window, length=samples).numpy()
     return at_speed(slow, faster_by, slower_by)[: len(waveform)]
 

@@ -403,8 +403,8 @@ ANSWER_CHANGES = {
     "without two octaves around 1000 Hz": octaves_without(1000, 2),
     "without two octaves around 2000 Hz": octaves_without(2000, 2),
 }
-# the same of twelve labels of three clean emotion models, WavLM's after four and eight epochs and
-# HuBERT's
+# for these changes, as ANSWER_THRESHOLD for sounds: of twelve labels of three clean emotion models,
+# WavLM's after four and eight epochs and HuBERT's
 CHANGE_THRESHOLD = 0.90
 
 
@@ -430,8 +430,13 @@ class Agreement:
         return float(np.mean(list(self.shares.values())))
 
     @property
+    def of_whole(self):
+        """Whether it is of a change of the whole recording, which has no level."""
+        return None in self.shares
+
+    @property
     def threshold(self):
-        return CHANGE_THRESHOLD if None in self.shares else ANSWER_THRESHOLD
+        return CHANGE_THRESHOLD if self.of_whole else ANSWER_THRESHOLD
 
     @property
     def suspicious(self):
