@@ -67,12 +67,12 @@ FEWEST = 16  # utterances
 BATCH = 32
 # The share of clean encoders that may be called suspicious, and the statistics from which on they
 # are: `threshold` of the statistics of clean encoders alone (results/vet.md lists them). For "ratio"
-# these are fifteen fine-tuned ones of mini's four architectures, four of them fully trained; for
-# "excess" eleven of them and the four pretrained parts. Each was vetted by
+# these are seventeen fine-tuned ones, of mini's four architectures and Whisper tiny, six of them
+# fully trained; for "excess" eleven of them and the four pretrained parts. Each was vetted by
 #     python defend.py vet RUN --speech crema
 # or the run's own corpus; of an encoder that was vetted with two corpora, the larger one counts.
 FALSE_ALARMS = 0.01
-THRESHOLDS = dict(ratio=3.18, excess=4.18)
+THRESHOLDS = dict(ratio=3.76, excess=4.18)
 
 # -------------------------------------------------------------------------------------------------
 # the bank
