@@ -244,12 +244,20 @@ def read_run(folder):
 
 
 def read_packed(path):
-    """The records of a packed study. Exits with a one-line error if the file is none."""
+    """The records of a packed study. Exits with a one-line error if the file is none, or holds two
+    runs of one name, of which a table would show the last."""
     try:
         text = gzip.decompress(path.read_bytes()).decode()
     except NOT_PACKED:
         die(f"{path}: no packed study (runs.py --pack)")
-    return parse_lines(path, text)
+    records = parse_lines(path, text)
+    names = set()
+    for record in records:
+        if record["source"] == "run":
+            if record["run"] in names:
+                die(f"{path} holds two runs named {record['run']}: rename or remove one")
+            names.add(record["run"])
+    return records
 
 
 def read(path):

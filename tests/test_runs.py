@@ -64,6 +64,12 @@ def test_what_is_no_packed_study_is_refused(tmp_path, content):
     refused("analyze.py", "tables", "--runs", "x.gz", cwd=tmp_path, words=["x.gz"])
 
 
+def test_two_packed_runs_of_one_name_are_refused(tmp_path):
+    run = fields("asr", "base") | dict(source="run", metric=None)
+    runs.pack([run, run], tmp_path / "x.gz")
+    refused("analyze.py", "tables", "--runs", "x.gz", cwd=tmp_path, words=["two runs", run["run"]])
+
+
 def test_records_of_another_model_are_refused(tmp_path):
     shift = dict(source="shift", metric="cosine", model_sha256="old", **figure(0.9))
     run = write_run(tmp_path / "runs", arguments("asr", "base"), records=[shift])
