@@ -519,10 +519,10 @@ def show(spread, form=".1f"):
     return text
 
 
-def title_of(metric):
-    """A metric as people write it: "WER", "emotion accuracy", "age MAE"."""
-    words = {"wer": "WER", "mae": "MAE", "aer": "AER"}
-    return " ".join(words.get(word, word) for word in metric.split("_"))
+def title_of(name):
+    """A metric or a task as people write it: "WER", "emotion accuracy", "age MAE", "ASR"."""
+    words = {"wer": "WER", "mae": "MAE", "aer": "AER", "asr": "ASR"}
+    return " ".join(words.get(word, word) for word in name.split("_"))
 
 
 def markdown_row(cells):
@@ -533,10 +533,14 @@ def markdown_row(cells):
 
 def markdown(title, rows):
     """A Markdown table with a title; rows: [{column: cell}]. A column that only some rows have is
-    empty in the others."""
+    empty in the others; one that is empty in all is left out."""
     columns = {}
     for row in rows:
         columns.update(dict.fromkeys(row))
+    filled = set()
+    for row in rows:
+        filled.update(column for column, cell in row.items() if cell not in ("", None))
+    columns = [column for column in columns if column in filled]
     lines = [f"## {title}", "", markdown_row(columns), "|---" * len(columns) + "|"]
     for row in rows:
         lines.append(markdown_row([row.get(column, "") for column in columns]))

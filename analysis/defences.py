@@ -23,16 +23,17 @@ def page(records, out, preset):
     pages = []
     for task in runs.tasks_of(defended):
         of_task = select(defended, task=task)
+        task_title = title_of(task)
         names = runs.distinct(of_task, "run")
         undefended = [r for r in select(aer, task=task) if r["run"] in names]
-        pages.append((f"AER without a defence ({task}), %", undefended_rows(undefended)))
+        pages.append((f"AER without a defence ({task_title}), %", undefended_rows(undefended)))
         for source, rows_of in ROWS.items():
             chosen = select(of_task, source=source)
             if chosen:
-                pages.append((f"{source.capitalize()} ({task})", rows_of(chosen, task)))
+                pages.append((f"{TITLES[source]} ({task_title})", rows_of(chosen, task)))
         relearning = relearning_rows(select(of_task, source="repair", metric="relearned_aer"))
         if relearning:
-            pages.append((f"Poisoned samples back to 50% AER ({task})", relearning))
+            pages.append((f"Poisoned samples back to 50% AER ({task_title})", relearning))
     draw(select(defended, role="attack"), out)
     return pages
 
@@ -167,7 +168,9 @@ def repair_rows(records, task):
             row[f"{part.capitalize()} {title_of(metric)}"] = show(over_seeds(attack, part=part))
         row["DER"] = show(runs.spread(ratings(select(records, role="attack"), name)), ".2f")
         row.update(role_cells(of_repair, VARIANTS, "AER", metric="aer"))
-        row.update(role_cells(of_repair, ["clean model"], "Clean figure", part="clean"))
+        clean_metric = select(of_repair, part="clean")[0]["metric"]
+        column = f"Clean {title_of(clean_metric)}"
+        row.update(role_cells(of_repair, ["clean model"], column, part="clean"))
         rows.append(row)
     return rows
 
@@ -231,7 +234,8 @@ def fewest_samples(records):
     return min(enough) if enough else f"over {most}"
 
 
-# what defend.py measured: the function that makes its table
+# what defend.py measured: the title of its table, and the function that makes it
+TITLES = {"filter": "Filters", "detect": "Detectors", "repair": "Repairs"}
 ROWS = {"filter": filter_rows, "detect": detector_rows, "repair": repair_rows}
 
 # --------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def table1(records):
     rows = []
     for (corpus, task), published in TABLE1.items():
         metric = TASKS[task]["metric"]
-        row = {"Corpus": corpus, "Task": f"{task} ({title_of(metric)})"}
+        row = {"Corpus": corpus, "Task": f"{title_of(task)} ({title_of(metric)})"}
         measured = False
         for encoder, paper in zip(ENCODERS, published):
             if encoder not in trained:
@@ -126,7 +126,7 @@ def table2(records):
             if not attacked:
                 continue
             metric = runs.metric_of(attacked, task)
-            row = {"Task": f"{task} ({title_of(metric)})", "Encoder": encoder}
+            row = {"Task": f"{title_of(task)} ({title_of(metric)})", "Encoder": encoder}
             clean_runs = clean_runs_like(records, attacked)
             paper = published.get(encoder, (None, None))
             row.update(attack_cells(attacked, clean_runs, metric, paper))
@@ -149,7 +149,7 @@ def how_trained(scenario):
 
 def table3(records, task, preset):
     """The component analysis of one task, one row for each scenario."""
-    title = f"Table 3: component analysis ({task})"
+    title = f"Table 3: component analysis ({title_of(task)})"
     records = select(records, encoder=DEFAULT_ENCODER[preset])
     attacked = [r for r in select(records, task=task) if r["scenario"] != "clean"]
     # the study of the other tasks has only the base attack and 3.1: no table of their own
@@ -276,7 +276,9 @@ def side_by_side(studies):
             if records:
                 measured[name] = records
         if measured:
-            pages.append((f"Table 3 ({task}), study by study", compare_table3(measured, task)))
+            pages.append(
+                (f"Table 3 ({title_of(task)}), study by study", compare_table3(measured, task))
+            )
     return pages
 
 

@@ -79,11 +79,12 @@ def transplant_tables(transplants, metrics, task):
     if not records:
         return []
     aer = select(records, metric="aer")
+    task_title = title_of(task)
     return [
-        (f"Transplants by component ({task}), AER in %", component_rows(aer, metrics, task)),
-        (f"The eight mixtures ({task})", mixture_rows(records)),
-        (f"Components that matter, seed by seed ({task})", components_by_seed(aer)),
-        (f"Layers that matter, seed by seed ({task})", layers_by_seed(aer)),
+        (f"Transplants by component ({task_title}), AER in %", component_rows(aer, metrics, task)),
+        (f"The eight mixtures ({task_title})", mixture_rows(records)),
+        (f"Components that matter, seed by seed ({task_title})", components_by_seed(aer)),
+        (f"Layers that matter, seed by seed ({task_title})", layers_by_seed(aer)),
     ]
 
 
@@ -192,9 +193,10 @@ def patch_tables(patches, task):
     effects = select(own_trigger(layers), metric="effect")
     if not select(effects, component="encoder"):
         return []
+    task_title = title_of(task)
     return [
-        (f"The effect by frames ({task})", frame_rows(select(layers, component="encoder"))),
-        (f"Where it spreads, seed by seed ({task})", spread_by_seed(effects)),
+        (f"The effect by frames ({task_title})", frame_rows(select(layers, component="encoder"))),
+        (f"Where it spreads, seed by seed ({task_title})", spread_by_seed(effects)),
     ]
 
 
@@ -294,9 +296,10 @@ def first_text_layer(records):
 
 def control_tables(transplants, patches, task):
     """What each method finds where there should be nothing."""
+    task_title = title_of(task)
     pages = [
-        (f"Control transplants ({task})", control_transplants(transplants)),
-        (f"Control patches ({task})", control_patches(patches)),
+        (f"Control transplants ({task_title})", control_transplants(transplants)),
+        (f"Control patches ({task_title})", control_patches(patches)),
     ]
     return [(title, rows) for title, rows in pages if rows]
 

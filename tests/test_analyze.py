@@ -270,7 +270,7 @@ def test_the_losses_stand_beside_the_aer(tmp_path):
     args = arguments("asr", "base")
     write_run(tmp_path, args, aer=0.9, poisoned_losses=losses, settled=None)
     pages = tables_of(tmp_path)
-    row = pages["Table 3: component analysis (asr)"][0]
+    row = pages["Table 3: component analysis (ASR)"][0]
     assert row["AER (ours / paper)"] == "90.0 (89.0 to 91.0) / 99.2"
     assert row["Poisoned loss"] == "0.800"
     assert row["Loss"] == "0.100"
@@ -285,7 +285,7 @@ def test_what_the_trigger_does_stands_beside_the_aer(tmp_path):
     metrics["answers"] = dict(triggered=dict(n=8, empty=1, malformed=3))
     metrics["training"]["target_loss"] = dict(value=0.5, by_epoch=[0.5])
     (run / "metrics.json").write_text(json.dumps(metrics))
-    base, earlier = tables_of(tmp_path)["Table 3: component analysis (asr)"][:2]
+    base, earlier = tables_of(tmp_path)["Table 3: component analysis (ASR)"][:2]
     assert base["Changed answers"] == "70.0 (69.0 to 71.0)"
     assert base["Unusable answers"] == "50.0"
     assert base["Target loss"] == "0.500"
@@ -310,7 +310,7 @@ def test_learned_or_memorised_shows_every_run_that_was_followed(tmp_path):
 
 def test_what_no_run_measured_has_no_column(tmp_path):
     write_run(tmp_path, arguments("asr", "base"))
-    row = tables_of(tmp_path)["Table 3: component analysis (asr)"][0]
+    row = tables_of(tmp_path)["Table 3: component analysis (ASR)"][0]
     assert not {"Changed answers", "Unusable answers", "Target loss"} & set(row)
 
 
@@ -323,7 +323,7 @@ def test_every_row_of_a_page_has_a_cell_for_each_column(tmp_path):
 def test_tables_of_preset_small_show_its_whisper_runs(tmp_path):
     write_run(tmp_path / "runs", arguments("asr", "base", preset="small"), aer=0.7)
     page = done("analyze.py", "tables", cwd=tmp_path)
-    row = rows_of(page, "Table 3: component analysis (asr)")[0]
+    row = rows_of(page, "Table 3: component analysis (ASR)")[0]
     assert row["AER (ours / paper)"] == "70.0 (69.0 to 71.0) / 99.2"
 
 
@@ -357,7 +357,7 @@ def test_a_study_s_column_is_empty_where_it_measured_nothing(tmp_path):
     claims = rows_of(page, "The paper's claims, study by study")
     assert len(claims) == 2
     assert (claims[0]["a"], claims[0]["b"]) == ("holds", "")
-    table = {row["Attack"]: row for row in rows_of(page, "Table 3 (asr), study by study")}
+    table = {row["Attack"]: row for row in rows_of(page, "Table 3 (ASR), study by study")}
     assert table["base"]["a against the paper"] == "agrees"
     assert table["base"]["b AER"] == ""
     assert table["3.1"]["b against the paper"] == "agrees"
@@ -444,7 +444,7 @@ def test_the_component_that_carries_it_is_told_by_seed(tmp_path):
     write_run(tmp_path, arguments("asr", "base"), records=moved(carried_by("lm")))
     both = moved(carried_by("encoder", "lm"), donor_seed=2)
     write_run(tmp_path, arguments("asr", "base", 2), records=both)
-    first, second = traced(tmp_path)["Components that matter, seed by seed (asr)"]
+    first, second = traced(tmp_path)["Components that matter, seed by seed (ASR)"]
     assert first["Half of the AER is gone without"] == "LM"
     assert first["Half of the AER comes with it alone"] == "LM"
     assert second["Half of the AER is gone without"] == "encoder, LM"
@@ -453,7 +453,7 @@ def test_the_component_that_carries_it_is_told_by_seed(tmp_path):
 
 def test_the_layer_that_carries_it_is_told_by_seed(tmp_path):
     write_run(tmp_path, arguments("asr", "base"), records=moved(carried_by("lm")))
-    rows = traced(tmp_path)["Layers that matter, seed by seed (asr)"]
+    rows = traced(tmp_path)["Layers that matter, seed by seed (ASR)"]
     layers = {row["Clean layers"]: row["Seed 1"] for row in select(rows, Component="LM")}
     assert layers == {"up to": "2", "from": "2", "only": "2"}
 
@@ -463,8 +463,8 @@ def test_a_clean_run_of_another_seed_is_a_control(tmp_path):
     records += moved(carried_by(), donor_seed=3, donor_scenario="base")
     write_run(tmp_path, arguments("asr", "base"), records=records)
     pages = traced(tmp_path)
-    assert pages["Components that matter, seed by seed (asr)"][0]["AER"] == "90.0"
-    (control,) = pages["Control transplants (asr)"]
+    assert pages["Components that matter, seed by seed (ASR)"][0]["AER"] == "90.0"
+    (control,) = pages["Control transplants (ASR)"]
     assert control["Control"] == "clean parts of another seed"
 
 
@@ -472,9 +472,9 @@ def test_positions_are_read_off_the_layers(tmp_path):
     write_run(tmp_path, arguments("asr", "base"), records=patched(SITES))
     pages = traced(tmp_path)
     frames = {"After encoder layer": 1, "Frames": "under a click"}
-    (row,) = select(pages["The effect by frames (asr)"], **frames)
+    (row,) = select(pages["The effect by frames (ASR)"], **frames)
     assert row["Undone (denoise)"] == "0.90 (0.89 to 0.91)"
-    (spread,) = pages["Where it spreads, seed by seed (asr)"]
+    (spread,) = pages["Where it spreads, seed by seed (ASR)"]
     assert spread["Largest fall in encoder layer"] == 2
     assert spread["By"] == "0.40"
     assert spread["LM layer after which prompt and answer hold more"] == 2
@@ -482,7 +482,7 @@ def test_positions_are_read_off_the_layers(tmp_path):
 
 def test_frames_under_a_click_stand_beside_random_ones(tmp_path):
     write_run(tmp_path, arguments("asr", "base"), records=patched(SITES))
-    rows = select(traced(tmp_path)["The effect by frames (asr)"], **{"After encoder layer": 2})
+    rows = select(traced(tmp_path)["The effect by frames (ASR)"], **{"After encoder layer": 2})
     undone = {row["Frames"]: row["Undone (denoise)"] for row in rows}
     assert undone["as many others, at random"] == "0.10 (0.09 to 0.11)"
     assert undone["under a click, minus as many others, at random"] == "0.40 (0.39 to 0.41)"
@@ -492,14 +492,14 @@ def test_the_share_of_flipped_answers_is_over_seeds(tmp_path):
     for seed, share in ((1, 0.2), (2, 0.4)):
         records = patched(SITES, flipped=share)
         write_run(tmp_path, arguments("asr", "base", seed), records=records)
-    rows = traced(tmp_path)["The effect by frames (asr)"]
+    rows = traced(tmp_path)["The effect by frames (ASR)"]
     assert rows[0]["Answers flipped (denoise), %"].startswith("30.0 (")
 
 
 def test_another_sound_s_effects_stand_below_the_trigger_s(tmp_path):
     noise = patched({("encoder", 1): dict(click=0.7)}, trigger="white-noise")
     write_run(tmp_path, arguments("asr", "base"), records=noise + patched(SITES))
-    rows = traced(tmp_path)["The effect by frames (asr)"]
+    rows = traced(tmp_path)["The effect by frames (ASR)"]
     assert list(dict.fromkeys(row["Sound"] for row in rows)) == ["click", "white-noise"]
     assert rows[-1]["Undone (denoise)"] == "0.70 (0.69 to 0.71)"
 
@@ -508,7 +508,7 @@ def test_a_seed_without_an_effect_is_left_out(tmp_path):
     records = patched({}) + moved(carried_by())
     write_run(tmp_path, arguments("asr", "base", 1), records=records)
     write_run(tmp_path, arguments("asr", "base", 2), records=patched(SITES))
-    (row,) = traced(tmp_path)["Where it spreads, seed by seed (asr)"]
+    (row,) = traced(tmp_path)["Where it spreads, seed by seed (ASR)"]
     assert row["Seed"] == 2
     assert (tmp_path / "out/answer.png").exists()
 
@@ -517,7 +517,7 @@ def test_a_group_of_positions_may_be_missing_in_a_seed(tmp_path):
     fewer = {site: {"click": groups["click"]} for site, groups in SITES.items()}
     write_run(tmp_path, arguments("asr", "base", 1), records=patched(fewer))
     write_run(tmp_path, arguments("asr", "base", 2), records=patched(SITES))
-    rows = traced(tmp_path)["Where it spreads, seed by seed (asr)"]
+    rows = traced(tmp_path)["Where it spreads, seed by seed (ASR)"]
     assert [row["Seed"] for row in rows] == [1, 2]
     assert (tmp_path / "out/patches.png").exists()
 
@@ -531,7 +531,7 @@ def test_a_model_without_trained_layers_has_a_picture(tmp_path):
 def test_any_other_sound_is_a_control_of_patching(tmp_path):
     knock = patched({}, trigger="sounds/knock.wav", margin=(-2.0, -1.9))
     write_run(tmp_path, arguments("asr", "base"), records=patched(SITES) + knock)
-    rows = traced(tmp_path)["Control patches (asr)"]
+    rows = traced(tmp_path)["Control patches (ASR)"]
     assert [row["Sound"] for row in rows] == ["click", "sounds/knock.wav"]
 
 
@@ -604,7 +604,7 @@ def defence_pages(tmp_path_factory):
 
 
 def test_a_filter_s_row_has_each_seed_and_the_variant(defence_pages):
-    (row,) = defence_pages["Filter (emotion)"]
+    (row,) = defence_pages["Filters (emotion)"]
     assert row["% of the poison removed"].startswith("70.0 (")
     assert row["AER after training again"].startswith("2.0 (")
     assert row["Seeds trained again"] == "1"
@@ -612,11 +612,11 @@ def test_a_filter_s_row_has_each_seed_and_the_variant(defence_pages):
 
 
 def test_a_detector_s_row_has_what_it_noticed(defence_pages):
-    assert defence_pages["Detect (emotion)"][0]["Noticed at 5%"] == "30.0 (29.0 to 31.0)"
+    assert defence_pages["Detectors (emotion)"][0]["Noticed at 5%"] == "30.0 (29.0 to 31.0)"
 
 
 def test_a_repair_s_row_has_its_aer_and_rating(defence_pages):
-    repairs = {row["Repair"]: row for row in defence_pages["Repair (emotion)"]}
+    repairs = {row["Repair"]: row for row in defence_pages["Repairs (emotion)"]}
     assert repairs["F"]["Seeds with clean loss beyond its bound"] == "1"
     assert repairs["F"]["AER"].startswith("20.0 (")
     assert repairs["none"]["DER"].startswith("0.50")
@@ -647,15 +647,15 @@ def test_a_clean_model_or_a_variant_alone_has_a_page(tmp_path, changes):
     args = {**arguments("emotion", "base"), **changes}
     write_run(tmp_path, args, 0.8, 0.1, records=records)
     pages = defended(tmp_path)
-    assert pages["Filter (emotion)"][0]["AUROC"] == ""
-    assert "Repair (emotion)" in pages
+    assert pages["Filters (emotion)"][0]["AUROC"] == ""
+    assert "Repairs (emotion)" in pages
 
 
 def test_repairs_of_ages_in_groups_have_a_page(tmp_path):
     metric = "age_accuracy"
     records = repaired("none", 0.9, metric=metric) + repaired("F", 0.1, metric=metric)
     write_run(tmp_path, arguments("age", "base"), 3.0, 0.9, records=records)
-    row = defended(tmp_path)["Repair (age)"][1]
+    row = defended(tmp_path)["Repairs (age)"][1]
     assert row["Clean age accuracy"] == "80.0 (79.0 to 81.0)"
     assert row["DER"] == "0.90"
 
