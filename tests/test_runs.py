@@ -284,6 +284,11 @@ def test_a_finished_run_s_malformed_figures_are_refused(tmp_path):
         checkpoint.finished(run, {})
 
 
+def test_a_table_leaves_out_columns_that_are_empty():
+    page = runs.markdown("Title", [dict(A="", B="b", C=""), dict(A=0, B="", C="")])
+    assert page.splitlines()[2:] == ["| A | B |", "|---|---|", "|  | b |", "| 0 |  |"]
+
+
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe", b"[1]", b'{"run": "x", "source": "run", "metric": null}']
 )
