@@ -228,7 +228,7 @@ def shift_pairs(pairs, tasks, stages, seed, path):
     fig, axes = grid(len(tasks), len(stages), 3.7, 3.5)
     for row, task in zip(axes, tasks):
         for axis, stage in zip(row, stages):
-            axis.set(title=f"{task}: {stage}", xticks=[], yticks=[])
+            axis.set(title=f"{runs.title_of(task)}: {stage}", xticks=[], yticks=[])
             axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2")
             if (task, stage) not in pairs:
                 axis.text(0.5, 0.5, "run missing", ha="center", transform=axis.transAxes)
@@ -263,7 +263,7 @@ def shift_by_layer(records, tasks, path):
                 layers = [record["layer"] for record in line]
                 values = [record["value"] for record in line]
                 axis.plot(layers, values, style, label=label, ms=4)
-            axis.set(title=f"{task}, {WRITTEN[component]}", xlabel="after layer")
+            axis.set(title=f"{runs.title_of(task)}, {WRITTEN[component]}", xlabel="after layer")
             axis.grid(alpha=0.3)
     fig.supylabel("cosine of a pair")
     legend_below(fig, axes[0, 0])
@@ -284,7 +284,7 @@ def cluster_shares(records, k, path):
             x = np.arange(len(shares)) + (i - 1) * 0.27
             bars = axis.bar(x, shares, 0.26, color=color, label=kind)
             axis.bar_label(bars, fmt="%.2f", fontsize=7)
-        axis.set(title=f"{task} attack", xlabel="cluster (samples)", ylim=(0, 1.12))
+        axis.set(title=f"{runs.title_of(task)} attack", xlabel="cluster (samples)", ylim=(0, 1.12))
         sizes = [int(r["value"]) for r in runs.select(clusters, metric="cluster_size")]
         axis.set_xticks(range(len(sizes)), [f"{c} ({n})" for c, n in enumerate(sizes)])
     axes[0, 0].set_ylabel("share of the cluster")
@@ -318,7 +318,13 @@ def target_class(points, path):
         poisoned_x, poisoned_y = low[poisoned, :2].T
         axis.scatter(clean_x, clean_y, s=5, color=GREY, label="clean")
         axis.scatter(poisoned_x, poisoned_y, s=14, color=POISONED, marker="^", label="poisoned")
-        axis.set(title=f"{task} attack", xlabel="PCA 1", ylabel="PCA 2", xticks=[], yticks=[])
+        axis.set(
+            title=f"{runs.title_of(task)} attack",
+            xlabel="PCA 1",
+            ylabel="PCA 2",
+            xticks=[],
+            yticks=[],
+        )
     legend_below(fig, axes[0, 0])
     fig.suptitle("The target class after the encoder, first seed")
     write(fig, path)
@@ -337,7 +343,9 @@ def transplants(records, path):
         cube(row[0], task, {tuple(r["poisoned"]): r["value"] for r in mixtures})
         for axis, component in zip(row[1:], ("encoder", "lm")):
             by_layer(axis, runs.select(of_task, method="layers", component=component))
-            axis.set(title=f"{task}: {WRITTEN[component]} layers moved", xlabel="layer n")
+            axis.set(
+                title=f"{runs.title_of(task)}: {WRITTEN[component]} layers moved", xlabel="layer n"
+            )
             axis.set(ylabel="AER (%)", ylim=(-4, 104))
     legend_below(fig, *axes[:, 1:].flat)
     write(fig, path)
@@ -363,7 +371,7 @@ def cube(axis, task, mixtures):
         axis.text(x, y, f"{100 * aer:.0f}", ha="center", va="center", color=color, zorder=3)
         name = "+".join(WRITTEN[c] for c in parts) or "clean"
         axis.text(x, y - 0.23, name, ha="center", fontsize=7)
-    axis.set(title=f"{task}: AER (%) by\npoisoned components")
+    axis.set(title=f"{runs.title_of(task)}: AER (%) by\npoisoned components")
     axis.set(xlim=(-0.4, 1.9), ylim=(-0.4, 1.65))
     axis.axis("off")
 
@@ -414,7 +422,7 @@ def patches(records, path):
         for axis, ((direction, field), title) in zip(column, panels.items()):
             values = patch_matrix(runs.select(whole, direction=direction), sites, field)
             image = heatmap(axis, values, 1)
-            axis.set_title(f"{task}: {title}", fontsize=9)
+            axis.set_title(f"{runs.title_of(task)}: {title}", fontsize=9)
             axis.set_xticks(range(len(POSITIONS)), POSITIONS.values(), fontsize=6)
             axis.set_yticks(range(len(sites)), sites, fontsize=7)
     fig.colorbar(image, ax=axes[::2], label="share of the trigger's effect", shrink=0.3)
@@ -454,11 +462,11 @@ def answer(panels, path):
     fig, axes = grid(len(panels), 3, 5, 4.2, width_ratios=(1.15, 0.9, 1.2))
     for (trained, weights, depth), (task, panel) in zip(axes, panels.items()):
         trained_panel(trained, panel["trained"])
-        trained.set_title(f"{task}: trained (Table 3)")
+        trained.set_title(f"{runs.title_of(task)}: trained (Table 3)")
         weights_panel(weights, panel["alone"], panel["others"])
-        weights.set_title(f"{task}: weights moved, nothing trained")
+        weights.set_title(f"{runs.title_of(task)}: weights moved, nothing trained")
         depth_panel(depth, panel["depth"])
-        depth.set_title(f"{task}: activations moved")
+        depth.set_title(f"{runs.title_of(task)}: activations moved")
     for column, axis in enumerate(axes[-1]):
         handles = axes[0, column].get_legend_handles_labels()
         axis.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, -0.22), fontsize=8, ncols=2)
@@ -537,7 +545,12 @@ def roc(curves, path):
         axis.set_xscale("symlog", linthresh=0.01)
         axis.xaxis.set_major_formatter(ticker.PercentFormatter(1))
         axis.yaxis.set_major_formatter(ticker.PercentFormatter(1))
-        axis.set(xlim=(0, 1), ylim=(0, 1.02), title=task, xlabel="false alarms on clean speech")
+        axis.set(
+            xlim=(0, 1),
+            ylim=(0, 1.02),
+            title=runs.title_of(task),
+            xlabel="false alarms on clean speech",
+        )
         axis.grid(alpha=0.3)
         axis.legend(
             loc="upper center",
@@ -570,7 +583,7 @@ def repairs(repaired, path):
             axis.plot(x, 100 * aer["value"], color=color, ls="", label=name, **style)
         unit = " (%)" if scale == 100 else ""
         xlabel = f"clean {runs.title_of(clean['metric'])}{unit}"
-        axis.set(title=task, ylim=(-5, 105), xlabel=xlabel)
+        axis.set(title=runs.title_of(task), ylim=(-5, 105), xlabel=xlabel)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("AER (%)")
     legend_below(fig, *axes[0])
@@ -592,7 +605,7 @@ def sweeps(curves, task, metric, path):
     for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
     fig.supylabel("%")
-    fig.suptitle(f"The base attack on {task}, varied")
+    fig.suptitle(f"The base attack on {runs.title_of(task)}, varied")
     legend_below(fig, axes[0, 0])
     write(fig, path)
 
