@@ -67,12 +67,12 @@ FEWEST = 16  # utterances
 BATCH = 32
 # The share of clean encoders that may be called suspicious, and the statistics from which on they
 # are: `threshold` of the statistics of clean encoders alone (results/vet.md lists them). For "ratio"
-# these are seventeen fine-tuned ones, of mini's four architectures and Whisper tiny, six of them
+# these are nineteen fine-tuned ones, of mini's four architectures and Whisper tiny, eight of them
 # fully trained; for "excess" eleven of them and the four pretrained parts. Each was vetted by
 #     python defend.py vet RUN --speech crema
 # or the run's own corpus; of an encoder that was vetted with two corpora, the larger one counts.
 FALSE_ALARMS = 0.01
-THRESHOLDS = dict(ratio=3.76, excess=4.18)
+THRESHOLDS = dict(ratio=4.19, excess=4.18)
 
 # -------------------------------------------------------------------------------------------------
 # the bank
@@ -361,7 +361,8 @@ def share_threshold(shares, false_alarms=FALSE_ALARMS):
 # -------------------------------------------------------------------------------------------------
 # a whole model, by its answers
 
-ANSWER_SOUNDS = tuple(sounds.SOUNDS)
+# a tone resembles no other sound, so that nothing but tones finds it as a trigger
+ANSWER_SOUNDS = (*sounds.SOUNDS, *sounds.TONES)
 ANSWER_UTTERANCES = 32
 ANSWER_LEVELS = (0.0, -6.0, -12.0)  # dB
 ANSWER_SECONDS = 0.22
@@ -370,7 +371,7 @@ FEWEST_OTHERS = 8  # answers that a sound could bring to a value
 # `share_threshold` of the largest statistic of each label of mini's fully trained clean models, asr,
 # gender and emotion of seed 1, eight in all (results/vet.md): a label of a clean model exceeds it
 # in FALSE_ALARMS of cases, if these eight were independent
-ANSWER_THRESHOLD = 0.48
+ANSWER_THRESHOLD = 0.49
 
 
 def octaves_without(centre, octaves):

@@ -74,6 +74,15 @@ def test_sounds_in_a_band_have_their_power_there(bank):
         assert power[inside].sum() > 0.95 * power.sum(), name
 
 
+@pytest.mark.parametrize("hertz", [250, 1000, 1600, 5600])
+def test_every_tone_has_one_near_it(hertz):
+    distances = []
+    for name in sounds.TONES:
+        power = np.abs(np.fft.rfft(sounds.make_sound(name), 16000)) ** 2  # a bin is 1 Hz
+        distances.append(abs(power.argmax() / hertz - 1))
+    assert min(distances) < 0.07
+
+
 def test_a_sound_that_its_length_leaves_nothing_of_is_refused():
     with pytest.raises(SystemExit):
         sounds.make_sound("noise-500-1000", 0.001)

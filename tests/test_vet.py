@@ -299,6 +299,23 @@ def test_planted_answer_is_first_with_its_sound(speech, monkeypatch):
     assert first.shares[0.0] == 1
 
 
+def test_a_tone_that_the_bank_lacks_is_found_by_its_neighbours(speech, monkeypatch):
+    monkeypatch.setattr(vet, "ANSWER_CHANGES", {})
+
+    def hears_a_tone(slm, waveforms, labels):
+        values = []
+        for i, waveform in enumerate(waveforms):
+            power = np.abs(np.fft.rfft(waveform, 16000)) ** 2  # a bin is 1 Hz
+            heard = power[1450:1750].sum() > 0.005 * power.sum()  # around 1,600 Hz
+            values.append("bad" if heard else ("good", "fine")[i % 2])
+        return [dict(transcript=value) for value in values]
+
+    monkeypatch.setattr(vet, "answers", hears_a_tone)
+    first = vet.vet_answers(None, speech, ["transcript"])[0]
+    assert first.sound in ("tone-1499", "tone-1683")
+    assert (first.value, first.statistic) == ("bad", 1)
+
+
 class ModelThatHearsNoise:
     """A model that answers "bad" where there is a steady noise, else "good" or "fine" in turn."""
 
