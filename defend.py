@@ -473,6 +473,7 @@ LISTED = 8  # so many changes stand in the short table
 ANSWER_LIMITS = (
     "Not seen: a trigger unlike every sound and change of the bank, such as a higher voice; a backdoor "
     "that needs a longer sound or several."
+    " With a Whisper encoder changes make a clean model's answers agree too: believe sounds only."
 )
 INVERSION_LIMITS = (
     "Not seen: a pure tone or a filter as the trigger, a label's value that the model never answers "
