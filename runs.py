@@ -252,11 +252,10 @@ def read_packed(path):
         die(f"{path}: no packed study (runs.py --pack)")
     records = parse_lines(path, text)
     names = set()
-    for record in records:
-        if record["source"] == "run":
-            if record["run"] in names:
-                die(f"{path} holds two runs named {record['run']}: rename or remove one")
-            names.add(record["run"])
+    for record in select(records, source="run"):
+        if record["run"] in names:
+            die(f"{path} holds two runs named {record['run']}: rename or remove one")
+        names.add(record["run"])
     return records
 
 

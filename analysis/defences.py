@@ -16,7 +16,7 @@ def page(records, out, preset):
     """Tables of what each defence does about each task's attack; draws them."""
     records = select(records, preset=preset, encoder=DEFAULT_ENCODER[preset])
     records = with_roles(records)
-    defended = [r for r in records if r["source"] in ROWS]
+    defended = [r for r in records if r["source"] in TABLES]
     if not defended:
         die("no run has been defended yet: python defend.py filter RUN, detect RUN or repair RUN")
     aer = select(records, source="metrics", metric="aer", part="backdoor")
@@ -27,10 +27,10 @@ def page(records, out, preset):
         names = runs.distinct(of_task, "run")
         undefended = [r for r in select(aer, task=task) if r["run"] in names]
         pages.append((f"AER without a defence ({task_title}), %", undefended_rows(undefended)))
-        for source, rows_of in ROWS.items():
+        for source, (title, rows_of) in TABLES.items():
             chosen = select(of_task, source=source)
             if chosen:
-                pages.append((f"{TITLES[source]} ({task_title})", rows_of(chosen, task)))
+                pages.append((f"{title} ({task_title})", rows_of(chosen, task)))
         relearning = relearning_rows(select(of_task, source="repair", metric="relearned_aer"))
         if relearning:
             pages.append((f"Poisoned samples back to 50% AER ({task_title})", relearning))
@@ -163,14 +163,12 @@ def repair_rows(records, task):
         row = {"Repair": name, "Seeds": seeds_in(attack)}
         row["Seeds with clean loss beyond its bound"] = seeds_in(too_lossy)
         row["AER"] = show(over_seeds(aer))
+        metric = title_of(select(of_repair, part="clean")[0]["metric"])
         for part in ("clean", "triggered"):
-            metric = select(of_repair, part=part)[0]["metric"]
-            row[f"{part.capitalize()} {title_of(metric)}"] = show(over_seeds(attack, part=part))
+            row[f"{part.capitalize()} {metric}"] = show(over_seeds(attack, part=part))
         row["DER"] = show(runs.spread(ratings(select(records, role="attack"), name)), ".2f")
         row.update(role_cells(of_repair, VARIANTS, "AER", metric="aer"))
-        clean_metric = select(of_repair, part="clean")[0]["metric"]
-        column = f"Clean {title_of(clean_metric)}"
-        row.update(role_cells(of_repair, ["clean model"], column, part="clean"))
+        row.update(role_cells(of_repair, ["clean model"], f"Clean {metric}", part="clean"))
         rows.append(row)
     return rows
 
@@ -235,8 +233,11 @@ def fewest_samples(records):
 
 
 # what defend.py measured: the title of its table, and the function that makes it
-TITLES = {"filter": "Filters", "detect": "Detectors", "repair": "Repairs"}
-ROWS = {"filter": filter_rows, "detect": detector_rows, "repair": repair_rows}
+TABLES = {
+    "filter": ("Filters", filter_rows),
+    "detect": ("Detectors", detector_rows),
+    "repair": ("Repairs", repair_rows),
+}
 
 # --------------------------------------------------------------------------------------------------
 # pictures

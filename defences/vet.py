@@ -11,7 +11,7 @@ other sounds.
 
     Embedding   What the encoder makes of an utterance, averaged over time, after each layer.
     Bank        Changes of the waveform that are fixed here, before any attacked encoder was looked
-                at: every sound of sounds.py, as loud and as long as SETTINGS say, laid over the
+                at: every one of sounds.SOUNDS, as loud and as long as SETTINGS say, laid over the
                 speech at a place decided by the seed and the utterance's id; and WHOLE, which
                 change all of it.
     Shift       The norm of the mean over utterances of (embedding with the change - embedding
